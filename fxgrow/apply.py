@@ -1,0 +1,216 @@
+"""Carry a plan out: old tensors in, new tensors out. Nothing is decided here.
+
+The executor turns (plan, name → tensor) into new tensors one at a time, so that it serves a live
+module, a state_dict and anything else that has names and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.errors import PlanError
+from fxgrow.init import Init, copy_normal, draw, find_init
+from fxgrow.labels.propagate import named_tensors
+from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, TensorEdit
+from fxgrow.trace import stand_in
+
+Lookup: TypeAlias = Callable[[str], Tensor]
+Draw: TypeAlias = Callable[[tuple[int, ...], Tensor, str, Init], Tensor]
+
+
+def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None) -> Tensor:
+    """Return the new tensor of an edited name; computed on the old tensor's device and dtype.
+
+    Args:
+        plan: the plan.
+        name: a key of ``plan.tensors``.
+        lookup: returns an old tensor by name.
+        init: what fills new weights; found from the plan's request if None (a plan made with a
+            Python callable names it by module and function).
+
+    Raises:
+        PlanError: the old tensor has another shape than the plan expects.
+    """
+    edit = plan.tensors[name]
+    old = lookup(name).detach()
+    if tuple(old.shape) != edit.shape:
+        raise PlanError(
+            f"{name} has shape {tuple(old.shape)}, the plan expects {edit.shape}.",
+            name=name,
+            way_out="Apply the plan to the network it was made for.",
+        )
+    request = plan.request
+    fill = find_init(request.init) if init is None else init
+
+    def drawn(shape: tuple[int, ...], like: Tensor, role: str, law: Init) -> Tensor:
+        return draw(shape, like, law, edit.fan_in, seed=request.seed, name=name, role=role)
+
+    tensor = _absorbed(edit, old, lookup) if edit.absorption else old
+    if edit.scale != 1.0:
+        tensor = tensor * edit.scale
+    for axis in edit.axes:
+        tensor = _extend(tensor, axis, drawn, fill, request.noise)
+    if tensor is old:
+        tensor = old.clone()
+    return tensor.to(old.dtype)
+
+
+def _absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:
+    """Return a norm's tensor after it took up a gain; see :class:`Absorption`."""
+    absorption = edit.absorption
+    if absorption is None or old.device.type == "meta":
+        return old
+    gain, eps = absorption.gain, absorption.eps
+    if absorption.part == "running_mean":
+        return old * gain
+    shifted = lookup(absorption.variance).detach().double() + eps
+    grown = gain * gain * shifted - eps
+    if absorption.part == "running_var":
+        return grown.clamp(min=0.0).to(old.dtype)
+    correction = torch.where(grown < 0, eps**0.5 / (gain * shifted.sqrt()), 1.0)
+    return (old.double() * correction).to(old.dtype)
+
+
+def _extend(tensor: Tensor, edit: AxisEdit, drawn: Draw, fill: Init, noise: float) -> Tensor:
+    """Return ``tensor`` with one dim grown."""
+    if edit.groups == 1:
+        return _extend_dim(tensor, edit.dim, edit, drawn, fill, noise)
+    # (G·O, I, …) -> (G, O, I, …) -> (G·I, O, …): the axis becomes the first dim
+    split = tensor.unflatten(0, (edit.groups, -1)).transpose(1, 2)
+    flat = _extend_dim(split.flatten(0, 1), 0, edit, drawn, fill, noise)
+    return flat.unflatten(0, (edit.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _extend_dim(
+    tensor: Tensor, dim: int, edit: AxisEdit, drawn: Draw, fill: Init, noise: float
+) -> Tensor:
+    """Return ``tensor`` with ``dim`` laid out as the edit's runs say."""
+    shape = list(tensor.shape)
+    shape[dim] = sum(run.length for run in edit.runs)
+    out = tensor.new_empty(shape)
+    fresh: Tensor | None = None
+    slices = [run.start + run.length for run in edit.runs if run.kind in ("new", "minus")]
+    if slices:
+        shape[dim] = max(slices)
+        fresh = drawn(tuple(shape), tensor, f"{edit.role}{edit.dim}", fill)
+    position = 0
+    for run in edit.runs:
+        target = out.narrow(dim, position, run.length)
+        position += run.length
+        _fill_run(target, run, tensor, fresh, dim)
+        if noise and edit.role == "reader" and run.kind != "old":
+            role = f"noise{edit.dim}@{position}"
+            target += noise * drawn(tuple(target.shape), tensor, role, copy_normal)
+    return out
+
+
+def _fill_run(target: Tensor, run: Run, old: Tensor, fresh: Tensor | None, dim: int) -> None:
+    """Write one run of positions."""
+    if run.kind == "zero":
+        target.zero_()
+    elif run.kind == "one":
+        target.fill_(1)
+    elif run.kind == "old":
+        target.copy_(old.narrow(dim, run.start, run.length))
+    elif fresh is None:
+        raise PlanError("the plan reads a drawn slice that it never draws.")
+    else:
+        source = fresh.narrow(dim, run.start, run.length)
+        target.copy_(source if run.kind == "new" else source.neg())
+
+
+def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
+    """Refuse a plan on anything but the network it was made for.
+
+    Args:
+        plan: the plan.
+        tensors: the parameters and buffers of the network at hand.
+        dtypes: compare dtypes too.
+
+    Raises:
+        PlanError: a name, a shape or a dtype differs; the first difference is named.
+    """
+    found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    way_out = "Make a plan for this network: fxgrow widen SOURCE --dry-run --plan PLAN.json."
+    for name in sorted(plan.source.keys() | found.keys()):
+        expected, present = plan.source.get(name), found.get(name)
+        if expected is None or present is None:
+            which = "has no" if present is None else "has an unexpected"
+            raise PlanError(f"the plan is for another network: this one {which} {name}.",
+                            name=name, way_out=way_out)
+        if expected[0] != present[0] or (dtypes and expected[1] != present[1]):
+            raise PlanError(
+                f"the plan is for another network: {name} is {present[1]}{list(present[0])} here, "
+                f"{expected[1]}{list(expected[0])} in the plan.", name=name, way_out=way_out)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and dtype of every tensor by name: what a plan is made for."""
+    return {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+
+
+def new_tensors(
+    plan: Plan, lookup: Lookup, init: Init | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every edited tensor by name, one at a time, in the plan's order."""
+    for name in plan.tensors:
+        yield name, grow_tensor(plan, name, lookup, init)
+
+
+def apply_to_state_dict(
+    plan: Plan, state_dict: Mapping[str, Tensor], init: Init | None = None
+) -> dict[str, Tensor]:
+    """Return the grown state_dict; tied tensors stay tied, and untouched ones are passed on.
+
+    Raises:
+        PlanError: the state_dict is not of the network the plan was made for.
+    """
+    grown = dict(new_tensors(plan, state_dict.__getitem__, init))
+    return {
+        name: grown.get(plan.aliases.get(name, name), tensor) for name, tensor in state_dict.items()
+    }
+
+
+def apply_to_module(plan: Plan, model: nn.Module, init: Init | None = None) -> nn.Module:
+    """Return a grown copy of a module; the module itself is not touched.
+
+    Args:
+        plan: the plan.
+        model: the network the plan was made for.
+        init: what fills new weights, where the plan was made with a Python callable.
+
+    Returns:
+        A module of the same class, or a :class:`torch.fx.GraphModule` where the plan inserts
+        multipliers. Flags, hooks, ties, dtypes and devices are those of ``model``.
+
+    Raises:
+        PlanError: the plan is for another network.
+    """
+    tensors = named_tensors(model)
+    check_source(plan, tensors)
+    return _grown_module(plan, model, tensors, init)
+
+
+def _grown_module(
+    plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor], init: Init | None
+) -> nn.Module:
+    from fxgrow.graph import insert_multipliers
+
+    grown = stand_in(model, dict(new_tensors(plan, tensors.__getitem__, init)))
+    set_attributes(grown, plan.modules)
+    return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
+
+
+def set_attributes(model: nn.Module, edits: tuple[ModuleEdit, ...]) -> None:
+    """Set the attributes of a module tree to their new values, in place."""
+    for edit in edits:
+        setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+
+

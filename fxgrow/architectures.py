@@ -1,0 +1,315 @@
+"""Architectures by name: parse them, build them without weights, recognise them in a state_dict.
+
+The only module that knows what architectures there are. Names are those of the libraries that
+define them (``torchvision:resnet50``, ``timm:resnet50d``) or the user's own code
+(``package.module:callable``).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.errors import SourceError
+from fxgrow.uninitialised import build_uninitialised
+
+# Arguments by which a builder would fetch weights or read files; fxgrow brings the weights itself.
+_FORBIDDEN_ARGUMENTS = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "pretrained",
+        "pretrained_backbone",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "progress",
+        "scriptable",
+        "weights",
+        "weights_backbone",
+    }
+)
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network without its weights: whose it is, what it is called, and what it is built with.
+
+    Attributes:
+        name: ``"torchvision:NAME"``, ``"timm:NAME"`` or ``"package.module:callable"``.
+        arguments: keyword arguments of the builder, in JSON's types (a tuple becomes a list).
+
+    Raises:
+        SourceError: an argument is not JSON-able, or asks the builder for pretrained weights.
+
+    Example:
+        >>> tiny = Architecture("torchvision:resnet18", {"num_classes": 10})
+        >>> tiny.build().fc
+        Linear(in_features=512, out_features=10, bias=True)
+        >>> Architecture.from_dict(tiny.to_dict()) == tiny
+        True
+    """
+
+    name: str
+    arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        forbidden = sorted(_FORBIDDEN_ARGUMENTS.intersection(self.arguments))
+        if forbidden:
+            raise SourceError(
+                f"the argument {forbidden[0]!r} of {self.name} is not fxgrow's to give.",
+                name=self.name,
+                way_out="Leave it out: weights come from SOURCE.",
+            )
+        try:
+            plain = json.loads(json.dumps(dict(self.arguments)))
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"the arguments of {self.name} must be numbers, texts, lists or the like: {error}.",
+                name=self.name,
+                way_out="Write a function that builds the model, and name it module:function.",
+            ) from error
+        object.__setattr__(self, "arguments", plain)
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+    def build(self, device: str | torch.device = "meta") -> nn.Module:
+        """Build the network, in train mode and without any pretrained weights.
+
+        On ``"meta"``, parameters and buffers have shapes only. On a real device the network is
+        *not* built on meta and filled in afterwards, which would lose what its constructor
+        computed: only its parameters skip initialisation and hold undefined values until weights
+        are loaded; buffers and constants, persistent or not, are right.
+
+        Args:
+            device: where the parameters and buffers are.
+
+        Returns:
+            A new module.
+
+        Raises:
+            SourceError: there is no such architecture, or its builder fails.
+        """
+        builder = _find_builder(self.name)
+        arguments = dict(self.arguments)
+        if self.name.startswith("torchvision:"):
+            arguments["weights"] = None
+            if "weights_backbone" in inspect.signature(builder).parameters:
+                arguments["weights_backbone"] = None
+        elif self.name.startswith("timm:"):
+            arguments["pretrained"] = False
+        try:
+            built = build_uninitialised(lambda: builder(**arguments), device)
+        except Exception as error:  # a builder is other people's code and may raise anything
+            raise SourceError(
+                f"{self} cannot be built: {type(error).__name__}: {error}.",
+                name=self.name,
+                way_out="Check the arguments given with --arch-arg.",
+            ) from error
+        if not isinstance(built, nn.Module):
+            raise SourceError(
+                f"{self.name} returns {type(built).__name__}, not a torch.nn.Module.",
+                name=self.name,
+                way_out="Name a class or a function that returns the model.",
+            )
+        return built
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the architecture as JSON-able data."""
+        return {"name": self.name, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, trust_code: bool = False) -> Architecture:
+        """Make an architecture from what :meth:`to_dict` returned.
+
+        Args:
+            data: ``{"name": str, "arguments": dict}``.
+            trust_code: accept ``package.module:callable``. Off by default, because data read from
+                a file would otherwise name any function of any module, to be called by ``build``.
+
+        Raises:
+            SourceError: ``data`` has another form, or names user code without ``trust_code``.
+        """
+        name, arguments = data.get("name"), data.get("arguments", {})
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise SourceError(
+                "a recorded architecture lacks its name or its arguments.",
+                way_out="Name the architecture with --arch.",
+            )
+        if not trust_code and name.partition(":")[0] not in _LIBRARIES:
+            raise SourceError(
+                f"the file names {name} as its architecture, which is code outside of "
+                f"{' and '.join(_LIBRARIES)}.",
+                name=name,
+                way_out=f"If you trust it, name it yourself: --arch {name}.",
+            )
+        return cls(name, arguments)
+
+
+def parse_architecture(spec: str, arguments: Mapping[str, object] = _NO_ARGUMENTS) -> Architecture:
+    """Find the architecture that ``spec`` names.
+
+    Args:
+        spec: ``resnet50`` (torchvision's, else timm's if that is installed), ``torchvision:NAME``,
+            ``timm:NAME``, or ``package.module:callable``, which is imported: it is the user's code.
+        arguments: keyword arguments for its builder.
+
+    Returns:
+        The architecture under its full name.
+
+    Raises:
+        SourceError: there is no such architecture; the way out names the closest ones.
+
+    Example:
+        >>> parse_architecture("resnet50").name
+        'torchvision:resnet50'
+    """
+    prefix, colon, name = spec.partition(":")
+    if not colon:
+        prefix, name = "torchvision", spec
+        if spec not in _torchvision_names() and spec in _timm_names(required=False):
+            prefix = "timm"
+    full = f"{prefix}:{name}"
+    _find_builder(full)
+    return Architecture(full, arguments)
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, object]:
+    """Read ``KEY=VALUE`` pairs; a value that is no Python literal is a text.
+
+    Raises:
+        SourceError: a pair has no ``=``, its key is no identifier, or a key is given twice.
+
+    Example:
+        >>> parse_arguments(["num_classes=10", "norm=none", "size=(8, 8)"])
+        {'num_classes': 10, 'norm': 'none', 'size': (8, 8)}
+    """
+    arguments: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise SourceError(
+                f"the architecture argument {pair!r} is not of the form KEY=VALUE.",
+                way_out="For example: --arch-arg num_classes=10.",
+            )
+        if key in arguments:
+            raise SourceError(
+                f"the architecture argument {key!r} is given twice.", way_out="Give it once."
+            )
+        try:
+            arguments[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[key] = text
+    return arguments
+
+
+def torchvision_names() -> list[str]:
+    """Return torchvision's model names in its own order, without the quantized ones."""
+    return [name for name in _torchvision_names() if not name.startswith("quantized_")]
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    names: list[str] = list_models()
+    return names
+
+
+def _timm(required: bool) -> ModuleType | None:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        if not required:
+            return None
+        raise SourceError("timm is not installed.", way_out="pip install timm") from error
+
+
+def _timm_names(required: bool) -> list[str]:
+    timm = _timm(required)
+    return [] if timm is None else list(timm.list_models())
+
+
+def _find_builder(full: str) -> Callable[..., object]:
+    """Return the callable behind a full name, or raise with the closest names as the way out."""
+    prefix, _, name = full.partition(":")
+    find = _LIBRARIES.get(prefix)
+    return _find_user_code(prefix, name) if find is None else find(name)
+
+
+def _find_torchvision(name: str) -> Callable[..., object]:
+    from torchvision.models import get_model_builder
+
+    if name not in _torchvision_names():
+        known = [*torchvision_names(), *_timm_names(required=False)]
+        raise _unknown(name, "torchvision", known)
+    builder: Callable[..., object] = get_model_builder(name)
+    return builder
+
+
+def _find_timm(name: str) -> Callable[..., object]:
+    names = _timm_names(required=True)  # create_model itself would also take hubs and folders
+    timm = _timm(required=True)
+    if name not in names or timm is None:
+        raise _unknown(name, "timm", names)
+
+    def create(**arguments: object) -> object:
+        return timm.create_model(name, **arguments)
+
+    return create
+
+
+def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    way_out = (
+        f"Did you mean {', '.join(close)}?"
+        if close
+        else "Or name your own: package.module:callable."
+    )
+    return SourceError(f"{library} has no model {name!r}.", name=name, way_out=way_out)
+
+
+def _find_user_code(module_name: str, attribute: str) -> Callable[..., object]:
+    full = f"{module_name}:{attribute}"
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # a console script does not look where the user stands
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code
+        raise SourceError(
+            f"{module_name!r} of {full} cannot be imported: {type(error).__name__}: {error}.",
+            name=full,
+            way_out="Write torchvision:NAME, timm:NAME or package.module:callable.",
+        ) from error
+    for part in attribute.split("."):
+        names = dir(found)
+        found = getattr(found, part, None)
+        if found is None:
+            raise _unknown(part, module_name, names)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise SourceError(
+            f"{full} is not a class or a function but {type(found).__name__}.",
+            name=full,
+            way_out="Name a class or a function that returns the model.",
+        )
+    return found
+
+
+_LIBRARIES: dict[str, Callable[[str], Callable[..., object]]] = {
+    "torchvision": _find_torchvision,
+    "timm": _find_timm,
+}

@@ -1,0 +1,133 @@
+"""Channel classes: which positions of which parameter axes are one and the same channel.
+
+This is the resolved form of a :class:`~fxgrow.labels.space.LabelSpace`, as flat arrays: one row
+per (axis, position), sorted by axis and position. Two runs of one network, at its old sizes and
+at its new ones, are compared on these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fxgrow.labels.layers import Layer, core, support
+from fxgrow.labels.space import Axis, Fill, IntArray, LabelSpace, Role
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channel of every position of every labelled axis.
+
+    Attributes:
+        axes: the axes, in order of first use.
+        roles, fills: per axis; what no operation gave a role is a carrier.
+        channel: ``channel[start[a] + p]`` is the channel of position ``p`` of axis ``a``, an
+            integer from 0 in order of first use.
+        start: first row of each axis, and one entry past the last.
+        count: number of channels.
+        pins: reason by channel.
+        convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
+        channel_of_label: the channel of each label, -1 where it has none.
+    """
+
+    axes: tuple[Axis, ...]
+    roles: tuple[Role, ...]
+    fills: tuple[Fill, ...]
+    channel: IntArray
+    start: IntArray
+    count: int
+    pins: dict[int, str]
+    convolution_groups: dict[str, int]
+    channel_of_label: IntArray
+
+    def of_layers(self, layers: Iterable[Layer]) -> IntArray:
+        """Return the channels that some label layers stand for, sorted."""
+        found = [self.channel_of_label[core(x, support(x)).numpy().ravel()] for x in layers]
+        if not found:
+            return np.zeros(0, dtype=np.int64)
+        joined = np.unique(np.concatenate(found))
+        return joined[joined >= 0]
+
+    def of_axis(self, axis: int) -> IntArray:
+        """Return the channel of each position of an axis."""
+        return self.channel[self.start[axis] : self.start[axis + 1]]
+
+    @cached_property
+    def axis_of_row(self) -> IntArray:
+        """The axis of each row."""
+        return np.repeat(np.arange(len(self.axes)), np.diff(self.start))
+
+    @cached_property
+    def position_of_row(self) -> IntArray:
+        """The position of each row in its axis."""
+        rows = np.arange(len(self.channel), dtype=np.int64)
+        return rows - self.start[self.axis_of_row]
+
+    @cached_property
+    def group_of_row(self) -> IntArray:
+        """The convolution group of each row; 0 where the axis is not one of a grouped one."""
+        groups = np.ones(len(self.axes), dtype=np.int64)
+        for index, axis in enumerate(self.axes):
+            split = self.convolution_groups.get(axis.tensor, 0)
+            if split and axis.size % split == 0 and (axis.groups > 1 or axis.dim == 0):
+                groups[index] = split
+        sizes = np.diff(self.start) // groups
+        return self.position_of_row // np.maximum(sizes, 1)[self.axis_of_row]
+
+    @cached_property
+    def rank_of_row(self) -> IntArray:
+        """For each row, how many rows of the same axis and channel come before it."""
+        order = np.lexsort((self.position_of_row, self.channel, self.axis_of_row))
+        axis, channel = self.axis_of_row[order], self.channel[order]
+        fresh = np.ones(len(order), dtype=bool)
+        fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
+        firsts = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order)) - firsts
+        return rank
+
+
+def resolve(space: LabelSpace) -> Channels:
+    """Return the channels of a finished run.
+
+    Axes that no operation unified or gave a role (a convolution's kernel dims) are left out. A
+    grouped convolution's weight is described by its split input axis, not by its plain dim 1.
+    """
+    roots = space.roots()
+    used = np.zeros(len(roots), dtype=bool)
+    used[roots[roots != np.arange(len(roots))]] = True
+    used |= roots != np.arange(len(roots))
+    kept = [
+        (axis, space.roles.get(index, "carrier"), space.fills.get(index, "copy"))
+        for index, axis in enumerate(space.axes)
+        if index in space.roles or bool(used[axis.start : axis.start + axis.size].any())
+    ]
+    sizes = [axis.size for axis, _, _ in kept]
+    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    pieces = [roots[axis.start : axis.start + axis.size] for axis, _, _ in kept]
+    flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+    values, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+    order = np.empty(len(values), dtype=np.int64)
+    order[np.argsort(first)] = np.arange(len(values))
+    by_root = dict(zip(values.tolist(), order.tolist(), strict=True))
+    pins = {
+        by_root[root]: reason
+        for root, reason in space.pin_reasons(roots).items()
+        if root in by_root
+    }
+    nearest = np.minimum(np.searchsorted(values, roots), max(len(values) - 1, 0))
+    known = values[nearest] == roots if len(values) else np.zeros(len(roots), dtype=bool)
+    return Channels(
+        axes=tuple(axis for axis, _, _ in kept),
+        roles=tuple(role for _, role, _ in kept),
+        fills=tuple(fill for _, _, fill in kept),
+        channel=order[inverse],
+        start=start,
+        count=len(values),
+        pins=pins,
+        convolution_groups=dict(space.convolution_groups),
+        channel_of_label=np.where(known, order[nearest], -1) if len(values) else nearest - 1,
+    )

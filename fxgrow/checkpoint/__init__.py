@@ -1,0 +1,10 @@
+"""Weights in files: load them from whatever holds them, write new ones into the same container.
+
+Pure files and data: nothing here knows of plans or of growth.
+"""
+
+from fxgrow.checkpoint.saving import default_output, save_source
+from fxgrow.checkpoint.source import Source, load_source
+from fxgrow.checkpoint.writing import check_output
+
+__all__ = ["Source", "check_output", "default_output", "load_source", "save_source"]

@@ -1,0 +1,305 @@
+"""Find the weights inside a saved object, and put new ones in the same places.
+
+Training checkpoints wrap a state_dict in dicts under many names, its tensors under prefixes of the
+wrappers that trained it (``module.`` of DataParallel, ``_orig_mod.`` of ``torch.compile``), and
+often a second time as a moving average. A :class:`Location` remembers one such place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+RECORD_KEY = "_fxgrow"
+Keys = tuple[str, ...]
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_EXTRA_STATE = "_extra_state"
+_AVERAGED = "n_averaged"  # torch.optim.swa_utils.AveragedModel counts beside its module
+# Where checkpoints keep weights, the usual places first.
+_PREFERRED = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "module",
+    "ema",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+)
+_DEPTH = 3
+
+
+@dataclass
+class Location:
+    """One place in a saved object that holds weights.
+
+    Attributes:
+        keys: the way from the outermost dict to it; () if the saved object is it.
+        stored: what lies there: a mapping of tensors, or a module.
+        state_dict: its tensors under the names of the bare model, with ``_metadata`` if it had one.
+        stored_names: bare name -> the name it is stored under.
+        prefix: what new names get in front when they are stored.
+    """
+
+    keys: Keys
+    stored: Mapping[str, object] | nn.Module
+    state_dict: OrderedDict[str, Tensor]
+    stored_names: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def __str__(self) -> str:
+        return ".".join(self.keys)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its tensors."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
+
+
+def find_locations(saved: object) -> list[Location]:
+    """Find all weights in a saved object, the model's own first.
+
+    Args:
+        saved: a module, a state_dict, or a dict that holds some within three levels.
+
+    Returns:
+        One location for each, in order of preference of their names, then as saved.
+    """
+    found = list(_search(saved, ()))
+    return sorted(found, key=lambda location: (len(location.keys), _rank(location.keys)))
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """Return the model inside a ``DataParallel``, or the module itself."""
+    return cast(nn.Module, module.module) if isinstance(module, nn.DataParallel) else module
+
+
+def rewrap(stored: nn.Module, module: nn.Module) -> nn.Module:
+    """Return ``module`` wrapped as ``stored`` is; ``stored`` itself is left alone."""
+    if not isinstance(stored, nn.DataParallel):
+        return module
+    wrapper = object.__new__(type(stored))  # its constructor would look for GPUs
+    wrapper.__dict__ = {**vars(stored), "_modules": {"module": module}}
+    return wrapper
+
+
+def store(location: Location, new: Mapping[str, Tensor]) -> dict[str, object]:
+    """Lay out new weights as the old ones were: names, type, parameters, and other entries.
+
+    Args:
+        location: where the old weights lie; it holds a mapping.
+        new: the new tensors under the names of the bare model.
+
+    Returns:
+        A new dict, or an OrderedDict with the old one's ``_metadata`` where that is none.
+    """
+    old = cast(Mapping[str, object], location.stored)
+    names = {bare: location.stored_names.get(bare, location.prefix + bare) for bare in new}
+    weights = {names[bare]: _as(old.get(names[bare]), tensor) for bare, tensor in new.items()}
+    replaced_names = set(location.stored_names.values())
+    entries: dict[str, object] = {}
+    for name, value in old.items():
+        if name in weights:
+            entries[name] = weights[name]
+        elif name not in replaced_names:
+            entries[name] = value
+    entries.update((name, tensor) for name, tensor in weights.items() if name not in entries)
+    if type(old) is dict:
+        return entries
+    ordered = OrderedDict(entries)
+    if hasattr(old, "_metadata"):
+        vars(ordered)["_metadata"] = OrderedDict(old._metadata)
+    return ordered
+
+
+def keep_ties(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Let tensors that were one tensor in ``old`` be one tensor in the result, if still equal.
+
+    Tensors that only share a part of a larger storage get a storage of their own, which is what
+    is written to the file.
+
+    Returns:
+        The tensors, and the names of those that were tied and are no longer equal.
+    """
+    first: dict[object, str] = {}
+    kept: OrderedDict[str, Tensor] = OrderedDict()
+    parted: list[str] = []
+    users = Counter(_storage(tensor) for tensor in new.values())
+    for name, tensor in new.items():
+        tensor = tensor.detach()
+        if users[_storage(tensor)] == 1 and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+        identity = _identity(old[name]) if name in old else None
+        kept[name] = tensor
+        if identity is None or first.setdefault(identity, name) == name:
+            continue
+        leader = kept[first[identity]]
+        if leader.dtype == tensor.dtype and torch.equal(leader, tensor):
+            kept[name] = leader
+        else:
+            parted.append(name)
+    return kept, parted
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return contiguous tensors of which no two share memory, and the names of those copied."""
+    taken: set[int] = set()
+    result: dict[str, Tensor] = {}
+    copied: list[str] = []
+    for name, tensor in tensors.items():
+        pointer = _storage(tensor)
+        if pointer in taken and tensor.numel():
+            copied.append(name)
+            result[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            result[name] = tensor.detach().contiguous()
+        taken.add(pointer)
+    return result, copied
+
+
+def replaced(saved: object, replacements: Mapping[Keys, object], keys: Keys = ()) -> object:
+    """Return a copy of nested dicts with some entries exchanged; the input is left alone."""
+    if keys in replacements:
+        return replacements[keys]
+    if not isinstance(saved, dict) or not any(at[: len(keys)] == keys for at in replacements):
+        return saved
+    changed = {key: replaced(value, replacements, (*keys, key)) for key, value in saved.items()}
+    return _like(saved, changed)
+
+
+def without_optimizer_state(saved: object, keys: Keys = ()) -> tuple[object, list[str]]:
+    """Empty the ``state`` of whatever looks like an optimizer's state_dict, three levels down.
+
+    Returns:
+        A copy of the nested dicts and lists, and the dotted places of what was emptied.
+    """
+    if len(keys) > _DEPTH:
+        return saved, []
+    if isinstance(saved, dict):
+        if is_optimizer(saved):
+            emptied = [".".join(keys)] if saved["state"] else []
+            return _like(saved, {**saved, "state": {}}), emptied
+        results = {k: without_optimizer_state(v, (*keys, str(k))) for k, v in saved.items()}
+        names = [name for _, emptied in results.values() for name in emptied]
+        return (_like(saved, {k: v for k, (v, _) in results.items()}) if names else saved), names
+    if type(saved) in (list, tuple):
+        items = cast("list[object] | tuple[object, ...]", saved)
+        done = [without_optimizer_state(v, (*keys, str(i))) for i, v in enumerate(items)]
+        names = [name for _, emptied in done for name in emptied]
+        return (type(items)(v for v, _ in done) if names else saved), names
+    return saved, []
+
+
+def is_optimizer(saved: Mapping[Any, object]) -> bool:
+    """Tell whether a dict has the form of ``torch.optim.Optimizer.state_dict()``."""
+    return "param_groups" in saved and isinstance(saved.get("state"), dict)
+
+
+def _search(saved: object, keys: Keys) -> Iterator[Location]:
+    if isinstance(saved, nn.Module):
+        yield Location(keys, saved, _tensors_of(bare_module(saved)))
+    elif isinstance(saved, Mapping):
+        if _is_state_dict(saved):
+            yield _locate(keys, saved)
+        elif len(keys) < _DEPTH and not is_optimizer(saved):
+            for key, value in saved.items():
+                if isinstance(key, str):
+                    yield from _search(value, (*keys, key))
+
+
+def _tensors_of(module: nn.Module) -> OrderedDict[str, Tensor]:
+    """Return a module's state_dict without extra state that is no tensor."""
+    whole = module.state_dict()
+    tensors = OrderedDict((name, t) for name, t in whole.items() if isinstance(t, Tensor))
+    vars(tensors)["_metadata"] = getattr(whole, "_metadata", OrderedDict())
+    return tensors
+
+
+def _rank(keys: Keys) -> list[int]:
+    return [_PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED) for key in keys]
+
+
+def _is_state_dict(saved: Mapping[Any, object]) -> bool:
+    """Tell weights from other dicts: tensors under text names, and hardly anything else."""
+    names = [name for name in saved if not str(name).endswith(_EXTRA_STATE)]
+    tensors = sum(isinstance(saved[name], Tensor) for name in names)
+    plain = all(
+        isinstance(saved[name], (Tensor, int, float, str, bytes, type(None))) for name in names
+    )
+    named = all(isinstance(name, str) for name in saved)
+    return named and plain and tensors > 0 and 2 * tensors >= len(names)
+
+
+def _locate(keys: Keys, stored: Mapping[str, object]) -> Location:
+    names = [name for name, value in stored.items() if isinstance(value, Tensor)]
+    prefix = _prefix([name for name in names if name != _AVERAGED])
+    bare_names = {
+        _unwrapped(name[len(prefix) :]): name for name in names if not prefix or name != _AVERAGED
+    }
+    state_dict = OrderedDict((bare, cast(Tensor, stored[n])) for bare, n in bare_names.items())
+    metadata = getattr(stored, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        bare_metadata = OrderedDict(
+            (_unwrapped(f"{path}."[len(prefix) :]).rstrip("."), value)
+            for path, value in metadata.items()
+            if path != RECORD_KEY and f"{path}.".startswith(prefix)
+        )
+        vars(state_dict)["_metadata"] = bare_metadata
+    return Location(keys, stored, state_dict, bare_names, prefix)
+
+
+def _prefix(names: list[str]) -> str:
+    """Return the wrappers' prefix that all names have, such as ``"module._orig_mod."``."""
+    prefix = ""
+    while names:
+        wrapper = next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), "")
+        if not wrapper:
+            break
+        prefix += wrapper
+    return prefix
+
+
+def _unwrapped(name: str) -> str:
+    """Remove what ``torch.compile`` of a part of the model put in the middle of a name."""
+    return name.replace("_orig_mod.", "")
+
+
+def _like(old: dict[Any, object], new: dict[Any, object]) -> dict[Any, object]:
+    """Return ``new`` as an OrderedDict, with its attributes, where ``old`` is one."""
+    if not isinstance(old, OrderedDict):
+        return new
+    result = OrderedDict(new)
+    result.__dict__.update(vars(old))
+    return result
+
+
+def _as(before: object, tensor: Tensor) -> Tensor:
+    """Return ``tensor``, as a parameter where there was one before."""
+    if isinstance(before, nn.Parameter):
+        return nn.Parameter(tensor, requires_grad=before.requires_grad)
+    return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...] | None:
+    """Return what two tensors have in common if and only if they are the same memory."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return None
+    layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (str(tensor.device), tensor.data_ptr(), *layout)

@@ -1,0 +1,64 @@
+"""The errors fxgrow raises, from bad input to a result that failed its check.
+
+Every error is a :class:`FxgrowError`. Its text is one sentence or two: what is wrong, where (the
+file, the layer, the node), why, and the way out. The same facts are fields, so that a caller can
+act on them without parsing the text. ``exit_code`` is what the command line ends with.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FxgrowError(Exception):
+    """Base of every error raised on purpose.
+
+    Attributes:
+        message: what is wrong and where, in one or two sentences.
+        name: fully qualified name of the layer, tensor, node or file concerned ("" if none).
+        way_out: what the user can do about it ("" if nothing is known).
+        exit_code: the command line's exit status for this error.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, name: str = "", way_out: str = "") -> None:
+        self.message = message
+        self.name = name
+        self.way_out = way_out
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.way_out}".rstrip()
+
+
+class SourceError(FxgrowError):
+    """A file or an architecture that cannot be read, recognised or written."""
+
+
+class TraceError(FxgrowError):
+    """A model whose computation could not be followed."""
+
+
+class UnsupportedOperationError(FxgrowError):
+    """An operation that cannot be reasoned about where the request needs it to be."""
+
+
+class PlanError(FxgrowError):
+    """A request that cannot be planned, or a plan that does not fit its source."""
+
+
+class NotPreservedError(FxgrowError):
+    """``strict`` was asked for and the plan predicts a change of the output."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class VerificationError(FxgrowError):
+    """The widened network does not compute what the plan predicts."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class FxgrowWarning(UserWarning):
+    """Something was done that the user may not expect; the text says what."""

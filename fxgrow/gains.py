@@ -1,0 +1,270 @@
+"""Gain propagation: the scalar by which each activation of the grown network differs.
+
+A factor on a layer's weights is not the end. It travels on as a *gain*: products multiply gains,
+positively homogeneous operations pass them on, a norm absorbs them, and wherever none of this
+holds (two unequal gains at an addition, a gain that reaches a sigmoid, or the output) the function
+changes. Such a place is a :class:`Mismatch`: the grown network computes there what the old one
+would compute with a multiplier on that edge, which is the prediction that verification holds it
+to, and what ``compensate`` undoes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from fxgrow.groups import layer_of
+from fxgrow.labels.generic import LIKENESSES, MOVEMENTS, operator_name
+from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.plan.schema import Verdict
+from fxgrow.registry import Registry
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A scalar and the weights whose factors made it."""
+
+    scale: float = 1.0
+    sources: frozenset[str] = frozenset()
+
+    def times(self, other: Gain) -> Gain:
+        """Return the product; factors that cancel leave no trace."""
+        scale = self.scale * other.scale
+        return Gain() if _same(scale, 1.0) else Gain(scale, self.sources | other.sources)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An edge on which the grown network's function parts from the old one's.
+
+    Attributes:
+        producer, consumer: operations (tape indices) at the ends; -1 is the network's output.
+        gain: the value on this edge relative to the old network's.
+        verdict: ``scaled``, or ``no`` where what follows is not homogeneous.
+        reason: in words.
+        sources: the weights whose factors made the gain.
+    """
+
+    producer: int
+    consumer: int
+    gain: float
+    verdict: Verdict
+    reason: str
+    sources: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """A batch norm that takes up a gain.
+
+    Attributes:
+        layer: its name.
+        gain, sources: what it takes up.
+        eps: its eps.
+        weight, running_mean, running_var: names of its tensors ("" where it has none).
+    """
+
+    layer: str
+    gain: float
+    eps: float
+    sources: frozenset[str]
+    weight: str
+    running_mean: str
+    running_var: str
+
+
+@dataclass
+class GainFlow:
+    """The state of one propagation, and its result.
+
+    Attributes:
+        factors: factor by weight name.
+        vectors: scale that each bias-like parameter takes so as to keep in step.
+        absorbed: norms that take up a gain, by layer.
+        mismatches: where the function changes, in order.
+    """
+
+    factors: Mapping[str, float]
+    vectors: dict[str, float] = field(default_factory=dict)
+    absorbed: dict[str, Absorbed] = field(default_factory=dict)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    _gains: dict[int, Gain] = field(default_factory=dict)
+
+    def of(self, value: Value) -> Gain:
+        """Return the gain of a value."""
+        if value.parameter in self.factors:
+            return Gain(self.factors[value.parameter], frozenset({value.parameter}))
+        return self._gains.get(value.index, Gain())
+
+    def set(self, value: Value, gain: Gain) -> None:
+        """Record the gain of an output."""
+        if gain.scale != 1.0:
+            self._gains[value.index] = gain
+
+    def follow(self, vector: object, gain: Gain) -> bool:
+        """Let a parameter take a gain, and return whether it could.
+
+        It can if it is a parameter with no factor of its own that has taken no other gain.
+        """
+        if not (isinstance(vector, Value) and len(vector.origins) == 1):
+            return False
+        name = vector.origins[0]
+        if name in self.factors:
+            return _same(self.of(vector).scale, gain.scale)
+        return _same(self.vectors.setdefault(name, gain.scale), gain.scale)
+
+    def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
+        """Record a mismatch on the edge from ``value`` to ``op``."""
+        producer = -1 if value.producer is None else value.producer
+        self.mismatches.append(
+            Mismatch(producer, op.index, gain.scale, verdict, why, gain.sources)
+        )
+
+
+GainRule: TypeAlias = Callable[[GainFlow, Operation], Gain]
+GAIN_RULES: Registry[GainRule] = Registry("gain rule")
+
+HOMOGENEOUS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "relu leaky_relu _prelu_kernel neg abs max_pool2d_with_indices max_pool3d_with_indices "
+        "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+        "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout"
+    ).split()
+)
+
+
+def propagate_gains(tape: Tape, factors: Mapping[str, float]) -> GainFlow:
+    """Carry the factors of the weights through a run.
+
+    Args:
+        tape: the operations of the network at its old sizes.
+        factors: factor by weight name; those equal to 1 have no effect.
+    """
+    flow = GainFlow({name: factor for name, factor in factors.items() if factor != 1.0})
+    if not flow.factors:
+        return flow
+    for op in tape.operations:
+        gain = _gain_after(flow, op)
+        for value in op.outputs[:1]:
+            flow.set(value, gain)
+    for value in tape.outputs:
+        gain = flow.of(value)
+        if gain.scale != 1.0 and value.producer is not None:
+            reason = f"the output of the network is scaled by {gain.scale:.6g}"
+            flow.mismatches.append(
+                Mismatch(value.producer, -1, gain.scale, "scaled", reason, gain.sources)
+            )
+    return flow
+
+
+def _gain_after(flow: GainFlow, op: Operation) -> Gain:
+    name = operator_name(op.target)
+    rule = GAIN_RULES.get(name)
+    if rule is not None:
+        return rule(flow, op)
+    if name in LIKENESSES:
+        return Gain()
+    if op.target.is_view or name in MOVEMENTS:
+        return agree(flow, op)
+    if name in HOMOGENEOUS:
+        return flow.of(op.inputs[0])
+    for value in op.inputs:
+        gain = flow.of(value)
+        if gain.scale != 1.0:
+            where = f" at {op.module}" if op.module else ""
+            why = f"a gain of {gain.scale:.6g} reaches {op.name}{where}, which is not homogeneous"
+            flow.part(op, value, gain, "no", why)
+    return Gain()
+
+
+@GAIN_RULES.register("aten.convolution")
+def convolution(flow: GainFlow, op: Operation) -> Gain:
+    """The product of input and weight gains; the bias follows."""
+    return _with_bias(flow, op, op.args[0], op.args[1], op.args[2])
+
+
+@GAIN_RULES.register("aten.addmm")
+def addmm(flow: GainFlow, op: Operation) -> Gain:
+    """The product of the factors' gains; the bias follows."""
+    return _with_bias(flow, op, op.args[1], op.args[2], op.args[0])
+
+
+def _with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: object) -> Gain:
+    gain = flow.of(x).times(flow.of(weight))
+    if bias is None or flow.follow(bias, gain):
+        return gain
+    why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
+    flow.part(op, x, flow.of(x), "no", why)
+    return gain
+
+
+@GAIN_RULES.register("aten.mm", "aten.bmm", "aten.mul", "aten.baddbmm")
+def product(flow: GainFlow, op: Operation) -> Gain:
+    """The product of all gains."""
+    gain = Gain()
+    for value in op.inputs:
+        gain = gain.times(flow.of(value))
+    return gain
+
+
+@GAIN_RULES.register("aten.div")
+def quotient(flow: GainFlow, op: Operation) -> Gain:
+    """The quotient of two gains."""
+    first = flow.of(op.inputs[0])
+    second = flow.of(op.inputs[1]) if len(op.inputs) > 1 else Gain()
+    return first.times(Gain(1.0 / second.scale, second.sources))
+
+
+@GAIN_RULES.register("aten.add", "aten.sub", "aten.cat", "aten.stack")
+def agree(flow: GainFlow, op: Operation) -> Gain:
+    """All gains must agree; parameters follow; what differs is a mismatch on its edge."""
+    data = [value for value in op.inputs if not value.is_weight]
+    if not data:
+        return flow.of(op.inputs[0]) if op.inputs else Gain()
+    gains = [flow.of(value) for value in data]
+    common = next((gain for gain in gains if gain.scale == 1.0), gains[0])
+    offset = any(isinstance(arg, (int, float)) and arg for arg in op.args[1:2])
+    if offset and op.name in ("add", "sub"):
+        common = Gain()
+    for value, gain in zip(data, gains, strict=True):
+        if not _same(gain.scale, common.scale):
+            where = f" at {op.module}" if op.module else ""
+            why = f"scaled by {gain.scale:.6g} where it joins another path ({op.name}{where})"
+            flow.part(op, value, Gain(gain.scale / common.scale, gain.sources), "scaled", why)
+    for value in op.inputs:
+        if value.is_weight and not flow.follow(value, common) and common.scale != 1.0:
+            flow.part(op, data[0], common, "scaled", "scaled where a constant is added")
+            return Gain()
+    return common
+
+
+@GAIN_RULES.register(
+    "aten.native_batch_norm",
+    "aten.cudnn_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training",
+)
+def batch_norm(flow: GainFlow, op: Operation) -> Gain:
+    """Running statistics take the gain up exactly, if there are any."""
+    x, weight, _, mean, variance = op.args[:5]
+    gain = flow.of(x)
+    if gain.scale == 1.0:
+        return Gain()
+    names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
+    layer = layer_of(next((name for name in names if name), op.module))
+    known = flow.absorbed.get(layer)
+    if not all(names):
+        flow.part(op, x, gain, "no", f"{layer} keeps no statistics or weight to absorb a gain")
+    elif known is not None and not _same(known.gain, gain.scale):
+        flow.part(op, x, gain, "no", f"{layer} is used twice, with different gains")
+    else:
+        eps = float(op.args[-1])
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
+    return Gain()
+
+
+def _same(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=1e-12)

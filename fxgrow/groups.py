@@ -1,0 +1,116 @@
+"""Channel groups: sets of channels that must change width together.
+
+Two writer axes are coupled when they share a channel (a residual addition did that); the connected
+components of that relation, found with networkx, are the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import networkx as nx
+import numpy as np
+
+from fxgrow.channels import Channels
+from fxgrow.labels.space import IntArray
+
+Kind = Literal["hidden", "stream", "pinned"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that change width together.
+
+    Attributes:
+        name: fully qualified name of the first writer.
+        width: number of channels.
+        kind: ``hidden``, ``stream`` (carried by a residual addition) or ``pinned``.
+        reason: why it is pinned ("" otherwise).
+        writers, carriers, readers: layers, in order of execution.
+        channels: the channels, in the order of the first writer's rows.
+        axes: every axis that holds some of them.
+    """
+
+    name: str
+    width: int
+    kind: Kind
+    reason: str
+    writers: tuple[str, ...]
+    carriers: tuple[str, ...]
+    readers: tuple[str, ...]
+    channels: IntArray
+    axes: tuple[int, ...]
+
+
+def layer_of(tensor: str) -> str:
+    """Return the layer that owns a parameter: ``layer1.0.conv1`` for its ``.weight``.
+
+    Example:
+        >>> layer_of("layer1.0.conv1.weight"), layer_of("class_token")
+        ('layer1.0.conv1', 'class_token')
+    """
+    return tensor.rpartition(".")[0] or tensor
+
+
+def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ...]:
+    """Return all channel groups, in the order in which they are first written.
+
+    Args:
+        channels: the resolved channels of a run.
+        streams: the channels that a residual addition carries.
+
+    Returns:
+        Every group that some parameter writes, pinned ones included.
+    """
+    coupling = nx.Graph()
+    owner = np.full(channels.count, -1, dtype=np.int64)
+    for axis, role in enumerate(channels.roles):
+        if role != "writer":
+            continue
+        coupling.add_node(axis)
+        members = channels.of_axis(axis)
+        coupling.add_edges_from((axis, int(first)) for first in np.unique(owner[members]) if first >= 0)
+        owner[members] = np.where(owner[members] < 0, axis, owner[members])
+    on_stream = np.zeros(channels.count, dtype=bool)
+    on_stream[streams] = True
+    components = sorted(sorted(part) for part in nx.connected_components(coupling))
+    group_of = np.full(channels.count, -1, dtype=np.int64)
+    members_of: list[IntArray] = []
+    for index, part in enumerate(components):
+        rows = np.concatenate([channels.of_axis(axis) for axis in part])
+        _, first = np.unique(rows, return_index=True)
+        members_of.append(rows[np.sort(first)])
+        group_of[members_of[-1]] = index
+    axes_of: list[list[int]] = [[] for _ in components]
+    for axis in range(len(channels.axes)):
+        for index in np.unique(group_of[channels.of_axis(axis)]).tolist():
+            if index >= 0:
+                axes_of[index].append(axis)
+    return tuple(
+        _group(channels, members, axes, bool(on_stream[members].any()))
+        for members, axes in zip(members_of, axes_of, strict=True)
+    )
+
+
+def _group(
+    channels: Channels, members: IntArray, axes: list[int], on_stream: bool
+) -> ChannelGroup:
+    reasons = [channels.pins[c] for c in members.tolist() if c in channels.pins]
+    layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
+    for axis in axes:
+        layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))
+    writers = tuple(layers["writer"])
+    carriers = tuple(c for c in layers["carrier"] if c not in layers["writer"])
+    kind: Kind = "pinned" if reasons else "stream" if on_stream else "hidden"
+    return ChannelGroup(
+        name=writers[0],
+        width=len(members),
+        kind=kind,
+        reason=reasons[0] if reasons else "",
+        writers=writers,
+        carriers=carriers,
+        readers=tuple(layers["reader"]),
+        channels=members,
+        axes=tuple(axes),
+    )

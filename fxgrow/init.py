@@ -1,0 +1,138 @@
+"""Inits: what fills the new rows V and columns Z, and the new entries of biases.
+
+An init fills a tensor in place: ``init(tensor, reference, fan_in) -> None``. ``reference`` holds
+the layer's old weights after rescaling (None if there are none), ``fan_in`` is that of the layer
+after growth. It may draw from torch's global generator: fxgrow seeds it for each tensor from
+(seed, fully qualified name, role) and restores it, so that results depend on no order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fxgrow.errors import PlanError
+from fxgrow.registry import Registry
+
+Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
+INITS: Registry[Init] = Registry("init")
+
+
+def _deviation(reference: Tensor | None) -> float:
+    """Return the standard deviation of the reference, 0 where it tells nothing."""
+    if reference is None or reference.numel() < 2:
+        return 0.0
+    deviation = reference.float().std().item() if reference.dtype.itemsize < 4 else (
+        reference.std().item()
+    )
+    return deviation if math.isfinite(deviation) else 0.0
+
+
+@INITS.register("copy_uniform")
+def copy_uniform(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """U(±√3·σ), the variance of the old weights; kaiming where they tell none."""
+    deviation = _deviation(reference)
+    if not deviation:
+        kaiming(tensor, reference, fan_in)
+        return
+    bound = math.sqrt(3) * deviation
+    tensor.uniform_(-bound, bound)
+
+
+@INITS.register("copy_normal")
+def copy_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """N(0, σ²), the variance of the old weights; kaiming_normal where they tell none."""
+    deviation = _deviation(reference)
+    if not deviation:
+        kaiming_normal(tensor, reference, fan_in)
+        return
+    tensor.normal_(0.0, deviation)
+
+
+@INITS.register("kaiming")
+def kaiming(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """U(±√(6/fan_in)), variance 2/fan_in (He et al. 2015, eq. 10)."""
+    del reference
+    bound = math.sqrt(6 / max(fan_in, 1))
+    tensor.uniform_(-bound, bound)
+
+
+@INITS.register("kaiming_normal")
+def kaiming_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """N(0, 2/fan_in) (He et al. 2015, eq. 10)."""
+    del reference
+    tensor.normal_(0.0, math.sqrt(2 / max(fan_in, 1)))
+
+
+@INITS.register("zeros")
+def zeros(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """Zeros."""
+    del reference, fan_in
+    tensor.zero_()
+
+
+def find_init(init: str | Init) -> Init:
+    """Return an init given by registered name, by ``package.module:function`` or as a callable.
+
+    Raises:
+        PlanError: no such init.
+    """
+    if callable(init):
+        return init
+    if ":" not in init:
+        return INITS[init]
+    module, _, function = init.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise PlanError(f"the init {init!r} cannot be imported: {error}.", name=init) from error
+    if not callable(found):
+        raise PlanError(f"the init {init!r} is not callable.", name=init)
+    typed: Init = found
+    return typed
+
+
+def init_name(init: str | Init) -> str:
+    """Return the name a plan records for an init."""
+    if isinstance(init, str):
+        return init
+    return f"{init.__module__}:{getattr(init, '__qualname__', type(init).__qualname__)}"
+
+
+def draw(
+    shape: tuple[int, ...],
+    like: Tensor,
+    init: Init,
+    fan_in: int,
+    *,
+    seed: int,
+    name: str,
+    role: str,
+) -> Tensor:
+    """Return a freshly drawn tensor that depends on (seed, name, role) alone.
+
+    Args:
+        shape: shape of the new tensor.
+        like: the rescaled old weights: reference of the law, and dtype and device of the result.
+        init: what fills it.
+        fan_in: of the layer after growth.
+        seed, name, role: what the random numbers depend on.
+
+    Low-precision tensors are drawn in float32 and rounded, on the CPU, so that the same numbers
+    come out on every device.
+    """
+    if like.device.type == "meta":
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    tensor = torch.empty(shape, dtype=dtype)
+    digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        init(tensor, like, fan_in)
+    return tensor.to(device=like.device, dtype=like.dtype)

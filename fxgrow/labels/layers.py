@@ -1,0 +1,87 @@
+"""The algebra of label layers.
+
+A tensor's labels are a tuple of *layers*. A layer is an int32 tensor of the tensor's own shape,
+with stride 0 along every dim it does not vary in, so that a layer over a (2, 512, 56, 56)
+activation holds 512 numbers. The *support* of a layer is the set of dims it varies in; the layers
+of one tensor have disjoint supports (an MLP-Mixer's activation has one for its tokens and one for
+its channels). Label 0 means "no channel": a constant, padding, or data of fixed width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Layer: TypeAlias = Tensor
+Layers: TypeAlias = tuple[Tensor, ...]
+
+
+def support(layer: Layer) -> frozenset[int]:
+    """Return the dims along which ``layer`` varies.
+
+    Example:
+        >>> support(torch.arange(3, dtype=torch.int32)[None, :, None].expand(2, 3, 4))
+        frozenset({1})
+    """
+    return frozenset(
+        dim
+        for dim, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True))
+        if size > 1 and stride != 0
+    )
+
+
+def along(labels: Tensor, dim: int, shape: Sequence[int]) -> Layer:
+    """Return a layer of ``shape`` that holds the 1-D ``labels`` along ``dim``.
+
+    Example:
+        >>> along(torch.tensor([7, 8]), 1, (3, 2)).tolist()
+        [[7, 8], [7, 8], [7, 8]]
+    """
+    view = [1] * len(shape)
+    view[dim] = -1
+    return labels.view(view).expand(*shape)
+
+
+def core(layer: Layer, dims: Iterable[int]) -> Tensor:
+    """Return ``layer`` narrowed to one entry along every dim that is not in ``dims``."""
+    kept = set(dims)
+    for dim in range(layer.ndim):
+        if dim not in kept and layer.shape[dim] > 1:
+            layer = layer.narrow(dim, 0, 1)
+    return layer
+
+
+def line(layer: Layer, dim: int) -> Tensor | None:
+    """Return the 1-D labels of ``layer`` along ``dim``, or None if it varies elsewhere too.
+
+    Example:
+        >>> line(along(torch.tensor([7, 8]), 1, (3, 2)), 1).tolist()
+        [7, 8]
+    """
+    if support(layer) - {dim}:
+        return None
+    return core(layer, (dim,)).reshape(-1)
+
+
+def compact(layer: Layer) -> Layer:
+    """Return the same layer with stride 0 along every dim in which it is constant.
+
+    Needed after an operation that copied (a view that merged a varying and a constant dim, say).
+    Costs one pass over the layer.
+    """
+    for dim in sorted(support(layer)):
+        first = layer.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(layer), layer):
+            layer = first.expand_as(layer)
+    return layer
+
+
+def cover(layers: Layers, dim: int) -> Layer | None:
+    """Return the layer that varies along ``dim``, or None. At most one does."""
+    for layer in layers:
+        if dim in support(layer):
+            return layer
+    return None

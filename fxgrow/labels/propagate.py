@@ -1,0 +1,177 @@
+"""Run a network on meta tensors and let the labels flow: one pass for all channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fxgrow.labels import generic
+from fxgrow.labels.layers import Layers, along
+from fxgrow.labels.rules import RULES, Step
+from fxgrow.labels.space import LabelSpace
+from fxgrow.labels.tape import Operation, Tape, Value, tensors_in
+
+Place = tuple[str, str]  # fx node, module
+
+
+class Labeller(TorchDispatchMode):
+    """A dispatch mode that labels what runs under it and writes it on a tape.
+
+    Args:
+        named: parameters and buffers by fully qualified name; tied ones under their first name.
+        space: where labels are made and unified.
+        place: returns the fx node and the module that are running.
+        count_flops: count floating-point operations with torch's own formulas.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, Tensor],
+        space: LabelSpace,
+        place: Callable[[], Place] = lambda: ("", ""),
+        *,
+        count_flops: bool = True,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.tape = Tape()
+        self._place = place
+        self._count_flops = count_flops
+        self._names = {id(tensor): name for name, tensor in reversed(named.items())}
+        self._alive: list[object] = [named]  # ids are only unique among the living
+        self._values: dict[int, Value] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation on meta tensors, label its outputs, append it to the tape."""
+        args, kwargs = pytree.tree_map_only(Tensor, self._to_meta, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def value(self, tensor: Tensor) -> Value:
+        """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""
+        found = self._values.get(id(tensor))
+        if found is None:
+            name = self._names.get(id(tensor), "")
+            layers: Layers = ()
+            if name:
+                layers = tuple(
+                    along(self.space.axis(name, dim, size), dim, tensor.shape)
+                    for dim, size in enumerate(tensor.shape)
+                    if size > 1  # a width of one may be broadcast
+                )
+            origins = (name,) if name else ()
+            found = self._enter(
+                tensor, layers, parameter=name, is_weight=True, origins=origins
+            )
+        return found
+
+    def enter_input(self, tensor: Tensor) -> None:
+        """Announce an input of the network."""
+        self._enter(tensor, (), is_input=True)
+
+    def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
+        value = Value(len(self.tape.values), tuple(tensor.shape), layers, **facts)
+        self.tape.values.append(value)
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
+
+    def _to_meta(self, tensor: Tensor) -> Tensor:
+        """Move a constant that the model made on another device; 0-dim ones mix as they are."""
+        if tensor.device.type == "meta" or tensor.ndim == 0:
+            return tensor
+        return tensor.to("meta")
+
+    def _record(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object
+    ) -> None:
+        node, module = self._place()
+        outputs = tuple(tensors_in(result))
+        inputs = tuple(self.value(tensor) for tensor in tensors_in((args, kwargs)))
+        where = f"{generic.operator_name(func)} at {module or node or 'the top level'}"
+        step = Step(self.space, func, args, kwargs, outputs, self.value, where)
+        layers = self._labels(step, inputs)
+        seen_args, seen_kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+        weight = bool(inputs) and all(value.is_weight for value in inputs)
+        origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
+        index = len(self.tape.operations)
+        values = tuple(
+            self._enter(tensor, flow, producer=index, is_weight=weight, origins=origins)
+            for tensor, flow in zip(outputs, layers, strict=True)
+        )
+        self.tape.operations.append(
+            Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
+        )
+        formula = flop_registry.get(func.overloadpacket) if self._count_flops else None
+        if formula is not None:
+            self.tape.flops += int(formula(*args, **kwargs, out_val=result))
+
+    def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
+        if not any(value.layers for value in inputs):
+            return tuple(() for _ in step.outputs)
+        rule = RULES.get(generic.operator_name(step.target))
+        if rule is not None:
+            return rule(step)
+        if generic.is_movement(step):
+            return generic.movement(step)
+        if generic.is_pointwise(step):
+            return generic.pointwise(step)
+        return step.give_up(f"no rule for {step.target}")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by fully qualified name, tied ones under each name."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def propagate(
+    run: Callable[..., Any],
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    place: Callable[[], Place] = lambda: ("", ""),
+    count_flops: bool = True,
+) -> tuple[LabelSpace, Tape]:
+    """Run ``run(*inputs)`` on meta tensors and return its labels and its tape.
+
+    Args:
+        run: the model itself, or an interpreter of its graph.
+        model: owns the parameters and buffers that ``run`` uses; all on the meta device.
+        inputs: meta tensors (and whatever else the model takes).
+        place: returns the fx node and module that are running.
+        count_flops: fill ``tape.flops``.
+
+    Returns:
+        The label space (to be resolved with ``roots()``) and the tape of operations.
+    """
+    space = LabelSpace()
+    labeller = Labeller(named_tensors(model), space, place, count_flops=count_flops)
+    with torch.no_grad(), labeller:
+        for tensor in tensors_in(inputs):
+            labeller.enter_input(tensor)
+        result = run(*inputs)
+    for tensor in tensors_in(result):
+        value = labeller.value(tensor)
+        labeller.tape.outputs.append(value)
+        for layer in value.layers:
+            space.pin(layer, "an output of the network")
+    return space, labeller.tape
+
+

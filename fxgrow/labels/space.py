@@ -1,0 +1,130 @@
+"""The labels of one run: which parameter axis each stands for, and which are one channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Role: TypeAlias = Literal["writer", "reader", "carrier"]
+Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A parameter or buffer axis with a label for each position.
+
+    Attributes:
+        tensor: fully qualified name of the parameter or buffer.
+        dim: the dim of that tensor.
+        groups: for a grouped convolution, the axis is read as (groups, size // groups); the input
+            axis of its weight then has ``groups * weight.shape[1]`` positions.
+        start: the label of position 0.
+        size: number of positions.
+    """
+
+    tensor: str
+    dim: int
+    groups: int
+    start: int
+    size: int
+
+
+@dataclass
+class LabelSpace:
+    """Hands out labels for parameter axes and records what the operations say about them.
+
+    Nothing is resolved while the network runs: unions, roles and pins are appended as arrays and
+    worked out once, vectorised, by :meth:`roots`.
+    """
+
+    axes: list[Axis] = field(default_factory=list)
+    roles: dict[int, Role] = field(default_factory=dict)  # index of axis -> role
+    fills: dict[int, Fill] = field(default_factory=dict)  # index of axis -> fill of new entries
+    convolution_groups: dict[str, int] = field(default_factory=dict)  # weight -> groups, 0 depthwise
+    pins: list[tuple[IntArray, str]] = field(default_factory=list)
+    _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    _next: int = 1
+
+    def axis(self, tensor: str, dim: int, size: int, groups: int = 1) -> Tensor:
+        """Return the labels of an axis, shape ``(size,)``, the same at each call."""
+        key = (tensor, dim, groups)
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self.axes)
+            self.axes.append(Axis(tensor, dim, groups, self._next, size))
+            self._next += size
+        found = self.axes[index]
+        return torch.arange(found.start, found.start + found.size, dtype=torch.int32)
+
+    def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
+        """Record what the axes of ``labels`` are to their channels, and how new entries begin.
+
+        The first role an axis is given stays: a tied embedding is a writer before it reads.
+        """
+        ids = labels.numpy().ravel()
+        starts = [axis.start for axis in self.axes]
+        owners = np.unique(np.searchsorted(starts, ids[ids > 0], side="right") - 1)
+        for owner in owners.tolist():
+            self.roles.setdefault(owner, role)
+            self.fills.setdefault(owner, fill)
+
+    def unify(self, left: Tensor, right: Tensor) -> None:
+        """Record that the channels ``left[i]`` and ``right[i]`` are one. Zeros say nothing.
+
+        Args:
+            left: labels, any shape.
+            right: labels of the same number of elements, in the same order.
+        """
+        first, second = left.numpy().ravel(), right.numpy().ravel()
+        different = (first != second) & (first != 0) & (second != 0)
+        if different.any():
+            self._edges.append((first[different], second[different]))
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        """Record that the channels of ``labels`` cannot change, and why."""
+        ids = np.unique(labels.numpy())
+        ids = ids[ids > 0]
+        if len(ids):
+            self.pins.append((ids, reason))
+
+    def roots(self) -> IntArray:
+        """Return, for each label, the smallest label of its channel; shape ``(labels + 1,)``.
+
+        Connected components by hooking and pointer jumping: a logarithmic number of passes over
+        the recorded unions, none of them a Python loop over channels.
+        """
+        parent = np.arange(self._next, dtype=np.int64)
+        if not self._edges:
+            return parent
+        left = np.concatenate([a for a, _ in self._edges]).astype(np.int64)
+        right = np.concatenate([b for _, b in self._edges]).astype(np.int64)
+        while True:
+            a, b = parent[left], parent[right]
+            open_edges = a != b
+            if not open_edges.any():
+                return parent
+            left, right, a, b = left[open_edges], right[open_edges], a[open_edges], b[open_edges]
+            np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+            while True:
+                jumped = parent[parent]
+                if np.array_equal(jumped, parent):
+                    break
+                parent = jumped
+
+    def pin_reasons(self, roots: IntArray) -> dict[int, str]:
+        """Return the first reason for each pinned channel, by its root."""
+        reasons: dict[int, str] = {}
+        for ids, reason in self.pins:
+            for root in np.unique(roots[ids]).tolist():
+                reasons.setdefault(root, reason)
+        return reasons
+
+

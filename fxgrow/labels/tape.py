@@ -1,0 +1,97 @@
+"""What a network did: its ATen operations in order, with the labels of every value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fxgrow.labels.layers import Layers
+
+
+@dataclass(frozen=True)
+class Value:
+    """One version of one tensor.
+
+    Attributes:
+        index: its place on the tape's ``values``.
+        shape: its shape.
+        layers: its label layers.
+        producer: index of the operation that computed it, or None for inputs and parameters.
+        parameter: fully qualified name if it is a parameter or buffer, else "".
+        is_weight: it depends on parameters and constants alone.
+        is_input: it is an input of the network.
+        origins: the parameters and buffers it depends on, where ``is_weight``.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    layers: Layers
+    producer: int | None = None
+    parameter: str = ""
+    is_weight: bool = False
+    is_input: bool = False
+    origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operation as it ran.
+
+    Attributes:
+        index: its place in execution order.
+        target: the operator.
+        node: name of the fx node that ran it ("" if the model was run without a graph).
+        module: fully qualified name of the innermost module that ran it.
+        args, kwargs: its arguments, every tensor replaced by its :class:`Value`.
+        inputs: the values among the arguments, in order.
+        outputs: the values it computed (an in-place operation computes a new value).
+    """
+
+    index: int
+    target: OpOverload
+    node: str
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def name(self) -> str:
+        """The operator's name without namespace, overload and in-place mark: ``"relu"``."""
+        return self.target._opname.rstrip("_")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters and buffers it uses, directly or through a view of them."""
+        return tuple(dict.fromkeys(name for value in self.inputs for name in value.origins))
+
+
+@dataclass
+class Tape:
+    """The operations of one run in order, its values, outputs and floating-point operations."""
+
+    operations: list[Operation] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    flops: int = 0
+
+    def consumers(self, value: Value) -> Iterator[Operation]:
+        """Yield the operations that take ``value``."""
+        return (op for op in self.operations if any(v is value for v in op.inputs))
+
+
+def tensors_in(tree: object) -> Iterator[Tensor]:
+    """Yield the tensors of a nest of tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)

@@ -1,0 +1,135 @@
+"""Pairing: how the new channels of a group cancel in whatever reads them.
+
+One rule makes every pairing preserving: at each reader, the new columns that read one value sum to
+zero. A pairing says, for n new channels of one kind, which drawn row each of them writes (V) and
+with which sign each reader reads its drawn column (Z):
+
+==============  ==============  ===================  ========================================
+pairing         new rows        new columns          source
+==============  ==============  ===================  ========================================
+``vv_z_negz``   V, V            Z, −Z                Two-way R2WiderR, eq. 8–13; Yuan et al. 2023
+``v_zero``      V               0                    NetMorph (Wei et al. 2016), one side zero
+``none``        V               Z                    random padding; does not preserve
+==============  ==============  ===================  ========================================
+
+An odd number of new channels under ``vv_z_negz`` leaves one without a twin: it is read by zeros.
+This module needs no torch, so the command line can list the names without loading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from fxgrow.errors import PlanError
+from fxgrow.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What n new channels of one kind write and how they are read.
+
+    Attributes:
+        draws: for each new channel the index of the drawn row (and column) it uses; twins share.
+        column_signs: for each new channel +1, −1 or 0: the sign of its column at every reader.
+        preserving: whether the columns that read one draw sum to zero.
+    """
+
+    draws: tuple[int, ...]
+    column_signs: tuple[int, ...]
+
+    @property
+    def preserving(self) -> bool:
+        """Whether, for every drawn value, the signs of the columns that read it sum to zero."""
+        sums: dict[int, int] = {}
+        for draw, sign in zip(self.draws, self.column_signs, strict=True):
+            sums[draw] = sums.get(draw, 0) + sign
+        return not any(sums.values())
+
+
+Pairing: TypeAlias = Callable[[int], Layout]
+PAIRINGS: Registry[Pairing] = Registry("pairing")
+
+
+@PAIRINGS.register("vv_z_negz")
+def vv_z_negz(count: int) -> Layout:
+    """Twins: the same new row twice, read with opposite signs.
+
+    Example:
+        >>> vv_z_negz(5)
+        Layout(draws=(0, 1, 0, 1, 2), column_signs=(1, 1, -1, -1, 0))
+    """
+    half = count // 2
+    lone = count % 2
+    return Layout(
+        draws=(*range(half), *range(half), *range(half, half + lone)),
+        column_signs=(1,) * half + (-1,) * half + (0,) * lone,
+    )
+
+
+@PAIRINGS.register("v_zero")
+def v_zero(count: int) -> Layout:
+    """New rows that nothing reads yet."""
+    return Layout(draws=tuple(range(count)), column_signs=(0,) * count)
+
+
+@PAIRINGS.register("none")
+def none(count: int) -> Layout:
+    """New rows and new columns, independent: the baseline that changes the function."""
+    return Layout(draws=tuple(range(count)), column_signs=(1,) * count)
+
+
+def apply_pairing(
+    writer: Tensor, reader: Tensor, new_rows: Tensor, new_columns: Tensor, pairing: str
+) -> tuple[Tensor, Tensor]:
+    """Join old and new weights of a pair of layers, for growth methods that make their own V, Z.
+
+    Args:
+        writer: old weights (h, fan_in, …) of the layer that writes the hidden channels.
+        reader: old weights (out, h, …) of the layer that reads them.
+        new_rows: V of shape (m, fan_in, …), one row per drawn channel.
+        new_columns: Z of shape (out, m, …), one column per drawn channel.
+        pairing: a registered name.
+
+    Returns:
+        The writer (h + n, fan_in, …) and the reader (out, h + n, …), with n = 2m new channels
+        under ``vv_z_negz`` and n = m under ``v_zero`` and ``none``.
+
+    Raises:
+        PlanError: no pairing of that name, or shapes that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> w, r = torch.ones(1, 2), torch.ones(3, 1)
+        >>> w2, r2 = apply_pairing(w, r, torch.zeros(1, 2), torch.full((3, 1), 5.0), "vv_z_negz")
+        >>> w2.shape, r2[0].tolist()
+        (torch.Size([3, 2]), [1.0, 5.0, -5.0])
+    """
+    import torch
+
+    count = new_rows.shape[0]
+    fits = (
+        writer.shape[0] == reader.shape[1]
+        and new_rows.shape[1:] == writer.shape[1:]
+        and new_columns.shape[:1] + new_columns.shape[2:] == reader.shape[:1] + reader.shape[2:]
+        and new_columns.shape[1] == count
+    )
+    if not fits:
+        raise PlanError(
+            f"V {tuple(new_rows.shape)} and Z {tuple(new_columns.shape)} do not fit a writer "
+            f"{tuple(writer.shape)} and a reader {tuple(reader.shape)}.",
+            way_out="V is (m, *writer.shape[1:]), Z is (out, m, *reader.shape[2:]).",
+        )
+    rule = PAIRINGS[pairing]
+    total = next((n for n in (count, 2 * count) if len(set(rule(n).draws)) == count), count)
+    layout = rule(total)
+    draws = torch.tensor(layout.draws, device=writer.device)
+    signs = torch.tensor(layout.column_signs, dtype=reader.dtype, device=reader.device)
+    shaped = signs.view(1, -1, *(1,) * (reader.ndim - 2))
+    columns = new_columns.index_select(1, draws.to(reader.device)) * shaped
+    rows = new_rows.index_select(0, draws)
+    return torch.cat([writer, rows]), torch.cat([reader, columns], dim=1)

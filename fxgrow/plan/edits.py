@@ -1,0 +1,117 @@
+"""From matched channels to edits of axes: what each new position holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fxgrow.channels import Channels
+from fxgrow.errors import PlanError
+from fxgrow.labels.space import Fill, IntArray, Role
+from fxgrow.plan.match import Matching
+from fxgrow.plan.schema import AxisEdit, Run, RunKind
+
+# Codes for the kinds of positions, in the order of _KINDS.
+_KINDS: tuple[RunKind, ...] = ("old", "new", "minus", "zero", "one")
+_OLD, _NEW, _MINUS, _ZERO, _ONE = range(5)
+
+
+def axis_edits(old: Channels, new: Channels, matching: Matching) -> dict[str, list[AxisEdit]]:
+    """Return, for each tensor, the edits of the axes whose positions change; readers first.
+
+    Args:
+        old, new: the channels at the old and the new sizes.
+        matching: which new channel continues which old one.
+
+    Raises:
+        PlanError: a position of an old channel has no counterpart.
+    """
+    index_of = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
+    edits: dict[str, list[AxisEdit]] = {}
+    for index, axis in enumerate(new.axes):
+        before = index_of[axis.tensor, axis.dim]
+        if axis.groups != old.axes[before].groups:
+            continue  # whole convolution groups were added: their rows are new altogether
+        kind, start = _positions(old, before, new, index, matching)
+        if len(kind) == old.axes[before].size and bool(
+            (kind == _OLD).all() and (start == np.arange(len(start))).all()
+        ):
+            continue
+        edit = AxisEdit(axis.dim, new.roles[index], axis.groups, _runs(kind, start))
+        edits.setdefault(axis.tensor, []).append(edit)
+    for axes in edits.values():
+        axes.sort(key=lambda edit: (edit.role != "reader", edit.dim))
+    return edits
+
+
+def _positions(
+    old: Channels, old_axis: int, new: Channels, new_axis: int, matching: Matching
+) -> tuple[IntArray, IntArray]:
+    """Return the kind and the source of each position of a new axis."""
+    rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
+    channel, rank = new.channel[rows], new.rank_of_row[rows]
+    origin = matching.old[channel]
+    fresh = origin < 0
+    kind = np.full(len(channel), _OLD, dtype=np.int64)
+    start = np.zeros(len(channel), dtype=np.int64)
+
+    old_rows = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
+    old_keys = _keys(old.channel[old_rows], old.rank_of_row[old_rows])
+    order = np.argsort(old_keys)
+    wanted = _keys(origin[~fresh], rank[~fresh])
+    found = np.searchsorted(old_keys[order], wanted)
+    if len(wanted) and not np.array_equal(old_keys[order][found % len(order)], wanted):
+        raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
+    start[~fresh] = order[found]
+
+    draw = _keys(matching.draw[channel[fresh]], rank[fresh])
+    sign = matching.sign[channel[fresh]]
+    kind[fresh], start[fresh] = _fresh(
+        new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
+    )
+    return kind, start
+
+
+def _keys(channel: IntArray, rank: IntArray) -> IntArray:
+    """Return one number for a channel and a rank within it."""
+    return channel * (1 << 31) + rank
+
+
+def _fresh(
+    role: Role, fill: Fill, draw: IntArray, sign: IntArray, size: int
+) -> tuple[IntArray, IntArray]:
+    """Return kind and start of the new positions of an axis."""
+    nothing = np.zeros(len(draw), dtype=np.int64)
+    if role == "reader":
+        read = sign != 0
+        start = nothing.copy()
+        start[read] = _dense(draw[read])
+        return np.where(sign > 0, _NEW, np.where(sign < 0, _MINUS, _ZERO)), start
+    if fill == "one":
+        return nothing + _ONE, nothing
+    if fill == "zero":
+        return nothing + _ZERO, nothing
+    if fill == "copy":  # values of a domain we do not know: take old ones, round-robin
+        return nothing + _OLD, _dense(draw) % max(size, 1)
+    return nothing + _NEW, _dense(draw)
+
+
+def _dense(draw: IntArray) -> IntArray:
+    """Renumber draws 0, 1, 2… in order of first appearance."""
+    _, first, inverse = np.unique(draw, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def _runs(kind: IntArray, start: IntArray) -> tuple[Run, ...]:
+    """Return positions as runs: same kind, and consecutive sources where there is a source."""
+    if not len(kind):
+        return ()
+    sourced = kind <= _MINUS
+    step = np.where(sourced[1:], start[:-1] + 1, start[:-1])
+    breaks = np.flatnonzero((kind[1:] != kind[:-1]) | (start[1:] != step)) + 1
+    bounds = [0, *breaks.tolist(), len(kind)]
+    return tuple(
+        Run(_KINDS[int(kind[low])], int(start[low]), high - low)
+        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+    )

@@ -1,0 +1,114 @@
+"""Attributes of modules that must follow their tensors, so that a grown module tells the truth.
+
+One line per family: which attribute repeats which size. A module of your own whose ``forward``
+reads such an attribute is registered with ``@follows(MyModule)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from fxgrow.groups import layer_of
+from fxgrow.plan.schema import ModuleEdit
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Attributes: TypeAlias = dict[str, int | tuple[int, ...]]
+Follow: TypeAlias = Callable[[nn.Module, Shapes, "int | None"], Attributes]
+
+_FOLLOWS: dict[type[nn.Module], Follow] = {}
+
+
+def follows(*classes: type[nn.Module]) -> Callable[[Follow], Follow]:
+    """Return a decorator that registers what attributes repeat which sizes.
+
+    The function gets the module, the new shapes of its own tensors by local name, and the new
+    ``groups`` of its convolution (None if unchanged); it returns the attributes' new values.
+
+    Raises:
+        ValueError: a class is registered already.
+    """
+
+    def decorate(function: Follow) -> Follow:
+        for cls in classes:
+            if cls in _FOLLOWS:
+                raise ValueError(f"{cls.__name__} is registered already")
+            _FOLLOWS[cls] = function
+        return function
+
+    return decorate
+
+
+@follows(_ConvNd)
+def convolution(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``out_channels``, ``in_channels`` and ``groups``."""
+    count = groups if groups is not None else int(module.groups)  # type: ignore[arg-type]
+    first, second = shapes["weight"][:2]
+    if getattr(module, "transposed", False):
+        return {"in_channels": first, "out_channels": second * count, "groups": count}
+    return {"out_channels": first, "in_channels": second * count, "groups": count}
+
+
+@follows(nn.Linear)
+def linear(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``out_features`` and ``in_features``."""
+    del module, groups
+    return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
+
+
+@follows(nn.Embedding)
+def embedding(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_embeddings`` and ``embedding_dim``."""
+    del module, groups
+    return {"num_embeddings": shapes["weight"][0], "embedding_dim": shapes["weight"][1]}
+
+
+@follows(_NormBase)
+def batch_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_features``."""
+    del module, groups
+    return {"num_features": next(shape[0] for shape in shapes.values() if shape)}
+
+
+@follows(nn.PReLU)
+def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_parameters``."""
+    del module, groups
+    return {"num_parameters": shapes["weight"][0]}
+
+
+def attribute_edits(
+    model: nn.Module, new_shapes: Shapes, convolution_groups: Mapping[str, int]
+) -> Iterator[ModuleEdit]:
+    """Yield the attribute edits that go with new tensor shapes.
+
+    Args:
+        model: the network, at its old sizes.
+        new_shapes: new shape by fully qualified name, of the tensors that change.
+        convolution_groups: new ``groups`` by name of a grouped convolution's weight.
+    """
+    for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:  # a raw parameter of the top-level module
+            continue
+        follow = next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
+        if follow is None:
+            continue
+        own: dict[str, Tensor] = {
+            **dict(module.named_parameters(recurse=False)),
+            **dict(module.named_buffers(recurse=False)),
+        }
+        shapes = {
+            local: tuple(new_shapes.get(f"{owner}.{local}", tuple(tensor.shape)))
+            for local, tensor in own.items()
+        }
+        groups = convolution_groups.get(f"{owner}.weight")
+        for attribute, after in follow(module, shapes, groups).items():
+            before = getattr(module, attribute, after)
+            if before != after:
+                yield ModuleEdit(owner, attribute, before, after)

@@ -1,0 +1,324 @@
+"""Make a plan: widths, sizes, a run at the new sizes, matching, factors, gains, verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fxgrow.analysis import Analysis
+from fxgrow.apply import fingerprint
+from fxgrow.errors import PlanError, TraceError
+from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
+from fxgrow.groups import ChannelGroup, layer_of
+from fxgrow.labels.propagate import named_tensors
+from fxgrow.pairing import PAIRINGS
+from fxgrow.plan.edits import axis_edits
+from fxgrow.plan.resize import Sizes, new_sizes
+from fxgrow.plan.rerun import Resized, run_resized
+from fxgrow.plan.match import match
+from fxgrow.plan.schema import (
+    Absorption,
+    AxisEdit,
+    GroupPlan,
+    Multiplier,
+    NormGain,
+    Plan,
+    Refusal,
+    Request,
+    TensorEdit,
+    Verdict,
+)
+from fxgrow.plan.widths import select
+from fxgrow.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
+from fxgrow.version import __version__
+
+VarianceOf = Callable[[str], float]
+
+
+def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> Plan:
+    """Return the plan for a request.
+
+    Args:
+        analysis: of the network at its present sizes.
+        request: what is asked for.
+        variance_of: returns the unbiased variance of a weight by name; called only for
+            rescalings that need it.
+
+    Raises:
+        PlanError: the request is malformed or nothing that it selects can grow.
+    """
+    if not (request.noise >= 0 and math.isfinite(request.noise)):
+        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+    pairing = PAIRINGS[request.pairing]
+    RESCALINGS[request.rescaling]  # an unknown name is refused before any work
+    widths, refused = select(analysis.groups, request)
+    standin = analysis.traced.standin
+    tensors = named_tensors(standin)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    sizes, resized, more = _possible(analysis, request, widths, shapes)
+    refused += more
+    edits = axis_edits(
+        analysis.channels, resized.channels, match(analysis.channels, resized.channels, pairing)
+    )
+    roles = _weights(analysis, sizes)
+    factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
+    flow = propagate_gains(analysis.tape, factors)
+    aliases = _aliases(tensors)
+    groups = tuple(
+        _group_plan(analysis, request, group, sizes, factors, flow)
+        for group in analysis.groups
+        if group.name in sizes.widths
+    )
+    prediction = _multipliers(analysis, flow)
+    batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
+    return Plan(
+        request=request,
+        groups=groups,
+        refused=refused,
+        tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
+        modules=resized.modules,
+        multipliers=tuple(replace(m, factor=1 / m.factor) for m in prediction)
+        if request.compensate
+        else (),
+        prediction=() if request.compensate else prediction,
+        norms=tuple(NormGain(norm.layer, norm.gain) for norm in flow.absorbed.values()),
+        aliases=aliases,
+        source=fingerprint(tensors),
+        inputs=analysis.traced.input_shapes,
+        inputs_inferred=analysis.traced.inferred,
+        tracer=analysis.traced.tracer,
+        parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
+        flops=(analysis.tape.flops // batch, resized.flops // batch),
+        warnings=tuple(warnings),
+        fxgrow=__version__,
+    )
+
+
+def _possible(
+    analysis: Analysis,
+    request: Request,
+    widths: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Sizes, Resized, tuple[Refusal, ...]]:
+    """Return sizes at which the network runs; groups that stand in the way are refused.
+
+    The whole request is tried first. If the network does not run at those sizes, each group is
+    tried alone, and those that fail alone are refused with the reason.
+    """
+    sizes = new_sizes(analysis.channels, analysis.groups, widths, shapes, request.grouped)
+    refused = sizes.refused
+    try:
+        return sizes, _run(analysis, sizes), _complete(sizes, refused)
+    except (TraceError, PlanError) as error:
+        if len(sizes.widths) == 1:
+            name = next(iter(sizes.widths))
+            raise PlanError(f"{name} cannot be widened: {error.message}", name=name) from error
+    good: dict[str, int] = {}
+    for name, width in sizes.widths.items():
+        alone = new_sizes(
+            analysis.channels, analysis.groups, {name: width}, shapes, request.grouped
+        )
+        try:
+            _run(analysis, alone)
+        except (TraceError, PlanError) as error:
+            refused += (Refusal(name, error.message),)
+        else:
+            good[name] = width
+    sizes = new_sizes(analysis.channels, analysis.groups, good, shapes, request.grouped)
+    return sizes, _run(analysis, sizes), _complete(sizes, refused)
+
+
+def _run(analysis: Analysis, sizes: Sizes) -> Resized:
+    return run_resized(analysis.traced, sizes.shapes, sizes.convolution_groups)
+
+
+def _complete(sizes: Sizes, refused: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
+    """Return the refusals, or raise the first one if nothing is left to grow."""
+    if not sizes.widths and refused:
+        raise PlanError(
+            f"{refused[0].name} cannot be widened: {refused[0].reason}.", name=refused[0].name
+        )
+    return refused
+
+
+def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Return, for each weight that writes or reads a widened group, its dim by role."""
+    widened = {g.name for g in analysis.groups if sizes.widths.get(g.name, g.width) != g.width}
+    axes = {axis for g in analysis.groups if g.name in widened for axis in g.axes}
+    names = {
+        analysis.channels.axes[axis].tensor
+        for axis in axes
+        if analysis.channels.roles[axis] in ("writer", "reader")
+    }
+    dims: dict[str, dict[str, int]] = {}
+    for axis, role in zip(analysis.channels.axes, analysis.channels.roles, strict=True):
+        if axis.tensor in names:
+            dims.setdefault(axis.tensor, {})[role] = axis.dim
+    return dims
+
+
+def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
+    """Return the number of inputs of one output: all elements over the rows."""
+    rows = shape[dims.get("writer", 0)]
+    return math.prod(shape) // max(rows, 1)
+
+
+def _factors(
+    request: Request,
+    weights: Mapping[str, Mapping[str, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    variance_of: VarianceOf,
+) -> tuple[dict[str, float], list[str]]:
+    """Return the rescaling factor of each weight, and what to warn of."""
+    factors: dict[str, float] = {}
+    warnings: list[str] = []
+    needs_variance = request.rescaling in USES_VARIANCE
+    for name, dims in weights.items():
+        layer = LayerStatistics(
+            fan_in=_fan_in(shapes[name], dims),
+            new_fan_in=_fan_in(sizes.shapes.get(name, shapes[name]), dims),
+            variance=variance_of(name) if needs_variance else math.nan,
+            gain=request.gain,
+        )
+        factors[name], warning = rescaling_factor(request.rescaling, layer)
+        if warning:
+            warnings.append(f"{layer_of(name)}: {warning}")
+    return factors, warnings
+
+
+def _tensor_edits(
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    edits: Mapping[str, list[AxisEdit]],
+    factors: Mapping[str, float],
+    flow: GainFlow,
+    weights: Mapping[str, Mapping[str, int]],
+    aliases: Mapping[str, str],
+) -> dict[str, TensorEdit]:
+    """Return the edit of every tensor that changes, in the order of the state_dict."""
+    absorptions = dict(item for norm in flow.absorbed.values() for item in _absorptions(norm))
+    found: dict[str, TensorEdit] = {}
+    for name, shape in shapes.items():
+        if name in aliases:
+            continue
+        new_shape = sizes.shapes.get(name, shape)
+        scale = factors.get(name, 1.0) * flow.vectors.get(name, 1.0)
+        axes = tuple(edits.get(name, ()))
+        if not axes and scale == 1.0 and name not in absorptions:
+            continue
+        owner = name if name in weights else f"{layer_of(name)}.weight"
+        fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
+        found[name] = TensorEdit(shape, new_shape, scale, axes, fan_in, absorptions.get(name))
+    return found
+
+
+def _absorptions(norm: Absorbed) -> Iterable[tuple[str, Absorption]]:
+    """Yield the absorption of each of a norm's tensors."""
+    for part, name in (
+        ("weight", norm.weight),
+        ("running_mean", norm.running_mean),
+        ("running_var", norm.running_var),
+    ):
+        yield name, Absorption(part, norm.gain, norm.eps, norm.running_var)  # type: ignore[arg-type]
+
+
+def _group_plan(
+    analysis: Analysis,
+    request: Request,
+    group: ChannelGroup,
+    sizes: Sizes,
+    factors: Mapping[str, float],
+    flow: GainFlow,
+) -> GroupPlan:
+    """Return what happens to one group, with its verdict."""
+    own = {
+        analysis.channels.axes[axis].tensor: analysis.channels.roles[axis] for axis in group.axes
+    }
+    roles: dict[str, set[float]] = {"writer": set(), "reader": set()}
+    for axis in group.axes:
+        role, tensor = analysis.channels.roles[axis], analysis.channels.axes[axis].tensor
+        if role in roles and tensor in factors:
+            roles[role].add(factors[tensor])
+    alpha, beta = (next(iter(f)) if len(f) == 1 else None for f in roles.values())
+    touching = {name for name in own if name in factors}
+    mismatches = [m for m in flow.mismatches if m.sources & touching]
+    verdict, reason = _verdict(request, mismatches)
+    return GroupPlan(
+        name=group.name,
+        width=(group.width, sizes.widths[group.name]),
+        kind=group.kind,
+        block=analysis.block_of(group),
+        writers=group.writers,
+        readers=group.readers,
+        factors={layer_of(name): factors[name] for name in own if name in factors},
+        alpha=alpha,
+        beta=beta,
+        alpha_beta=None if alpha is None or beta is None else alpha * beta,
+        absorbed_by=tuple(n.layer for n in flow.absorbed.values() if n.sources & touching),
+        gain=math.prod(m.gain for m in mismatches),
+        preserves=verdict,
+        reason=reason,
+    )
+
+
+def _verdict(request: Request, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
+    """Return what becomes of the function, and why."""
+    if not PAIRINGS[request.pairing](2).preserving:
+        return "no", f"pairing {request.pairing!r}: the new channels do not cancel"
+    if request.noise:
+        return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"
+    if not mismatches:
+        return "exact", ""
+    reasons = "; ".join(dict.fromkeys(m.reason for m in mismatches))
+    if request.compensate:
+        return "exact", f"compensated by a multiplier ({reasons})"
+    return ("no" if any(m.verdict == "no" for m in mismatches) else "scaled"), reasons
+
+
+def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
+    """Return the mismatches as multipliers on edges of the fx graph.
+
+    Raises:
+        PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
+            no graph.
+    """
+    operations = analysis.tape.operations
+    found: dict[tuple[str, str], Multiplier] = {}
+    for mismatch in flow.mismatches:
+        producer = operations[mismatch.producer].node if mismatch.producer >= 0 else ""
+        consumer = operations[mismatch.consumer].node if mismatch.consumer >= 0 else "output"
+        if not producer or not consumer or producer == consumer:
+            raise PlanError(
+                f"what this rescaling does to the output cannot be predicted: {mismatch.reason}, "
+                "inside a part of the network without a graph.",
+                way_out="Use --rescaling none.",
+            )
+        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain)
+    return tuple(found.values())
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each further name of a tied tensor, its first name."""
+    first: dict[int, str] = {}
+    return {
+        name: known
+        for name, tensor in tensors.items()
+        if (known := first.setdefault(id(tensor), name)) != name
+    }
+
+
+def _parameter_counts(
+    parameters: Iterable[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes,
+) -> tuple[int, int]:
+    """Return the number of parameters before and after."""
+    ids = {id(parameter) for parameter in parameters}
+    names = {id(t): n for n, t in reversed(tensors.items()) if id(t) in ids}.values()
+    before = sum(math.prod(shapes[name]) for name in names)
+    return before, sum(math.prod(sizes.shapes.get(name, shapes[name])) for name in names)

@@ -1,0 +1,138 @@
+"""From new group widths to the new sizes of every tensor, by counting.
+
+An axis that holds n rows of a group of width h holds n·h'/h of them afterwards: a concatenation
+adds its groups up, a flatten multiplies by its spatial positions, and both come out of the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from fxgrow.channels import Channels
+from fxgrow.groups import ChannelGroup
+from fxgrow.plan.schema import Grouped, Refusal
+from fxgrow.plan.widths import nearest_widths
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The new sizes of a network.
+
+    Attributes:
+        shapes: new shape of every tensor that changes.
+        convolution_groups: new ``groups`` of every grouped convolution whose number of groups
+            changes, by its weight.
+        widths: new width of each group that grows, by name.
+        refused: groups that cannot have the width that was asked for.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    convolution_groups: dict[str, int]
+    widths: dict[str, int]
+    refused: tuple[Refusal, ...]
+
+
+def new_sizes(
+    channels: Channels,
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    grouped: Grouped,
+) -> Sizes:
+    """Return the sizes that follow from new widths; what is impossible is refused and left out.
+
+    Args:
+        channels: the channels at the old sizes.
+        groups: all channel groups.
+        widths: wanted width by group name.
+        shapes: present shape by tensor name.
+        grouped: whether a grouped convolution grows inside each group or by whole groups.
+    """
+    wanted = dict(widths)
+    refused: dict[str, str] = {}
+    while True:
+        sizes, problems = _attempt(channels, groups, wanted, shapes, grouped)
+        if not problems:
+            found = tuple(Refusal(name, reason) for name, reason in refused.items())
+            return Sizes(sizes[0], sizes[1], wanted, found)
+        for name, reason in problems.items():
+            refused[name] = reason
+            del wanted[name]
+
+
+def _attempt(
+    channels: Channels,
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    grouped: Grouped,
+) -> tuple[tuple[dict[str, tuple[int, ...]], dict[str, int]], dict[str, str]]:
+    """Return new shapes and convolution groups, and why each impossible group is impossible."""
+    group_of = np.full(channels.count, -1, dtype=np.int64)
+    for index, group in enumerate(groups):
+        group_of[group.channels] = index
+    new_shapes: dict[str, list[int]] = {}
+    new_groups: dict[str, int] = {}
+    problems: dict[str, str] = {}
+    positions: dict[tuple[str, str], int] = {}  # (weight, "in" | "out") -> new positions
+    touching: dict[str, set[int]] = {}
+    for index, axis in enumerate(channels.axes):
+        size = axis.size
+        held, counts = np.unique(group_of[channels.of_axis(index)], return_counts=True)
+        for member, count in zip(held.tolist(), counts.tolist(), strict=True):
+            group = groups[member] if member >= 0 else None
+            if group is None or group.name not in widths:
+                continue
+            new, rest = divmod(count * widths[group.name], group.width)
+            if rest:
+                problems[group.name] = (
+                    f"width {widths[group.name]} does not divide among its {count} positions in "
+                    f"{axis.tensor}; a multiple of "
+                    f"{group.width // gcd(group.width, count)} would"
+                )
+            size += new - count
+        split = channels.convolution_groups.get(axis.tensor)
+        if split is not None:
+            side = "in" if axis.groups > 1 else "out"
+            positions[axis.tensor, side] = size
+            touching.setdefault(axis.tensor, set()).update(m for m in held.tolist() if m >= 0)
+        if axis.groups == 1 and size != axis.size:
+            new_shapes.setdefault(axis.tensor, list(shapes[axis.tensor]))[axis.dim] = size
+    for weight, members in touching.items():
+        growing = [groups[m] for m in sorted(members) if groups[m].name in widths]
+        if not growing:
+            continue
+        shape = new_shapes.setdefault(weight, list(shapes[weight]))
+        split = channels.convolution_groups[weight]
+        if split == 0:  # depthwise
+            new_groups[weight] = shape[0]
+            continue
+        incoming = positions.get((weight, "in"), split * shapes[weight][1])
+        outgoing = positions.get((weight, "out"), shapes[weight][0])
+        layer = weight.rpartition(".")[0]
+        if grouped == "count":
+            count, rest = divmod(incoming, shapes[weight][1])
+            if rest or outgoing != count * (shapes[weight][0] // split):
+                for group in growing:
+                    problems[group.name] = (
+                        f"by whole groups, the input and the output of {layer} must grow by the "
+                        f"same number of its {split} groups; widen both, by a multiple of "
+                        f"{group.width // split} channels"
+                    )
+            new_groups[weight] = count
+        else:
+            for group in growing:
+                if incoming % split or outgoing % split:
+                    near = nearest_widths(split, widths[group.name], group.width)
+                    problems[group.name] = (
+                        f"width {widths[group.name]} does not divide among the {split} groups of "
+                        f"{layer}; possible: {near}"
+                    )
+            shape[1] = incoming // split
+    result = {name: tuple(shape) for name, shape in new_shapes.items()}
+    changed = {name: shape for name, shape in result.items() if shape != tuple(shapes[name])}
+    return (changed, new_groups), problems

@@ -1,0 +1,160 @@
+"""Rescaling: what happens to the old weights of a layer that writes or reads a widened group.
+
+With f and f' the layer's fan_in before and after, Var the unbiased variance of all its old weights
+and g the gain, the old weights are multiplied by (variance transfer, "VT"):
+
+====================================  ==================
+``none``                              1
+``default_vt``                        √(f / f')
+``vt_constraint_old_shape``           g / √(f · Var)
+``vt_constraint_new_shape``           g / √(f' · Var)
+====================================  ==================
+
+In a conv→norm→act→conv pair whose hidden width goes from h to h', α is the factor of the first
+layer and β that of the second: ``default_vt`` gives α = 1 and β = √(h/h'). g is 1 unless asked
+for; ``gain="relu"`` means √2, as in :func:`torch.nn.init.calculate_gain`.
+
+This module needs no torch, so the command line can list the names without loading it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from fxgrow.errors import PlanError
+from fxgrow.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a rescaling may look at.
+
+    Attributes:
+        fan_in: in_channels / groups × kernel area, before growth.
+        new_fan_in: the same after growth.
+        variance: unbiased variance of all old weights (nan if the rescaling did not ask for it).
+        gain: the nonlinearity's gain.
+    """
+
+    fan_in: int
+    new_fan_in: int
+    variance: float
+    gain: float
+
+
+Factor: TypeAlias = Callable[[LayerStatistics], float]
+RESCALINGS: Registry[Factor] = Registry("rescaling")
+USES_VARIANCE = {"vt_constraint_old_shape", "vt_constraint_new_shape"}
+
+
+@RESCALINGS.register("none")
+def none(layer: LayerStatistics) -> float:
+    """Keep the old weights bit for bit."""
+    del layer
+    return 1.0
+
+
+@RESCALINGS.register("default_vt")
+def default_vt(layer: LayerStatistics) -> float:
+    """Keep the variance of the layer's output under the assumption of variance ~ 1/fan_in."""
+    return math.sqrt(layer.fan_in / layer.new_fan_in)
+
+
+@RESCALINGS.register("vt_constraint_old_shape")
+def vt_constraint_old_shape(layer: LayerStatistics) -> float:
+    """Give the old weights the variance g²/fan_in of a fresh layer of the old shape."""
+    return layer.gain / math.sqrt(layer.fan_in * layer.variance)
+
+
+@RESCALINGS.register("vt_constraint_new_shape")
+def vt_constraint_new_shape(layer: LayerStatistics) -> float:
+    """Give the old weights the variance g²/fan_in of a fresh layer of the new shape."""
+    return layer.gain / math.sqrt(layer.new_fan_in * layer.variance)
+
+
+def gain_value(gain: float | str) -> float:
+    """Return a gain given as a number or by the name of a nonlinearity.
+
+    Raises:
+        PlanError: the gain is not positive or the nonlinearity is unknown.
+
+    Example:
+        >>> gain_value(1.0), round(gain_value("relu") ** 2, 6)
+        (1.0, 2.0)
+    """
+    if isinstance(gain, str):
+        try:
+            gain = float(gain)
+        except ValueError:
+            from torch.nn.init import calculate_gain
+
+            try:
+                gain = float(calculate_gain(gain))  # type: ignore[arg-type]
+            except ValueError:
+                raise PlanError(
+                    f"there is no gain {gain!r}.",
+                    way_out="Give a number, or a nonlinearity torch.nn.init.calculate_gain knows.",
+                ) from None
+    if not (gain > 0 and math.isfinite(gain)):
+        raise PlanError(f"the gain must be positive, not {gain}.")
+    return float(gain)
+
+
+def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str]:
+    """Return the factor for a layer's old weights and why it is 1 where it had to be.
+
+    Args:
+        rescaling: a registered name.
+        layer: the layer's sizes and variance.
+
+    Returns:
+        The factor, and a warning ("" if there is none): a variance that is zero, of one element,
+        or not finite leaves the weights alone.
+
+    Raises:
+        PlanError: no rescaling of that name.
+    """
+    rule = RESCALINGS[rescaling]
+    if rescaling in USES_VARIANCE and not (layer.variance > 0 and math.isfinite(layer.variance)):
+        return 1.0, f"its weights have variance {layer.variance:g}, so they are not rescaled"
+    return rule(layer), ""
+
+
+def apply_rescaling(
+    weight: Tensor,
+    rescaling: str,
+    *,
+    new_fan_in: int,
+    fan_in: int | None = None,
+    gain: float | str = 1.0,
+) -> Tensor:
+    """Return a layer's old weights rescaled, for growth methods that work on tensors themselves.
+
+    Args:
+        weight: old weights of shape (out, in / groups, *kernel) or (out, in).
+        rescaling: a registered name.
+        new_fan_in: fan_in of the layer after growth.
+        fan_in: fan_in before; in / groups × kernel area of ``weight`` by default.
+        gain: a number, or a nonlinearity's name.
+
+    Returns:
+        A new tensor of the same shape; ``weight`` is not changed.
+
+    Raises:
+        PlanError: no rescaling of that name, or no such gain.
+
+    Example:
+        >>> import torch
+        >>> apply_rescaling(torch.ones(2, 4), "default_vt", new_fan_in=16).tolist()
+        [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    """
+    old_fan_in = weight[0].numel() if fan_in is None else fan_in
+    variance = weight.double().var().item() if weight.numel() > 1 else 0.0
+    layer = LayerStatistics(old_fan_in, new_fan_in, variance, gain_value(gain))
+    return weight * rescaling_factor(rescaling, layer)[0]

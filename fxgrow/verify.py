@@ -1,0 +1,410 @@
+"""Judge a result before it is written, with code that shares nothing with the planner.
+
+Three networks run in float64 on the same inputs: the old one, the grown one (surgery done on a
+float64 copy, so that the algebra shows as 1e-15 or so and not as the rounding of the weights), and
+the *reference*: the old one with the multipliers that the plan predicts. The grown network must
+equal the reference; where the plan says that the function is preserved, the reference is the old
+network itself. Then the old and the grown network run once more as they are, in their own dtype.
+
+Eval mode and train mode (batch statistics; dropout off) are judged alike. In train mode a norm
+that absorbed a gain s computes what the old one would with eps / s², and the reference does so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from fxgrow.errors import FxgrowError, VerificationError
+from fxgrow.labels.propagate import named_tensors
+from fxgrow.labels.tape import tensors_in
+from fxgrow.plan.schema import NormGain, TensorEdit
+from fxgrow.trace import stand_in
+
+Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
+Mode = Literal["eval", "train"]
+
+TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
+NATIVE_FACTOR = 100.0  # the grown network may round this many times worse than the old one
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest deviations over all outputs and inputs.
+
+    Attributes:
+        max_abs: max |after − before|.
+        max_rel: max |after − before| / max |before|.
+    """
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    def worst(self, other: Errors) -> Errors:
+        """Return the larger of each figure."""
+        return Errors(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """What was measured in one mode.
+
+    Attributes:
+        float64: grown against old network, in float64.
+        native: the same in the network's own dtype.
+        rounding: the old network in its own dtype against itself in float64.
+        predicted: how far the prediction is from the old network, in float64.
+        residual: grown network against the prediction, in float64.
+    """
+
+    float64: Errors = field(default_factory=Errors)
+    native: Errors = field(default_factory=Errors)
+    rounding: Errors = field(default_factory=Errors)
+    predicted: Errors = field(default_factory=Errors)
+    residual: Errors = field(default_factory=Errors)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The judgement and what it rests on.
+
+    Attributes:
+        verdict: ``preserved``, ``as predicted`` (the function changed as the plan said),
+            ``failed`` or ``skipped``.
+        eval, train: measurements; None if skipped.
+        inputs: shapes of the inputs, as text.
+        without_gradient: grown tensors whose new entries received no gradient in two steps.
+        notes: what a reader should know of the measurement.
+    """
+
+    verdict: Judgement
+    eval: ModeResult | None = None
+    train: ModeResult | None = None
+    inputs: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be judged.
+
+    Attributes:
+        before, after: the networks as they are; neither is changed.
+        exact_before, exact_after: both in float64, the second made from the first.
+        reference: the float64 network that the grown one must equal.
+        norms: norms of the reference that absorbed a gain.
+        predictable: whether the reference predicts the grown network at all.
+        edits: grown tensors, for the gradient check (none: no check).
+        notes: to be passed on.
+    """
+
+    before: nn.Module
+    after: nn.Module
+    exact_before: nn.Module
+    exact_after: nn.Module
+    reference: nn.Module
+    norms: tuple[NormGain, ...] = ()
+    predictable: bool = True
+    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a float64 copy of a module and the names of tensors with NaN or infinite entries.
+
+    Such entries are zero in the copy: the algebra can be checked without them.
+    """
+    doubles: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for name, tensor in named_tensors(model).items():
+        if not tensor.is_floating_point():
+            continue
+        double = tensor.detach().to(torch.float64, copy=True)
+        if not bool(torch.isfinite(double).all()):
+            broken.append(name)
+            double = torch.nan_to_num(double, nan=0.0, posinf=0.0, neginf=0.0)
+        doubles[name] = double
+    return stand_in(model, doubles), tuple(broken)
+
+
+def judge(
+    case: Case, batches: Sequence[tuple[Any, ...]], progress: Callable[[], None] = lambda: None
+) -> Verification:
+    """Run the networks of a case and return the judgement; raises nothing on failure.
+
+    Args:
+        case: the networks.
+        batches: arguments of ``forward``, floating-point ones in the networks' own dtype.
+        progress: called after each batch in each mode.
+    """
+    native_before, native_after = stand_in(case.before, {}), stand_in(case.after, {})
+    results: dict[Mode, ModeResult] = {}
+    modes: tuple[Mode, ...] = ("eval", "train")
+    for mode in modes:
+        result = ModeResult()
+        for batch in batches:
+            exact = pytree.tree_map_only(Tensor, _to_double, batch)
+            before = _run(case.exact_before, exact, mode)
+            after = _run(case.exact_after, exact, mode)
+            with _eps_of(case.reference, case.norms if mode == "train" else ()):
+                predicted = (
+                    before
+                    if case.reference is case.exact_before and not (mode == "train" and case.norms)
+                    else _run(case.reference, exact, mode)
+                )
+            old, new = _run(native_before, batch, mode), _run(native_after, batch, mode)
+            result = ModeResult(
+                float64=result.float64.worst(_errors(before, after)),
+                native=result.native.worst(_errors(old, new)),
+                rounding=result.rounding.worst(_errors(before, old)),
+                predicted=result.predicted.worst(_errors(before, predicted)),
+                residual=result.residual.worst(_errors(predicted, after)),
+            )
+            progress()
+        results[mode] = result
+    gradients = _without_gradient(case, batches[0]) if case.edits else ()
+    return Verification(
+        verdict=_verdict(case, results),
+        eval=results["eval"],
+        train=results["train"],
+        inputs=tuple("x".join(map(str, t.shape)) for batch in batches for t in tensors_in(batch)),
+        without_gradient=gradients,
+        notes=case.notes,
+    )
+
+
+def _verdict(case: Case, results: Mapping[Mode, ModeResult]) -> Judgement:
+    """Return the judgement; NaN compares as failed."""
+    if not case.predictable:
+        return "as predicted"
+    for result in results.values():
+        if not result.residual.max_rel <= TOLERANCE:
+            return "failed"
+        floor = NATIVE_FACTOR * max(result.rounding.max_rel, _epsilon(case.after))
+        if not result.native.max_rel <= result.predicted.max_rel + floor:
+            return "failed"
+    return "preserved" if results["eval"].predicted.max_rel <= TOLERANCE else "as predicted"
+
+
+def _epsilon(model: nn.Module) -> float:
+    """Return the coarsest rounding unit among a network's floating-point tensors."""
+    dtypes = {t.dtype for t in named_tensors(model).values() if t.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _run(model: nn.Module, arguments: tuple[Any, ...], mode: Mode) -> list[Tensor]:
+    """Return the output tensors of a network in a mode; dropout is off in both."""
+    model.train(mode == "train")
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.eval()
+    with torch.no_grad():
+        return [tensor.clone() for tensor in tensors_in(model(*arguments))]
+
+
+def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
+    """Return the largest deviations; entries that are NaN in both are equal."""
+    if len(before) != len(after):
+        return Errors(math.inf, math.inf)
+    worst = Errors()
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape:
+            return Errors(math.inf, math.inf)
+        if not old.numel() or not old.is_floating_point():
+            continue
+        old, new = old.double(), new.double()
+        same = (old == new) | (old.isnan() & new.isnan())
+        gap = torch.where(same, 0.0, (new - old).abs())
+        largest = float(gap.max())
+        if math.isnan(largest):
+            return Errors(math.inf, math.inf)
+        scale = float(torch.where(old.isfinite(), old.abs(), 0.0).max())
+        worst = worst.worst(Errors(largest, largest / scale if scale else largest))
+    return worst
+
+
+@contextlib.contextmanager
+def _eps_of(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None]:
+    """Give norms the eps they behave as having in train mode, for a while."""
+    changed: list[tuple[Any, float]] = []
+    try:
+        for norm in norms:
+            module: Any = reference.get_submodule(norm.module)
+            changed.append((module, module.eps))
+            module.eps = module.eps / norm.gain**2
+        yield
+    finally:
+        for module, eps in changed:
+            module.eps = eps
+
+
+def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return grown tensors whose new entries receive no gradient within two steps of SGD."""
+    model = case.exact_after
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in case.edits and case.edits[name].axes and parameter.requires_grad
+    }
+    waiting = dict(parameters)
+    exact = pytree.tree_map_only(Tensor, _to_double, batch)
+    model.train()
+    for _ in range(2):
+        if not waiting:
+            break
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            outputs = [t for t in tensors_in(model(*exact)) if t.is_floating_point()]
+            loss = sum(((t / t.detach().abs().max().clamp(min=1e-30)) ** 2).mean() for t in outputs)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            break
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name in list(waiting):
+            gradient = parameters[name].grad
+            if gradient is not None and _touches_new(gradient, case.edits[name]):
+                del waiting[name]
+        with torch.no_grad():
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    size = float(parameter.grad.norm())
+                    if size > 0 and math.isfinite(size):
+                        parameter -= 1e-2 * float(parameter.norm()) / size * parameter.grad
+    model.zero_grad(set_to_none=True)
+    return tuple(waiting)
+
+
+def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
+    """Return whether the gradient is nonzero anywhere among the new entries."""
+    for axis in edit.axes:
+        per_group = gradient.shape[axis.dim]
+        old = torch.zeros(per_group * axis.groups, dtype=torch.bool)
+        position = 0
+        for run in axis.runs:
+            old[position : position + run.length] = run.kind == "old"
+            position += run.length
+        new = (~old.view(axis.groups, per_group)).any(dim=0).to(gradient.device)
+        if bool(gradient.movedim(axis.dim, 0)[new].any()):
+            return True
+    return False
+
+
+def batches_for(
+    model: nn.Module, shapes: Sequence[Sequence[int]], inferred: bool, example: object = None
+) -> list[tuple[Any, ...]]:
+    """Return inputs to judge a network on, the same at each call.
+
+    Args:
+        model: the network; tells dtype and device, and whether a size runs.
+        shapes: the input shapes that the network was followed on.
+        inferred: whether these were inferred; smaller images that run are then taken, in two
+            sizes and batch sizes.
+        example: the user's example inputs; used as they are, and once more with new values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reference = next((t for t in named_tensors(model).values() if t.is_floating_point()), None)
+    dtype = torch.float32 if reference is None else reference.dtype
+    device = torch.device("cpu") if reference is None else reference.device
+
+    def fresh(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta" or tensor.is_floating_point():
+            values = torch.randn(tensor.shape, generator=generator)
+            kind = dtype if tensor.device.type == "meta" else tensor.dtype
+            return values.to(device=device, dtype=kind)
+        return tensor.flip(-1) if tensor.ndim else tensor
+
+    if example is not None:
+        arguments = example if isinstance(example, tuple) else (example,)
+        on_meta = any(t.device.type == "meta" for t in tensors_in(arguments))
+        first = pytree.tree_map_only(Tensor, fresh, arguments) if on_meta else arguments
+        return [first, pytree.tree_map_only(Tensor, fresh, arguments)]
+    if isinstance(_first_embedding(model), nn.Embedding) and len(shapes[0]) == 2:
+        rows = _first_embedding(model).num_embeddings  # type: ignore[union-attr]
+        return [(torch.randint(rows, tuple(shapes[0]), generator=generator, device="cpu"),)]
+    candidates: list[tuple[int, ...]] = [tuple(shapes[0])]
+    if inferred and len(shapes[0]) == 4 and min(shapes[0][2:]) > 96:
+        channels = shapes[0][1]
+        smaller = [(2, channels, 64, 64), (3, channels, 96, 80)]
+        candidates = [shape for shape in smaller if _runs_on(model, shape, dtype)] or candidates
+    elif inferred:
+        candidates.append((candidates[0][0] + 1, *candidates[0][1:]))
+    return [(fresh(torch.empty(shape, device="meta")),) for shape in candidates]
+
+
+def _first_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the first module with a weight, if it is an embedding."""
+    for module in model.modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            return module if isinstance(module, nn.Embedding) else None
+    return None
+
+
+def _runs_on(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether the network takes an input of this shape, in train mode too."""
+    standin = stand_in(model)
+    try:
+        with torch.no_grad():
+            standin.train()(torch.empty(shape, dtype=dtype, device="meta"))
+            standin.eval()(torch.empty(shape, dtype=dtype, device="meta"))
+    except Exception:  # noqa: BLE001 - whatever a wrong size makes a model raise
+        return False
+    return True
+
+
+def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -> Verification:
+    """Compare what two networks compute, in float64 and as they are, in eval and train mode.
+
+    Args:
+        before, after: the networks; neither is changed.
+        example_inputs: a tensor or tuple of arguments; None infers an input from ``before``.
+
+    Returns:
+        The measurements. ``verdict`` is ``preserved`` if they agree within what their own dtype
+        rounds (1e-10 in float64), else ``failed``.
+
+    Raises:
+        VerificationError: one of the networks does not run.
+    """
+    from fxgrow.trace import trace
+
+    traced = trace(before, example_inputs)
+    exact_before, broken = float64_copy(before)
+    exact_after, _ = float64_copy(after)
+    case = Case(before, after, exact_before, exact_after, exact_before, notes=notes_on(broken))
+    try:
+        batches = batches_for(before, traced.input_shapes, traced.inferred, example_inputs)
+        found = judge(case, batches)
+    except FxgrowError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise VerificationError(f"the networks cannot be compared: {error}.") from error
+    results = [r for r in (found.eval, found.train) if r is not None]
+    allowed = max(TOLERANCE, NATIVE_FACTOR * max(r.rounding.max_rel for r in results))
+    same = all(r.float64.max_rel <= allowed and r.native.max_rel <= allowed for r in results)
+    return Verification(
+        "preserved" if same else "failed",
+        found.eval,
+        found.train,
+        found.inputs,
+        notes=found.notes,
+    )
+
+
+def notes_on(broken: Sequence[str]) -> tuple[str, ...]:
+    """Return what to say of tensors with entries that are not finite."""
+    if not broken:
+        return ()
+    names = ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else "")
+    return (f"{names}: NaN or infinite entries were taken as 0 in the float64 check",)

@@ -1,0 +1,216 @@
+"""Loading pickles: what torch's own modules need is let in, everything else stays out."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fxgrow.architectures import Architecture, torchvision_names
+from fxgrow.checkpoint.unpickling import load_pickled
+from fxgrow.errors import SourceError
+
+ZIP, LEGACY = True, False
+
+
+class Exploit:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+class OwnModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+def save(obj: object, path: Path, use_zip: bool = ZIP) -> Path:
+    torch.save(obj, path, _use_new_zipfile_serialization=use_zip)
+    return path
+
+
+def exploits(target: Path) -> list[Exploit]:
+    touch = f"touch {target}"
+    evil_name = f'x"); __import__("os").system("touch {target}"); ("'
+    return [
+        Exploit(os.system, touch),
+        Exploit(open, str(target), "w"),
+        Exploit(eval, f"open({str(target)!r}, 'w')"),
+        Exploit(functools.partial(os.system, touch)),
+        Exploit(torch.load, str(target)),
+        Exploit(torchvision.models.get_model, evil_name),
+        Exploit(nn.Sequential, Exploit(os.system, touch)),
+        Exploit(functools.partial, os.system, touch),
+    ]
+
+
+@pytest.mark.parametrize("use_zip", [ZIP, LEGACY], ids=["zip", "legacy"])
+@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("nest", [lambda e: e, lambda e: {"state_dict": {"w": [e]}}])
+def test_a_pickle_that_would_run_code_does_not_run(tmp_path, use_zip, which, nest):
+    target = tmp_path / "ran"
+    path = save(nest(exploits(target)[which]), tmp_path / "evil.pt", use_zip)
+    with pytest.raises(SourceError, match="--trust-pickle"):
+        load_pickled(path)
+    assert not target.exists()
+
+
+def test_trust_pickle_runs_what_the_file_holds(tmp_path):
+    target = tmp_path / "ran"
+    path = save({"a": Exploit(os.system, f"touch {target}")}, tmp_path / "evil.pt")
+    load_pickled(path, trust_pickle=True)
+    assert target.exists()
+
+
+def test_a_second_pickle_in_the_archive_is_not_loaded(tmp_path):
+    path = save({"w": torch.ones(1)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(path, "a") as archive:
+        target = tmp_path / "ran"
+        evil = pickle.dumps(Exploit(os.system, f"touch {target}"), protocol=2)
+        archive.writestr("other/data.pkl", evil)
+    with pytest.raises(SourceError, match="not in a subdirectory"):
+        load_pickled(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("use_zip", [ZIP, LEGACY], ids=["zip", "legacy"])
+def test_an_unknown_class_is_named(tmp_path, use_zip):
+    path = save({"a": Path("b")}, tmp_path / "a.pt", use_zip)
+    with pytest.raises(SourceError, match=r"pathlib\S*\.PosixPath.*--trust-pickle"):
+        load_pickled(path)
+
+
+def test_an_own_module_class_is_named_and_loads_with_trust(tmp_path):
+    path = save(OwnModule(), tmp_path / "own.pt")
+    with pytest.raises(SourceError, match=r"OwnModule.*--trust-pickle, which executes"):
+        load_pickled(path)
+    assert isinstance(load_pickled(path, trust_pickle=True), OwnModule)
+
+
+def test_graph_modules_are_refused_because_they_compile_code(tmp_path):
+    path = save(torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), tmp_path / "graph.pt")
+    with pytest.raises(SourceError, match="reduce_graph_module"):
+        load_pickled(path)
+    from torchvision.models.feature_extraction import DualGraphModule
+
+    with pytest.raises(SourceError, match="DualGraphModule"):
+        load_pickled(save({"a": DualGraphModule}, tmp_path / "dual.pt"))
+
+
+@pytest.mark.parametrize("name", ['a"); evil(); ("', "a'b", "a\\", "a\nb"])
+def test_names_that_could_end_a_string_in_generated_code_are_refused(tmp_path, name):
+    network = nn.Sequential(OrderedDict([("good", nn.ReLU())]))
+    network._modules[name] = nn.Linear(1, 1)
+    with pytest.raises(SourceError, match="which is no name"):
+        load_pickled(save({"model": [network]}, tmp_path / "a.pt"))
+
+
+def test_a_module_without_its_tables_is_damaged(tmp_path):
+    network = nn.ReLU()
+    del network.__dict__["_modules"]
+    with pytest.raises(SourceError, match="damaged"):
+        load_pickled(save(network, tmp_path / "a.pt"))
+
+
+CONTAINERS = {
+    "sequential": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GELU()),
+    "dict": lambda: nn.ModuleDict({"a": nn.ParameterList([torch.ones(2)])}),
+    "transformer": lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True),
+    "gelu_layer": lambda: nn.TransformerEncoderLayer(8, 2, activation="gelu"),
+    "lstm": lambda: nn.LSTM(2, 2),
+    "data_parallel": lambda: nn.DataParallel(nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_modules_of_torch_load_without_trust(tmp_path, name):
+    model = CONTAINERS[name]()
+    loaded = load_pickled(save(model, tmp_path / "m.pt"))
+    assert type(loaded) is type(model)
+    assert repr(loaded) == repr(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def check_torchvision(name: str, path: Path) -> None:
+    model = Architecture(f"torchvision:{name}").build()
+    loaded = load_pickled(save(model, path))
+    assert repr(loaded) == repr(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "shufflenet_v2_x0_5", "raft_small"])
+def test_modules_of_torchvision_load_without_trust(tmp_path, name):
+    check_torchvision(name, tmp_path / "m.pt")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", torchvision_names())
+def test_all_modules_of_torchvision_load_without_trust(tmp_path, name):
+    check_torchvision(name, tmp_path / "m.pt")
+
+
+def test_the_usual_contents_of_training_checkpoints_survive(tmp_path):
+    checkpoint = {
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1, name="run", milestones=[1, 2]),
+        "best_acc": np.float64(0.75),
+        "small": np.float32(1.5),
+        "count": np.int64(7),
+        "flag": np.bool_(True),
+        "dtype": np.dtype("f4"),
+        "rng": torch.get_rng_state(),
+        "seen": {1, 2},
+    }
+    path = save(checkpoint, tmp_path / "c.pt")
+    loaded = load_pickled(path)
+    for key in ("epoch", "args", "best_acc", "small", "count", "flag", "seen"):
+        assert loaded[key] == checkpoint[key]
+        assert type(loaded[key]) is type(checkpoint[key])
+    again = load_pickled(save(loaded, tmp_path / "again.pt"), trust_pickle=True)
+    assert again["dtype"] == np.dtype("f4")
+    assert again["best_acc"] == 0.75
+
+
+def test_numpy_objects_that_are_no_plain_numbers_are_refused(tmp_path):
+    for value in (np.ones(2), np.dtype("O"), np.dtype([("a", "f4"), ("b", "O")])):
+        with pytest.raises(SourceError):
+            load_pickled(save({"a": value}, tmp_path / "a.pt"))
+
+
+def test_another_pickle_protocol_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "p4.pt"
+    torch.save(nn.Linear(1, 1), path, pickle_protocol=4)
+    with pytest.raises(SourceError, match=r"protocol.*Save it again"):
+        load_pickled(path)
+
+
+def test_code_that_cannot_be_imported_is_named(tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"a": OwnModule}, buffer)
+    path = tmp_path / "gone.pt"
+    own = OwnModule.__module__.encode()
+    members = {}
+    with zipfile.ZipFile(buffer) as archive:
+        for name in archive.namelist():
+            members[name] = archive.read(name).replace(own + b"\n", b"gone_package\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(SourceError, match=r"cannot be imported here.*gone_package"):
+        load_pickled(path, trust_pickle=True)
