@@ -1,0 +1,78 @@
+"""Grow trained PyTorch networks without changing what they compute.
+
+>>> import torch, fxgrow
+>>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+>>> fxgrow.widen(net, "2x").model[0].out_features
+16
+
+Names are imported when they are first used, so that ``import fxgrow`` and the command line's
+``--help`` do not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fxgrow.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from fxgrow.api import Grown as Grown
+    from fxgrow.api import inspect as inspect
+    from fxgrow.api import widen as widen
+    from fxgrow.errors import FxgrowError as FxgrowError
+    from fxgrow.errors import FxgrowWarning as FxgrowWarning
+    from fxgrow.errors import NotPreservedError as NotPreservedError
+    from fxgrow.errors import PlanError as PlanError
+    from fxgrow.errors import SourceError as SourceError
+    from fxgrow.errors import TraceError as TraceError
+    from fxgrow.errors import UnsupportedOperationError as UnsupportedOperationError
+    from fxgrow.errors import VerificationError as VerificationError
+    from fxgrow.files import load as load
+    from fxgrow.files import save as save
+    from fxgrow.pairing import apply_pairing as apply_pairing
+    from fxgrow.plan.schema import Plan as Plan
+    from fxgrow.report.data import Inspection as Inspection
+    from fxgrow.report.data import Report as Report
+    from fxgrow.rescaling import apply_rescaling as apply_rescaling
+    from fxgrow.verify import Verification as Verification
+    from fxgrow.verify import verify as verify
+
+_HOMES: dict[str, str] = {
+    **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api"),
+    **dict.fromkeys(
+        (
+            "FxgrowError",
+            "FxgrowWarning",
+            "NotPreservedError",
+            "PlanError",
+            "SourceError",
+            "TraceError",
+            "UnsupportedOperationError",
+            "VerificationError",
+        ),
+        "fxgrow.errors",
+    ),
+    **dict.fromkeys(("load", "save"), "fxgrow.files"),
+    "apply_pairing": "fxgrow.pairing",
+    "apply_rescaling": "fxgrow.rescaling",
+    "Plan": "fxgrow.plan.schema",
+    **dict.fromkeys(("Inspection", "Report"), "fxgrow.report.data"),
+    **dict.fromkeys(("Verification", "verify"), "fxgrow.verify"),
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fxgrow' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    # A submodule of the same name (fxgrow.verify) must not hide the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import PlanError
-from fxgrow.init import Init, copy_normal, draw, find_init
+from fxgrow.init import Init, copy_normal, draw, init_of_plan
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, TensorEdit
-from fxgrow.trace import stand_in
+from fxgrow.standin import stand_in
 
 Lookup: TypeAlias = Callable[[str], Tensor]
 Draw: TypeAlias = Callable[[tuple[int, ...], Tensor, str, Init], Tensor]
@@ -29,8 +29,7 @@ def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None)
         plan: the plan.
         name: a key of ``plan.tensors``.
         lookup: returns an old tensor by name.
-        init: what fills new weights; found from the plan's request if None (a plan made with a
-            Python callable names it by module and function).
+        init: what fills new weights; None takes the registered init that the plan names.
 
     Raises:
         PlanError: the old tensor has another shape than the plan expects.
@@ -44,7 +43,7 @@ def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None)
             way_out="Apply the plan to the network it was made for.",
         )
     request = plan.request
-    fill = find_init(request.init) if init is None else init
+    fill = init_of_plan(request.init) if init is None else init
 
     def drawn(shape: tuple[int, ...], like: Tensor, role: str, law: Init) -> Tensor:
         return draw(shape, like, law, edit.fan_in, seed=request.seed, name=name, role=role)
@@ -80,9 +79,14 @@ def _extend(tensor: Tensor, edit: AxisEdit, drawn: Draw, fill: Init, noise: floa
     if edit.groups == 1:
         return _extend_dim(tensor, edit.dim, edit, drawn, fill, noise)
     # (G·O, I, …) -> (G, O, I, …) -> (G·I, O, …): the axis becomes the first dim
-    split = tensor.unflatten(0, (edit.groups, -1)).transpose(1, 2)
+    split = _unflatten(tensor, edit.groups).transpose(1, 2)
     flat = _extend_dim(split.flatten(0, 1), 0, edit, drawn, fill, noise)
-    return flat.unflatten(0, (edit.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return _unflatten(flat, edit.groups).transpose(1, 2).flatten(0, 1)
+
+
+def _unflatten(tensor: Tensor, groups: int) -> Tensor:
+    """Return ``tensor`` with its first dim split into (groups, rest)."""
+    return tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
 
 
 def _extend_dim(
@@ -134,18 +138,26 @@ def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = Tr
     Raises:
         PlanError: a name, a shape or a dtype differs; the first difference is named.
     """
-    found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    found = {
+        name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
+    }
     way_out = "Make a plan for this network: fxgrow widen SOURCE --dry-run --plan PLAN.json."
     for name in sorted(plan.source.keys() | found.keys()):
         expected, present = plan.source.get(name), found.get(name)
         if expected is None or present is None:
             which = "has no" if present is None else "has an unexpected"
-            raise PlanError(f"the plan is for another network: this one {which} {name}.",
-                            name=name, way_out=way_out)
+            raise PlanError(
+                f"the plan is for another network: this one {which} {name}.",
+                name=name,
+                way_out=way_out,
+            )
         if expected[0] != present[0] or (dtypes and expected[1] != present[1]):
             raise PlanError(
                 f"the plan is for another network: {name} is {present[1]}{list(present[0])} here, "
-                f"{expected[1]}{list(expected[0])} in the plan.", name=name, way_out=way_out)
+                f"{expected[1]}{list(expected[0])} in the plan.",
+                name=name,
+                way_out=way_out,
+            )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -184,7 +196,7 @@ def apply_to_module(plan: Plan, model: nn.Module, init: Init | None = None) -> n
     Args:
         plan: the plan.
         model: the network the plan was made for.
-        init: what fills new weights, where the plan was made with a Python callable.
+        init: what fills new weights, where the plan was made with code of the user's.
 
     Returns:
         A module of the same class, or a :class:`torch.fx.GraphModule` where the plan inserts
@@ -195,6 +207,17 @@ def apply_to_module(plan: Plan, model: nn.Module, init: Init | None = None) -> n
     """
     tensors = named_tensors(model)
     check_source(plan, tensors)
+    return _grown_module(plan, model, tensors, init)
+
+
+def grow_float64(plan: Plan, model: nn.Module, init: Init | None = None) -> nn.Module:
+    """Return a grown copy of a float64 copy of the network the plan was made for.
+
+    Raises:
+        PlanError: names or shapes differ from the plan's; dtypes are not compared.
+    """
+    tensors = named_tensors(model)
+    check_source(plan, tensors, dtypes=False)
     return _grown_module(plan, model, tensors, init)
 
 
@@ -212,5 +235,3 @@ def set_attributes(model: nn.Module, edits: tuple[ModuleEdit, ...]) -> None:
     """Set the attributes of a module tree to their new values, in place."""
     for edit in edits:
         setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
-
-

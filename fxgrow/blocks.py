@@ -98,9 +98,13 @@ def residual_additions(tape: Tape) -> list[ResidualBlock]:
             continue
         fork = dominator[op.index]
         first, second = (
-            _between(graph, fork, value.producer) for value in operands if value.producer is not None
+            _between(graph, fork, value.producer)
+            for value in operands
+            if value.producer is not None
         )
-        computed = [_products(tape, path - shared) for path, shared in ((first, second), (second, first))]
+        computed = [
+            _products(tape, path - shared) for path, shared in ((first, second), (second, first))
+        ]
         if not any(computed):
             continue
         branch, skip = (first, second) if _is_branch(computed, first, second) else (second, first)
@@ -157,16 +161,14 @@ def common_module(layers: Iterable[str]) -> str:
     """
     paths = [layer.split(".")[:-1] for layer in layers]
     shared: list[str] = []
-    for level in zip(*paths):
+    for level in zip(*paths, strict=False):
         if len(set(level)) > 1:
             break
         shared.append(level[0])
     return ".".join(shared)
 
 
-def stream_channels(
-    channels: Channels, tape: Tape, blocks: Iterable[ResidualBlock]
-) -> IntArray:
+def stream_channels(channels: Channels, tape: Tape, blocks: Iterable[ResidualBlock]) -> IntArray:
     """Return the channels that the residual additions carry, sorted."""
     sums = (tape.operations[block.addition].outputs[0] for block in blocks)
     return channels.of_layers(layer for value in sums for layer in value.layers)
@@ -200,7 +202,9 @@ def find_pairs(
                 Pair(
                     group=group.name,
                     writers=tuple(name for name in group.writers if name in block.layers),
-                    norms=_distinct(layer for op in inside if _is_norm(op) for layer in _owners(op)),
+                    norms=_distinct(
+                        layer for op in inside if _is_norm(op) for layer in _owners(op)
+                    ),
                     activations=_distinct(op.name for op in inside if _is_activation(op)),
                     readers=tuple(name for name in group.readers if name in block.layers),
                 )

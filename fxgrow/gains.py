@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fxgrow.groups import layer_of
-from fxgrow.labels.generic import LIKENESSES, MOVEMENTS, operator_name
+from fxgrow.labels.generic import LIKENESSES, MOVEMENTS, aten, operator_name
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.plan.schema import Verdict
 from fxgrow.registry import Registry
@@ -118,21 +118,16 @@ class GainFlow:
     def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
         """Record a mismatch on the edge from ``value`` to ``op``."""
         producer = -1 if value.producer is None else value.producer
-        self.mismatches.append(
-            Mismatch(producer, op.index, gain.scale, verdict, why, gain.sources)
-        )
+        self.mismatches.append(Mismatch(producer, op.index, gain.scale, verdict, why, gain.sources))
 
 
 GainRule: TypeAlias = Callable[[GainFlow, Operation], Gain]
 GAIN_RULES: Registry[GainRule] = Registry("gain rule")
 
-HOMOGENEOUS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "relu leaky_relu _prelu_kernel neg abs max_pool2d_with_indices max_pool3d_with_indices "
-        "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-        "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout"
-    ).split()
+HOMOGENEOUS = aten(
+    "relu leaky_relu _prelu_kernel neg abs max_pool2d_with_indices max_pool3d_with_indices "
+    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+    "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout"
 )
 
 

@@ -70,7 +70,9 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
             continue
         coupling.add_node(axis)
         members = channels.of_axis(axis)
-        coupling.add_edges_from((axis, int(first)) for first in np.unique(owner[members]) if first >= 0)
+        coupling.add_edges_from(
+            (axis, int(first)) for first in np.unique(owner[members]) if first >= 0
+        )
         owner[members] = np.where(owner[members] < 0, axis, owner[members])
     on_stream = np.zeros(channels.count, dtype=bool)
     on_stream[streams] = True
@@ -93,9 +95,7 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
     )
 
 
-def _group(
-    channels: Channels, members: IntArray, axes: list[int], on_stream: bool
-) -> ChannelGroup:
+def _group(channels: Channels, members: IntArray, axes: list[int], on_stream: bool) -> ChannelGroup:
     reasons = [channels.pins[c] for c in members.tolist() if c in channels.pins]
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:

@@ -28,8 +28,8 @@ def _deviation(reference: Tensor | None) -> float:
     """Return the standard deviation of the reference, 0 where it tells nothing."""
     if reference is None or reference.numel() < 2:
         return 0.0
-    deviation = reference.float().std().item() if reference.dtype.itemsize < 4 else (
-        reference.std().item()
+    deviation = (
+        reference.float().std().item() if reference.dtype.itemsize < 4 else (reference.std().item())
     )
     return deviation if math.isfinite(deviation) else 0.0
 
@@ -98,6 +98,21 @@ def find_init(init: str | Init) -> Init:
     return typed
 
 
+def init_of_plan(name: str) -> Init:
+    """Return the init a plan names; a plan is data, so code that it names is not imported.
+
+    Raises:
+        PlanError: the init is not a registered one.
+    """
+    if ":" in name:
+        raise PlanError(
+            f"the plan fills new weights by code of its own, {name}, which is not run unasked.",
+            name=name,
+            way_out="If you trust it, pass it as init (--init on the command line).",
+        )
+    return INITS[name]
+
+
 def init_name(init: str | Init) -> str:
     """Return the name a plan records for an init."""
     if isinstance(init, str):
@@ -122,7 +137,9 @@ def draw(
         like: the rescaled old weights: reference of the law, and dtype and device of the result.
         init: what fills it.
         fan_in: of the layer after growth.
-        seed, name, role: what the random numbers depend on.
+        seed: with name and role, what the random numbers depend on.
+        name: fully qualified name of the tensor.
+        role: what the new entries are for.
 
     Low-precision tensors are drawn in float32 and rounded, on the CPU, so that the same numbers
     come out on every device.

@@ -1,12 +1,13 @@
 """Recognise a torchvision architecture from the names and shapes of its weights.
 
-Building every architecture to compare takes ten seconds, so ``architecture_index.json`` (written by
-``scripts/index_architectures.py``) holds a *sketch* of each: the smallest hashes of its set of
-features, a feature being a tensor's name, or its name with its shape. Two sketches estimate how
-much two networks have in common (bottom-k MinHash: among the k smallest hashes of both together,
-the share that is in both). That gives only the *order* in which candidates are built: an answer is
-always a network that was built and found to have every name and every shape, and a torchvision
-newer than the index is served by building what the index does not know.
+Building every architecture to compare takes ten seconds, so ``architecture_index.json`` (written
+by ``python -m fxgrow.recognition`` when a new torchvision brings new models) holds a *sketch* of
+each: the smallest hashes of its set of features, a feature being a tensor's name, or its name with
+its shape. Two sketches estimate how much two networks have in common (bottom-k MinHash: among the
+k smallest hashes of both together, the share that is in both). That gives only the *order* in
+which candidates are built: an answer is always a network that was built and found to have every
+name and every shape, and a torchvision newer than the index is served by building what the index
+does not know.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 
 from fxgrow.architectures import Architecture, torchvision_names
 from fxgrow.errors import FxgrowWarning, SourceError
@@ -265,3 +267,8 @@ def _list_some(what: str, items: list[str]) -> str:
         return ""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return f"{what} {', '.join(items[:_SHOWN])}{more}"
+
+
+if __name__ == "__main__":
+    _target = Path(__file__).with_name(INDEX_FILE)
+    _target.write_text(json.dumps(build_index(), indent=0) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Named things that users and extensions may add to: rules, rescalings, pairings, inits, formats."""
+"""Named things that extensions may add to: rules, rescalings, pairings, inits, file formats."""
 
 from __future__ import annotations
 

@@ -6,9 +6,7 @@ module tree with every parameter and buffer on the meta device. The user's model
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import TraceError
-from fxgrow.labels.propagate import Place, named_tensors, propagate
+from fxgrow.inputs import inferred_inputs
+from fxgrow.labels.propagate import Place, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape, tensors_in
+from fxgrow.standin import first_line, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
 
@@ -69,7 +69,7 @@ class Traced:
         try:
             return propagate(self.standin, self.standin, self.inputs)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise TraceError(f"the model does not run: {_first_line(error)}") from error
+            raise TraceError(f"the model does not run: {first_line(error)}") from error
 
 
 class _Interpreter(fx.Interpreter):
@@ -86,40 +86,6 @@ class _Interpreter(fx.Interpreter):
 
     def place(self) -> Place:
         return self._at
-
-
-def stand_in(model: nn.Module, replacements: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Return a copy of a module tree with other tensors in place of its own.
-
-    Ties, hooks, flags and classes survive, because this is a deep copy that finds the new tensors
-    where it would copy the old ones.
-
-    Args:
-        model: the module; only read.
-        replacements: new tensor by fully qualified name; None puts every parameter and buffer on
-            the meta device. Tensors that are not named are copied.
-
-    Raises:
-        TraceError: some attribute cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for name, tensor in named_tensors(model).items():
-        if id(tensor) in memo or (replacements is not None and name not in replacements):
-            continue
-        if replacements is None:
-            fresh = torch.empty_like(tensor, device="meta")
-        else:
-            fresh = replacements[name]
-        if isinstance(tensor, nn.Parameter):
-            fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = fresh
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise TraceError(
-            f"the model cannot be copied: {_first_line(error)}.",
-            way_out="Remove what does not survive copy.deepcopy.",
-        ) from error
 
 
 def trace(model: nn.Module, example_inputs: object = None) -> Traced:
@@ -143,13 +109,13 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph_module = fx.symbolic_trace(standin)
-    except Exception as error:  # noqa: BLE001 - a user's forward may raise anything on proxies
-        untraceable = _first_line(error)
+    except Exception as error:
+        untraceable = first_line(error)
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
     if example_inputs is not None:
         inputs = _on_meta(example_inputs)
         return Traced(standin, graph_module, inputs, False, tracer, untraceable)
-    inputs = _inferred_inputs(standin, graph_module)
+    inputs = inferred_inputs(standin, graph_module)
     return Traced(standin, graph_module, inputs, True, tracer, untraceable)
 
 
@@ -157,84 +123,3 @@ def _on_meta(example_inputs: object) -> tuple[Any, ...]:
     """Return example inputs as a tuple of arguments, tensors on the meta device."""
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     return tuple(torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-# The sizes tried after (batch, channels), for the number of spatial dims of the first layer.
-_SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
-    1: ((1024,), (16000,)),
-    2: ((224, 224), (32, 32), (256, 256), (299, 299), (28, 28)),
-    3: ((16, 112, 112), (16, 224, 224), (32, 32, 32)),
-}
-
-
-def _inferred_inputs(standin: nn.Module, graph_module: fx.GraphModule | None) -> tuple[Any, ...]:
-    """Return the first input, among those the first layer could take, that runs through."""
-    name, layer = _first_layer(standin, graph_module)
-    way_out = "Pass example_inputs (--input-shape 1x3x224x224 on the command line)."
-    problem = "the first layer is of no known kind"
-    for candidate in _candidates(layer):
-        try:
-            with torch.no_grad(), _evaluating(standin):
-                standin(candidate)
-        except Exception as error:  # noqa: BLE001 - whatever a wrong size makes a model raise
-            problem = _first_line(error)
-        else:
-            return (candidate,)
-    raise TraceError(
-        f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
-        f" {problem}.",
-        name=name,
-        way_out=way_out,
-    )
-
-
-def _candidates(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield inputs of batch size two that a layer could take."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    channels = getattr(layer, "in_channels", None)
-    if isinstance(channels, int):
-        for sizes in _SPATIAL_SIZES.get(weight.ndim - 2, ()):
-            yield torch.empty(2, channels, *sizes, dtype=weight.dtype, device="meta")
-    elif isinstance(layer, nn.Embedding):
-        yield torch.empty(2, 16, dtype=torch.long, device="meta")
-    elif weight.ndim == 2:
-        yield torch.empty(2, weight.shape[1], dtype=weight.dtype, device="meta")
-
-
-def _first_layer(
-    standin: nn.Module, graph_module: fx.GraphModule | None
-) -> tuple[str, nn.Module]:
-    """Return the first module with a weight, in execution order where a graph tells it."""
-    if graph_module is not None:
-        for node in graph_module.graph.nodes:
-            if node.op == "call_module":
-                module = graph_module.get_submodule(str(node.target))
-                if isinstance(getattr(module, "weight", None), Tensor):
-                    return str(node.target), module
-    for name, module in standin.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            return name, module
-    return "", standin
-
-
-class _evaluating:  # noqa: N801 - reads as a verb where it is used
-    """Put a module tree in eval mode and restore each submodule's own flag."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._flags = [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, flag in self._flags:
-            module.training = flag

@@ -24,10 +24,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FxgrowError, VerificationError
+from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
-from fxgrow.trace import stand_in
+from fxgrow.standin import stand_in
+from fxgrow.trace import trace
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
 Mode = Literal["eval", "train"]
@@ -146,22 +148,24 @@ def judge(
         batches: arguments of ``forward``, floating-point ones in the networks' own dtype.
         progress: called after each batch in each mode.
     """
-    native_before, native_after = stand_in(case.before, {}), stand_in(case.after, {})
+    exact_is_native = _epsilon(case.after) <= torch.finfo(torch.float64).eps and not case.notes
+    native = [] if exact_is_native else [stand_in(case.before, {}), stand_in(case.after, {})]
     results: dict[Mode, ModeResult] = {}
     modes: tuple[Mode, ...] = ("eval", "train")
+    statistics = _batch_statistics(case)
     for mode in modes:
+        norms = case.norms if mode == "train" else ()
         result = ModeResult()
         for batch in batches:
             exact = pytree.tree_map_only(Tensor, _to_double, batch)
             before = _run(case.exact_before, exact, mode)
             after = _run(case.exact_after, exact, mode)
-            with _eps_of(case.reference, case.norms if mode == "train" else ()):
-                predicted = (
-                    before
-                    if case.reference is case.exact_before and not (mode == "train" and case.norms)
-                    else _run(case.reference, exact, mode)
-                )
-            old, new = _run(native_before, batch, mode), _run(native_after, batch, mode)
+            predicted = before
+            if case.reference is not case.exact_before or norms:
+                statistics.restore()  # a run in train mode has moved them
+                with _absorbing(case.reference, norms):
+                    predicted = _run(case.reference, exact, mode)
+            old, new = (_run(model, batch, mode) for model in native) if native else (before, after)
             result = ModeResult(
                 float64=result.float64.worst(_errors(before, after)),
                 native=result.native.worst(_errors(old, new)),
@@ -189,10 +193,29 @@ def _verdict(case: Case, results: Mapping[Mode, ModeResult]) -> Judgement:
     for result in results.values():
         if not result.residual.max_rel <= TOLERANCE:
             return "failed"
-        floor = NATIVE_FACTOR * max(result.rounding.max_rel, _epsilon(case.after))
+        noise = NATIVE_FACTOR * max(result.rounding.max_rel, _epsilon(case.after))
+        floor = max(TOLERANCE, noise)
         if not result.native.max_rel <= result.predicted.max_rel + floor:
             return "failed"
     return "preserved" if results["eval"].predicted.max_rel <= TOLERANCE else "as predicted"
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """The running statistics of a network as they were."""
+
+    saved: tuple[tuple[Tensor, Tensor], ...]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for buffer, value in self.saved:
+            buffer.copy_(value)
+
+
+def _batch_statistics(case: Case) -> _Statistics:
+    """Return the buffers of the reference that a run in train mode moves."""
+    buffers = (b for b in case.reference.buffers() if b.is_floating_point())
+    return _Statistics(tuple((buffer, buffer.clone()) for buffer in buffers))
 
 
 def _epsilon(model: nn.Module) -> float:
@@ -237,18 +260,28 @@ def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
 
 
 @contextlib.contextmanager
-def _eps_of(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None]:
-    """Give norms the eps they behave as having in train mode, for a while."""
-    changed: list[tuple[Any, float]] = []
+def _absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None]:
+    """Make norms behave, for a while, as they do in train mode after absorbing a gain s.
+
+    Batch statistics meet eps / s² instead of eps; and channels whose running variance is too
+    small to absorb s alone had their weight changed.
+    """
+    changed: list[tuple[Any, float, Tensor]] = []
     try:
         for norm in norms:
             module: Any = reference.get_submodule(norm.module)
-            changed.append((module, module.eps))
+            changed.append((module, module.eps, module.weight.detach().clone()))
+            shifted = module.running_var + module.eps
+            ratio = module.eps / (norm.gain**2 * shifted)
+            with torch.no_grad():
+                module.weight *= ratio.sqrt().clamp(min=1.0)
             module.eps = module.eps / norm.gain**2
         yield
     finally:
-        for module, eps in changed:
+        for module, eps, weight in changed:
             module.eps = eps
+            with torch.no_grad():
+                module.weight.copy_(weight)
 
 
 def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
@@ -268,8 +301,9 @@ def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
             outputs = [t for t in tensors_in(model(*exact)) if t.is_floating_point()]
-            loss = sum(((t / t.detach().abs().max().clamp(min=1e-30)) ** 2).mean() for t in outputs)
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
+            loss = torch.stack([t.square().mean() for t in scaled]).sum()
+        if not loss.requires_grad:
             break
         loss.backward()  # type: ignore[no-untyped-call]
         for name in list(waiting):
@@ -281,7 +315,8 @@ def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
                 if parameter.grad is not None:
                     size = float(parameter.grad.norm())
                     if size > 0 and math.isfinite(size):
-                        parameter -= 1e-2 * float(parameter.norm()) / size * parameter.grad
+                        step = 1e-2 * float(parameter.norm()) / size
+                        parameter.sub_(step * parameter.grad)
     model.zero_grad(set_to_none=True)
     return tuple(waiting)
 
@@ -301,73 +336,12 @@ def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
     return False
 
 
-def batches_for(
-    model: nn.Module, shapes: Sequence[Sequence[int]], inferred: bool, example: object = None
-) -> list[tuple[Any, ...]]:
-    """Return inputs to judge a network on, the same at each call.
-
-    Args:
-        model: the network; tells dtype and device, and whether a size runs.
-        shapes: the input shapes that the network was followed on.
-        inferred: whether these were inferred; smaller images that run are then taken, in two
-            sizes and batch sizes.
-        example: the user's example inputs; used as they are, and once more with new values.
-    """
-    generator = torch.Generator().manual_seed(0)
-    reference = next((t for t in named_tensors(model).values() if t.is_floating_point()), None)
-    dtype = torch.float32 if reference is None else reference.dtype
-    device = torch.device("cpu") if reference is None else reference.device
-
-    def fresh(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "meta" or tensor.is_floating_point():
-            values = torch.randn(tensor.shape, generator=generator)
-            kind = dtype if tensor.device.type == "meta" else tensor.dtype
-            return values.to(device=device, dtype=kind)
-        return tensor.flip(-1) if tensor.ndim else tensor
-
-    if example is not None:
-        arguments = example if isinstance(example, tuple) else (example,)
-        on_meta = any(t.device.type == "meta" for t in tensors_in(arguments))
-        first = pytree.tree_map_only(Tensor, fresh, arguments) if on_meta else arguments
-        return [first, pytree.tree_map_only(Tensor, fresh, arguments)]
-    if isinstance(_first_embedding(model), nn.Embedding) and len(shapes[0]) == 2:
-        rows = _first_embedding(model).num_embeddings  # type: ignore[union-attr]
-        return [(torch.randint(rows, tuple(shapes[0]), generator=generator, device="cpu"),)]
-    candidates: list[tuple[int, ...]] = [tuple(shapes[0])]
-    if inferred and len(shapes[0]) == 4 and min(shapes[0][2:]) > 96:
-        channels = shapes[0][1]
-        smaller = [(2, channels, 64, 64), (3, channels, 96, 80)]
-        candidates = [shape for shape in smaller if _runs_on(model, shape, dtype)] or candidates
-    elif inferred:
-        candidates.append((candidates[0][0] + 1, *candidates[0][1:]))
-    return [(fresh(torch.empty(shape, device="meta")),) for shape in candidates]
-
-
-def _first_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the first module with a weight, if it is an embedding."""
-    for module in model.modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            return module if isinstance(module, nn.Embedding) else None
-    return None
-
-
-def _runs_on(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Return whether the network takes an input of this shape, in train mode too."""
-    standin = stand_in(model)
-    try:
-        with torch.no_grad():
-            standin.train()(torch.empty(shape, dtype=dtype, device="meta"))
-            standin.eval()(torch.empty(shape, dtype=dtype, device="meta"))
-    except Exception:  # noqa: BLE001 - whatever a wrong size makes a model raise
-        return False
-    return True
-
-
 def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -> Verification:
     """Compare what two networks compute, in float64 and as they are, in eval and train mode.
 
     Args:
-        before, after: the networks; neither is changed.
+        before: the old network; not changed.
+        after: the new network; not changed.
         example_inputs: a tensor or tuple of arguments; None infers an input from ``before``.
 
     Returns:
@@ -377,8 +351,6 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -
     Raises:
         VerificationError: one of the networks does not run.
     """
-    from fxgrow.trace import trace
-
     traced = trace(before, example_inputs)
     exact_before, broken = float64_copy(before)
     exact_after, _ = float64_copy(after)

@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 from fxgrow.architectures import Architecture, torchvision_names
-from fxgrow.checkpoint.unpickling import load_pickled
+from fxgrow.checkpoint.unpickling import _resolve, load_pickled
 from fxgrow.errors import SourceError
 
 ZIP, LEGACY = True, False
@@ -101,6 +101,14 @@ def test_an_own_module_class_is_named_and_loads_with_trust(tmp_path):
     with pytest.raises(SourceError, match=r"OwnModule.*--trust-pickle, which executes"):
         load_pickled(path)
     assert isinstance(load_pickled(path, trust_pickle=True), OwnModule)
+
+
+def test_a_class_is_let_in_only_where_it_was_defined(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.models.resnet, "Own", OwnModule, raising=False)
+    assert _resolve("torchvision.models.resnet.Own") is None
+    assert _resolve("torchvision.models.resnet.ResNet") is torchvision.models.ResNet
+    assert _resolve("torchvision.models.no_such_module.ResNet") is None
+    assert _resolve("torch.utils.data.DataLoader") is None
 
 
 def test_graph_modules_are_refused_because_they_compile_code(tmp_path):

@@ -111,7 +111,7 @@ def load_source(path: str | Path, *, trust_pickle: bool = False) -> Source:
     source.warnings.extend(
         f"{path} also holds other weights in {location}, which are left as they are."
         for location in found
-        if location not in copies
+        if location.is_of_layers and not any(location is copy for copy in copies)
     )
     return source
 

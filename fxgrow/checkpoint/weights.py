@@ -62,6 +62,11 @@ class Location:
         return ".".join(self.keys)
 
     @property
+    def is_of_layers(self) -> bool:
+        """Whether the names are those of layers; tensors of random states are named otherwise."""
+        return any("." in name or name in ("weight", "bias") for name in self.state_dict)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of its tensors."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
@@ -74,10 +79,14 @@ def find_locations(saved: object) -> list[Location]:
         saved: a module, a state_dict, or a dict that holds some within three levels.
 
     Returns:
-        One location for each, in order of preference of their names, then as saved.
+        One location for each: layers first, then in order of preference of their names, then as
+        saved.
     """
-    found = list(_search(saved, ()))
-    return sorted(found, key=lambda location: (len(location.keys), _rank(location.keys)))
+
+    def rank(location: Location) -> tuple[bool, int, list[int]]:
+        return not location.is_of_layers, len(location.keys), _rank(location.keys)
+
+    return sorted(_search(saved, ()), key=rank)
 
 
 def bare_module(module: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ of its operands where they broadcast together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,24 +20,23 @@ from fxgrow.labels.layers import Layer, Layers, compact, core, support
 from fxgrow.labels.rules import Step
 from fxgrow.labels.tape import tensors_in
 
-# Copies and rearrangements; views are recognised by their schema.
-MOVEMENTS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "cat stack roll constant_pad_nd index_select clone contiguous _to_copy repeat flip "
-        "lift_fresh lift_fresh_copy detach alias pixel_shuffle pixel_unshuffle channel_shuffle "
-        "native_channel_shuffle _unsafe_view _reshape_alias copy"
-    ).split()
+
+def aten(names: str) -> frozenset[str]:
+    """Return operator names from a list of them in words."""
+    return frozenset(f"aten.{name}" for name in names.split())
+
+
+# The same elements in the same places.
+COPIES = aten("clone contiguous _to_copy lift_fresh lift_fresh_copy detach alias")
+# The same elements in other places; views are recognised by their schema.
+MOVEMENTS = COPIES | aten(
+    "cat stack roll constant_pad_nd index_select repeat flip pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle _unsafe_view _reshape_alias"
 )
 # Tensors made in the image of another: as uniform as a scalar, as wide as their model.
-LIKENESSES = frozenset(
-    f"aten.{name}"
-    for name in "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli".split()
-)
+LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
 # Pointwise operations that torch does not tag as such.
-UNTAGGED = frozenset(
-    f"aten.{name}" for name in "hardswish hardtanh hardsigmoid relu6 _prelu_kernel".split()
-)
+UNTAGGED = aten("hardswish hardtanh hardsigmoid relu6 _prelu_kernel")
 # A layer is expanded, hence not contiguous: where the data could be viewed, its labels are copied.
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
@@ -63,22 +63,26 @@ def operator_name(target: OpOverload) -> str:
 def movement(step: Step) -> tuple[Layers, ...]:
     """Apply the operation to each layer of its tensors, 0 standing in where one has none."""
     operands = list(tensors_in((step.args, step.kwargs)))
-    count = len(step.outputs)
-    out: list[list[Layer]] = [[] for _ in range(count)]
+    if operator_name(step.target) in COPIES:
+        return (step.layers(operands[0]),)
+    kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
+    move = _ON_LABELS.get(step.target, step.target)
+    out: list[list[Layer]] = [[] for _ in step.outputs]
     for cluster in _clusters([step.layers(tensor) for tensor in operands]):
-        substitutes = iter(
+        layers = [
             torch.zeros((), dtype=torch.int32).expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(operands, cluster, strict=True)
-        )
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda _, layers=substitutes: next(layers), (step.args, step.kwargs)
-        )
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "device", "memory_format")}
-        moved = _ON_LABELS.get(step.target, step.target)(*args, **kwargs)
-        for index, layer in enumerate(tensors_in(moved)):
-            if 0 not in layer.stride() or layer.untyped_storage().nbytes() > 4 * layer.shape[-1]:
-                layer = compact(layer)
-            out[index].append(layer)
+        ]
+        storages = {layer.untyped_storage().data_ptr() for layer in layers}
+        queue = iter(layers)
+
+        def next_layer(_: Tensor, queue: Iterator[Layer] = queue) -> Layer:
+            return next(queue)
+
+        args, kwargs_moved = pytree.tree_map_only(Tensor, next_layer, (step.args, kwargs))
+        for index, layer in enumerate(tensors_in(move(*args, **kwargs_moved))):
+            copied = layer.untyped_storage().data_ptr() not in storages
+            out[index].append(compact(layer) if copied else layer)
     return tuple(tuple(layers) for layers in out)
 
 
@@ -108,16 +112,13 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     expanded = [_broadcast(step, tensor, shape) for tensor in operands]
     out: list[Layer] = []
     for cluster in _clusters(expanded):
-        present = [layer for layer in cluster if layer is not None]
-        merged = present[0]
-        for layer in present[1:]:
-            merged = _merge(step, merged, layer)
-        for tensor, layer, is_weight in zip(operands, cluster, weights, strict=True):
-            if layer is None:
-                if _varies(tensor, shape, support(merged)):
-                    step.pin((merged,), "combined with a tensor of fixed width")
-            elif is_weight and not all(weights):
-                step.space.mark(core(layer, support(layer)), "carrier", "copy")
+        first, *others = (layer for layer in cluster if layer is not None)
+        merged = functools.reduce(functools.partial(_merge, step), others, first)
+        for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
+            if own is None and _varies(tensor, shape, support(merged)):
+                step.pin((merged,), "combined with a tensor of fixed width")
+            elif own is not None and is_weight and not all(weights):
+                step.space.mark(core(own, support(own)), "carrier", "copy")
         out.append(merged)
     return tuple(tuple(out) for _ in step.outputs)
 
@@ -127,8 +128,9 @@ def _broadcast(step: Step, tensor: Tensor, shape: torch.Size) -> Layers:
     layers = step.layers(tensor)
     if tensor.shape == shape:
         return layers
+    aligned = shape[len(shape) - tensor.ndim :]
     stretched = any(
-        size == 1 and full > 1 for size, full in zip(reversed(tensor.shape), reversed(shape))
+        size == 1 and full > 1 for size, full in zip(tensor.shape, aligned, strict=True)
     )
     kept = []
     for layer in layers:
@@ -149,7 +151,8 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     """Unify two layers element by element and return one that stands for both."""
     dims = support(left) | support(right)
     a, b = core(left, dims), core(right, dims)
-    a, b = torch.broadcast_tensors(a, b)
+    shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+    a, b = a.expand(shape), b.expand(shape)
     step.space.unify(a, b)
     lonely = (a == 0) != (b == 0)
     if bool(lonely.any()):

@@ -21,7 +21,7 @@ from fxgrow.labels.tape import Operation, Tape, Value, tensors_in
 Place = tuple[str, str]  # fx node, module
 
 
-class Labeller(TorchDispatchMode):
+class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that labels what runs under it and writes it on a tape.
 
     Args:
@@ -39,12 +39,12 @@ class Labeller(TorchDispatchMode):
         *,
         count_flops: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.space = space
         self.tape = Tape()
         self._place = place
         self._count_flops = count_flops
-        self._names = {id(tensor): name for name, tensor in reversed(named.items())}
+        self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
 
@@ -74,9 +74,7 @@ class Labeller(TorchDispatchMode):
                     if size > 1  # a width of one may be broadcast
                 )
             origins = (name,) if name else ()
-            found = self._enter(
-                tensor, layers, parameter=name, is_weight=True, origins=origins
-            )
+            found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
         return found
 
     def enter_input(self, tensor: Tensor) -> None:
@@ -173,5 +171,3 @@ def propagate(
         for layer in value.layers:
             space.pin(layer, "an output of the network")
     return space, labeller.tape
-
-

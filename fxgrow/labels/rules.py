@@ -147,7 +147,9 @@ def _matrix_product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Te
     contracted = [cover(step.layers(tensor), dim) for tensor, dim in sides]
     lines = [_line_of(step.layers(tensor), dim) for tensor, dim in sides]
     reason = ""
-    if any(layer is not None and found is None for layer, found in zip(contracted, lines)):
+    if any(
+        layer is not None and found is None for layer, found in zip(contracted, lines, strict=True)
+    ):
         reason = "a product over positions that belong to different channels"
     elif all(weights):
         reason = "two parameters are multiplied over these channels"
@@ -261,4 +263,3 @@ def reduction(step: Step) -> tuple[Layers, ...]:
 
 def _as_sequence(dims: int | Sequence[int]) -> Sequence[int]:
     return (dims,) if isinstance(dims, int) else dims
-

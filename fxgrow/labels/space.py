@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -47,7 +46,9 @@ class LabelSpace:
     axes: list[Axis] = field(default_factory=list)
     roles: dict[int, Role] = field(default_factory=dict)  # index of axis -> role
     fills: dict[int, Fill] = field(default_factory=dict)  # index of axis -> fill of new entries
-    convolution_groups: dict[str, int] = field(default_factory=dict)  # weight -> groups, 0 depthwise
+    convolution_groups: dict[str, int] = field(
+        default_factory=dict
+    )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, str]] = field(default_factory=list)
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -126,5 +127,3 @@ class LabelSpace:
             for root in np.unique(roots[ids]).tolist():
                 reasons.setdefault(root, reason)
         return reasons
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from fxgrow.channels import Channels
@@ -19,7 +21,8 @@ def axis_edits(old: Channels, new: Channels, matching: Matching) -> dict[str, li
     """Return, for each tensor, the edits of the axes whose positions change; readers first.
 
     Args:
-        old, new: the channels at the old and the new sizes.
+        old: the channels at the old sizes.
+        new: the channels at the new sizes.
         matching: which new channel continues which old one.
 
     Raises:
@@ -113,5 +116,5 @@ def _runs(kind: IntArray, start: IntArray) -> tuple[Run, ...]:
     bounds = [0, *breaks.tolist(), len(kind)]
     return tuple(
         Run(_KINDS[int(kind[low])], int(start[low]), high - low)
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        for low, high in itertools.pairwise(bounds)
     )

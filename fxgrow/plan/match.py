@@ -65,17 +65,19 @@ def _signatures(
 
 def _mix(values: HashArray) -> HashArray:
     """Return well-mixed 64-bit hashes (the splitmix64 finaliser), so that their sums differ."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z: HashArray = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: HashArray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
     """Match the channels of a network at its old and its new sizes.
 
     Args:
-        old, new: the two runs.
+        old: the run at the old sizes.
+        new: the run at the new sizes.
         pairing: lays out the new channels of each signature.
 
     Raises:
@@ -88,7 +90,7 @@ def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
     grown = {
         index: before
         for index, axis in enumerate(new.axes)
-        if 0 < (before := old.convolution_groups.get(axis.tensor, 0))
+        if (before := old.convolution_groups.get(axis.tensor, 0)) > 0
         and before < new.convolution_groups.get(axis.tensor, 0)
     }
     old_signature = _signatures(old, range(len(old.axes)), {})
@@ -110,9 +112,9 @@ def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
     sign = np.zeros(new.count, dtype=np.int64)
     drawn = 0
     for kind, members in new_buckets.items():
-        before = old_buckets.get(kind, members[:0])
-        continued[members[: len(before)]] = before
-        fresh = members[len(before) :]
+        olds = old_buckets.get(kind, members[:0])
+        continued[members[: len(olds)]] = olds
+        fresh = members[len(olds) :]
         if len(fresh):
             layout = pairing(len(fresh))
             draw[fresh] = np.asarray(layout.draws) + drawn

@@ -16,9 +16,9 @@ from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS
 from fxgrow.plan.edits import axis_edits
-from fxgrow.plan.resize import Sizes, new_sizes
-from fxgrow.plan.rerun import Resized, run_resized
 from fxgrow.plan.match import match
+from fxgrow.plan.rerun import Resized, run_resized
+from fxgrow.plan.resize import Sizes, new_sizes
 from fxgrow.plan.schema import (
     Absorption,
     AxisEdit,
@@ -319,6 +319,6 @@ def _parameter_counts(
 ) -> tuple[int, int]:
     """Return the number of parameters before and after."""
     ids = {id(parameter) for parameter in parameters}
-    names = {id(t): n for n, t in reversed(tensors.items()) if id(t) in ids}.values()
+    names = {id(t): n for n, t in reversed([*tensors.items()]) if id(t) in ids}.values()
     before = sum(math.prod(shapes[name]) for name in names)
     return before, sum(math.prod(sizes.shapes.get(name, shapes[name])) for name in names)

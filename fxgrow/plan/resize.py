@@ -84,9 +84,9 @@ def _attempt(
         size = axis.size
         held, counts = np.unique(group_of[channels.of_axis(index)], return_counts=True)
         for member, count in zip(held.tolist(), counts.tolist(), strict=True):
-            group = groups[member] if member >= 0 else None
-            if group is None or group.name not in widths:
+            if member < 0 or groups[member].name not in widths:
                 continue
+            group = groups[member]
             new, rest = divmod(count * widths[group.name], group.width)
             if rest:
                 problems[group.name] = (

@@ -1,0 +1,355 @@
+"""The Python API: compose tracing, planning, surgery and verification."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.analysis import analyse
+from fxgrow.apply import apply_to_module, check_source, grow_float64
+from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, VerificationError
+from fxgrow.graph import insert_multipliers
+from fxgrow.init import Init, copy_uniform, find_init, init_name, init_of_plan
+from fxgrow.inputs import batches_for
+from fxgrow.labels.propagate import named_tensors
+from fxgrow.plan.planner import make_plan
+from fxgrow.plan.schema import Grouped, Plan, Request, Where
+from fxgrow.plan.widths import checked_widths
+from fxgrow.presets import settings
+from fxgrow.report.data import Inspection, Report
+from fxgrow.rescaling import gain_value
+from fxgrow.trace import trace
+from fxgrow.verify import Case, Verification, float64_copy, judge, notes_on
+
+Progress: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A grown network with the plan it came from and the report on it.
+
+    Attributes:
+        model: the grown module.
+        plan: what was done, as data.
+        report: what was measured.
+        init: what filled the new weights.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    init: Init = field(repr=False, default=copy_uniform)
+
+
+def _silent(step: str) -> None:
+    del step
+
+
+def inspect(model: nn.Module, example_inputs: object = None) -> Inspection:
+    """Find the channel groups, residual blocks and pins of a network.
+
+    Args:
+        model: any module; only read.
+        example_inputs: a tensor or a tuple of arguments; None infers an input from the first
+            layer.
+
+    Returns:
+        The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
+
+    Raises:
+        TraceError: the network cannot be followed on these inputs.
+    """
+    return Inspection(analyse(trace(model, example_inputs)))
+
+
+def plan(
+    model: nn.Module,
+    width: str | Mapping[str, str] = "2x",
+    example_inputs: object = None,
+    *,
+    preset: str | None = None,
+    rescaling: str | None = None,
+    pairing: str | None = None,
+    init: str | Init = "copy_uniform",
+    where: Where = "hidden",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: float | str = 1.0,
+    noise: float = 0.0,
+    multiple_of: int = 1,
+    grouped: Grouped = "width",
+    seed: int = 0,
+    compensate: bool = False,
+    progress: Progress = _silent,
+) -> Plan:
+    """Return the plan that :func:`widen` would carry out; the arguments are the same.
+
+    Raises:
+        TraceError: the network cannot be followed.
+        PlanError: the request is malformed, or nothing that it selects can grow.
+    """
+    chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
+    find_init(init)
+    request = Request(
+        width=checked_widths(width),
+        rescaling=chosen_rescaling,
+        pairing=chosen_pairing,
+        init=init_name(init),
+        where=_one_of("where", where, ("hidden", "stream", "all")),  # type: ignore[arg-type]
+        include=_globs(include),
+        exclude=_globs(exclude),
+        gain=gain_value(gain),
+        noise=float(noise),
+        multiple_of=int(multiple_of),
+        grouped=_one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
+        seed=int(seed),
+        compensate=bool(compensate),
+    )
+    tensors = named_tensors(model)
+    notes = _check_tensors(tensors)
+    progress("following the channels")
+    analysis = analyse(trace(model, example_inputs))
+    progress("planning")
+    made = make_plan(analysis, request, lambda name: _variance(tensors[name]))
+    return replace(made, warnings=(*made.warnings, *notes))
+
+
+def widen(
+    model: nn.Module,
+    width: str | Mapping[str, str] = "2x",
+    example_inputs: object = None,
+    *,
+    preset: str | None = None,
+    rescaling: str | None = None,
+    pairing: str | None = None,
+    init: str | Init = "copy_uniform",
+    where: Where = "hidden",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: float | str = 1.0,
+    noise: float = 0.0,
+    multiple_of: int = 1,
+    grouped: Grouped = "width",
+    seed: int = 0,
+    strict: bool = False,
+    compensate: bool = False,
+    verify: bool = True,
+    progress: Progress = _silent,
+) -> Grown:
+    """Make a trained network wider without changing what it computes.
+
+    Args:
+        model: any module; it is not touched.
+        width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"``, or a mapping of globs over group names
+            to such strings, of which the first match counts.
+        example_inputs: a tensor or a tuple of arguments for ``forward``; None infers an input
+            from the first layer.
+        preset: ``vt``, ``r2wider``, ``netmorph`` or ``random``: rescaling and pairing together;
+            either can still be given and then wins.
+        rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
+            ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
+        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``none``.
+        init: what fills new weights: ``copy_uniform``, ``copy_normal``, ``kaiming``,
+            ``kaiming_normal``, ``zeros``, ``"package.module:function"`` or a callable
+            ``(tensor, reference, fan_in) -> None``.
+        where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
+        include: globs over the names of groups and their writers; only these grow.
+        exclude: globs likewise; these do not grow.
+        gain: of the constraint rescalings; a number or a nonlinearity's name (``"relu"``).
+        noise: relative standard deviation of extra noise on the new columns. Twins do not need
+            it to part, and it breaks preservation.
+        multiple_of: new widths are rounded up to a multiple of this.
+        grouped: whether a grouped convolution grows inside each group (``width``) or by whole
+            groups (``count``).
+        seed: of the new weights; each tensor draws from (seed, its name) alone.
+        strict: refuse whatever does not preserve the function exactly.
+        compensate: restore the function by multipliers in the graph, keeping rescaled weights.
+        verify: measure the result before it is returned.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The grown network, the plan and the report. The network has the class of ``model``, or is
+        a :class:`torch.fx.GraphModule` where multipliers had to be inserted.
+
+    Raises:
+        TraceError: the network cannot be followed.
+        PlanError: the request is malformed, or nothing that it selects can grow.
+        NotPreservedError: ``strict``, and the plan predicts a change of the output.
+        VerificationError: the grown network does not compute what the plan predicts.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ... )
+        >>> grown = fxgrow.widen(net, "2x")
+        >>> grown.model[0].out_features, grown.report.verification.verdict
+        (16, 'preserved')
+    """
+    made = plan(
+        model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
+        init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
+        multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
+        progress=progress,
+    )  # fmt: skip
+    return carry_out(
+        made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
+    )
+
+
+def carry_out(
+    made: Plan,
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    init: str | Init | None = None,
+    strict: bool = False,
+    verify: bool = True,
+    progress: Progress = _silent,
+) -> Grown:
+    """Carry a plan out on the network it was made for, and measure the result.
+
+    Args:
+        made: the plan.
+        model: the network; it is not touched.
+        example_inputs: inputs to measure on; None takes those of the plan.
+        init: the callable the plan was made with, if it was one.
+        strict: refuse whatever does not preserve the function exactly.
+        verify: measure the result before it is returned.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        PlanError: the plan is for another network.
+        NotPreservedError, VerificationError: as for :func:`widen`.
+    """
+    check_source(made, named_tensors(model))
+    if strict and made.preserves != "exact":
+        guilty = next(group for group in made.groups if group.preserves != "exact")
+        raise NotPreservedError(
+            f"{guilty.name} would not be preserved: {guilty.reason}.",
+            name=guilty.name,
+            way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
+        )
+    fill = init_of_plan(made.request.init) if init is None else find_init(init)
+    progress("growing the weights")
+    grown = apply_to_module(made, model, fill)
+    verification = Verification("skipped")
+    if verify:
+        progress("verifying")
+        verification = _verification(made, model, grown, example_inputs, fill)
+    if verification.verdict == "failed":
+        raise _failure(made, model, example_inputs, fill, verification)
+    for text in made.warnings:
+        warnings.warn(text, FxgrowWarning, stacklevel=3)
+    return Grown(grown, made, Report(made, verification, made.warnings), fill)
+
+
+def _verification(
+    made: Plan, model: nn.Module, grown: nn.Module, example_inputs: object, init: Init
+) -> Verification:
+    """Return the judgement of a grown network."""
+    exact, broken = float64_copy(model)
+    exact_grown = grow_float64(made, exact, init)
+    reference: nn.Module = exact
+    if made.prediction:
+        reference = insert_multipliers(float64_copy(model)[0], made.prediction)
+    random = any(group.preserves == "no" and _unpredictable(made) for group in made.groups)
+    case = Case(
+        model, grown, exact, exact_grown, reference, made.norms, not random, made.tensors,
+        notes_on(broken),
+    )  # fmt: skip
+    batches = batches_for(model, made.inputs, made.inputs_inferred, example_inputs)
+    return judge(case, batches)
+
+
+def _unpredictable(made: Plan) -> bool:
+    """Return whether new channels do not cancel, so that the change cannot be foretold."""
+    from fxgrow.pairing import PAIRINGS
+
+    return bool(made.request.noise) or not PAIRINGS[made.request.pairing](2).preserving
+
+
+def _failure(
+    made: Plan, model: nn.Module, example_inputs: object, init: Init, found: Verification
+) -> VerificationError:
+    """Return the error for a failed verification, naming the first group that breaks."""
+    names = [group.name for group in made.groups]
+    low, high = 0, len(names)  # the first `low` groups are good together, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            part = _narrowed(made, model, example_inputs, names[:middle])
+            grown = apply_to_module(part, model, init)
+            bad = _verification(part, model, grown, example_inputs, init).verdict == "failed"
+        except PlanError:
+            break
+        low, high = (low, middle) if bad else (middle, high)
+    guilty = names[high - 1] if names else ""
+    residual = max(r.residual.max_rel for r in (found.eval, found.train) if r is not None)
+    native = max(r.native.max_rel for r in (found.eval, found.train) if r is not None)
+    return VerificationError(
+        f"the widened network does not compute what was predicted: it is off by {residual:.3g} "
+        f"in float64 and {native:.3g} as saved (relative to the largest output). The first group "
+        f"that breaks is {guilty}.",
+        name=guilty,
+        way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
+    )
+
+
+def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Sequence[str]) -> Plan:
+    """Return the same plan for some of its groups."""
+    widths = {group.name: str(group.width[1]) for group in made.groups if group.name in names}
+    request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
+    tensors = named_tensors(model)
+    inputs = example_inputs
+    if inputs is None:
+        inputs = tuple(torch.empty(shape, device="meta") for shape in made.inputs)
+    analysis = analyse(trace(model, inputs))
+    return make_plan(analysis, request, lambda name: _variance(tensors[name]))
+
+
+def _variance(tensor: Tensor) -> float:
+    """Return the unbiased variance of a weight, computed in float64; 0 for one element."""
+    return float(tensor.detach().double().var()) if tensor.numel() > 1 else 0.0
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return warnings on tensors, and refuse those that cannot be computed with.
+
+    Raises:
+        PlanError: a tensor is quantized.
+    """
+    notes = []
+    for name, tensor in tensors.items():
+        if tensor.is_quantized:
+            raise PlanError(
+                f"{name} is quantized ({tensor.dtype}).",
+                name=name,
+                way_out="Widen the float network, then quantize it again.",
+            )
+        has_values = tensor.is_floating_point() and tensor.device.type != "meta"
+        if has_values and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+            notes.append(f"{name} has {kind} entries; they stay where they are")
+    return tuple(notes)
+
+
+def _globs(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return globs as a tuple; a lone string is one glob."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return a value if it is allowed.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if value not in allowed:
+        raise PlanError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
+    return value

@@ -1,0 +1,250 @@
+"""Models from files and grown models to files.
+
+A file of weights says nothing of the network they belong to, so what fxgrow writes carries a
+*record* beside them: the architecture by name, and the plans that were carried out since, oldest
+first. From these :func:`load` rebuilds the module on shapes alone and puts the weights in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgrow.api import Grown
+from fxgrow.apply import apply_to_state_dict, set_attributes
+from fxgrow.architectures import Architecture, parse_architecture
+from fxgrow.checkpoint import Source, load_source, save_source
+from fxgrow.checkpoint.formats import Contents
+from fxgrow.checkpoint.writing import write_file
+from fxgrow.errors import SourceError
+from fxgrow.graph import insert_multipliers
+from fxgrow.labels.propagate import named_tensors
+from fxgrow.plan.schema import Plan
+from fxgrow.recognition import recognise
+from fxgrow.standin import stand_in
+from fxgrow.version import __version__
+
+RECORD_SCHEMA = 1
+
+
+@dataclass
+class Opened:
+    """A model read from a file, with what is needed to write the same kind of file again.
+
+    Attributes:
+        source: the file's contents.
+        model: the module with the file's weights, in eval mode if it was built here.
+        architecture: what it was built from; None for a pickled module.
+        plans: the surgeries it has been through, oldest first.
+        warnings: what the user should know.
+    """
+
+    source: Source
+    model: nn.Module
+    architecture: Architecture | None
+    plans: tuple[Plan, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_arguments: Mapping[str, object] | None = None,
+    trust_pickle: bool = False,
+) -> Opened:
+    """Read a file and return its model, ready to use.
+
+    Args:
+        path: a state_dict, a training checkpoint or a pickled module (``.pt``), or safetensors.
+        arch: the architecture, where it cannot be recognised from names and shapes:
+            ``resnet50``, ``torchvision:…``, ``timm:…`` or ``package.module:callable``.
+        arch_arguments: its keyword arguments.
+        trust_pickle: let a pickle execute code; classes outside torch and torchvision need it.
+
+    Raises:
+        SourceError: the file cannot be read, or no architecture fits its weights.
+    """
+    source = load_source(path, trust_pickle=trust_pickle)
+    notes = list(source.warnings)
+    if source.model is not None:
+        return Opened(source, source.model, None, (), notes)
+    architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
+    model = rebuild(architecture, plans)
+    _put_weights(model, source, architecture)
+    return Opened(source, model, architecture, plans, notes)
+
+
+def load(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_arguments: Mapping[str, object] | None = None,
+    trust_pickle: bool = False,
+) -> nn.Module:
+    """Return the model in a file, whatever fxgrow wrote included; see :func:`open_model`.
+
+    A module built from a state_dict is in eval mode; call ``.train()`` to go on training.
+
+    Raises:
+        SourceError: the file cannot be read, or no architecture fits its weights.
+    """
+    opened = open_model(path, arch=arch, arch_arguments=arch_arguments, trust_pickle=trust_pickle)
+    return opened.model
+
+
+def write_grown(
+    opened: Opened,
+    grown: Grown,
+    out: str | Path,
+    *,
+    force: bool = False,
+) -> list[str]:
+    """Write a grown model to a file of the same kind as the one it was read from.
+
+    Args:
+        opened: the file's old model.
+        grown: what became of it.
+        out: the file to write.
+        force: overwrite ``out``; the source itself is never written to.
+
+    Returns:
+        What the user should know, one sentence each.
+
+    Raises:
+        SourceError: ``out`` cannot be written; nothing is left behind.
+    """
+    first, *copies = opened.source.state_dicts
+    new = grown.model.state_dict()
+    weights: list[Mapping[str, Tensor]] = [
+        OrderedDict((name, new.get(name, tensor)) for name, tensor in first.items())
+    ]
+    weights += [apply_to_state_dict(grown.plan, copy, grown.init) for copy in copies]
+    notes = []
+    if opened.source.model is not None and isinstance(grown.model, fx.GraphModule):
+        notes.append(
+            "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow "
+            "only with --trust-pickle. Widen a state_dict to avoid that."
+        )
+    record = _record(opened.architecture, (*opened.plans, grown.plan))
+    model = grown.model if opened.source.model is not None else None
+    return notes + save_source(opened.source, weights, out, record=record, model=model, force=force)
+
+
+def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
+    """Write a model grown in Python, so that :func:`load` gives it back.
+
+    If the network it grew from is a known torchvision architecture, its state_dict is written
+    (``.safetensors``, or anything else for ``torch.save``) with the record to rebuild it. Any
+    other module is pickled whole, which loads without fxgrow where its class can be imported.
+
+    Args:
+        grown: the result of :func:`fxgrow.widen`.
+        path: the file to write.
+        force: overwrite it if it exists.
+
+    Raises:
+        SourceError: the file cannot be written, or the module can neither be named nor pickled.
+    """
+    out = Path(path)
+    wants_safetensors = out.suffix == ".safetensors"
+    state_dict = grown.model.state_dict()
+    before = {n: s for n, (s, _) in grown.plan.source.items() if n in state_dict}
+    try:
+        architecture: Architecture | None = recognise(before)
+    except SourceError:
+        architecture = None
+    if architecture is None and (wants_safetensors or isinstance(grown.model, fx.GraphModule)):
+        raise SourceError(
+            f"{out} cannot hold this model: it grew from no known architecture.",
+            name=str(out),
+            way_out="Save grown.model.state_dict() and grown.plan.to_json() yourself.",
+        )
+    if architecture is None:
+        write_file(Contents(grown.model), out, "torch", source=None, force=force)
+        return
+    record = _record(architecture, (grown.plan,))
+    if wants_safetensors:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
+        header = {"format": "pt", "_fxgrow": json.dumps(record)}
+        write_file(Contents(tensors, header), out, "safetensors", source=None, force=force)
+        return
+    state_dict._metadata["_fxgrow"] = record  # type: ignore[attr-defined]
+    write_file(Contents(state_dict), out, "torch", source=None, force=force)
+
+
+def rebuild(architecture: Architecture, plans: Sequence[Plan]) -> nn.Module:
+    """Return the module that an architecture became; its weights are uninitialised.
+
+    Raises:
+        SourceError: the architecture cannot be built.
+        PlanError: the plans do not fit it.
+    """
+    model = architecture.build("cpu")
+    for plan in plans:
+        dtypes = {name: tensor.dtype for name, tensor in named_tensors(model).items()}
+        grown = {
+            name: torch.empty(edit.new_shape, dtype=dtypes[name])
+            for name, edit in plan.tensors.items()
+        }
+        model = stand_in(model, grown)
+        set_attributes(model, plan.modules)
+        if plan.multipliers:
+            model = insert_multipliers(model, plan.multipliers)
+    return model.eval()
+
+
+def _identify(
+    source: Source, arch: str | None, arguments: dict[str, object]
+) -> tuple[Architecture, tuple[Plan, ...]]:
+    """Return architecture and plans: as named, as recorded, or as recognised."""
+    record = source.record or {}
+    plans = tuple(Plan.from_dict(plan) for plan in record.get("plans", ()))
+    if arch is not None:
+        return parse_architecture(arch, arguments), plans
+    if isinstance(record.get("architecture"), Mapping):
+        return Architecture.from_dict(record["architecture"]), plans
+    return recognise(source.shapes, hint=source.path.stem), plans
+
+
+def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -> None:
+    """Load the file's weights into a module built for them.
+
+    Raises:
+        SourceError: names or shapes differ.
+    """
+    try:
+        result = model.load_state_dict(source.state_dict, strict=False, assign=True)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise SourceError(
+            f"the weights in {source.path} do not fit {architecture}: {lines[-1].strip()}",
+            name=str(source.path),
+            way_out="Name the architecture with --arch (and --arch-arg).",
+        ) from error
+    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
+    wrong = missing or result.unexpected_keys
+    if wrong:
+        what = "miss" if missing else "have an unexpected"
+        raise SourceError(
+            f"the weights in {source.path} do not fit {architecture}: they {what} {wrong[0]}"
+            + (f" and {len(wrong) - 1} more." if len(wrong) > 1 else "."),
+            name=wrong[0],
+            way_out="Name the architecture with --arch (and --arch-arg).",
+        )
+
+
+def _record(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:
+    return {
+        "schema": RECORD_SCHEMA,
+        "fxgrow": __version__,
+        "architecture": architecture.to_dict() if architecture else None,
+        "plans": [plan.to_dict() for plan in plans],
+    }

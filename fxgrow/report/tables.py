@@ -1,0 +1,379 @@
+"""Reports as tables for people: plain text, or a page of HTML (rich).
+
+Names below a block are shown without the block's name, and consecutive blocks of which every
+figure is the same share their rows, so that the table of a deep network fits a screen. Whatever
+differs in any figure keeps a row of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fxgrow.plan.schema import GroupPlan, Plan, Refusal
+from fxgrow.report.data import Inspection, Report
+from fxgrow.verify import Verification
+
+TEXT_WIDTH = 120
+_STYLES = {
+    "exact": "green", "preserved": "green",
+    "scaled": "yellow", "as predicted": "yellow", "skipped": "yellow",
+    "no": "red", "failed": "red",
+}  # fmt: skip
+
+
+def as_text(renderable: RenderableType, width: int = TEXT_WIDTH) -> str:
+    """Return a renderable as plain text, without colours and without trailing blanks."""
+    console = Console(
+        width=width, no_color=True, force_terminal=False, file=io.StringIO(), legacy_windows=False
+    )
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def as_html(renderable: RenderableType, title: str, width: int = TEXT_WIDTH) -> str:
+    """Return a renderable as a page of HTML that needs nothing else."""
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(Text(title, style="bold"))
+    console.print(renderable)
+    return console.export_html(inline_styles=True)
+
+
+def terminal_width() -> int:
+    """Return the width to print at: the terminal's (or COLUMNS), else that of plain text."""
+    return shutil.get_terminal_size((TEXT_WIDTH, 24)).columns
+
+
+def report_table(report: Report, *, with_warnings: bool = True) -> RenderableType:
+    """Return a report as tables.
+
+    Args:
+        report: the report.
+        with_warnings: list the warnings too, which the command line prints elsewhere.
+    """
+    warnings = report.warnings if with_warnings else ()
+    return Group(plan_table(report.plan, warnings), Text(), verification_table(report.verification))
+
+
+def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
+    """Return what a plan does to each group, what it refuses, and what it costs."""
+    parts: list[RenderableType] = [_request_line(plan), _groups_table(plan.groups)]
+    parts += _reasons(plan.groups)
+    if plan.refused:
+        parts += [Text("not widened:"), _indented(_refusals(plan.refused))]
+    if warnings:
+        parts += [Text("warnings:", style="yellow"), _indented(Text("\n".join(warnings)))]
+    return Group(*parts, Text(), _costs(plan))
+
+
+def verification_table(found: Verification) -> RenderableType:
+    """Return a verdict and the measurements it rests on."""
+    headline = Text("verification: ").append(_verdict(found.verdict))
+    if found.eval is None or found.train is None:
+        return headline
+    headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
+    figures = ("float64", "relative", "as saved", "relative ", "predicted", "off prediction")
+    table = _new_table("change in", *figures, right=figures)
+    for name, result in (("eval mode", found.eval), ("train mode", found.train)):
+        figures = (
+            result.float64.max_abs, result.float64.max_rel,
+            result.native.max_abs, result.native.max_rel,
+            result.predicted.max_rel, result.residual.max_rel,
+        )  # fmt: skip
+        table.add_row(name, *(f"{figure:.2g}" for figure in figures))
+    parts: list[RenderableType] = [headline, table]
+    if found.verdict == "preserved" and found.train.predicted.max_rel > 0:
+        parts.append(
+            Text(
+                "In train mode the eps of a norm weighs differently against rescaled batch "
+                "statistics: the predicted change."
+            )
+        )
+    if found.without_gradient:
+        names = _some(found.without_gradient, 3)
+        parts.append(Text(f"new entries without a gradient in two steps: {names}"))
+    parts += [Text(f"note: {note}") for note in found.notes]
+    return Group(*parts)
+
+
+def inspection_table(inspection: Inspection) -> RenderableType:
+    """Return the residual blocks with their pairs, the channel groups and the pins."""
+    found = inspection.to_dict()
+    origin = "inferred" if found["inputs_inferred"] else "given"
+    head = f"followed by {found['tracer']} on an input of {', '.join(found['inputs'])} ({origin})"
+    parts: list[RenderableType] = [Text(head)]
+    if found["untraceable"]:
+        parts.append(Text(f"no torch.fx graph: {found['untraceable']}", style="yellow"))
+    if found["blocks"]:
+        parts += [Text(), Text("residual blocks", style="bold"), _blocks_table(found["blocks"])]
+    parts += [Text(), Text("channel groups", style="bold"), _inspected(found["groups"])]
+    pins = [(g["name"], g["reason"]) for g in found["groups"] if g["kind"] == "pinned"]
+    if pins:
+        parts += [Text(), Text("pinned, because"), _indented(_name_list(pins))]
+    kinds = [group["kind"] for group in found["groups"]]
+    counts = (f"{kinds.count(kind)} {kind}" for kind in ("hidden", "stream", "pinned"))
+    blocks = f"{len(found['blocks'])} residual blocks"
+    return Group(*parts, Text(), Text(f"{len(kinds)} groups: {', '.join(counts)}; {blocks}"))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a block, or of a group outside of any.
+
+    Attributes:
+        block: its name ("" outside of blocks).
+        cells: the rows; equal for blocks that may share them.
+    """
+
+    block: str
+    cells: tuple[tuple[str, ...], ...]
+
+
+def _add_folded(table: Table, rows: Iterable[_Rows], verdict: int | None = None) -> None:
+    """Add rows to a table, consecutive blocks with the same cells as one.
+
+    Args:
+        table: the table; its first column is the block.
+        rows: the rows of each block.
+        verdict: the index of the cell to colour.
+    """
+    for (cells, inside), same in groupby(rows, key=lambda r: (r.cells, bool(r.block))):
+        names = [entry.block for entry in same]
+        shared = _span(names) if inside else "–"
+        for index, row in enumerate(cells * (1 if inside else len(names))):
+            label = Text("" if index and inside else shared, overflow="fold")
+            coloured = [
+                _verdict(cell) if position == verdict else Text(cell, overflow="fold")
+                for position, cell in enumerate(row)
+            ]
+            table.add_row(label, *coloured)
+
+
+def _span(names: Sequence[str]) -> str:
+    """Return the label of consecutive blocks that share their rows.
+
+    Example:
+        >>> _span(["a.0"]), _span(["a.0", "a.1"]), _span(["a.0", "a.1", "a.2"])
+        ('a.0', 'a.0, a.1', 'a.0 … a.2 (×3)')
+    """
+    if len(names) < 3:
+        return ", ".join(names)
+    return f"{names[0]} … {names[-1]} (×{len(names)})"
+
+
+def _new_table(*columns: str, right: Collection[str] = ()) -> Table:
+    """Return an empty table; ``right`` names the columns of figures, which are never cut."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        whole = name in right or name in ("block", "kind", "verdict", "skip", "form")
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=whole)
+    return table
+
+
+def _groups_table(groups: Sequence[GroupPlan]) -> Table:
+    """Return the table of the groups that grow."""
+    table = _new_table(
+        "block", "group", "width", "α", "β", "α·β", "absorbed by", "gain", "verdict",
+        right=("width", "α", "β", "α·β", "gain"),
+    )  # fmt: skip
+    rows = (
+        _Rows(block, tuple(_group_cells(group, block) for group in members))
+        for block, members in _by_block(groups)
+    )
+    _add_folded(table, rows, verdict=7)
+    return table
+
+
+def _group_cells(group: GroupPlan, block: str) -> tuple[str, ...]:
+    old, new = group.width
+    return (
+        _within(group.name, block),
+        f"{old} → {new}",
+        _factor(group.alpha, group, group.writers),
+        _factor(group.beta, group, group.readers),
+        _number(group.alpha_beta),
+        ", ".join(_within(name, block) for name in group.absorbed_by) or "–",
+        _number(group.gain),
+        group.preserves,
+    )
+
+
+def _factor(factor: float | None, group: GroupPlan, layers: Sequence[str]) -> str:
+    """Return a factor, or the range of those of the layers where they share none."""
+    found = [group.factors[layer] for layer in layers if layer in group.factors]
+    if factor is not None or not found:
+        return _number(factor)
+    return f"{_number(min(found))}–{_number(max(found))}"
+
+
+def _by_block(groups: Iterable[GroupPlan]) -> Iterator[tuple[str, list[GroupPlan]]]:
+    """Yield consecutive groups of one block together."""
+    for block, members in groupby(groups, key=lambda group: group.block or ""):
+        yield block, list(members)
+
+
+def _reasons(groups: Sequence[GroupPlan]) -> list[RenderableType]:
+    """Return why groups are not preserved as they are, the same reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for group in groups:
+        if group.reason:
+            by_reason.setdefault(group.reason, []).append(group.name)
+    if not by_reason:
+        return []
+    entries = [(_some(names, 2), reason) for reason, names in by_reason.items()]
+    return [Text("because:"), _indented(_name_list(entries))]
+
+
+def _refusals(refused: Sequence[Refusal]) -> Table:
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refused:
+        by_reason.setdefault(refusal.reason, []).append(refusal.name)
+    return _name_list([(_some(names, 2), reason) for reason, names in by_reason.items()])
+
+
+def _name_list(entries: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, text in entries:
+        grid.add_row(Text(name, overflow="fold"), Text(text))
+    return grid
+
+
+def _request_line(plan: Plan) -> Text:
+    """Return what was asked for, defaults that mean nothing left out."""
+    request = plan.request
+    width = request.width
+    shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
+    settings = {
+        "width": shown,
+        "rescaling": request.rescaling,
+        "pairing": request.pairing,
+        "init": request.init,
+        "where": request.where,
+        "include": ", ".join(request.include),
+        "exclude": ", ".join(request.exclude),
+        "gain": "" if request.gain == 1.0 else _number(request.gain),
+        "noise": f"{request.noise:g}" if request.noise else "",
+        "multiple of": str(request.multiple_of) if request.multiple_of > 1 else "",
+        "seed": str(request.seed),
+    }
+    text = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
+    return Text(text + (", compensated" if request.compensate else ""))
+
+
+def _costs(plan: Plan) -> Table:
+    """Return parameters and FLOPs, before and after."""
+    shapes = [shape[1:] if plan.inputs_inferred else shape for shape in plan.inputs]
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    grid = Table.grid(padding=(0, 2))
+    for name, (before, after), note in (
+        ("parameters", plan.parameters, ""),
+        ("FLOPs", plan.flops, f"for {'one ' if plan.inputs_inferred else ''}{sizes}"),
+    ):
+        ratio = f"×{after / before:.2f}" if before else ""
+        grid.add_row(name, f"{_size(before)} → {_size(after)}", ratio, note)
+    return grid
+
+
+def _size(count: int) -> str:
+    """Return a count in readable units.
+
+    Example:
+        >>> _size(999), _size(11_181_642), _size(3_638_757_376)
+        ('999', '11.18 M', '3.639 G')
+    """
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return str(count)
+
+
+def _blocks_table(blocks: Sequence[dict[str, object]]) -> Table:
+    table = _new_table("block", "skip", "form", "pairs")
+    _add_folded(table, (_block_rows(block) for block in blocks))
+    return table
+
+
+def _block_rows(block: dict[str, object]) -> _Rows:
+    name = str(block["name"])
+    form = "pre-activation" if block["preactivation"] else "post-activation"
+    pairs = block["pairs"]
+    chains = [_chain(pair, name) for pair in pairs] if isinstance(pairs, list) else []
+    rows = [(str(block["skip"]), form, chain) for chain in chains[:1] or ["–"]]
+    rows += [("", "", chain) for chain in chains[1:]]
+    return _Rows(name, tuple(rows))
+
+
+def _chain(pair: dict[str, Sequence[str]], block: str) -> str:
+    """Return a pair as ``conv1 → bn1 → relu → conv2``."""
+    stations = (pair[part] for part in ("writers", "norms", "activations", "readers"))
+    return " → ".join(
+        " + ".join(_within(name, block) for name in names) for names in stations if names
+    )
+
+
+def _inspected(groups: Sequence[dict[str, object]]) -> Table:
+    table = _new_table("block", "group", "kind", "width", "written by", "read by", right=("width",))
+    rows = []
+    for block, members in groupby(groups, key=lambda group: str(group["block"] or "")):
+        rows.append(_Rows(block, tuple(_inspected_cells(group, block) for group in members)))
+    _add_folded(table, rows)
+    return table
+
+
+def _inspected_cells(group: dict[str, object], block: str) -> tuple[str, ...]:
+    def layers(part: str) -> str:
+        names = group[part]
+        return _some([_within(str(n), block) for n in names], 2) if isinstance(names, list) else ""
+
+    name = _within(str(group["name"]), block)
+    cells = (name, str(group["kind"]), str(group["width"]))
+    return (*cells, layers("writers"), layers("readers") or "–")
+
+
+def _within(name: str, block: str) -> str:
+    """Return a layer's name below its block, or the whole name of one outside.
+
+    Example:
+        >>> _within("layer1.0.conv1", "layer1.0"), _within("fc", "layer1.0")
+        ('conv1', 'fc')
+    """
+    return name.removeprefix(f"{block}.") if block else name
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    """Return a list of names, cut where it is long.
+
+    Example:
+        >>> _some(["a", "b", "c", "d"], 2), _some(["a", "b"], 2)
+        ('a, b, +2 more', 'a, b')
+    """
+    shown = list(names) if len(names) <= most + 1 else [*names[:most], f"+{len(names) - most} more"]
+    return ", ".join(shown)
+
+
+def _number(number: float | None) -> str:
+    """Return a factor with four digits.
+
+    Example:
+        >>> _number(1.0), _number(0.70710678), _number(None)
+        ('1', '0.7071', '–')
+    """
+    return "–" if number is None else f"{number:.4g}"
+
+
+def _verdict(verdict: str) -> Text:
+    return Text(verdict, style=_STYLES.get(verdict, ""))
+
+
+def _indented(renderable: RenderableType) -> Padding:
+    return Padding(renderable, (0, 0, 0, 2))

@@ -1,0 +1,68 @@
+"""Copies of module trees with other tensors in them: on meta, in float64, or grown."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.errors import TraceError
+from fxgrow.labels.propagate import named_tensors
+
+
+def stand_in(model: nn.Module, replacements: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Return a copy of a module tree with other tensors in place of its own.
+
+    Ties, hooks, flags and classes survive, because this is a deep copy that finds the new tensors
+    where it would copy the old ones.
+
+    Args:
+        model: the module; only read.
+        replacements: new tensor by fully qualified name; None puts every parameter and buffer on
+            the meta device. Tensors that are not named are copied.
+
+    Raises:
+        TraceError: some attribute cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) in memo or (replacements is not None and name not in replacements):
+            continue
+        if replacements is None:
+            fresh = torch.empty_like(tensor, device="meta")
+        else:
+            fresh = replacements[name]
+        if isinstance(tensor, nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fresh
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise TraceError(
+            f"the model cannot be copied: {first_line(error)}.",
+            way_out="Remove what does not survive copy.deepcopy.",
+        ) from error
+
+
+class evaluating:  # noqa: N801 - reads as a verb where it is used
+    """Put a module tree in eval mode and restore each submodule's own flag."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._flags = [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        for module, flag in self._flags:
+            module.training = flag
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,8 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their networks by name
