@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from fxgrow.report.data import Inspection as Inspection
     from fxgrow.report.data import Report as Report
     from fxgrow.rescaling import apply_rescaling as apply_rescaling
-    from fxgrow.verify import Verification as Verification
-    from fxgrow.verify import verify as verify
+    from fxgrow.verification import Verification as Verification
+    from fxgrow.verification import verify as verify
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api"),
@@ -58,7 +58,7 @@ _HOMES: dict[str, str] = {
     "apply_rescaling": "fxgrow.rescaling",
     "Plan": "fxgrow.plan.schema",
     **dict.fromkeys(("Inspection", "Report"), "fxgrow.report.data"),
-    **dict.fromkeys(("Verification", "verify"), "fxgrow.verify"),
+    **dict.fromkeys(("Verification", "verify"), "fxgrow.verification"),
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -69,7 +69,6 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module 'fxgrow' has no attribute {name!r}")
     value = getattr(importlib.import_module(home), name)
-    # A submodule of the same name (fxgrow.verify) must not hide the function.
     globals()[name] = value
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from fxgrow.presets import settings
 from fxgrow.report.data import Inspection, Report
 from fxgrow.rescaling import gain_value
 from fxgrow.trace import trace
-from fxgrow.verify import Case, Verification, float64_copy, judge, notes_on
+from fxgrow.verification import Case, Verification, float64_copy, judge, notes_on
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -332,8 +333,10 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
                 name=name,
                 way_out="Widen the float network, then quantize it again.",
             )
-        has_values = tensor.is_floating_point() and tensor.device.type != "meta"
-        if has_values and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        # A finite sum has finite terms; an infinite one may have overflowed.
+        if not math.isfinite(tensor.detach().sum()) and not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
             notes.append(f"{name} has {kind} entries; they stay where they are")
     return tuple(notes)

@@ -55,7 +55,8 @@ class ResidualBlock:
         branch, skip_path: operations (tape indices) on either path, in order.
         layers: the layers of the branch.
         pairs: the hidden groups inside the branch.
-        preactivation: whether the branch begins with a norm or an activation.
+        preactivation: whether norm and activation come before each product, as in ResNet v2,
+            and not after it.
     """
 
     name: str
@@ -148,8 +149,22 @@ def _block(tape: Tape, addition: Operation, branch: set[int], skip: set[int]) ->
         branch=tuple(sorted(branch)),
         skip_path=tuple(sorted(skip)),
         layers=layers,
-        preactivation=bool(path) and path[0].name not in _PRODUCTS,
+        preactivation=_is_preactivation(tape, path),
     )
+
+
+def _is_preactivation(tape: Tape, path: Sequence[Operation]) -> bool:
+    """Return whether a branch ends in a product and a norm or an activation precedes its first."""
+    if not path or path[-1].name not in _PRODUCTS:
+        return False
+    first = path[0]
+    if first.name not in _PRODUCTS:
+        return True
+    while first.inputs[0].producer is not None:  # norm and activation may lie before the fork
+        first = tape.operations[first.inputs[0].producer]
+        if not _is_activation(first):
+            return _is_norm(first)
+    return False
 
 
 def common_module(layers: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxgrow.errors import TraceError
 from fxgrow.plan.schema import Multiplier
+from fxgrow.standin import keeping_modes
 
 
 def insert_multipliers(model: nn.Module, multipliers: Sequence[Multiplier]) -> fx.GraphModule:
@@ -20,17 +21,18 @@ def insert_multipliers(model: nn.Module, multipliers: Sequence[Multiplier]) -> f
         multipliers: edges by the names of the traced graph's nodes.
 
     Raises:
-        TraceError: there is no such edge.
+        TraceError: there is no such edge, or the graph differs between train and eval mode, so
+            that one graph cannot serve both.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = fx.Tracer().trace(model)
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with keeping_modes(model):
+        graphs = [_trace(model.train(mode)) for mode in (True, False)]
+    graph = graphs[1]
+    if str(graphs[0]) != str(graph):
+        raise TraceError(
+            f"the graph of {type(model).__name__} differs between train and eval mode (functional "
+            "dropout, stochastic depth), so no multiplier can be put into it.",
+            way_out="Use dropout modules, or --rescaling none.",
+        )
     nodes = {node.name: node for node in graph.nodes}
     for multiplier in multipliers:
         producer = nodes.get(multiplier.producer)
@@ -46,3 +48,9 @@ def insert_multipliers(model: nn.Module, multipliers: Sequence[Multiplier]) -> f
     result = fx.GraphModule(model, graph, class_name=type(model).__name__)
     result.training = model.training
     return result
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fx.Tracer().trace(model)

@@ -150,6 +150,7 @@ def draw(
     tensor = torch.empty(shape, dtype=dtype)
     digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        # The generator itself: torch.manual_seed would also prepare every other device.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         init(tensor, like, fan_in)
     return tensor.to(device=like.device, dtype=like.dtype)

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
-from fxgrow.labels.propagate import named_tensors
+from fxgrow.labels.propagate import OnMeta, named_tensors
 from fxgrow.labels.tape import tensors_in
-from fxgrow.standin import evaluating, first_line, stand_in
+from fxgrow.standin import first_line, stand_in
 
 # The sizes tried after (batch, channels), for the number of spatial dims of the first layer.
 _SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -29,7 +29,7 @@ def inferred_inputs(standin: nn.Module, graph_module: fx.GraphModule | None) -> 
     problem = "the first layer is of no known kind"
     for candidate in _candidates(layer):
         try:
-            with torch.no_grad(), evaluating(standin):
+            with torch.no_grad(), OnMeta():
                 standin(candidate)
         except Exception as error:
             problem = first_line(error)
@@ -127,7 +127,7 @@ def _runs_on(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bo
     """Return whether the network takes an input of this shape, in train mode too."""
     standin = stand_in(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), OnMeta():
             standin.train()(torch.empty(shape, dtype=dtype, device="meta"))
             standin.eval()(torch.empty(shape, dtype=dtype, device="meta"))
     except Exception:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,18 +48,14 @@ def stand_in(model: nn.Module, replacements: Mapping[str, Tensor] | None = None)
         ) from error
 
 
-class evaluating:  # noqa: N801 - reads as a verb where it is used
-    """Put a module tree in eval mode and restore each submodule's own flag."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._flags = [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, flag in self._flags:
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Restore, at the end, the training flag of each submodule of its own."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
             module.training = flag
 
 

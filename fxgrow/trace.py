@@ -102,7 +102,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
     Raises:
         TraceError: the model cannot be copied, no input fits, or it does not run on ``inputs``.
     """
-    standin = stand_in(model)
+    standin = stand_in(model).eval()
     graph_module: fx.GraphModule | None = None
     untraceable = ""
     try:

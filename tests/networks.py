@@ -84,7 +84,7 @@ class PreactivationBlock(nn.Module):
         if self.skip == "projection":
             shortcut = self.project(y)
         elif self.skip == "slice/pad":
-            missing = self.conv1.out_channels - self.conv1.in_channels
+            missing = self.conv2.out_channels - self.conv1.in_channels
             shortcut = F.pad(x, (0, 0, 0, 0, 0, missing))
         else:
             shortcut = x

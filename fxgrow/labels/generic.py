@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from fxgrow.labels.layers import Layer, Layers, compact, core, support
 from fxgrow.labels.rules import Step
-from fxgrow.labels.tape import tensors_in
+from fxgrow.labels.tape import map_tensors, tensors_in
 
 
 def aten(names: str) -> frozenset[str]:
@@ -79,8 +78,8 @@ def movement(step: Step) -> tuple[Layers, ...]:
         def next_layer(_: Tensor, queue: Iterator[Layer] = queue) -> Layer:
             return next(queue)
 
-        args, kwargs_moved = pytree.tree_map_only(Tensor, next_layer, (step.args, kwargs))
-        for index, layer in enumerate(tensors_in(move(*args, **kwargs_moved))):
+        args, moved = map_tensors(next_layer, (step.args, kwargs))
+        for index, layer in enumerate(tensors_in(move(*args, **moved))):
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
     return tuple(tuple(layers) for layers in out)

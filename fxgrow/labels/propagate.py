@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -16,12 +15,39 @@ from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along
 from fxgrow.labels.rules import RULES, Step
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Operation, Tape, Value, tensors_in
+from fxgrow.labels.tape import Operation, Tape, Value, map_tensors, tensors_in
 
 Place = tuple[str, str]  # fx node, module
 
 
-class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode in which constants that a model makes on another device join the meta one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation with every tensor argument on the meta device."""
+        args, kwargs = map_tensors(_to_meta, (args, kwargs or {}))
+        return self.run(func, args, kwargs)
+
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation."""
+        return func(*args, **kwargs)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    """Move a tensor; those without dims mix with any device as they are."""
+    return tensor if tensor.device.type == "meta" or not tensor.ndim else tensor.to("meta")
+
+
+class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     """A dispatch mode that labels what runs under it and writes it on a tape.
 
     Args:
@@ -39,7 +65,7 @@ class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         count_flops: bool = True,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.space = space
         self.tape = Tape()
         self._place = place
@@ -48,15 +74,8 @@ class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation on meta tensors, label its outputs, append it to the tape."""
-        args, kwargs = pytree.tree_map_only(Tensor, self._to_meta, (args, kwargs or {}))
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation, label its outputs, append it to the tape."""
         result = func(*args, **kwargs)
         self._record(func, args, kwargs, result)
         return result
@@ -88,12 +107,6 @@ class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive.append(tensor)
         return value
 
-    def _to_meta(self, tensor: Tensor) -> Tensor:
-        """Move a constant that the model made on another device; 0-dim ones mix as they are."""
-        if tensor.device.type == "meta" or tensor.ndim == 0:
-            return tensor
-        return tensor.to("meta")
-
     def _record(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object
     ) -> None:
@@ -103,7 +116,7 @@ class Labeller(TorchDispatchMode):  # type: ignore[no-untyped-call]
         where = f"{generic.operator_name(func)} at {module or node or 'the top level'}"
         step = Step(self.space, func, args, kwargs, outputs, self.value, where)
         layers = self._labels(step, inputs)
-        seen_args, seen_kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+        seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         weight = bool(inputs) and all(value.is_weight for value in inputs)
         origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
         index = len(self.tape.operations)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -52,6 +54,7 @@ class LabelSpace:
     pins: list[tuple[IntArray, str]] = field(default_factory=list)
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    _starts: list[int] = field(default_factory=list)
     _next: int = 1
 
     def axis(self, tensor: str, dim: int, size: int, groups: int = 1) -> Tensor:
@@ -61,6 +64,7 @@ class LabelSpace:
         if index is None:
             index = self._index[key] = len(self.axes)
             self.axes.append(Axis(tensor, dim, groups, self._next, size))
+            self._starts.append(self._next)
             self._next += size
         found = self.axes[index]
         return torch.arange(found.start, found.start + found.size, dtype=torch.int32)
@@ -71,9 +75,14 @@ class LabelSpace:
         The first role an axis is given stays: a tied embedding is a writer before it reads.
         """
         ids = labels.numpy().ravel()
-        starts = [axis.start for axis in self.axes]
-        owners = np.unique(np.searchsorted(starts, ids[ids > 0], side="right") - 1)
-        for owner in owners.tolist():
+        ids = ids[ids > 0]
+        if not len(ids):
+            return
+        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (ids.min(), ids.max()))
+        owners: Sequence[int] = (first,)
+        if first != last:  # a view over several parameters
+            owners = np.unique(np.searchsorted(self._starts, ids, side="right") - 1).tolist()
+        for owner in owners:
             self.roles.setdefault(owner, role)
             self.fills.setdefault(owner, fill)
 

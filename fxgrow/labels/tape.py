@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,17 @@ class Tape:
     def consumers(self, value: Value) -> Iterator[Operation]:
         """Yield the operations that take ``value``."""
         return (op for op in self.operations if any(v is value for v in op.inputs))
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Return a nest of tuples, lists and dicts with every tensor replaced by its image."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([map_tensors(function, item) for item in tree])
+    if type(tree) is dict:
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return tree
 
 
 def tensors_in(tree: object) -> Iterator[Tensor]:

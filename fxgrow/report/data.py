@@ -8,7 +8,7 @@ from typing import Any
 
 from fxgrow.analysis import Analysis
 from fxgrow.plan.schema import Plan
-from fxgrow.verify import Verification
+from fxgrow.verification import Verification
 from fxgrow.version import __version__
 
 REPORT_SCHEMA = 1

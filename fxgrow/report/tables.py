@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fxgrow.plan.schema import GroupPlan, Plan, Refusal
 from fxgrow.report.data import Inspection, Report
-from fxgrow.verify import Verification
+from fxgrow.verification import TOLERANCE, Verification
 
 TEXT_WIDTH = 120
 _STYLES = {
@@ -82,17 +82,24 @@ def verification_table(found: Verification) -> RenderableType:
     if found.eval is None or found.train is None:
         return headline
     headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
-    figures = ("float64", "relative", "as saved", "relative ", "predicted", "off prediction")
-    table = _new_table("change in", *figures, right=figures)
-    for name, result in (("eval mode", found.eval), ("train mode", found.train)):
-        figures = (
-            result.float64.max_abs, result.float64.max_rel,
-            result.native.max_abs, result.native.max_rel,
-            result.predicted.max_rel, result.residual.max_rel,
-        )  # fmt: skip
+    modes = {"eval mode": found.eval, "train mode": found.train}
+    unforetold = found.verdict == "as predicted" and any(
+        result.residual.max_rel > TOLERANCE for result in modes.values()
+    )
+    changes = any(result.predicted.max_rel for result in modes.values()) and not unforetold
+    columns = ["float64", "relative", "as saved", "relative "]
+    columns += ["predicted", "off prediction"] if changes else []
+    table = _new_table("change in", *columns, right=columns)
+    for name, result in modes.items():
+        figures = [
+            error for e in (result.float64, result.native) for error in (e.max_abs, e.max_rel)
+        ]
+        figures += [result.predicted.max_rel, result.residual.max_rel] if changes else []
         table.add_row(name, *(f"{figure:.2g}" for figure in figures))
     parts: list[RenderableType] = [headline, table]
-    if found.verdict == "preserved" and found.train.predicted.max_rel > 0:
+    if unforetold:
+        parts.append(Text("The plan says that the function changes, and cannot say by how much."))
+    if found.verdict == "preserved" and changes:
         parts.append(
             Text(
                 "In train mode the eps of a norm weighs differently against rescaled batch "
@@ -176,7 +183,9 @@ def _new_table(*columns: str, right: Collection[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         whole = name in right or name in ("block", "kind", "verdict", "skip", "form")
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=whole)
+        table.add_column(
+            name, justify="right" if name in right else "left", no_wrap=whole, overflow="fold"
+        )
     return table
 
 

@@ -35,6 +35,10 @@ Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
 Mode = Literal["eval", "train"]
 
 TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
+# Smaller deviations count as none, so that outputs which are nothing but rounding (a constant less
+# its mean, say) are not judged by their own size.
+NEGLIGIBLE = 1e-11
+NEGLIGIBLE_UNITS = 4096  # the same for the native dtype, in its rounding units
 NATIVE_FACTOR = 100.0  # the grown network may round this many times worse than the old one
 
 
@@ -191,13 +195,30 @@ def _verdict(case: Case, results: Mapping[Mode, ModeResult]) -> Judgement:
     if not case.predictable:
         return "as predicted"
     for result in results.values():
-        if not result.residual.max_rel <= TOLERANCE:
+        if not _within(result.residual, TOLERANCE, NEGLIGIBLE):
             return "failed"
-        noise = NATIVE_FACTOR * max(result.rounding.max_rel, _epsilon(case.after))
-        floor = max(TOLERANCE, noise)
-        if not result.native.max_rel <= result.predicted.max_rel + floor:
+        floor, negligible = _native_bounds(result, case)
+        if not _within(result.native, result.predicted.max_rel + floor, negligible):
             return "failed"
     return "preserved" if results["eval"].predicted.max_rel <= TOLERANCE else "as predicted"
+
+
+def _agree(result: ModeResult, case: Case) -> bool:
+    """Return whether two given networks agree within what their own dtype rounds."""
+    bounds = _native_bounds(result, case)
+    return all(_within(errors, *bounds) for errors in (result.float64, result.native))
+
+
+def _native_bounds(result: ModeResult, case: Case) -> tuple[float, float]:
+    """Return the relative and the absolute deviation that the networks' own dtype excuses."""
+    epsilon = _epsilon(case.after)
+    relative = NATIVE_FACTOR * max(result.rounding.max_rel, epsilon)
+    return max(TOLERANCE, relative), max(NEGLIGIBLE, NEGLIGIBLE_UNITS * epsilon)
+
+
+def _within(errors: Errors, tolerance: float, negligible: float) -> bool:
+    """Return whether deviations are within tolerance or negligible; NaN is neither."""
+    return errors.max_rel <= tolerance or errors.max_abs <= negligible
 
 
 @dataclass(frozen=True)
@@ -363,8 +384,7 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -
     except (RuntimeError, ValueError, TypeError) as error:
         raise VerificationError(f"the networks cannot be compared: {error}.") from error
     results = [r for r in (found.eval, found.train) if r is not None]
-    allowed = max(TOLERANCE, NATIVE_FACTOR * max(r.rounding.max_rel for r in results))
-    same = all(r.float64.max_rel <= allowed and r.native.max_rel <= allowed for r in results)
+    same = all(_agree(result, case) for result in results)
     return Verification(
         "preserved" if same else "failed",
         found.eval,

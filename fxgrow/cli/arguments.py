@@ -1,0 +1,113 @@
+"""From texts on the command line to arguments of the API. Needs no torch until it makes inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxgrow.errors import PlanError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxgrow.files import Opened
+
+REPORT_SUFFIXES = (".json", ".html")
+
+
+def parse_widths(texts: Sequence[str]) -> str | dict[str, str]:
+    """Read ``--width``: one for all groups, or ``GLOB=WIDTH`` pairs, in order.
+
+    Raises:
+        PlanError: a glob is given twice, or more than one width for all groups.
+
+    Example:
+        >>> parse_widths(["2x"]), parse_widths(["layer1.*=2x", "+8"])
+        ('2x', {'layer1.*': '2x', '*': '+8'})
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    widths: dict[str, str] = {}
+    for text in texts:
+        glob, equals, width = text.rpartition("=")
+        glob = glob if equals else "*"
+        if glob in widths:
+            raise PlanError(
+                f"there are two widths for {glob!r}.",
+                name=glob,
+                way_out="Give one, or use globs: --width 'layer1.*=2x' --width '*=1.5x'.",
+            )
+        widths[glob] = width
+    return widths
+
+
+def width_label(width: str | Mapping[str, str]) -> str:
+    """Return what a default output is called after.
+
+    Example:
+        >>> width_label("2x"), width_label({"layer1.*": "2x", "*": "+8"})
+        ('2x', 'layer1.*=2x *=+8')
+    """
+    if isinstance(width, str):
+        return width
+    return " ".join(f"{glob}={text}" for glob, text in width.items())
+
+
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Read ``--input-shape``.
+
+    Raises:
+        PlanError: a text is no shape.
+
+    Example:
+        >>> parse_shapes(["1x3x224x224"])
+        [(1, 3, 224, 224)]
+    """
+    shapes = []
+    for text in texts:
+        sizes = text.strip().lower().split("x")
+        if not all(_is_size(size) for size in sizes):
+            raise PlanError(
+                f"the input shape {text!r} cannot be read.",
+                name=text,
+                way_out="Write sizes joined by x, batch first: --input-shape 1x3x224x224.",
+            )
+        shapes.append(tuple(int(size) for size in sizes))
+    return shapes
+
+
+def inputs_of(shapes: Sequence[tuple[int, ...]], model: nn.Module) -> tuple[Tensor, ...] | None:
+    """Return meta tensors of the given shapes in a model's dtype; None if there are none.
+
+    Verification draws the values.
+    """
+    import torch
+
+    if not shapes:
+        return None
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
+    return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+
+
+def open_source(
+    path: Path, arch: str | None, arguments: Sequence[str], *, trust_pickle: bool
+) -> Opened:
+    """Read a model from a file with the options of the command line.
+
+    Raises:
+        SourceError: the file or its architecture cannot be read.
+    """
+    from fxgrow.architectures import parse_arguments
+    from fxgrow.files import open_model
+
+    if arguments and arch is None:
+        raise SourceError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
+    return open_model(
+        path, arch=arch, arch_arguments=parse_arguments(arguments), trust_pickle=trust_pickle
+    )
+
+
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0

@@ -1,0 +1,266 @@
+"""The options of the commands, each declared once with the sentence that explains it.
+
+The names of rescalings, pairings and presets come from their registries, which need no torch. The
+inits' module does, so their names stand here; a test holds the two lists together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxgrow.pairing import PAIRINGS
+from fxgrow.presets import PRESETS
+from fxgrow.rescaling import RESCALINGS
+
+INIT_NAMES = ("copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
+
+_GROWTH = "What grows"
+_WEIGHTS = "Old and new weights"
+_SOURCE = "Reading SOURCE"
+_OUTPUT = "Checking and writing"
+
+
+SourceFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A state_dict, training checkpoint or pickled module (.pt), or a safetensors file.",
+        show_default=False,
+    ),
+]
+PlanFile = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN", help="A plan that widen --plan wrote.", show_default=False),
+]
+Before = Annotated[
+    Path, typer.Argument(metavar="BEFORE", help="The reference.", show_default=False)
+]
+After = Annotated[
+    Path, typer.Argument(metavar="AFTER", help="What is compared with it.", show_default=False)
+]
+
+Widths = Annotated[
+    list[str],
+    typer.Option(
+        "--width",
+        metavar="[GLOB=]WIDTH",
+        help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
+        "names, only for those; repeat it for several, of which the first match counts.",
+        rich_help_panel=_GROWTH,
+        show_default=False,
+    ),
+]
+Where = Annotated[
+    str,
+    typer.Option(
+        metavar="hidden|stream|all",
+        help="Channel groups to widen: hidden ones, streams (carried by residual additions), all.",
+        rich_help_panel=_GROWTH,
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Widen only groups whose name or writers match; repeatable.",
+        rich_help_panel=_GROWTH,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Leave out groups whose name or writers match; repeatable.",
+        rich_help_panel=_GROWTH,
+    ),
+]
+MultipleOf = Annotated[
+    int, typer.Option(help="Round new widths up to a multiple.", rich_help_panel=_GROWTH)
+]
+Grouped = Annotated[
+    str,
+    typer.Option(
+        metavar="width|count",
+        help="Grouped convolutions grow inside each group (width) or by whole groups (count).",
+        rich_help_panel=_GROWTH,
+    ),
+]
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A rescaling and a pairing that go together: "
+        + ", ".join(f"{name} ({' + '.join(pair)})" for name, pair in PRESETS.items())
+        + ".",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Rescaling = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"What happens to old weights: {', '.join(RESCALINGS)}.",
+        show_default="none",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Pairing = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"How new channels cancel: {', '.join(PAIRINGS)}.",
+        show_default="vv_z_negz",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Init = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+PlanInit = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        metavar="NAME",
+        help="What fills new weights; needed where the plan names a function of your own, which "
+        "is not run unasked.",
+        show_default="the plan's",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Gain = Annotated[
+    str,
+    typer.Option(
+        metavar="NUMBER|NAME",
+        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2).",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Noise = Annotated[
+    float,
+    typer.Option(
+        help="Relative noise on new columns. Twins part without it, and it breaks preservation.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the new weights.", rich_help_panel=_WEIGHTS)]
+Compensate = Annotated[
+    bool,
+    typer.Option(
+        "--compensate",
+        help="Where rescaling changes the function, restore it by multipliers in the graph. The "
+        "result is then a GraphModule.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARCH",
+        help="resnet50, torchvision:resnet50, timm:resnet50d or package.module:callable, where "
+        "the architecture is not recognised from the weights.",
+        rich_help_panel=_SOURCE,
+    ),
+]
+ArchArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arch-arg",
+        metavar="KEY=VALUE",
+        help="An argument of ARCH, such as num_classes=10; repeatable.",
+        rich_help_panel=_SOURCE,
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="1x3x224x224",
+        help="Shape of the model's input, batch first; repeat it for several inputs.",
+        show_default="inferred from the first layer",
+        rich_help_panel=_SOURCE,
+    ),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Let a pickled file run code, which classes outside torch and torchvision need. Only "
+        "for files you trust.",
+        rich_help_panel=_SOURCE,
+    ),
+]
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="The file to write, of the same kind as SOURCE.",
+        show_default="SOURCE with the width in its name: model-2x.pt",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Overwrite files that exist; SOURCE is never written to.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Refuse, with exit code 4, whatever does not preserve the function.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Write the result without measuring what it computes.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show what would be done; write nothing but PLAN.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+PlanOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN.json",
+        help="Write the plan, which fxgrow apply carries out.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+ReportOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.json|.html",
+        help="Write what was done and measured, as data or as a page.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=_OUTPUT)
+]

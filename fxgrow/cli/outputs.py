@@ -1,0 +1,80 @@
+"""The files a command writes: checked before any work, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxgrow.cli.arguments import REPORT_SUFFIXES
+from fxgrow.errors import PlanError, SourceError
+
+if TYPE_CHECKING:
+    from fxgrow.report.data import Report
+
+
+def check_report_name(path: Path | None) -> None:
+    """Check that the name of a report says which kind it is.
+
+    Raises:
+        PlanError: it does not end in .json or .html.
+    """
+    if path is not None and path.suffix.lower() not in REPORT_SUFFIXES:
+        raise PlanError(
+            f"the report {path} is of no known kind.",
+            name=str(path),
+            way_out=f"Name it {' or '.join(path.stem + suffix for suffix in REPORT_SUFFIXES)}.",
+        )
+
+
+def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:
+    """Check that the files may be written and that none of them is another or is read from.
+
+    Raises:
+        SourceError: one of them may not.
+    """
+    from fxgrow.checkpoint import check_output
+
+    sources = tuple(sources)
+    seen: set[Path] = set()
+    for path in paths:
+        if path is None:
+            continue
+        for source in sources:
+            check_output(path, source, force=force)
+        if path.resolve() in seen:
+            raise SourceError(
+                f"{path} is asked for twice.", name=str(path), way_out="Name different files."
+            )
+        seen.add(path.resolve())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all.
+
+    Raises:
+        SourceError: it cannot be written.
+    """
+    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            name=str(path),
+            way_out="Name another file.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def report_text(report: Report, path: Path, title: str) -> str:
+    """Return a report as the kind of text that a file's name asks for."""
+    if path.suffix.lower() == ".json":
+        return json.dumps(report.to_dict(), indent=1)
+    from fxgrow.report.tables import as_html, report_table
+
+    return as_html(report_table(report), title)

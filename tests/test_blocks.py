@@ -1,0 +1,240 @@
+"""Channel groups, residual blocks and conv→norm→act→conv pairs are found, with their reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from networks import PlainResNet, PreactivationNet, quick, small_resnet
+from torch import Tensor, nn
+
+import fxgrow
+from fxgrow.analysis import analyse
+from fxgrow.blocks import Pair
+from fxgrow.trace import trace
+
+
+def test_basic_blocks_of_resnet18() -> None:
+    found = analyse(trace(quick("resnet18")))
+    assert [(block.name, block.skip) for block in found.blocks] == [
+        ("layer1.0", "identity"),
+        ("layer1.1", "identity"),
+        ("layer2.0", "projection"),
+        ("layer2.1", "identity"),
+        ("layer3.0", "projection"),
+        ("layer3.1", "identity"),
+        ("layer4.0", "projection"),
+        ("layer4.1", "identity"),
+    ]
+    assert not any(block.preactivation for block in found.blocks)
+    assert found.blocks[2].pairs == (
+        Pair(
+            group="layer2.0.conv1",
+            writers=("layer2.0.conv1",),
+            norms=("layer2.0.bn1",),
+            activations=("relu",),
+            readers=("layer2.0.conv2",),
+        ),
+    )
+
+
+def test_groups_of_resnet18() -> None:
+    groups = {group.name: group for group in analyse(trace(quick("resnet18"))).groups}
+    stream = groups["conv1"]
+    assert stream.kind == "stream"
+    assert stream.writers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    assert stream.carriers == ("bn1", "layer1.0.bn2", "layer1.1.bn2")
+    assert stream.readers == (
+        "layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0",
+    )  # fmt: skip
+    assert groups["fc"].kind == "pinned"
+    assert groups["fc"].reason == "an output of the network"
+    hidden = [group.name for group in groups.values() if group.kind == "hidden"]
+    assert hidden == [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3, 4) for block in (0, 1)]
+
+
+def test_bottlenecks_hold_two_pairs_that_share_a_layer() -> None:
+    found = analyse(trace(quick("resnet50")))
+    block = found.blocks[1]
+    assert [(pair.writers, pair.readers) for pair in block.pairs] == [
+        (("layer1.1.conv1",), ("layer1.1.conv2",)),
+        (("layer1.1.conv2",), ("layer1.1.conv3",)),
+    ]
+    assert len(found.blocks) == 16
+    stem = found.groups[0]
+    assert (stem.name, stem.kind, found.block_of(stem)) == ("conv1", "hidden", None)
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection", "slice/pad"])
+def test_preactivation_blocks_with_every_skip_path(skip: str) -> None:
+    model = PreactivationNet(skip).double()
+    (block,) = analyse(trace(model)).blocks
+    assert (block.name, block.skip, block.preactivation) == ("block", skip, True)
+    (pair,) = block.pairs
+    assert (pair.writers, pair.norms, pair.readers) == (
+        ("block.conv1",), ("block.norm2",), ("block.conv2",),
+    )  # fmt: skip
+    grown = fxgrow.widen(model, "2x", rescaling="default_vt", include=["block.conv1"])
+    # nothing norms the branch before the addition, so its scale is announced
+    assert grown.plan.groups[0].preserves == "scaled"
+    assert grown.report.verification.verdict == "as predicted"
+    assert fxgrow.widen(model, "2x").report.verification.verdict == "preserved"
+
+
+def test_padding_pins_the_stream_with_the_reason() -> None:
+    groups = analyse(trace(PreactivationNet("slice/pad"))).groups
+    pinned = [group for group in groups if group.kind == "pinned"]
+    assert any("constants in part of its channels" in group.reason for group in pinned)
+
+
+def test_option_a_shortcuts_with_slice_and_pad() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(8)
+            self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+            return torch.relu(y + shortcut)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Block()).double()
+    (block,) = analyse(trace(model)).blocks
+    assert (block.name, block.skip) == ("1", "slice/pad")
+    grown = fxgrow.widen(model, "2x", rescaling="default_vt")
+    assert [group.name for group in grown.plan.groups] == ["1.conv1"]
+    assert grown.report.verification.verdict == "preserved"
+
+
+def test_additions_that_are_no_residuals_are_not_blocks() -> None:
+    class TwoStems(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x) + self.scale
+            return self.head(y + y)
+
+    found = analyse(trace(TwoStems()))
+    assert found.blocks == ()
+    assert [group.kind for group in found.groups] == ["hidden", "pinned"]
+    assert found.groups[0].carriers == ("scale",)
+
+
+def test_absorption_and_factors_are_reported_as_in_the_contract() -> None:
+    grown = fxgrow.widen(
+        small_resnet().double().eval(), "2x", rescaling="default_vt", include=["layer1.0.conv1"]
+    )
+    (group,) = grown.report.to_dict()["groups"]
+    assert group == {
+        "name": "layer1.0.conv1",
+        "width": [64, 128],
+        "kind": "hidden",
+        "block": "layer1.0",
+        "writers": ["layer1.0.conv1"],
+        "readers": ["layer1.0.conv2"],
+        "factors": {"layer1.0.conv1": 1.0, "layer1.0.conv2": pytest.approx(0.5**0.5)},
+        "alpha": 1.0,
+        "beta": pytest.approx(0.5**0.5),
+        "alpha_beta": pytest.approx(0.5**0.5),
+        "absorbed_by": ["layer1.0.bn2"],
+        "gain": 1.0,
+        "preserves": "exact",
+        "reason": "",
+    }
+
+
+def test_inspection_is_json_and_says_what_was_inferred() -> None:
+    found = fxgrow.inspect(PlainResNet()).to_dict()
+    assert found["inputs"] == ["2x3x224x224"]
+    assert found["inputs_inferred"] is True
+    assert found["tracer"] == "torch.fx"
+    assert [block["name"] for block in found["blocks"]] == ["blocks.0", "blocks.1"]
+
+
+def test_unknown_operations_pin_what_they_touch() -> None:
+    class Cumulative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.second = nn.Linear(8, 8)
+            self.third = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(torch.relu(self.second(torch.cumsum(self.first(x), dim=1))))
+
+    groups = {group.name: group for group in analyse(trace(Cumulative())).groups}
+    assert groups["first"].kind == "pinned"
+    assert "no rule for aten.cumsum" in groups["first"].reason
+    assert groups["second"].kind == "hidden"
+    grown = fxgrow.widen(Cumulative(), "2x")
+    assert [group.name for group in grown.plan.groups] == ["second"]
+
+
+def test_control_flow_on_values_is_followed_at_dispatch_level() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.second = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > 1000:
+                x = x * 2
+            return self.second(torch.relu(self.first(x)))
+
+    grown = fxgrow.widen(Branching(), "2x")
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.model.first.out_features == 16
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "vgg11", "squeezenet1_0"])
+def test_other_architectures_fall_out_of_the_same_rules(name: str) -> None:
+    """Depthwise, concatenation, flattening: structure alone, planned on shapes."""
+    from fxgrow import api
+
+    plan = api.plan(quick(name), "2x")
+    assert plan.preserves == "exact"
+    assert plan.refused == ()
+    assert len(plan.groups) >= 10
+
+
+def test_models_without_inputs_to_infer_ask_for_them() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3, 3))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x @ y
+
+    with pytest.raises(fxgrow.TraceError, match="--input-shape"):
+        fxgrow.inspect(Raw())
+
+
+def test_tracing_leaves_models_with_constants_alone() -> None:
+    """Symbolic tracing adds constants as attributes to the root it traces."""
+
+    class WithConstant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.second = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) * torch.tensor([2.0]))
+
+    model = WithConstant()
+    before = set(vars(model))
+    fxgrow.widen(model, "2x")
+    assert set(vars(model)) == before
+
+
+def test_torchvision_classes_are_what_the_tests_think() -> None:
+    assert isinstance(quick("resnet18"), torchvision.models.ResNet)

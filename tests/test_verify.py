@@ -1,0 +1,166 @@
+"""The judge can say no: corrupted networks fail, and what is measured is what is there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import PlainResNet, PreactivationNet, small_images, small_resnet
+from torch import nn
+
+import fxgrow
+from fxgrow import api
+from fxgrow.errors import FxgrowError
+from fxgrow.verification import float64_copy
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return small_resnet().eval()
+
+
+def test_a_network_equals_its_copy(resnet: nn.Module) -> None:
+    found = fxgrow.verify(resnet, copy.deepcopy(resnet), small_images().float())
+    assert found.verdict == "preserved"
+    assert found.eval.float64.max_rel == found.train.float64.max_rel == 0.0
+    assert found.inputs == ("3x3x40x33", "3x3x40x33")
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_any_corrupted_weight_is_found(data: st.DataObject) -> None:
+    torch.manual_seed(0)
+    before = PlainResNet()
+    after = fxgrow.widen(before, "2x", verify=False).model
+    names = [name for name, _ in after.named_parameters()]
+    name = data.draw(st.sampled_from(names))
+    parameter = after.get_parameter(name)
+    index = data.draw(st.integers(0, parameter.numel() - 1))
+    with torch.no_grad():
+        parameter.view(-1)[index] += 0.5
+    assert fxgrow.verify(before, after, torch.randn(2, 3, 8, 8)).verdict == "failed"
+
+
+def test_corrupted_running_statistics_are_found_in_eval_mode() -> None:
+    before = PreactivationNet("identity")
+    after = copy.deepcopy(before)
+    after.norm.running_mean += 1.0
+    found = fxgrow.verify(before, after)
+    assert found.verdict == "failed"
+    assert found.eval.float64.max_rel > 1e-3
+    assert found.train.float64.max_rel == 0.0
+
+
+def test_a_difference_in_train_mode_alone_is_found() -> None:
+    before = PreactivationNet("identity")
+    after = copy.deepcopy(before)
+    after.norm.eps = 0.5
+    after.norm.running_var += 1e-5 - 0.5
+    found = fxgrow.verify(before, after)
+    assert found.verdict == "failed"
+    assert found.eval.float64.max_rel < 1e-6
+    assert found.train.float64.max_rel > 1e-2
+
+
+def test_networks_with_other_outputs_fail_and_are_measured_as_infinite() -> None:
+    found = fxgrow.verify(nn.Linear(3, 4), nn.Linear(3, 5))
+    assert found.verdict == "failed"
+    assert found.eval.float64.max_rel == float("inf")
+
+
+def test_networks_that_take_other_inputs_cannot_be_compared() -> None:
+    with pytest.raises(FxgrowError, match="cannot be compared"):
+        fxgrow.verify(nn.Linear(3, 4), nn.Linear(5, 4))
+
+
+def test_nan_in_the_grown_network_fails() -> None:
+    before = PlainResNet()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.head.weight[0, 0] = float("nan")
+    found = fxgrow.verify(before, after, torch.randn(2, 3, 8, 8))
+    assert found.verdict == "failed"
+
+
+def test_judging_touches_neither_network(resnet: nn.Module) -> None:
+    model = copy.deepcopy(resnet).train()
+    state = copy.deepcopy(model.state_dict())
+    grown = fxgrow.widen(model, "2x", small_images().float(), rescaling="default_vt")
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert grown.model.training
+    assert all(parameter.grad is None for parameter in grown.model.parameters())
+    again = grown.plan.apply(model).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in grown.model.state_dict().items())
+
+
+def test_train_mode_prediction_includes_channels_of_vanishing_variance(resnet: nn.Module) -> None:
+    """Where s²·(var + eps) < eps the norm's weight takes part of the gain; train mode shows it."""
+    model = copy.deepcopy(resnet).double()
+    model.layer1[0].bn2.running_var[:8] = 0.0
+    grown = fxgrow.widen(
+        model, "2x", small_images(), rescaling="default_vt", include=["layer1.0.conv1"]
+    )
+    bn = grown.model.layer1[0].bn2
+    assert (bn.running_var[:8] == 0).all()
+    assert torch.allclose(bn.weight[:8].abs(), model.layer1[0].bn2.weight[:8].abs() * 2**0.5)
+    verification = grown.report.verification
+    assert verification.eval.float64.max_rel <= 1e-10
+    assert verification.train.residual.max_rel <= 1e-10
+    assert verification.train.predicted.max_rel > 1e-8
+
+
+def test_two_sizes_are_used_where_the_input_was_inferred(resnet: nn.Module) -> None:
+    grown = fxgrow.widen(resnet, "2x", include=["layer1.*"])
+    assert grown.report.verification.inputs == ("2x3x64x64", "3x3x96x80")
+
+
+def test_the_report_of_a_skipped_verification_says_so(resnet: nn.Module) -> None:
+    grown = fxgrow.widen(resnet, "2x", verify=False)
+    assert grown.report.to_dict()["verification"]["verdict"] == "skipped"
+
+
+def test_float64_copies_name_what_is_not_finite() -> None:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[0] = float("inf")
+    exact, broken = float64_copy(model)
+    assert broken == ("bias",)
+    assert exact.bias.dtype == torch.float64
+    assert exact.bias[0] == 0
+    assert torch.isinf(model.bias[0])
+
+
+def test_outputs_may_be_nested() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"out": self.body(x), "rest": (x, [x * 2])}
+
+    grown = fxgrow.widen(TwoOutputs(), "2x")
+    assert grown.report.verification.verdict == "preserved"
+    assert [group.name for group in grown.plan.groups] == ["body.0"]
+
+
+def test_models_with_several_inputs_take_a_tuple() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(5, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.a(x) + self.b(y)))
+
+    inputs = (torch.randn(3, 4), torch.randn(3, 5))
+    plan = api.plan(TwoInputs(), "2x", inputs, where="all")
+    assert plan.groups[0].writers == ("a", "b")
+    assert fxgrow.widen(TwoInputs(), "2x", inputs, where="all").report.verification.verdict == (
+        "preserved"
+    )
