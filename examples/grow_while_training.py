@@ -26,6 +26,7 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm1d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (n, channels, length) to the same shape."""
         return x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
 
 
@@ -39,6 +40,7 @@ class Network(nn.Module):
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (n, 1, length) to logits (n, 4)."""
         return self.head(torch.relu(self.blocks(self.stem(x))).mean(2))
 
 

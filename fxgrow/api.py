@@ -24,8 +24,9 @@ from fxgrow.plan.widths import checked_widths
 from fxgrow.presets import settings
 from fxgrow.report.data import Inspection, Report
 from fxgrow.rescaling import gain_value
+from fxgrow.standin import float64_copy
 from fxgrow.trace import trace
-from fxgrow.verification import Case, Verification, float64_copy, judge, notes_on
+from fxgrow.verification import Case, Verification, judge, notes_on
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -229,13 +230,8 @@ def carry_out(
         NotPreservedError, VerificationError: as for :func:`widen`.
     """
     check_source(made, named_tensors(model))
-    if strict and made.preserves != "exact":
-        guilty = next(group for group in made.groups if group.preserves != "exact")
-        raise NotPreservedError(
-            f"{guilty.name} would not be preserved: {guilty.reason}.",
-            name=guilty.name,
-            way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
-        )
+    if strict:
+        require_exact(made)
     fill = init_of_plan(made.request.init) if init is None else find_init(init)
     progress("growing the weights")
     grown = apply_to_module(made, model, fill)
@@ -250,6 +246,21 @@ def carry_out(
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
 
 
+def require_exact(made: Plan) -> None:
+    """Return if a plan preserves the function exactly.
+
+    Raises:
+        NotPreservedError: it does not; the first group that changes the output is named.
+    """
+    for group in made.groups:
+        if group.preserves != "exact":
+            raise NotPreservedError(
+                f"{group.name} would not be preserved: {group.reason}.",
+                name=group.name,
+                way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
+            )
+
+
 def _verification(
     made: Plan, model: nn.Module, grown: nn.Module, example_inputs: object, init: Init
 ) -> Verification:
@@ -258,12 +269,14 @@ def _verification(
     exact_grown = grow_float64(made, exact, init)
     reference: nn.Module = exact
     if made.prediction:
-        reference = insert_multipliers(float64_copy(model)[0], made.prediction)
-    random = any(group.preserves == "no" and _unpredictable(made) for group in made.groups)
+        reference = insert_multipliers(float64_copy(model)[0], made.prediction, both_modes=False)
+    notes = notes_on(broken)
+    predictable = not _unpredictable(made)
+    if not predictable:
+        notes += ("new channels do not cancel: the change was measured, not predicted",)
     case = Case(
-        model, grown, exact, exact_grown, reference, made.norms, not random, made.tensors,
-        notes_on(broken),
-    )  # fmt: skip
+        model, grown, exact, exact_grown, reference, made.norms, predictable, made.tensors, notes
+    )
     batches = batches_for(model, made.inputs, made.inputs_inferred, example_inputs)
     return judge(case, batches)
 

@@ -236,6 +236,16 @@ def agree(flow: GainFlow, op: Operation) -> Gain:
     return common
 
 
+@GAIN_RULES.register("aten.constant_pad_nd")
+def pad(flow: GainFlow, op: Operation) -> Gain:
+    """Zeros take any gain; another constant parts from a gain that is not one."""
+    gain = flow.of(op.inputs[0])
+    if gain.scale != 1.0 and len(op.args) > 2 and op.args[2]:
+        flow.part(op, op.inputs[0], gain, "scaled", "scaled where a constant is padded on")
+        return Gain()
+    return gain
+
+
 @GAIN_RULES.register(
     "aten.native_batch_norm",
     "aten.cudnn_batch_norm",

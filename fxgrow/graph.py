@@ -13,12 +13,16 @@ from fxgrow.plan.schema import Multiplier
 from fxgrow.standin import keeping_modes
 
 
-def insert_multipliers(model: nn.Module, multipliers: Sequence[Multiplier]) -> fx.GraphModule:
+def insert_multipliers(
+    model: nn.Module, multipliers: Sequence[Multiplier], *, both_modes: bool = True
+) -> fx.GraphModule:
     """Return the model as a GraphModule with a scalar on each of the given edges.
 
     Args:
         model: a module that ``torch.fx`` can trace; it becomes the owner of the graph's modules.
         multipliers: edges by the names of the traced graph's nodes.
+        both_modes: require that the graph is the same in train and eval mode; without, the
+            result is that of eval mode (its norms and dropout modules still follow the mode).
 
     Raises:
         TraceError: there is no such edge, or the graph differs between train and eval mode, so
@@ -27,7 +31,7 @@ def insert_multipliers(model: nn.Module, multipliers: Sequence[Multiplier]) -> f
     with keeping_modes(model):
         graphs = [_trace(model.train(mode)) for mode in (True, False)]
     graph = graphs[1]
-    if str(graphs[0]) != str(graph):
+    if both_modes and str(graphs[0]) != str(graph):
         raise TraceError(
             f"the graph of {type(model).__name__} differs between train and eval mode (functional "
             "dropout, stochastic depth), so no multiplier can be put into it.",

@@ -7,6 +7,7 @@ module tree with every parameter and buffer on the meta device. The user's model
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ class Traced:
         if self.graph_module is None:
             return self.label_module()
         interpreter = _Interpreter(self.graph_module)
-        return propagate(interpreter.run, self.standin, self.inputs, place=interpreter.place)
+        return self._run(interpreter.run, interpreter.place)
 
     def label_module(self) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
@@ -66,10 +67,20 @@ class Traced:
         Raises:
             TraceError: the run failed.
         """
+        return self._run(self.standin, lambda: ("", ""))
+
+    def _run(self, run: Callable[..., Any], place: Callable[[], Place]) -> tuple[LabelSpace, Tape]:
         try:
-            return propagate(self.standin, self.standin, self.inputs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TraceError(f"the model does not run: {first_line(error)}") from error
+            return propagate(run, self.standin, self.inputs, place=place)
+        except Exception as error:  # a user's forward may raise anything
+            node, module = place()
+            where = f" at {module or node}" if module or node else ""
+            shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+            raise TraceError(
+                f"the model does not run on inputs of {shapes}{where}: {first_line(error)}.",
+                name=module or node,
+                way_out="" if self.inferred else "Give inputs that it takes.",
+            ) from error
 
 
 class _Interpreter(fx.Interpreter):

@@ -28,7 +28,7 @@ from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
-from fxgrow.standin import stand_in
+from fxgrow.standin import float64_copy, stand_in
 from fxgrow.trace import trace
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
@@ -122,24 +122,6 @@ class Case:
     predictable: bool = True
     edits: Mapping[str, TensorEdit] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a float64 copy of a module and the names of tensors with NaN or infinite entries.
-
-    Such entries are zero in the copy: the algebra can be checked without them.
-    """
-    doubles: dict[str, Tensor] = {}
-    broken: list[str] = []
-    for name, tensor in named_tensors(model).items():
-        if not tensor.is_floating_point():
-            continue
-        double = tensor.detach().to(torch.float64, copy=True)
-        if not bool(torch.isfinite(double).all()):
-            broken.append(name)
-            double = torch.nan_to_num(double, nan=0.0, posinf=0.0, neginf=0.0)
-        doubles[name] = double
-    return stand_in(model, doubles), tuple(broken)
 
 
 def judge(

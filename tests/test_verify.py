@@ -14,7 +14,7 @@ from torch import nn
 import fxgrow
 from fxgrow import api
 from fxgrow.errors import FxgrowError
-from fxgrow.verification import float64_copy
+from fxgrow.standin import float64_copy
 
 
 @pytest.fixture(scope="module")

@@ -325,7 +325,7 @@ def test_pairing_that_lies_fails_verification(
         ({"width": "-3x"}, "cannot be read"),
         ({"width": "abc"}, "cannot be read"),
         ({"width": "1.5"}, "not a whole number"),
-        ({"width": "32"}, "has 64 channels already"),
+        ({"width": "32"}, "has 64 already"),
         ({"include": ["nothing.*"]}, "matches no channel group"),
         ({"width": {"layer9.*": "2x"}}, "matches no channel group"),
         ({"exclude": ["*"]}, "nothing to widen"),

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, open_source, parse_shapes, parse_widths, width_label
 from fxgrow.cli.outputs import check_outputs, check_report_name, report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, errors_in_one_line, print_table
-from fxgrow.errors import NotPreservedError, SourceError, VerificationError
+from fxgrow.errors import SourceError, VerificationError
 from fxgrow.version import __version__
 
 if TYPE_CHECKING:
@@ -285,6 +285,7 @@ def verify(
     """
     shapes = parse_shapes(input_shape or ())
     with _Run() as run:
+        from fxgrow.report.data import plain
         from fxgrow.report.tables import verification_table
         from fxgrow.verification import verify as verify_models
 
@@ -293,7 +294,7 @@ def verify(
         run.steps("comparing")
         found = verify_models(opened.model, other.model, inputs_of(shapes, opened.model))
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        typer.echo(json.dumps(plain(found), indent=1))
     else:
         print_table(verification_table(found))
     if found.verdict == "failed":
@@ -310,15 +311,11 @@ def _tell_plan(run: _Run, made: Plan, out: Path | None, *, strict: bool) -> None
     Raises:
         NotPreservedError: ``strict``, and the plan predicts a change of the output.
     """
+    from fxgrow.api import require_exact
     from fxgrow.report.tables import plan_table
 
-    if strict and made.preserves != "exact":
-        guilty = next(group for group in made.groups if group.preserves != "exact")
-        raise NotPreservedError(
-            f"{guilty.name} would not be preserved: {guilty.reason}.",
-            name=guilty.name,
-            way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
-        )
+    if strict:
+        require_exact(made)
     for text in made.warnings:
         run.notices.warn(text)
     if out is not None:

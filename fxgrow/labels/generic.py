@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels.layers import Layer, Layers, compact, core, support
+from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.rules import Step
 from fxgrow.labels.tape import map_tensors, tensors_in
 
@@ -29,7 +29,7 @@ def aten(names: str) -> frozenset[str]:
 COPIES = aten("clone contiguous _to_copy lift_fresh lift_fresh_copy detach alias")
 # The same elements in other places; views are recognised by their schema.
 MOVEMENTS = COPIES | aten(
-    "cat stack roll constant_pad_nd index_select repeat flip pixel_shuffle pixel_unshuffle "
+    "stack roll index_select repeat flip pixel_shuffle pixel_unshuffle "
     "channel_shuffle native_channel_shuffle _unsafe_view _reshape_alias"
 )
 # Tensors made in the image of another: as uniform as a scalar, as wide as their model.
@@ -67,7 +67,7 @@ def movement(step: Step) -> tuple[Layers, ...]:
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
     move = _ON_LABELS.get(step.target, step.target)
     out: list[list[Layer]] = [[] for _ in step.outputs]
-    for cluster in _clusters([step.layers(tensor) for tensor in operands]):
+    for cluster in clusters([step.layers(tensor) for tensor in operands]):
         layers = [
             torch.zeros((), dtype=torch.int32).expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(operands, cluster, strict=True)
@@ -85,24 +85,6 @@ def movement(step: Step) -> tuple[Layers, ...]:
     return tuple(tuple(layers) for layers in out)
 
 
-def _clusters(layers_of: list[Layers]) -> list[list[Layer | None]]:
-    """Group the layers of several tensors that vary along a common dim, one per tensor."""
-    clusters: list[tuple[set[int], list[Layer | None]]] = []
-    for index, layers in enumerate(layers_of):
-        for layer in layers:
-            dims = set(support(layer))
-            for known, members in clusters:
-                if members[index] is None and (known & dims or not (known or dims)):
-                    known |= dims
-                    members[index] = layer
-                    break
-            else:
-                fresh: list[Layer | None] = [None] * len(layers_of)
-                fresh[index] = layer
-                clusters.append((dims, fresh))
-    return [members for _, members in clusters]
-
-
 def pointwise(step: Step) -> tuple[Layers, ...]:
     """Unify the labels of all operands where they broadcast to one element."""
     shape = step.outputs[0].shape
@@ -110,7 +92,7 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     weights = [step.value(tensor).is_weight for tensor in operands]
     expanded = [_broadcast(step, tensor, shape) for tensor in operands]
     out: list[Layer] = []
-    for cluster in _clusters(expanded):
+    for cluster in clusters(expanded):
         first, *others = (layer for layer in cluster if layer is not None)
         merged = functools.reduce(functools.partial(_merge, step), others, first)
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):

@@ -85,3 +85,21 @@ def cover(layers: Layers, dim: int) -> Layer | None:
         if dim in support(layer):
             return layer
     return None
+
+
+def clusters(layers_of: list[Layers]) -> list[list[Layer | None]]:
+    """Group the layers of several tensors that vary along a common dim, one per tensor."""
+    clusters: list[tuple[set[int], list[Layer | None]]] = []
+    for index, layers in enumerate(layers_of):
+        for layer in layers:
+            dims = set(support(layer))
+            for known, members in clusters:
+                if members[index] is None and (known & dims or not (known or dims)):
+                    known |= dims
+                    members[index] = layer
+                    break
+            else:
+                fresh: list[Layer | None] = [None] * len(layers_of)
+                fresh[index] = layer
+                clusters.append((dims, fresh))
+    return [members for _, members in clusters]

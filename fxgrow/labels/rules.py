@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels.layers import Layer, Layers, along, core, cover, line, support
+from fxgrow.labels.layers import Layer, Layers, along, clusters, core, cover, line, support
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Value, tensors_in
 from fxgrow.registry import Registry
@@ -241,6 +242,39 @@ def spatial(step: Step) -> tuple[Layers, ...]:
         else:
             step.pin((layer,), "pooling over positions that belong to different channels")
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)
+
+
+@rule("aten.cat")
+def concatenate(step: Step) -> tuple[Layers, ...]:
+    """Join the layers of each tensor; what is constant along the other dims stays so."""
+    tensors = step.args[0]
+    dim = step.argument(1, "dim", 0) % tensors[0].ndim
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    for members in clusters([step.layers(tensor) for tensor in tensors]):
+        dims = frozenset({dim}).union(*(support(m) for m in members if m is not None))
+        blank = torch.zeros((), dtype=torch.int32)
+        pieces = [
+            core(blank.expand(tensor.shape) if layer is None else layer, dims)
+            for tensor, layer in zip(tensors, members, strict=True)
+        ]
+        out.append(torch.cat(pieces, dim).expand(shape))
+    return (tuple(out),)
+
+
+@rule("aten.constant_pad_nd")
+def pad(step: Step) -> tuple[Layers, ...]:
+    """Padding between a channel's own positions is that channel's; padding beside it is none's."""
+    x, amounts = step.args[:2]
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    for layer in step.layers(x):
+        dims = support(layer)
+        kept = [
+            amount if x.ndim - 1 - index // 2 in dims else 0 for index, amount in enumerate(amounts)
+        ]
+        out.append(torch.nn.functional.pad(core(layer, dims), kept).expand(shape))
+    return (tuple(out),)
 
 
 @rule("aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.var_mean")

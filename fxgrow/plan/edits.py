@@ -61,10 +61,14 @@ def _positions(
     old_keys = _keys(old.channel[old_rows], old.rank_of_row[old_rows])
     order = np.argsort(old_keys)
     wanted = _keys(origin[~fresh], rank[~fresh])
-    found = np.searchsorted(old_keys[order], wanted)
-    if len(wanted) and not np.array_equal(old_keys[order][found % len(order)], wanted):
+    found = order[np.searchsorted(old_keys[order], wanted) % len(order)]
+    unread = old_keys[found] != wanted
+    if bool(unread.any()) and new.roles[new_axis] == "writer":
         raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
-    start[~fresh] = order[found]
+    # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
+    blank = _ZERO if new.roles[new_axis] == "reader" else _OLD
+    start[~fresh] = np.where(unread, 0, found)
+    kind[~fresh] = np.where(unread, blank, _OLD)
 
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]

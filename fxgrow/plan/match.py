@@ -3,15 +3,18 @@
 A channel's signature is the multiset of (axis, convolution group) it touches. Each old channel is
 matched to a new one of the same signature, in order; what remains of the new ones are the new
 channels. No operation needs code of its own for this, and nothing assumes that new channels come
-last: behind a split or a shuffle they do not.
+last: behind a split or a shuffle they do not. Where a signature has too few new channels, one that
+is read by more layers serves too.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
@@ -98,29 +101,75 @@ def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
 
     # Channels of one signature side by side, each in order of first use.
     old_buckets, new_buckets = _buckets(old_signature), _buckets(new_signature)
-    for kind, members in old_buckets.items():
-        missing = len(members) - len(new_buckets.get(kind, ()))
-        if missing > 0:
-            row = int(np.flatnonzero(old.channel == members[0])[0])
-            layer = layer_of(old.axes[int(old.axis_of_row[row])].tensor)
-            raise PlanError(
-                f"{missing} channels of {layer} would have no place in the widened network.",
-                name=layer,
-            )
     continued = np.full(new.count, -1, dtype=np.int64)
+    homeless: list[int] = []
+    for kind, members in old_buckets.items():
+        places = new_buckets.get(kind, members[:0])
+        continued[places[: len(members)]] = members[: len(places)]
+        homeless += members[len(places) :].tolist()
+    if homeless:
+        spare = np.flatnonzero(continued < 0).tolist()
+        for place, channel in _supersets(old, new, new_codes, homeless, spare).items():
+            continued[place] = channel
     draw = np.full(new.count, -1, dtype=np.int64)
     sign = np.zeros(new.count, dtype=np.int64)
     drawn = 0
-    for kind, members in new_buckets.items():
-        olds = old_buckets.get(kind, members[:0])
-        continued[members[: len(olds)]] = olds
-        fresh = members[len(olds) :]
+    for members in new_buckets.values():
+        fresh = members[continued[members] < 0]
         if len(fresh):
             layout = pairing(len(fresh))
             draw[fresh] = np.asarray(layout.draws) + drawn
             sign[fresh] = layout.column_signs
             drawn += max(layout.draws) + 1
     return Matching(continued, draw, sign)
+
+
+def _supersets(
+    old: Channels,
+    new: Channels,
+    new_codes: Sequence[int],
+    homeless: Sequence[int],
+    spare: Sequence[int],
+) -> dict[int, int]:
+    """Find places for old channels among new ones that touch all they touch, and more besides.
+
+    The extra readers get zero columns, so that any carriers on the way to them are free. A
+    bipartite matching (Hopcroft–Karp), so that a place is found for every channel if there is one.
+
+    Raises:
+        PlanError: there is none for some channel.
+    """
+    wanted = _touches(old, range(len(old.axes)), homeless)
+    offered = _touches(new, new_codes, spare)
+    free = {code for code, role in enumerate(old.roles) if role != "writer"}
+    possible = nx.Graph()
+    possible.add_nodes_from(("old", channel) for channel in homeless)
+    for channel in homeless:
+        for place in spare:
+            extra = offered[place] - wanted[channel]
+            if not wanted[channel] - offered[place] and {code for code, _ in extra} <= free:
+                possible.add_edge(("old", channel), ("new", place))
+    found = nx.bipartite.hopcroft_karp_matching(possible, [("old", c) for c in homeless])
+    lost = [channel for channel in homeless if ("old", channel) not in found]
+    if lost:
+        row = int(np.flatnonzero(old.channel == lost[0])[0])
+        layer = layer_of(old.axes[int(old.axis_of_row[row])].tensor)
+        raise PlanError(
+            f"{len(lost)} channels of {layer} would have no place in the widened network.",
+            name=layer,
+        )
+    return {found["old", channel][1]: channel for channel in homeless}
+
+
+def _touches(
+    channels: Channels, axis_codes: Sequence[int], wanted: Sequence[int]
+) -> dict[int, Counter[tuple[int, int]]]:
+    """Return the (axis code, convolution group) pairs that some channels touch."""
+    touches: dict[int, Counter[tuple[int, int]]] = {channel: Counter() for channel in wanted}
+    for row in np.flatnonzero(np.isin(channels.channel, wanted)).tolist():
+        code = axis_codes[int(channels.axis_of_row[row])]
+        touches[int(channels.channel[row])][code, int(channels.group_of_row[row])] += 1
+    return touches
 
 
 def _buckets(signature: HashArray) -> dict[int, IntArray]:

@@ -45,7 +45,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
         asked = int(number) + (old if match["sign"] else 0)
     if asked < old:
         raise PlanError(
-            f"the width {width!r} is {asked} where {name or 'the group'} has {old} channels "
+            f"the width {width!r} asks for {asked} channels where {name or 'the group'} has {old} "
             "already; fxgrow only widens.",
             name=name,
             way_out="Ask for more, or leave the group out with --exclude.",

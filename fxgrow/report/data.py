@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from fxgrow.analysis import Analysis
@@ -12,6 +12,17 @@ from fxgrow.verification import Verification
 from fxgrow.version import __version__
 
 REPORT_SCHEMA = 1
+
+
+def plain(data: Any) -> Any:
+    """Return dataclasses and tuples as JSON-able dicts and lists; infinity and NaN become None."""
+    if is_dataclass(data):
+        return {entry.name: plain(getattr(data, entry.name)) for entry in fields(data)}
+    if isinstance(data, (list, tuple)):
+        return [plain(item) for item in data]
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Report:
             "flops": plan["flops"],
             "tracer": plan["tracer"],
             "warnings": list(self.warnings),
-            "verification": json.loads(json.dumps(asdict(self.verification))),
+            "verification": plain(self.verification),
         }
 
     def __str__(self) -> str:
@@ -89,7 +100,7 @@ class Inspection:
                     "skip": block.skip,
                     "preactivation": block.preactivation,
                     "layers": list(block.layers),
-                    "pairs": [asdict(pair) for pair in block.pairs],
+                    "pairs": [plain(pair) for pair in block.pairs],
                 }
                 for block in analysis.blocks
             ],
