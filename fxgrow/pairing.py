@@ -125,8 +125,8 @@ def apply_pairing(
             way_out="V is (m, *writer.shape[1:]), Z is (out, m, *reader.shape[2:]).",
         )
     rule = PAIRINGS[pairing]
-    total = next((n for n in (count, 2 * count) if len(set(rule(n).draws)) == count), count)
-    layout = rule(total)
+    twins = len(set(rule(2 * count).draws)) == count  # each drawn value is carried twice
+    layout = rule(2 * count if twins else count)
     draws = torch.tensor(layout.draws, device=writer.device)
     signs = torch.tensor(layout.column_signs, dtype=reader.dtype, device=reader.device)
     shaped = signs.view(1, -1, *(1,) * (reader.ndim - 2))
