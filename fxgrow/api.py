@@ -73,10 +73,8 @@ def plan(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
-    *,
-    preset: str | None = None,
-    rescaling: str | None = None,
-    pairing: str | None = None,
+    rescaling: str = "none",
+    pairing: str = "vv_z_negz",
     init: str | Init = "copy_uniform",
     where: Where = "hidden",
     include: Sequence[str] = (),
@@ -87,6 +85,8 @@ def plan(
     grouped: Grouped = "width",
     seed: int = 0,
     compensate: bool = False,
+    *,
+    preset: str | None = None,
     progress: Progress = _silent,
 ) -> Plan:
     """Return the plan that :func:`widen` would carry out; the arguments are the same.
@@ -125,10 +125,8 @@ def widen(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
-    *,
-    preset: str | None = None,
-    rescaling: str | None = None,
-    pairing: str | None = None,
+    rescaling: str = "none",
+    pairing: str = "vv_z_negz",
     init: str | Init = "copy_uniform",
     where: Where = "hidden",
     include: Sequence[str] = (),
@@ -141,6 +139,8 @@ def widen(
     strict: bool = False,
     compensate: bool = False,
     verify: bool = True,
+    *,
+    preset: str | None = None,
     progress: Progress = _silent,
 ) -> Grown:
     """Make a trained network wider without changing what it computes.
@@ -151,8 +151,6 @@ def widen(
             to such strings, of which the first match counts.
         example_inputs: a tensor or a tuple of arguments for ``forward``; None infers an input
             from the first layer.
-        preset: ``vt``, ``r2wider``, ``netmorph`` or ``random``: rescaling and pairing together;
-            either can still be given and then wins.
         rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
         pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``none``.
@@ -172,6 +170,8 @@ def widen(
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.
         verify: measure the result before it is returned.
+        preset: ``vt``, ``r2wider``, ``netmorph`` or ``random``: rescaling and pairing together,
+            for those of the two that are left at their defaults.
         progress: called with the name of each step as it begins.
 
     Returns:

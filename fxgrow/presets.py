@@ -12,19 +12,29 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 
 
-def settings(preset: str | None, rescaling: str | None, pairing: str | None) -> tuple[str, str]:
-    """Return rescaling and pairing; what is given by name wins over the preset.
+DEFAULTS = PRESETS["r2wider"]
+
+
+def settings(
+    preset: str | None, rescaling: str | None = None, pairing: str | None = None
+) -> tuple[str, str]:
+    """Return rescaling and pairing; a preset stands in for what is None or at its default.
 
     Raises:
         PlanError: no preset of that name.
 
     Example:
-        >>> settings(None, None, None), settings("vt", None, "v_zero")
-        (('none', 'vv_z_negz'), ('default_vt', 'v_zero'))
+        >>> settings(None), settings("vt"), settings("vt", None, "v_zero")
+        (('none', 'vv_z_negz'), ('default_vt', 'vv_z_negz'), ('default_vt', 'v_zero'))
     """
     if preset is not None and preset not in PRESETS:
         raise PlanError(
             f"there is no preset {preset!r}.", name=preset, way_out=f"Known: {', '.join(PRESETS)}."
         )
-    from_preset = PRESETS["r2wider" if preset is None else preset]
-    return rescaling or from_preset[0], pairing or from_preset[1]
+    standing_in = DEFAULTS if preset is None else PRESETS[preset]
+    given = (rescaling, pairing)
+    first, second = (
+        stand_in if value in (None, default) else value
+        for value, default, stand_in in zip(given, DEFAULTS, standing_in, strict=True)
+    )
+    return str(first), str(second)

@@ -175,6 +175,8 @@ def test_unknown_operations_pin_what_they_touch() -> None:
     assert groups["second"].kind == "hidden"
     grown = fxgrow.widen(Cumulative(), "2x")
     assert [group.name for group in grown.plan.groups] == ["second"]
+    with pytest.raises(fxgrow.UnsupportedOperationError, match=r"first: no rule for aten\.cumsum"):
+        fxgrow.widen(Cumulative(), "2x", include=["first"])
 
 
 def test_control_flow_on_values_is_followed_at_dispatch_level() -> None:

@@ -18,6 +18,7 @@ from fxgrow.cli.arguments import inputs_of, open_source, parse_shapes, parse_wid
 from fxgrow.cli.outputs import check_outputs, check_report_name, report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, errors_in_one_line, print_table
 from fxgrow.errors import SourceError, VerificationError
+from fxgrow.presets import settings
 from fxgrow.version import __version__
 
 if TYPE_CHECKING:
@@ -187,8 +188,8 @@ def widen(
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         inputs = inputs_of(shapes, opened.model)
         made = make_plan(
-            opened.model, widths, inputs, preset=preset, rescaling=rescaling, pairing=pairing,
-            init=init, where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
+            opened.model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
+            where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, progress=run.steps,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UnsupportedOperationError
 from fxgrow.groups import ChannelGroup
 from fxgrow.plan.schema import Refusal, Request
 
@@ -68,6 +68,7 @@ def select(
     Raises:
         PlanError: a glob matches nothing, a width is malformed or below the present one, or
             nothing is left to widen.
+        UnsupportedOperationError: nothing is left, because of an operation without a rule.
     """
     if request.multiple_of < 1:
         raise PlanError(f"multiple_of must be at least 1, not {request.multiple_of}.")
@@ -97,7 +98,8 @@ def select(
         )
     if not chosen:
         why = f" {refused[0].name}: {refused[0].reason}." if refused else ""
-        raise PlanError(
+        unsupported = bool(refused) and refused[0].reason.startswith("no rule for")
+        raise (UnsupportedOperationError if unsupported else PlanError)(
             f"nothing to widen: the request selects none of the {len(groups)} channel groups.{why}",
             way_out="See `fxgrow inspect` for the groups, and --where, --include, --exclude.",
         )
@@ -110,7 +112,7 @@ def matches(group: ChannelGroup, glob: str) -> bool:
 
 
 def _must_match(glob: str, groups: Iterable[ChannelGroup]) -> None:
-    names = [name for group in groups for name in (group.name, *group.writers)]
+    names = list(dict.fromkeys(n for group in groups for n in (group.name, *group.writers)))
     if any(fnmatchcase(name, glob) for name in names):
         return
     nearest = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
