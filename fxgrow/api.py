@@ -87,6 +87,7 @@ def plan(
     compensate: bool = False,
     *,
     preset: str | None = None,
+    split_noise: float = 0.1,
     progress: Progress = _silent,
 ) -> Plan:
     """Return the plan that :func:`widen` would carry out; the arguments are the same.
@@ -111,7 +112,10 @@ def plan(
         grouped=_one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
         seed=int(seed),
         compensate=bool(compensate),
+        split_noise=float(split_noise),
     )
+    if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
+        raise PlanError(f"split_noise must not be negative, but it is {request.split_noise}.")
     tensors = named_tensors(model)
     notes = _check_tensors(tensors)
     progress("following the channels")
@@ -141,6 +145,7 @@ def widen(
     verify: bool = True,
     *,
     preset: str | None = None,
+    split_noise: float = 0.1,
     progress: Progress = _silent,
 ) -> Grown:
     """Make a trained network wider without changing what it computes.
@@ -153,7 +158,8 @@ def widen(
             from the first layer.
         rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
-        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``none``.
+        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``replicate``,
+            ``none``.
         init: what fills new weights: ``copy_uniform``, ``copy_normal``, ``kaiming``,
             ``kaiming_normal``, ``zeros``, ``"package.module:function"`` or a callable
             ``(tensor, reference, fan_in) -> None``.
@@ -170,8 +176,10 @@ def widen(
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.
         verify: measure the result before it is returned.
-        preset: ``vt``, ``r2wider``, ``netmorph`` or ``random``: rescaling and pairing together,
-            for those of the two that are left at their defaults.
+        preset: ``vt``, ``r2wider``, ``net2wider``, ``netmorph`` or ``random``: rescaling and
+            pairing together, for those of the two that are left at their defaults.
+        split_noise: where channels are copied, the relative standard deviation of the zero-sum
+            noise that makes the copies' columns unequal, so that they part in training.
         progress: called with the name of each step as it begins.
 
     Returns:
@@ -197,7 +205,7 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        progress=progress,
+        split_noise=split_noise, progress=progress,
     )  # fmt: skip
     return carry_out(
         made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
@@ -285,7 +293,7 @@ def _unpredictable(made: Plan) -> bool:
     """Return whether new channels do not cancel, so that the change cannot be foretold."""
     from fxgrow.pairing import PAIRINGS
 
-    return bool(made.request.noise) or not PAIRINGS[made.request.pairing](2).preserving
+    return bool(made.request.noise) or not PAIRINGS[made.request.pairing](2, 1).preserving
 
 
 def _failure(

@@ -7,6 +7,7 @@ module, a state_dict and anything else that has names and tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -19,7 +20,29 @@ from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, TensorEdit
 from fxgrow.standin import stand_in
 
 Lookup: TypeAlias = Callable[[str], Tensor]
-Draw: TypeAlias = Callable[[tuple[int, ...], Tensor, str, Init], Tensor]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Where the new numbers of one tensor come from."""
+
+    name: str
+    seed: int
+    fan_in: int
+    fill: Init
+    noise: float
+    split_noise: float
+
+    def fresh(self, shape: tuple[int, ...], like: Tensor, role: str) -> Tensor:
+        """Return new weights by the init that was asked for."""
+        return self._draw(shape, like, role, self.fill)
+
+    def normal(self, shape: tuple[int, ...], like: Tensor, role: str) -> Tensor:
+        """Return normal noise with the standard deviation of ``like``."""
+        return self._draw(shape, like, role, copy_normal)
+
+    def _draw(self, shape: tuple[int, ...], like: Tensor, role: str, law: Init) -> Tensor:
+        return draw(shape, like, law, self.fan_in, seed=self.seed, name=self.name, role=role)
 
 
 def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None) -> Tensor:
@@ -44,15 +67,12 @@ def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None)
         )
     request = plan.request
     fill = init_of_plan(request.init) if init is None else init
-
-    def drawn(shape: tuple[int, ...], like: Tensor, role: str, law: Init) -> Tensor:
-        return draw(shape, like, law, edit.fan_in, seed=request.seed, name=name, role=role)
-
+    draws = _Draws(name, request.seed, edit.fan_in, fill, request.noise, request.split_noise)
     tensor = _absorbed(edit, old, lookup) if edit.absorption else old
     if edit.scale != 1.0:
         tensor = tensor * edit.scale
     for axis in edit.axes:
-        tensor = _extend(tensor, axis, drawn, fill, request.noise)
+        tensor = _extend(tensor, axis, draws)
     if tensor is old:
         tensor = old.clone()
     return tensor.to(old.dtype)
@@ -74,13 +94,13 @@ def _absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:
     return (old.double() * correction).to(old.dtype)
 
 
-def _extend(tensor: Tensor, edit: AxisEdit, drawn: Draw, fill: Init, noise: float) -> Tensor:
+def _extend(tensor: Tensor, edit: AxisEdit, draws: _Draws) -> Tensor:
     """Return ``tensor`` with one dim grown."""
     if edit.groups == 1:
-        return _extend_dim(tensor, edit.dim, edit, drawn, fill, noise)
+        return _extend_dim(tensor, edit.dim, edit, draws)
     # (G·O, I, …) -> (G, O, I, …) -> (G·I, O, …): the axis becomes the first dim
     split = _unflatten(tensor, edit.groups).transpose(1, 2)
-    flat = _extend_dim(split.flatten(0, 1), 0, edit, drawn, fill, noise)
+    flat = _extend_dim(split.flatten(0, 1), 0, edit, draws)
     return _unflatten(flat, edit.groups).transpose(1, 2).flatten(0, 1)
 
 
@@ -89,9 +109,7 @@ def _unflatten(tensor: Tensor, groups: int) -> Tensor:
     return tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
 
 
-def _extend_dim(
-    tensor: Tensor, dim: int, edit: AxisEdit, drawn: Draw, fill: Init, noise: float
-) -> Tensor:
+def _extend_dim(tensor: Tensor, dim: int, edit: AxisEdit, draws: _Draws) -> Tensor:
     """Return ``tensor`` with ``dim`` laid out as the edit's runs say."""
     shape = list(tensor.shape)
     shape[dim] = sum(run.length for run in edit.runs)
@@ -100,16 +118,45 @@ def _extend_dim(
     slices = [run.start + run.length for run in edit.runs if run.kind in ("new", "minus")]
     if slices:
         shape[dim] = max(slices)
-        fresh = drawn(tuple(shape), tensor, f"{edit.role}{edit.dim}", fill)
-    position = 0
+        fresh = draws.fresh(tuple(shape), tensor, f"{edit.role}{edit.dim}")
+    shares = _shares(tensor, dim, edit, draws)
+    position = shared = 0
     for run in edit.runs:
         target = out.narrow(dim, position, run.length)
         position += run.length
-        _fill_run(target, run, tensor, fresh, dim)
-        if noise and edit.role == "reader" and run.kind != "old":
+        if run.kind == "share":
+            target.copy_(shares.narrow(dim, shared, run.length))
+            shared += run.length
+        else:
+            _fill_run(target, run, tensor, fresh, dim)
+        if draws.noise and edit.role == "reader" and run.kind not in ("old", "share"):
             role = f"noise{edit.dim}@{position}"
-            target += noise * drawn(tuple(target.shape), tensor, role, copy_normal)
+            target += draws.noise * draws.normal(tuple(target.shape), tensor, role)
     return out
+
+
+def _shares(tensor: Tensor, dim: int, edit: AxisEdit, draws: _Draws) -> Tensor:
+    """Return old columns split unequally over their copies, one after the other along ``dim``.
+
+    The noise that makes the shares of one column unequal sums to zero, so that the function is
+    kept and yet copies part at the first step; equal shares would stay tied for ever.
+    """
+    sources = [
+        s for r in edit.runs if r.kind == "share" for s in range(r.start, r.start + r.length)
+    ]
+    if not sources:
+        return tensor
+    index = torch.tensor(sources, device=tensor.device)
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    counts = torch.bincount(index, minlength=tensor.shape[dim]).to(tensor.dtype)
+    whole = tensor.index_select(dim, index)
+    shares = whole / counts[index].view(shape)
+    if draws.split_noise:
+        noise = draws.split_noise * draws.normal(tuple(whole.shape), tensor, f"split{dim}")
+        total = torch.zeros_like(tensor).index_add_(dim, index, noise)
+        shares += noise - (total / counts.clamp(min=1).view(shape)).index_select(dim, index)
+    return shares
 
 
 def _fill_run(target: Tensor, run: Run, old: Tensor, fresh: Tensor | None, dim: int) -> None:

@@ -31,6 +31,9 @@ class Channels:
         pins: reason by channel.
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         channel_of_label: the channel of each label, -1 where it has none.
+        mixers: for each operation whose result depends on a set of channels as a whole: these
+            channels (-1 for what is none) and the place.
+        norm_groups: groups of each group norm, by its weight.
     """
 
     axes: tuple[Axis, ...]
@@ -42,6 +45,8 @@ class Channels:
     pins: dict[int, str]
     convolution_groups: dict[str, int]
     channel_of_label: IntArray
+    mixers: tuple[tuple[IntArray, str], ...]
+    norm_groups: dict[str, int]
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
         """Return the channels that some label layers stand for, sorted."""
@@ -71,7 +76,7 @@ class Channels:
         """The convolution group of each row; 0 where the axis is not one of a grouped one."""
         groups = np.ones(len(self.axes), dtype=np.int64)
         for index, axis in enumerate(self.axes):
-            split = self.convolution_groups.get(axis.tensor, 0)
+            split = self.convolution_groups.get(axis.tensor, self.norm_groups.get(axis.tensor, 0))
             if split and axis.size % split == 0 and (axis.groups > 1 or axis.dim == 0):
                 groups[index] = split
         sizes = np.diff(self.start) // groups
@@ -120,6 +125,7 @@ def resolve(space: LabelSpace) -> Channels:
     }
     nearest = np.minimum(np.searchsorted(values, roots), max(len(values) - 1, 0))
     known = values[nearest] == roots if len(values) else np.zeros(len(roots), dtype=bool)
+    channel_of_label = np.where(known, order[nearest], -1) if len(values) else nearest - 1
     return Channels(
         axes=tuple(axis for axis, _, _ in kept),
         roles=tuple(role for _, role, _ in kept),
@@ -129,5 +135,7 @@ def resolve(space: LabelSpace) -> Channels:
         count=len(values),
         pins=pins,
         convolution_groups=dict(space.convolution_groups),
-        channel_of_label=np.where(known, order[nearest], -1) if len(values) else nearest - 1,
+        channel_of_label=channel_of_label,
+        mixers=tuple((channel_of_label[labels], place) for labels, place in space.mixers),
+        norm_groups=dict(space.norm_groups),
     )

@@ -127,7 +127,7 @@ GAIN_RULES: Registry[GainRule] = Registry("gain rule")
 HOMOGENEOUS = aten(
     "relu leaky_relu _prelu_kernel neg abs max_pool2d_with_indices max_pool3d_with_indices "
     "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-    "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout"
+    "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout as_strided"
 )
 
 

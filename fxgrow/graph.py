@@ -41,17 +41,34 @@ def insert_multipliers(
     for multiplier in multipliers:
         producer = nodes.get(multiplier.producer)
         consumer = nodes.get(multiplier.consumer)
-        if producer is None or consumer is None or producer not in consumer.all_input_nodes:
+        operand = _operand(producer, consumer)
+        if operand is None or consumer is None:
             raise TraceError(
                 f"the graph has no edge from {multiplier.producer} to {multiplier.consumer}.",
                 name=multiplier.producer,
             )
-        with graph.inserting_after(producer):
-            scaled = graph.call_function(operator.mul, (producer, multiplier.factor))
-        consumer.replace_input_with(producer, scaled)
+        with graph.inserting_after(operand):
+            scaled = graph.call_function(operator.mul, (operand, multiplier.factor))
+        consumer.replace_input_with(operand, scaled)
     result = fx.GraphModule(model, graph, class_name=type(model).__name__)
     result.training = model.training
     return result
+
+
+def _operand(producer: fx.Node | None, consumer: fx.Node | None) -> fx.Node | None:
+    """Return the input of ``consumer`` that carries what ``producer`` computed, or None.
+
+    Between them may lie nodes that pass it on as it is (dropout in eval mode).
+    """
+    if producer is None or consumer is None:
+        return None
+    for operand in consumer.all_input_nodes:
+        node = operand
+        while node is not producer and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if node is producer:
+            return operand
+    return None
 
 
 def _trace(model: nn.Module) -> fx.Graph:

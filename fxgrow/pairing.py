@@ -2,13 +2,15 @@
 
 One rule makes every pairing preserving: at each reader, the new columns that read one value sum to
 zero. A pairing says, for n new channels of one kind, which drawn row each of them writes (V) and
-with which sign each reader reads its drawn column (Z):
+with which sign each reader reads its drawn column (Z), or which old channel each of them copies:
 
 ==============  ==============  ===================  ========================================
 pairing         new rows        new columns          source
 ==============  ==============  ===================  ========================================
 ``vv_z_negz``   V, V            Z, −Z                Two-way R2WiderR, eq. 8–13; Yuan et al. 2023
 ``v_zero``      V               0                    NetMorph (Wei et al. 2016), one side zero
+``replicate``   copies of old   the old column       Net2WiderNet (Chen et al. 2016), eq. 6
+                rows            split over copies
 ``none``        V               Z                    random padding; does not preserve
 ==============  ==============  ===================  ========================================
 
@@ -36,11 +38,13 @@ class Layout:
     Attributes:
         draws: for each new channel the index of the drawn row (and column) it uses; twins share.
         column_signs: for each new channel +1, −1 or 0: the sign of its column at every reader.
-        preserving: whether the columns that read one draw sum to zero.
+        copies: for each new channel the old one, by its place among those of its kind, that it
+            copies; empty if new channels are drawn.
     """
 
     draws: tuple[int, ...]
     column_signs: tuple[int, ...]
+    copies: tuple[int, ...] = ()
 
     @property
     def preserving(self) -> bool:
@@ -51,18 +55,20 @@ class Layout:
         return not any(sums.values())
 
 
-Pairing: TypeAlias = Callable[[int], Layout]
+# A function of the numbers of new and of old channels of one kind.
+Pairing: TypeAlias = Callable[[int, int], Layout]
 PAIRINGS: Registry[Pairing] = Registry("pairing")
 
 
 @PAIRINGS.register("vv_z_negz")
-def vv_z_negz(count: int) -> Layout:
+def vv_z_negz(count: int, old: int = 0) -> Layout:
     """Twins: the same new row twice, read with opposite signs.
 
     Example:
         >>> vv_z_negz(5)
-        Layout(draws=(0, 1, 0, 1, 2), column_signs=(1, 1, -1, -1, 0))
+        Layout(draws=(0, 1, 0, 1, 2), column_signs=(1, 1, -1, -1, 0), copies=())
     """
+    del old
     half = count // 2
     lone = count % 2
     return Layout(
@@ -72,14 +78,29 @@ def vv_z_negz(count: int) -> Layout:
 
 
 @PAIRINGS.register("v_zero")
-def v_zero(count: int) -> Layout:
+def v_zero(count: int, old: int = 0) -> Layout:
     """New rows that nothing reads yet."""
+    del old
     return Layout(draws=tuple(range(count)), column_signs=(0,) * count)
 
 
+@PAIRINGS.register("replicate")
+def replicate(count: int, old: int = 1) -> Layout:
+    """Copies of the old channels, round-robin; where there is none to copy, as ``v_zero``.
+
+    Example:
+        >>> replicate(5, old=3).copies
+        (0, 1, 2, 0, 1)
+    """
+    if not old:
+        return v_zero(count, old)
+    return Layout((), (), tuple(index % old for index in range(count)))
+
+
 @PAIRINGS.register("none")
-def none(count: int) -> Layout:
+def none(count: int, old: int = 0) -> Layout:
     """New rows and new columns, independent: the baseline that changes the function."""
+    del old
     return Layout(draws=tuple(range(count)), column_signs=(1,) * count)
 
 
@@ -125,8 +146,10 @@ def apply_pairing(
             way_out="V is (m, *writer.shape[1:]), Z is (out, m, *reader.shape[2:]).",
         )
     rule = PAIRINGS[pairing]
-    twins = len(set(rule(2 * count).draws)) == count  # each drawn value is carried twice
-    layout = rule(2 * count if twins else count)
+    if rule(1, 1).copies:
+        raise PlanError(f"the pairing {pairing!r} copies old channels and takes no V and Z.")
+    twins = len(set(rule(2 * count, 0).draws)) == count  # each drawn value is carried twice
+    layout = rule(2 * count if twins else count, 0)
     draws = torch.tensor(layout.draws, device=writer.device)
     signs = torch.tensor(layout.column_signs, dtype=reader.dtype, device=reader.device)
     shaped = signs.view(1, -1, *(1,) * (reader.ndim - 2))

@@ -7,6 +7,7 @@ from fxgrow.errors import PlanError
 PRESETS: dict[str, tuple[str, str]] = {
     "vt": ("default_vt", "vv_z_negz"),  # variance transfer (Yuan et al. 2023)
     "r2wider": ("none", "vv_z_negz"),  # Two-way R2WiderR
+    "net2wider": ("none", "replicate"),  # Chen et al. 2016
     "netmorph": ("none", "v_zero"),  # Wei et al. 2016
     "random": ("none", "none"),  # padding with fresh weights; not preserving
 }

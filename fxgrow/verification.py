@@ -329,9 +329,13 @@ def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
     for axis in edit.axes:
         per_group = gradient.shape[axis.dim]
         old = torch.zeros(per_group * axis.groups, dtype=torch.bool)
-        position = 0
+        position, seen = 0, set[int]()
         for run in axis.runs:
-            old[position : position + run.length] = run.kind == "old"
+            if run.kind in ("old", "share"):  # further copies of an old position are new
+                sources = range(run.start, run.start + run.length)
+                fresh = [source not in seen for source in sources]
+                old[position : position + run.length] = torch.tensor(fresh)
+                seen.update(sources)
             position += run.length
         new = (~old.view(axis.groups, per_group)).any(dim=0).to(gradient.device)
         if bool(gradient.movedim(axis.dim, 0)[new].any()):

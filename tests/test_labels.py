@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fxgrow
 from fxgrow.channels import Channels, resolve
 from fxgrow.labels.layers import along, compact, core, cover, line, support
 from fxgrow.labels.propagate import propagate
@@ -179,7 +180,7 @@ def test_tied_weights_are_one_axis() -> None:
     [
         (lambda x: torch.cumsum(x, 1), "no rule for aten.cumsum"),
         (lambda x: x.softmax(1), "no rule for aten._softmax"),
-        (lambda x: x - x.mean(1, keepdim=True), "over the channels mixes all of them"),
+        (lambda x: x - x.sum(1, keepdim=True), "over the channels mixes all of them"),
         (lambda x: x + torch.ones(4, 1, 1), "combined with a tensor of fixed width"),
         (lambda x: x[:, :1] * x, "a width of one is broadcast"),
         (lambda x: x.reshape(2, 4, 4).unsqueeze(1)[:, :, :, :1].expand(2, 4, 4, 4), "different"),
@@ -203,3 +204,32 @@ def test_constants_made_on_the_cpu_join_the_meta_tensors() -> None:
     channels = channels_of(Moves(add_constant, 4, 4), (2, 3, 4, 4))
     assert axis(channels, "read.weight", 1) == axis(channels, "write.weight", 0)
     assert not any(channel in channels.pins for channel in axis(channels, "write.weight", 0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 2), min_size=8, max_size=8), st.sampled_from([4, 6, 8]))
+def test_shuffled_channels_find_their_places(order: list[int], width: int) -> None:
+    """Behind shuffles and splits old channels go where their layers read them, or it is refused."""
+    moves = [shuffle, lambda x: x.flip(1), lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)]
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.write = nn.Conv2d(3, width, 1)
+            self.inner = nn.Conv2d(width // 2, width // 2, 1)
+            self.read = nn.Conv2d(width, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.write(x)
+            for move in order[:4]:
+                x = moves[move](x)
+            first, second = x.chunk(2, 1)
+            x = torch.cat([self.inner(first.relu()), second], 1)
+            for move in order[4:]:
+                x = moves[move](x)
+            return self.read(x.relu())
+
+    model = Shuffled().double()
+    example = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    grown = fxgrow.widen(model, "2x", example)
+    assert grown.report.verification.verdict == "preserved"

@@ -128,7 +128,7 @@ def test_nearest_widths_are_possible_and_larger(granule: int, wanted: int, prese
 @given(
     widths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     new=st.integers(0, 11),
-    pairing=st.sampled_from(["vv_z_negz", "v_zero"]),
+    pairing=st.sampled_from(["vv_z_negz", "v_zero", "replicate"]),
     rescaling=st.sampled_from(["none", "default_vt", "vt_constraint_new_shape"]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     data=st.data(),

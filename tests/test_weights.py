@@ -248,7 +248,25 @@ def test_apply_rescaling_on_a_tensor() -> None:
         fxgrow.apply_rescaling(weight, "vt", new_fan_in=72)
 
 
-@pytest.mark.parametrize("pairing", list(PAIRINGS))
+def test_copies_share_the_old_column_unequally_and_exactly() -> None:
+    model = pair()
+    grown = widened(model, "2.5x", pairing="replicate")  # 96 new: 32 channels in three, 32 in two
+    writer, norm, reader = grown[0], grown[1], grown[3]
+    old = torch.arange(160) % 64
+    assert torch.equal(writer.weight, model[0].weight[old])
+    assert torch.equal(norm.running_var, model[1].running_var[old])
+    total = torch.zeros_like(model[3].weight).index_add_(1, old, reader.weight)
+    assert torch.allclose(total, model[3].weight, atol=1e-14)
+    assert not torch.allclose(reader.weight[:, :32], reader.weight[:, 64:96], atol=1e-4)
+    equal = widened(model, "2x", pairing="replicate", split_noise=0.0)[3].weight
+    assert torch.equal(equal[:, :64], equal[:, 64:])
+    spread = reader.weight[:, 32:64] - reader.weight[:, 96:128]
+    assert spread.std().item() == pytest.approx(
+        0.1 * 2**0.5 * model[3].weight.std().item(), rel=0.2
+    )
+
+
+@pytest.mark.parametrize("pairing", [name for name in PAIRINGS if name != "replicate"])
 def test_apply_pairing_on_tensors(pairing: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -263,3 +281,5 @@ def test_apply_pairing_on_tensors(pairing: str) -> None:
     assert w.shape == ((9, 4) if pairing == "vv_z_negz" else (7, 4))
     with pytest.raises(PlanError, match="do not fit"):
         fxgrow.apply_pairing(writer, reader, new_rows, new_columns[:, :1], pairing)
+    with pytest.raises(PlanError, match="takes no V and Z"):
+        fxgrow.apply_pairing(writer, reader, new_rows, new_columns, "replicate")

@@ -34,7 +34,7 @@ def resnet() -> nn.Module:
 
 
 @pytest.mark.parametrize("rescaling", RESCALINGS)
-@pytest.mark.parametrize("pairing", ["vv_z_negz", "v_zero"])
+@pytest.mark.parametrize("pairing", ["vv_z_negz", "v_zero", "replicate"])
 @pytest.mark.parametrize("width", ["2x", "+7"])
 def test_every_rescaling_and_pairing_preserves_a_resnet(
     resnet: nn.Module, rescaling: str, pairing: str, width: str

@@ -153,6 +153,7 @@ def widen(
     init: opt.Init = "copy_uniform",
     gain: opt.Gain = "1",
     noise: opt.Noise = 0.0,
+    split_noise: opt.SplitNoise = 0.1,
     seed: opt.Seed = 0,
     compensate: opt.Compensate = False,
     arch: opt.Arch = None,
@@ -191,7 +192,7 @@ def widen(
             opened.model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
             where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
-            compensate=compensate, progress=run.steps,
+            compensate=compensate, split_noise=split_noise, progress=run.steps,
         )  # fmt: skip
         if dry_run:
             _tell_plan(run, made, plan, strict=strict)

@@ -144,6 +144,14 @@ Gain = Annotated[
         rich_help_panel=_WEIGHTS,
     ),
 ]
+SplitNoise = Annotated[
+    float,
+    typer.Option(
+        help="Relative zero-sum noise between the columns of copies, so that they part in "
+        "training; the function is kept.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
 Noise = Annotated[
     float,
     typer.Option(

@@ -34,6 +34,8 @@ MOVEMENTS = COPIES | aten(
 )
 # Tensors made in the image of another: as uniform as a scalar, as wide as their model.
 LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
+# Tensors of given sizes that take nothing but dtype and device from another.
+FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
 # Pointwise operations that torch does not tag as such.
 UNTAGGED = aten("hardswish hardtanh hardsigmoid relu6 _prelu_kernel")
 # A layer is expanded, hence not contiguous: where the data could be viewed, its labels are copied.
@@ -52,6 +54,11 @@ def is_pointwise(step: Step) -> bool:
     """Return whether the operation acts on corresponding elements."""
     name = operator_name(step.target)
     return torch.Tag.pointwise in step.target.tags or name in LIKENESSES or name in UNTAGGED
+
+
+def is_factory(step: Step) -> bool:
+    """Return whether the operation makes a tensor of its own."""
+    return operator_name(step.target) in FACTORIES
 
 
 def operator_name(target: OpOverload) -> str:

@@ -132,7 +132,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self.tape.flops += int(formula(*args, **kwargs, out_val=result))
 
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
-        if not any(value.layers for value in inputs):
+        if generic.is_factory(step) or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
         rule = RULES.get(generic.operator_name(step.target))
         if rule is not None:

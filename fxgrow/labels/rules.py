@@ -220,6 +220,48 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
     return (step.layers(x), *(() for _ in step.outputs[1:]))
 
 
+@rule("aten.native_layer_norm")
+def layer_norm(step: Step) -> tuple[Layers, ...]:
+    """Mean and variance over the last dim: a mixer that the channels pass through."""
+    x, normalized = step.args[:2]
+    last = x.ndim - 1
+    layer = cover(step.layers(x), last)
+    channels = None if layer is None else line(layer, last)
+    others = [kept for kept in step.layers(x) if kept is not layer]
+    outer = set(range(x.ndim - len(normalized)))
+    if (layer is not None and channels is None) or any(not support(k) <= outer for k in others):
+        return step.give_up("a layer norm over positions that belong to different channels")
+    if channels is not None:
+        if len(normalized) > 1:
+            return step.give_up("a layer norm over more than the channels")
+        step.space.mix(channels, step.place)
+        _accompany(step, step.argument(2, "weight"), channels, "one")
+        _accompany(step, step.argument(3, "bias"), channels, "zero")
+    return (step.layers(x), *(() for _ in step.outputs[1:]))
+
+
+@rule("aten.native_group_norm")
+def group_norm(step: Step) -> tuple[Layers, ...]:
+    """Mean and variance over each group of channels: a mixer inside each group."""
+    x, weight, bias = step.args[:3]
+    groups = int(step.args[6])
+    layer = cover(step.layers(x), 1)
+    channels = None if layer is None else line(layer, 1)
+    if any(support(kept) - {0, 1} for kept in step.layers(x)) or (layer is not None) != (
+        channels is not None
+    ):
+        return step.give_up("a group norm over positions that belong to different channels")
+    if channels is not None:
+        named = step.value(weight).parameter if isinstance(weight, Tensor) else ""
+        if not named:
+            return step.give_up("a group norm without a weight, whose groups cannot be told")
+        step.space.norm_groups[named] = groups
+        step.space.mix(channels, step.place)
+        _accompany(step, weight, channels, "one")
+        _accompany(step, bias, channels, "zero")
+    return (step.layers(x), *(() for _ in step.outputs[1:]))
+
+
 @rule(
     "aten.max_pool2d_with_indices",
     "aten.max_pool3d_with_indices",
@@ -277,6 +319,17 @@ def pad(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
+@rule("aten.as_strided")
+def as_strided(step: Step) -> tuple[Layers, ...]:
+    """Other strides for the dims of size one alone change nothing; anything else is opaque."""
+    x, sizes, strides = step.args[:3]
+    same = tuple(sizes) == step.value(x).shape and all(
+        size == 1 or stride == x.stride(dim)
+        for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
+    )
+    return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
+
+
 @rule("aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.var_mean")
 def reduction(step: Step) -> tuple[Layers, ...]:
     """A reduction keeps the labels along the dims it leaves alone."""
@@ -287,12 +340,19 @@ def reduction(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) & reduced:
-            step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+            if step.target._opname in _INVARIANT_UNDER_COPIES and support(layer) <= reduced:
+                step.space.mix(core(layer, support(layer)), step.place)
+            else:
+                step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
             continue
         for dim in sorted(reduced, reverse=True):
             layer = layer.narrow(dim, 0, 1) if keepdim else layer.select(dim, 0)
         kept.append(layer)
     return tuple(tuple(kept) for _ in step.outputs)
+
+
+# Sums and unbiased variances change with the number of copies; these do not.
+_INVARIANT_UNDER_COPIES = {"mean", "amax", "amin"}
 
 
 def _as_sequence(dims: int | Sequence[int]) -> Sequence[int]:

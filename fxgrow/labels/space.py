@@ -52,6 +52,8 @@ class LabelSpace:
         default_factory=dict
     )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, str]] = field(default_factory=list)
+    mixers: list[tuple[IntArray, str]] = field(default_factory=list)
+    norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
@@ -104,6 +106,13 @@ class LabelSpace:
         ids = ids[ids > 0]
         if len(ids):
             self.pins.append((ids, reason))
+
+    def mix(self, labels: Tensor, place: str) -> None:
+        """Record that an operation's result depends on all of these channels together.
+
+        It does not change if every one of them is copied the same number of times.
+        """
+        self.mixers.append((labels.numpy().ravel().copy(), place))
 
     def roots(self) -> IntArray:
         """Return, for each label, the smallest label of its channel; shape ``(labels + 1,)``.

@@ -13,8 +13,8 @@ from fxgrow.plan.match import Matching
 from fxgrow.plan.schema import AxisEdit, Run, RunKind
 
 # Codes for the kinds of positions, in the order of _KINDS.
-_KINDS: tuple[RunKind, ...] = ("old", "new", "minus", "zero", "one")
-_OLD, _NEW, _MINUS, _ZERO, _ONE = range(5)
+_KINDS: tuple[RunKind, ...] = ("old", "share", "new", "minus", "zero", "one")
+_OLD, _SHARE, _NEW, _MINUS, _ZERO, _ONE = range(6)
 
 
 def axis_edits(old: Channels, new: Channels, matching: Matching) -> dict[str, list[AxisEdit]]:
@@ -52,7 +52,7 @@ def _positions(
     """Return the kind and the source of each position of a new axis."""
     rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
     channel, rank = new.channel[rows], new.rank_of_row[rows]
-    origin = matching.old[channel]
+    origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
     fresh = origin < 0
     kind = np.full(len(channel), _OLD, dtype=np.int64)
     start = np.zeros(len(channel), dtype=np.int64)
@@ -66,9 +66,10 @@ def _positions(
     if bool(unread.any()) and new.roles[new_axis] == "writer":
         raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
     # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
-    blank = _ZERO if new.roles[new_axis] == "reader" else _OLD
+    reads = new.roles[new_axis] == "reader"
+    shared = np.isin(origin[~fresh], matching.copy) & reads
     start[~fresh] = np.where(unread, 0, found)
-    kind[~fresh] = np.where(unread, blank, _OLD)
+    kind[~fresh] = np.where(unread & reads, _ZERO, np.where(shared, _SHARE, _OLD))
 
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]

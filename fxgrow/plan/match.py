@@ -22,7 +22,7 @@ from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.labels.space import IntArray
-from fxgrow.pairing import Pairing
+from fxgrow.pairing import Pairing, replicate
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -35,11 +35,13 @@ class Matching:
         old: the old channel it continues, or -1 if it is new.
         draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
         sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
+        copy: for a new channel the old one whose value it copies, or -1.
     """
 
     old: IntArray
     draw: IntArray
     sign: IntArray
+    copy: IntArray
 
 
 def _signatures(
@@ -75,13 +77,14 @@ def _mix(values: HashArray) -> HashArray:
     return mixed
 
 
-def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
+def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> Matching:
     """Match the channels of a network at its old and its new sizes.
 
     Args:
         old: the run at the old sizes.
         new: the run at the new sizes.
         pairing: lays out the new channels of each signature.
+        copied: old channels that can only be copied, whatever the pairing; sorted.
 
     Raises:
         PlanError: some old channel has no place in the new network.
@@ -113,15 +116,22 @@ def match(old: Channels, new: Channels, pairing: Pairing) -> Matching:
             continued[place] = channel
     draw = np.full(new.count, -1, dtype=np.int64)
     sign = np.zeros(new.count, dtype=np.int64)
+    copy = np.full(new.count, -1, dtype=np.int64)
     drawn = 0
     for members in new_buckets.values():
         fresh = members[continued[members] < 0]
-        if len(fresh):
-            layout = pairing(len(fresh))
+        if not len(fresh):
+            continue
+        kept = np.sort(continued[members[continued[members] >= 0]])
+        whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
+        layout = (replicate if whole else pairing)(len(fresh), len(kept))
+        if layout.copies:
+            copy[fresh] = kept[list(layout.copies)]
+        else:
             draw[fresh] = np.asarray(layout.draws) + drawn
             sign[fresh] = layout.column_signs
             drawn += max(layout.draws) + 1
-    return Matching(continued, draw, sign)
+    return Matching(continued, draw, sign, copy)
 
 
 def _supersets(

@@ -74,6 +74,20 @@ def batch_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribu
     return {"num_features": next(shape[0] for shape in shapes.values() if shape)}
 
 
+@follows(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``normalized_shape``."""
+    del module, groups
+    return {"normalized_shape": next(tuple(shape) for shape in shapes.values())}
+
+
+@follows(nn.GroupNorm)
+def group_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_channels``."""
+    del module, groups
+    return {"num_channels": next(shape[0] for shape in shapes.values())}
+
+
 @follows(nn.PReLU)
 def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     """``num_parameters``."""

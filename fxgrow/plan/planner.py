@@ -17,6 +17,7 @@ from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS
 from fxgrow.plan.edits import axis_edits
 from fxgrow.plan.match import match
+from fxgrow.plan.mixers import mixed_groups
 from fxgrow.plan.rerun import Resized, run_resized
 from fxgrow.plan.resize import Sizes, new_sizes
 from fxgrow.plan.schema import (
@@ -58,17 +59,33 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     standin = analysis.traced.standin
     tensors = named_tensors(standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
+    while problems:
+        refused += tuple(Refusal(name, reason) for name, reason in problems.items())
+        widths = {name: width for name, width in widths.items() if name not in problems}
+        copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
+    if not widths:
+        raise PlanError(
+            f"{refused[-1].name} cannot be widened: {refused[-1].reason}.", name=refused[-1].name
+        )
     sizes, resized, more = _possible(analysis, request, widths, shapes)
     refused += more
-    edits = axis_edits(
-        analysis.channels, resized.channels, match(analysis.channels, resized.channels, pairing)
-    )
+    matching = match(analysis.channels, resized.channels, pairing, copied)
+    edits = axis_edits(analysis.channels, resized.channels, matching)
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
     flow = propagate_gains(analysis.tape, factors)
     aliases = _aliases(tensors)
     groups = tuple(
-        _group_plan(analysis, request, group, sizes, factors, flow)
+        _group_plan(
+            analysis,
+            request,
+            group,
+            sizes,
+            factors,
+            flow,
+            "replicate" if group.channels[0] in copied else request.pairing,
+        )
         for group in analysis.groups
         if group.name in sizes.widths
     )
@@ -233,6 +250,7 @@ def _group_plan(
     sizes: Sizes,
     factors: Mapping[str, float],
     flow: GainFlow,
+    pairing: str,
 ) -> GroupPlan:
     """Return what happens to one group, with its verdict."""
     own = {
@@ -246,7 +264,7 @@ def _group_plan(
     alpha, beta = (next(iter(f)) if len(f) == 1 else None for f in roles.values())
     touching = {name for name in own if name in factors}
     mismatches = [m for m in flow.mismatches if m.sources & touching]
-    verdict, reason = _verdict(request, mismatches)
+    verdict, reason = _verdict(request, pairing, mismatches)
     return GroupPlan(
         name=group.name,
         width=(group.width, sizes.widths[group.name]),
@@ -262,13 +280,14 @@ def _group_plan(
         gain=math.prod(m.gain for m in mismatches),
         preserves=verdict,
         reason=reason,
+        pairing=pairing,
     )
 
 
-def _verdict(request: Request, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
+def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
     """Return what becomes of the function, and why."""
-    if not PAIRINGS[request.pairing](2).preserving:
-        return "no", f"pairing {request.pairing!r}: the new channels do not cancel"
+    if not PAIRINGS[pairing](2, 1).preserving:
+        return "no", f"pairing {pairing!r}: the new channels do not cancel"
     if request.noise:
         return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"
     if not mismatches:

@@ -22,7 +22,7 @@ SCHEMA = 1
 Where = Literal["hidden", "stream", "all"]
 Grouped = Literal["width", "count"]
 Verdict = Literal["exact", "scaled", "no"]
-RunKind = Literal["old", "new", "minus", "zero", "one"]
+RunKind = Literal["old", "share", "new", "minus", "zero", "one"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Request:
     grouped: Grouped = "width"
     seed: int = 0
     compensate: bool = False
+    split_noise: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Run:
     """A run of consecutive new positions of an axis.
 
     Attributes:
-        kind: ``old``: copies of the old positions from ``start`` on; ``new`` / ``minus``: the
-            freshly drawn slices from ``start`` on, or their negatives; ``zero`` / ``one``.
+        kind: ``old``: copies of the old positions from ``start`` on; ``share``: the old positions
+            divided by the number of shares each has in the axis, plus noise that sums to zero
+            over them; ``new`` / ``minus``: the freshly drawn slices from ``start`` on, or their
+            negatives; ``zero`` / ``one``.
         start: first old position, or first drawn slice.
         length: number of positions.
     """
@@ -171,6 +174,7 @@ class GroupPlan:
     gain: float
     preserves: Verdict
     reason: str
+    pairing: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Normalisations over channels: whole copies keep their statistics, anything else is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import max_rel, torchvision_model
+from torch import Tensor, nn
+
+import fxgrow
+from fxgrow.errors import PlanError
+
+
+class RootMeanSquare(nn.Module):
+    """An RMSNorm written out by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Normed(nn.Module):
+    """Linear → norm → GELU → linear."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 8), norm, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.gelu(self.norm(self.first(x))))
+
+
+def random_norm(norm: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    return norm
+
+
+NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm(8),
+    "RMSNorm": lambda: nn.RMSNorm(8),
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "by hand": lambda: RootMeanSquare(8),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", ["2x", "3x"])
+def test_whole_copies_pass_norms_over_channels(norm: str, width: str) -> None:
+    torch.manual_seed(0)
+    model = Normed(random_norm(NORMS[norm]())).double()
+    grown = fxgrow.widen(model, width, torch.randn(4, 5, dtype=torch.float64))
+    (group,) = grown.plan.groups
+    assert (group.pairing, group.preserves) == ("replicate", "exact")
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.model.last.in_features == 8 * int(width[0])
+    assert grown.report.verification.without_gradient == ()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_other_widths_are_refused_with_the_reason(norm: str) -> None:
+    with pytest.raises(PlanError, match="whole copies; possible: 16"):
+        fxgrow.widen(Normed(NORMS[norm]()), "1.5x")
+
+
+def test_attributes_of_norms_follow() -> None:
+    grown = fxgrow.widen(Normed(nn.LayerNorm(8)), "2x").model
+    assert grown.norm.normalized_shape == (16,)
+    assert fxgrow.widen(Normed(nn.GroupNorm(2, 8)), "2x").model.norm.num_channels == 16
+
+
+def test_group_norms_keep_each_copy_in_its_group() -> None:
+    torch.manual_seed(0)
+    model = Normed(random_norm(nn.GroupNorm(2, 8))).double()
+    grown = fxgrow.widen(model, "2x", torch.randn(4, 5, dtype=torch.float64)).model
+    origin = [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert torch.equal(grown.first.weight, model.first.weight[origin])
+
+
+def test_groups_that_meet_in_one_norm_must_grow_alike() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 6)
+            self.norm, self.last = nn.LayerNorm(10), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(torch.cat([self.a(x), self.b(x)], -1)))
+
+    model = Joined().double()
+    grown = fxgrow.widen(model, "2x", torch.randn(4, 5, dtype=torch.float64))
+    assert grown.report.verification.verdict == "preserved"
+    with pytest.raises(PlanError, match="do not grow alike"):
+        fxgrow.widen(model, {"a": "2x"})
+
+
+@pytest.mark.sweep
+def test_streams_of_a_convnext_grow_through_their_norms() -> None:
+    model = torchvision_model("convnext_tiny")
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    grown = fxgrow.widen(model, "2x", image, where="all")
+    assert [refused.name for refused in grown.plan.refused] == ["classifier.2"]
+    with torch.no_grad():
+        assert max_rel(model(image), grown.model(image)) <= 1e-10
