@@ -56,6 +56,7 @@ def test_whole_copies_pass_norms_over_channels(norm: str, width: str) -> None:
     grown = fxgrow.widen(model, width, torch.randn(4, 5, dtype=torch.float64))
     (group,) = grown.plan.groups
     assert (group.pairing, group.preserves) == ("replicate", "exact")
+    assert "whole copies" in grown.report.to_dict()["groups"][0]["reason"]
     assert grown.report.verification.verdict == "preserved"
     assert grown.model.last.in_features == 8 * int(width[0])
     assert grown.report.verification.without_gradient == ()

@@ -291,7 +291,8 @@ def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tupl
     if request.noise:
         return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"
     if not mismatches:
-        return "exact", ""
+        whole = pairing != request.pairing
+        return "exact", "whole copies, for a norm over all its channels" if whole else ""
     reasons = "; ".join(dict.fromkeys(m.reason for m in mismatches))
     if request.compensate:
         return "exact", f"compensated by a multiplier ({reasons})"

@@ -46,7 +46,10 @@ class Report:
             "schema": REPORT_SCHEMA,
             "fxgrow": __version__,
             "request": plan["request"],
-            "groups": plan["groups"],
+            "groups": [
+                {key: value for key, value in group.items() if key != "pairing"}
+                for group in plan["groups"]
+            ],
             "refused": plan["refused"],
             "parameters": plan["parameters"],
             "flops": plan["flops"],
