@@ -70,8 +70,12 @@ class Traced:
         return self._run(self.standin, lambda: ("", ""))
 
     def _run(self, run: Callable[..., Any], place: Callable[[], Place]) -> tuple[LabelSpace, Tape]:
+        """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
-            return propagate(run, self.standin, self.inputs, place=place)
+            space, tape = propagate(run, self.standin, self.inputs, place=place)
+            if self._unused(space):  # auxiliary heads
+                self.standin.train()
+                propagate(self.standin, self.standin, self.inputs, space=space)
         except Exception as error:  # a user's forward may raise anything
             node, module = place()
             where = f" at {module or node}" if module or node else ""
@@ -81,6 +85,17 @@ class Traced:
                 name=module or node,
                 way_out="" if self.inferred else "Give inputs that it takes.",
             ) from error
+        finally:
+            self.standin.eval()
+        return space, tape
+
+    def _unused(self, space: LabelSpace) -> bool:
+        """Return whether some parameter with an axis to label took no part in the run."""
+        used = {axis.tensor for axis in space.axes}
+        return any(
+            name not in used and max(parameter.shape, default=1) > 1
+            for name, parameter in self.standin.named_parameters()
+        )
 
 
 class _Interpreter(fx.Interpreter):

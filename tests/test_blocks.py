@@ -207,6 +207,22 @@ def test_other_architectures_fall_out_of_the_same_rules(name: str) -> None:
     assert len(plan.groups) >= 10
 
 
+def test_heads_that_only_train_mode_uses_grow_too() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.aux = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> object:
+            x = torch.relu(self.body(x))
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    grown = fxgrow.widen(Auxiliary(), "2x")
+    assert grown.plan.groups[0].readers == ("head", "aux")
+    assert grown.model.aux.in_features == 16
+    assert grown.report.verification.verdict == "preserved"
+
+
 def test_models_without_inputs_to_infer_ask_for_them() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:

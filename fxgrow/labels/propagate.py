@@ -159,6 +159,7 @@ def propagate(
     *,
     place: Callable[[], Place] = lambda: ("", ""),
     count_flops: bool = True,
+    space: LabelSpace | None = None,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run(*inputs)`` on meta tensors and return its labels and its tape.
 
@@ -168,11 +169,12 @@ def propagate(
         inputs: meta tensors (and whatever else the model takes).
         place: returns the fx node and module that are running.
         count_flops: fill ``tape.flops``.
+        space: of an earlier run of the same network, to which this one adds.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
     """
-    space = LabelSpace()
+    space = LabelSpace() if space is None else space
     labeller = Labeller(named_tensors(model), space, place, count_flops=count_flops)
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
