@@ -20,6 +20,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, VerificationError
+from fxgrow.pairing import PAIRINGS, Layout
 
 RESNETS = [
     "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d",
@@ -304,18 +305,18 @@ def test_wrong_surgery_fails_verification_and_names_the_group(
         fxgrow.widen(resnet, "2x", IMAGE)
 
 
-def test_pairing_that_lies_fails_verification(
+def test_a_pairing_is_judged_by_its_layout_not_by_its_name(
     resnet: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxgrow.pairing import PAIRINGS, Layout
+    def lopsided(count: int, old: int) -> Layout:
+        del old
+        return Layout(draws=tuple(i // 2 for i in range(count)), column_signs=(1,) * count)
 
-    def lying(count: int) -> Layout:
-        signs = [1, -1] * (count // 2) + [0] * (count % 2)
-        return Layout(draws=tuple(i // 2 for i in range(count)), column_signs=(*signs[:-1], 1))
-
-    monkeypatch.setitem(PAIRINGS._entries, "lying", lying)
-    plan = fxgrow.widen(resnet, "+4", IMAGE, pairing="lying", verify=False).plan
-    assert plan.groups[0].preserves == "no"  # the layout itself is judged, not its name
+    monkeypatch.setitem(PAIRINGS._entries, "lopsided", lopsided)
+    plan = fxgrow.widen(resnet, "+4", pairing="lopsided", verify=False).plan
+    assert {group.preserves for group in plan.groups} == {"no"}
+    with pytest.raises(NotPreservedError, match="do not cancel"):
+        fxgrow.widen(resnet, "+4", pairing="lopsided", strict=True)
 
 
 @pytest.mark.parametrize(

@@ -105,15 +105,15 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
     # Channels of one signature side by side, each in order of first use.
     old_buckets, new_buckets = _buckets(old_signature), _buckets(new_signature)
     continued = np.full(new.count, -1, dtype=np.int64)
-    homeless: list[int] = []
+    crowded = []
     for kind, members in old_buckets.items():
         places = new_buckets.get(kind, members[:0])
         continued[places[: len(members)]] = members[: len(places)]
-        homeless += members[len(places) :].tolist()
-    if homeless:
-        spare = np.flatnonzero(continued < 0).tolist()
-        for place, channel in _supersets(old, new, new_codes, homeless, spare).items():
-            continued[place] = channel
+        if len(members) > len(places):
+            crowded.append(int(members[0]))
+    if crowded:
+        relations = _Kinds(old, new, new_codes, old_buckets, new_buckets)
+        relations.rehouse(continued, crowded)
     draw = np.full(new.count, -1, dtype=np.int64)
     sign = np.zeros(new.count, dtype=np.int64)
     copy = np.full(new.count, -1, dtype=np.int64)
@@ -134,41 +134,77 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
     return Matching(continued, draw, sign, copy)
 
 
-def _supersets(
-    old: Channels,
-    new: Channels,
-    new_codes: Sequence[int],
-    homeless: Sequence[int],
-    spare: Sequence[int],
-) -> dict[int, int]:
-    """Find places for old channels among new ones that touch all they touch, and more besides.
+@dataclass(frozen=True)
+class _Kinds:
+    """Channels by signature, where some signature has fewer new channels than old ones.
 
-    The extra readers get zero columns, so that any carriers on the way to them are free. A
-    bipartite matching (Hopcroft–Karp), so that a place is found for every channel if there is one.
-
-    Raises:
-        PlanError: there is none for some channel.
+    An old channel may then continue as a new one that touches all it touches, and more besides:
+    the extra readers get zero columns, so that any carriers on the way to them are free.
     """
-    wanted = _touches(old, range(len(old.axes)), homeless)
-    offered = _touches(new, new_codes, spare)
-    free = {code for code, role in enumerate(old.roles) if role != "writer"}
-    possible = nx.Graph()
-    possible.add_nodes_from(("old", channel) for channel in homeless)
-    for channel in homeless:
-        for place in spare:
-            extra = offered[place] - wanted[channel]
-            if not wanted[channel] - offered[place] and {code for code, _ in extra} <= free:
-                possible.add_edge(("old", channel), ("new", place))
-    found = nx.bipartite.hopcroft_karp_matching(possible, [("old", c) for c in homeless])
-    lost = [channel for channel in homeless if ("old", channel) not in found]
-    if lost:
-        row = int(np.flatnonzero(old.channel == lost[0])[0])
-        layer = layer_of(old.axes[int(old.axis_of_row[row])].tensor)
-        raise PlanError(
-            f"{len(lost)} channels of {layer} would have no place in the widened network.",
-            name=layer,
-        )
-    return {found["old", channel][1]: channel for channel in homeless}
+
+    old: Channels
+    new: Channels
+    new_codes: Sequence[int]
+    old_buckets: dict[int, IntArray]
+    new_buckets: dict[int, IntArray]
+
+    def rehouse(self, continued: IntArray, crowded: Sequence[int]) -> None:
+        """Assign anew, in place, the channels that share their writers with the crowded ones.
+
+        As many as possible keep a place of their own signature: a minimum-cost flow over
+        signatures, in which any other place costs one.
+
+        Raises:
+            PlanError: there is no place for some channel.
+        """
+        wanted = self._first_touches(self.old, range(len(self.old.axes)), self.old_buckets)
+        offered = self._first_touches(self.new, self.new_codes, self.new_buckets)
+        writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
+        touched = _touches(self.old, range(len(self.old.axes)), crowded)
+        concerned = {code for touch in touched.values() for code, _ in touch} & writers
+        flow = nx.DiGraph()
+        total = 0
+        for kind, touch in wanted.items():
+            if {code for code, _ in touch} & concerned:
+                total += len(self.old_buckets[kind])
+                flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
+        for kind, touch in offered.items():
+            if not {code for code, _ in touch} & concerned:
+                continue
+            flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
+            for other in [node[1] for node in flow if node[0] == "old"]:
+                extra = {code for code, _ in touch - wanted[other]}
+                if not wanted[other] - touch and not extra & writers:
+                    flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
+        flow.add_node("all", demand=total)
+        try:
+            found = nx.min_cost_flow(flow)
+        except nx.NetworkXUnfeasible:
+            row = int(np.flatnonzero(self.old.channel == crowded[0])[0])
+            layer = layer_of(self.old.axes[int(self.old.axis_of_row[row])].tensor)
+            raise PlanError(
+                f"at this width, channels of {layer} would have no place in the widened network.",
+                name=layer,
+                way_out="Try another ratio, or --multiple-of 8.",
+            ) from None
+        movers = [node for node in flow if node[0] == "old"]
+        moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
+        continued[np.isin(continued, moved)] = -1
+        free = {kind: list(self.new_buckets[kind]) for kind in offered}
+        for node in movers:
+            members = list(self.old_buckets[node[1]])
+            for (_, kind), count in sorted(found[node].items(), key=lambda to: to[0][1] != node[1]):
+                for member in members[:count]:
+                    continued[free[kind].pop(0)] = member
+                members = members[count:]
+
+    def _first_touches(
+        self, channels: Channels, codes: Sequence[int], buckets: dict[int, IntArray]
+    ) -> dict[int, Counter[tuple[int, int]]]:
+        """Return what the channels of each signature touch."""
+        firsts = {int(members[0]): kind for kind, members in buckets.items()}
+        touches = _touches(channels, codes, list(firsts))
+        return {firsts[channel]: touch for channel, touch in touches.items()}
 
 
 def _touches(
