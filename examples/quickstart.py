@@ -1,8 +1,8 @@
 """Train a ResNet-18, widen its checkpoint from the command line, and go on training.
 
-The data are scikit-learn's bundled 8x8 digits, enlarged to 32x32. It trains for about a minute on
-two CPU cores, then for another on the wider network. It fails if widening changed the accuracy or
-if training on does not help.
+The data are scikit-learn's bundled 8x8 digits, enlarged to 32x32. It trains for less than a
+minute on two CPU cores, then for less than another on the wider network. It fails if widening
+changed the accuracy or if training on does not help.
 """
 
 from __future__ import annotations

@@ -171,7 +171,10 @@ def _fill_run(target: Tensor, run: Run, old: Tensor, fresh: Tensor | None, dim: 
         raise PlanError("the plan reads a drawn slice that it never draws.")
     else:
         source = fresh.narrow(dim, run.start, run.length)
-        target.copy_(source if run.kind == "new" else source.neg())
+        if run.kind == "new":
+            target.copy_(source)
+        else:
+            torch.neg(source, out=target)
 
 
 def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
