@@ -197,7 +197,7 @@ def _members(path: Path, head: bytes) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:  # zipfile does not wrap what a damaged table makes it raise
         _refuse_damaged(path, "its table of contents cannot be read", error)
 
 

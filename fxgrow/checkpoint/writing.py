@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,12 +55,25 @@ def write_file(
         SourceError: see :func:`check_output`; or writing failed, and nothing is left behind.
     """
     check_output(out, source, force=force)
+
+    def write(temporary: Path) -> None:
+        FORMATS[file_format].write(contents, temporary)
+        check_output(out, source, force=force)  # writing takes a while; others may have come
+
+    write_whole(out, write)
+
+
+def write_whole(out: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``out``, which takes its name when complete.
+
+    Raises:
+        SourceError: writing failed, and nothing is left behind.
+    """
     temporary = out.parent / f".{out.name[:100]}.{secrets.token_hex(4)}.tmp"
     try:
-        FORMATS[file_format].write(contents, temporary)
+        write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        check_output(out, source, force=force)  # writing takes a while; others may have come
         os.replace(temporary, out)
     except SourceError:
         raise

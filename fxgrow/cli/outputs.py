@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,18 +56,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SourceError: it cannot be written.
     """
-    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SourceError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            name=str(path),
-            way_out="Name another file.",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    from fxgrow.checkpoint.writing import write_whole
+
+    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def report_text(report: Report, path: Path, title: str) -> str:
