@@ -129,7 +129,10 @@ class _Outputs:
         for path, what in ((self.plan, "the plan"), (self.report, "the report")):
             if path is not None:
                 typer.echo(f"wrote {path} ({what})")
-        typer.echo(f"load it with fxgrow.load({str(self.out)!r})")
+        # A record never makes fxgrow import code of the user's: that is named anew.
+        name = opened.architecture.name if opened.architecture is not None else ""
+        own = f", arch={name!r}" if name and not name.startswith(("torchvision:", "timm:")) else ""
+        typer.echo(f"load it with fxgrow.load({str(self.out)!r}{own})")
 
 
 @app.command(
