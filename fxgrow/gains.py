@@ -11,7 +11,7 @@ to, and what ``compensate`` undoes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -57,22 +57,23 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Absorbed:
-    """A batch norm that takes up a gain.
+    """A norm that takes up a gain s: in its running statistics, or by eps' = s²·eps.
 
     Attributes:
         layer: its name.
         gain, sources: what it takes up.
         eps: its eps.
-        weight, running_mean, running_var: names of its tensors ("" where it has none).
+        weight, running_mean, running_var: names of its tensors; "" for a norm that keeps no
+            statistics and changes its eps instead.
     """
 
     layer: str
     gain: float
     eps: float
     sources: frozenset[str]
-    weight: str
-    running_mean: str
-    running_var: str
+    weight: str = ""
+    running_mean: str = ""
+    running_var: str = ""
 
 
 @dataclass
@@ -81,12 +82,14 @@ class GainFlow:
 
     Attributes:
         factors: factor by weight name.
+        with_eps: layers with an ``eps`` that can be set.
         vectors: scale that each bias-like parameter takes so as to keep in step.
         absorbed: norms that take up a gain, by layer.
         mismatches: where the function changes, in order.
     """
 
     factors: Mapping[str, float]
+    with_eps: Set[str] = frozenset()
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
@@ -131,14 +134,17 @@ HOMOGENEOUS = aten(
 )
 
 
-def propagate_gains(tape: Tape, factors: Mapping[str, float]) -> GainFlow:
+def propagate_gains(
+    tape: Tape, factors: Mapping[str, float], with_eps: Set[str] = frozenset()
+) -> GainFlow:
     """Carry the factors of the weights through a run.
 
     Args:
         tape: the operations of the network at its old sizes.
         factors: factor by weight name; those equal to 1 have no effect.
+        with_eps: layers with an ``eps`` that can be set.
     """
-    flow = GainFlow({name: factor for name, factor in factors.items() if factor != 1.0})
+    flow = GainFlow({name: factor for name, factor in factors.items() if factor != 1.0}, with_eps)
     if not flow.factors:
         return flow
     for op in tape.operations:
@@ -260,15 +266,38 @@ def batch_norm(flow: GainFlow, op: Operation) -> Gain:
         return Gain()
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
     layer = layer_of(next((name for name in names if name), op.module))
-    known = flow.absorbed.get(layer)
-    if not all(names):
-        flow.part(op, x, gain, "no", f"{layer} keeps no statistics or weight to absorb a gain")
-    elif known is not None and not _same(known.gain, gain.scale):
-        flow.part(op, x, gain, "no", f"{layer} is used twice, with different gains")
+    if all(names):
+        _absorb(flow, op, x, Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources, *names))
     else:
-        eps = float(op.args[-1])
-        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
+        _absorb_by_eps(flow, op, layer, float(op.args[-1]))
     return Gain()
+
+
+@GAIN_RULES.register("aten.native_layer_norm", "aten.native_group_norm")
+def layer_norm(flow: GainFlow, op: Operation) -> Gain:
+    """A norm over the sample's own statistics: exact in both modes with eps' = s²·eps."""
+    x = op.args[0]
+    if flow.of(x).scale != 1.0:
+        layer = layer_of(next(iter(op.parameters), "")) or op.module
+        _absorb_by_eps(flow, op, layer, float(op.args[-1]))
+    return Gain()
+
+
+def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float) -> None:
+    x = op.args[0]
+    gain = flow.of(x)
+    if layer in flow.with_eps:
+        _absorb(flow, op, x, Absorbed(layer, gain.scale, eps, gain.sources))
+    else:
+        where = layer or op.name
+        flow.part(op, x, gain, "no", f"{where} has no statistics or eps to absorb a gain with")
+
+
+def _absorb(flow: GainFlow, op: Operation, x: Value, norm: Absorbed) -> None:
+    known = flow.absorbed.setdefault(norm.layer, norm)
+    if not _same(known.gain, norm.gain):
+        why = f"{norm.layer} is used twice, with different gains"
+        flow.part(op, x, flow.of(x), "no", why)
 
 
 def _same(first: float, second: float) -> bool:

@@ -99,6 +99,33 @@ def test_groups_that_meet_in_one_norm_must_grow_alike() -> None:
         fxgrow.widen(model, {"a": "2x"})
 
 
+@pytest.mark.filterwarnings("ignore:3.eps becomes")
+@pytest.mark.parametrize("norm", ["LayerNorm", "GroupNorm"])
+def test_norms_over_channels_absorb_a_gain_exactly_by_their_eps(norm: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 8), random_norm(NORMS[norm]())
+    ).double()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)  # so that eps counts
+    x = torch.randn(4, 5, dtype=torch.float64)
+    grown = fxgrow.widen(model, "2x", x, rescaling="default_vt", include=["0"])
+    (group,) = grown.plan.groups
+    assert (group.preserves, group.absorbed_by) == ("exact", ("3",))
+    assert grown.model[3].eps == pytest.approx(model[3].eps * 0.5)
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.report.verification.train.float64.max_rel <= 1e-10
+    grown.model[3].eps = model[3].eps
+    assert max_rel(model(x), grown.model(x)) > 1e-6
+
+
+def test_an_eps_that_no_attribute_holds_cannot_absorb() -> None:
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 8), RootMeanSquare(8))
+    grown = fxgrow.widen(model.double(), "2x", rescaling="default_vt", include=["0"])
+    assert grown.plan.groups[0].preserves == "no"
+    assert grown.report.verification.eval.residual.max_rel <= 1e-10
+
+
 @pytest.mark.sweep
 def test_streams_of_a_convnext_grow_through_their_norms() -> None:
     model = torchvision_model("convnext_tiny")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
@@ -24,6 +24,7 @@ from fxgrow.plan.schema import (
     Absorption,
     AxisEdit,
     GroupPlan,
+    ModuleEdit,
     Multiplier,
     NormGain,
     Plan,
@@ -74,7 +75,13 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     edits = axis_edits(analysis.channels, resized.channels, matching)
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
-    flow = propagate_gains(analysis.tape, factors)
+    flow = propagate_gains(analysis.tape, factors, _layers_with_eps(standin))
+    eps_edits = _eps_edits(flow)
+    warnings += [
+        f"{edit.module}.eps becomes {edit.after:.3g}; a state_dict does not hold it, fxgrow.load "
+        "sets it"
+        for edit in eps_edits
+    ]
     aliases = _aliases(tensors)
     groups = tuple(
         _group_plan(
@@ -96,12 +103,14 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         groups=groups,
         refused=refused,
         tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
-        modules=resized.modules,
+        modules=(*resized.modules, *eps_edits),
         multipliers=tuple(replace(m, factor=1 / m.factor) for m in prediction)
         if request.compensate
         else (),
         prediction=() if request.compensate else prediction,
-        norms=tuple(NormGain(norm.layer, norm.gain) for norm in flow.absorbed.values()),
+        norms=tuple(
+            NormGain(norm.layer, norm.gain) for norm in flow.absorbed.values() if norm.running_var
+        ),
         aliases=aliases,
         source=fingerprint(tensors),
         inputs=analysis.traced.input_shapes,
@@ -217,7 +226,8 @@ def _tensor_edits(
     aliases: Mapping[str, str],
 ) -> dict[str, TensorEdit]:
     """Return the edit of every tensor that changes, in the order of the state_dict."""
-    absorptions = dict(item for norm in flow.absorbed.values() for item in _absorptions(norm))
+    kept = [norm for norm in flow.absorbed.values() if norm.running_var]
+    absorptions = dict(item for norm in kept for item in _absorptions(norm))
     found: dict[str, TensorEdit] = {}
     for name, shape in shapes.items():
         if name in aliases:
@@ -231,6 +241,20 @@ def _tensor_edits(
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
         found[name] = TensorEdit(shape, new_shape, scale, axes, fan_in, absorptions.get(name))
     return found
+
+
+def _layers_with_eps(standin: nn.Module) -> set[str]:
+    """Return the modules whose eps can be set."""
+    return {n for n, m in standin.named_modules() if isinstance(getattr(m, "eps", None), float)}
+
+
+def _eps_edits(flow: GainFlow) -> tuple[ModuleEdit, ...]:
+    """Return the eps of the norms that absorb a gain s without statistics: s² times the old."""
+    return tuple(
+        ModuleEdit(norm.layer, "eps", norm.eps, norm.eps * norm.gain**2)
+        for norm in flow.absorbed.values()
+        if not norm.running_var
+    )
 
 
 def _absorptions(norm: Absorbed) -> Iterable[tuple[str, Absorption]]:
