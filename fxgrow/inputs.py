@@ -22,19 +22,34 @@ _SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def inferred_inputs(standin: nn.Module, graph_module: fx.GraphModule | None) -> tuple[Any, ...]:
-    """Return the first input, among those the first layer could take, that runs through."""
+def inferred_inputs(
+    standin: nn.Module, graph_module: fx.GraphModule | None, *, in_training: bool = False
+) -> tuple[Any, ...]:
+    """Return the first input, among those the first layer could take, that runs through.
+
+    Args:
+        standin: the network on meta tensors; left in eval mode.
+        graph_module: its graph, if there is one.
+        in_training: the input must run in train mode too (auxiliary heads may need larger ones).
+
+    Raises:
+        TraceError: none does.
+    """
     name, layer = _first_layer(standin, graph_module)
     way_out = "Pass example_inputs (--input-shape 1x3x224x224 on the command line)."
     problem = "the first layer is of no known kind"
     for candidate in _candidates(layer):
         try:
             with torch.no_grad(), OnMeta():
-                standin(candidate)
+                standin.eval()(candidate)
+                if in_training:
+                    standin.train()(candidate)
         except Exception as error:
             problem = first_line(error)
         else:
             return (candidate,)
+        finally:
+            standin.eval()
     raise TraceError(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
         f" {problem}.",

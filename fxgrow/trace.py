@@ -73,9 +73,8 @@ class Traced:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
             space, tape = propagate(run, self.standin, self.inputs, place=place)
-            if self._unused(space):  # auxiliary heads
-                self.standin.train()
-                propagate(self.standin, self.standin, self.inputs, space=space)
+            if self._unused(space) and not self._label_training(space):
+                return self._run(run, place)
         except Exception as error:  # a user's forward may raise anything
             node, module = place()
             where = f" at {module or node}" if module or node else ""
@@ -88,6 +87,20 @@ class Traced:
         finally:
             self.standin.eval()
         return space, tape
+
+    def _label_training(self, space: LabelSpace) -> bool:
+        """Label what train mode adds, or find inputs for it and return False to begin again."""
+        try:
+            propagate(self.standin.train(), self.standin, self.inputs, space=space)
+        except Exception:
+            if not self.inferred:
+                raise
+            larger = inferred_inputs(self.standin, self.graph_module, in_training=True)
+            if larger[0].shape == self.inputs[0].shape:
+                raise
+            self.inputs = larger
+            return False
+        return True
 
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""

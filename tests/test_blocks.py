@@ -223,6 +223,13 @@ def test_heads_that_only_train_mode_uses_grow_too() -> None:
     assert grown.report.verification.verdict == "preserved"
 
 
+def test_an_inferred_input_is_large_enough_for_the_heads_of_train_mode() -> None:
+    found = fxgrow.inspect(quick("inception_v3"))
+    assert found.to_dict()["inputs"] == ["2x3x299x299"]
+    heads = [group for group in found.analysis.groups if "AuxLogits" in group.name]
+    assert [group.kind for group in heads] == ["hidden", "hidden", "pinned"]
+
+
 def test_models_without_inputs_to_infer_ask_for_them() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:
