@@ -4,9 +4,9 @@
 
 Each torchvision classification network gets random norms and float64 weights, is widened, and is
 compared with the original in eval mode (``max_rel``). The norms are mild, so that a hundred layers
-neither explode nor die out: rounding is then small beside the outputs. ``s`` is the time for tracing,
-labelling and finding groups. Networks that would have more than ``--max-parameters`` parameters are
-planned and not compared.
+neither explode nor die out: rounding is then small beside the outputs. ``s`` is the time for
+tracing, labelling and finding groups. Networks that would have more than ``--max-parameters``
+parameters are planned and not compared.
 """
 
 from __future__ import annotations
