@@ -18,6 +18,7 @@ from fxgrow.graph import insert_multipliers
 from fxgrow.init import Init, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
+from fxgrow.pairing import cancels
 from fxgrow.plan.planner import make_plan
 from fxgrow.plan.schema import Grouped, Plan, Request, Where
 from fxgrow.plan.widths import checked_widths
@@ -291,9 +292,7 @@ def _verification(
 
 def _unpredictable(made: Plan) -> bool:
     """Return whether new channels do not cancel, so that the change cannot be foretold."""
-    from fxgrow.pairing import PAIRINGS
-
-    return bool(made.request.noise) or not PAIRINGS[made.request.pairing](2, 1).preserving
+    return bool(made.request.noise) or not cancels(made.request.pairing)
 
 
 def _failure(

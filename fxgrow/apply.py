@@ -188,9 +188,7 @@ def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = Tr
     Raises:
         PlanError: a name, a shape or a dtype differs; the first difference is named.
     """
-    found = {
-        name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
-    }
+    found = fingerprint(tensors)
     way_out = "Make a plan for this network: fxgrow widen SOURCE --dry-run --plan PLAN.json."
     for name in sorted(plan.source.keys() | found.keys()):
         expected, present = plan.source.get(name), found.get(name)

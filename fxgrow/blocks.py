@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import networkx as nx
-import numpy as np
 import torch
 
 from fxgrow.channels import Channels
-from fxgrow.groups import ChannelGroup, layer_of
+from fxgrow.groups import ChannelGroup, group_of_channel, layer_of
 from fxgrow.labels.space import IntArray
 from fxgrow.labels.tape import Operation, Tape
 
@@ -196,9 +195,7 @@ def find_pairs(
     tape: Tape,
 ) -> tuple[ResidualBlock, ...]:
     """Return the blocks with the hidden channel groups of their branches as pairs."""
-    group_of = np.full(channels.count + 1, -1, dtype=np.int64)
-    for index, group in enumerate(groups):
-        group_of[group.channels] = index
+    group_of = group_of_channel(channels, groups)
 
     def group_on(op: Operation) -> set[int]:
         carried = channels.of_layers(x for value in op.outputs for x in value.layers)

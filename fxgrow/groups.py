@@ -6,6 +6,7 @@ components of that relation, found with networkx, are the groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,6 +94,17 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
         _group(channels, members, axes, bool(on_stream[members].any()))
         for members, axes in zip(members_of, axes_of, strict=True)
     )
+
+
+def group_of_channel(channels: Channels, groups: Sequence[ChannelGroup]) -> IntArray:
+    """Return the index of each channel's group, -1 where it has none.
+
+    The array has one entry more than there are channels, so that channel -1 ("none") has no group.
+    """
+    group_of = np.full(channels.count + 1, -1, dtype=np.int64)
+    for index, group in enumerate(groups):
+        group_of[group.channels] = index
+    return group_of
 
 
 def _group(channels: Channels, members: IntArray, axes: list[int], on_stream: bool) -> ChannelGroup:

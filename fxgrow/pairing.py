@@ -104,6 +104,19 @@ def none(count: int, old: int = 0) -> Layout:
     return Layout(draws=tuple(range(count)), column_signs=(1,) * count)
 
 
+def cancels(pairing: str) -> bool:
+    """Return whether a pairing's new channels cancel in their readers, told by its layout.
+
+    Raises:
+        PlanError: no pairing of that name.
+
+    Example:
+        >>> cancels("vv_z_negz"), cancels("none")
+        (True, False)
+    """
+    return PAIRINGS[pairing](2, 1).preserving
+
+
 def apply_pairing(
     writer: Tensor, reader: Tensor, new_rows: Tensor, new_columns: Tensor, pairing: str
 ) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ def judge(
     native = [] if exact_is_native else [stand_in(case.before, {}), stand_in(case.after, {})]
     results: dict[Mode, ModeResult] = {}
     modes: tuple[Mode, ...] = ("eval", "train")
-    statistics = _batch_statistics(case)
+    statistics = [(b, b.clone()) for b in case.reference.buffers() if b.is_floating_point()]
     for mode in modes:
         norms = case.norms if mode == "train" else ()
         result = ModeResult()
@@ -148,7 +148,8 @@ def judge(
             after = _run(case.exact_after, exact, mode)
             predicted = before
             if case.reference is not case.exact_before or norms:
-                statistics.restore()  # a run in train mode has moved them
+                for buffer, value in statistics:  # a run in train mode has moved them
+                    buffer.copy_(value)
                 with _absorbing(case.reference, norms):
                     predicted = _run(case.reference, exact, mode)
             old, new = (_run(model, batch, mode) for model in native) if native else (before, after)
@@ -201,24 +202,6 @@ def _native_bounds(result: ModeResult, case: Case) -> tuple[float, float]:
 def _within(errors: Errors, tolerance: float, negligible: float) -> bool:
     """Return whether deviations are within tolerance or negligible; NaN is neither."""
     return errors.max_rel <= tolerance or errors.max_abs <= negligible
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """The running statistics of a network as they were."""
-
-    saved: tuple[tuple[Tensor, Tensor], ...]
-
-    def restore(self) -> None:
-        """Put them back."""
-        for buffer, value in self.saved:
-            buffer.copy_(value)
-
-
-def _batch_statistics(case: Case) -> _Statistics:
-    """Return the buffers of the reference that a run in train mode moves."""
-    buffers = (b for b in case.reference.buffers() if b.is_floating_point())
-    return _Statistics(tuple((buffer, buffer.clone()) for buffer in buffers))
 
 
 def _epsilon(model: nn.Module) -> float:

@@ -80,10 +80,6 @@ class Tape:
     outputs: list[Value] = field(default_factory=list)
     flops: int = 0
 
-    def consumers(self, value: Value) -> Iterator[Operation]:
-        """Yield the operations that take ``value``."""
-        return (op for op in self.operations if any(v is value for v in op.inputs))
-
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Return a nest of tuples, lists and dicts with every tensor replaced by its image."""

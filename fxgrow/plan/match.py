@@ -168,11 +168,12 @@ class _Kinds:
             if {code for code, _ in touch} & concerned:
                 total += len(self.old_buckets[kind])
                 flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
+        movers = list(flow)
         for kind, touch in offered.items():
             if not {code for code, _ in touch} & concerned:
                 continue
             flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
-            for other in [node[1] for node in flow if node[0] == "old"]:
+            for _, other in movers:
                 extra = {code for code, _ in touch - wanted[other]}
                 if not wanted[other] - touch and not extra & writers:
                     flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
@@ -187,7 +188,6 @@ class _Kinds:
                 name=layer,
                 way_out="Try another ratio, or --multiple-of 8.",
             ) from None
-        movers = [node for node in flow if node[0] == "old"]
         moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
         continued[np.isin(continued, moved)] = -1
         free = {kind: list(self.new_buckets[kind]) for kind in offered}

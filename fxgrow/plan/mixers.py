@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fxgrow.channels import Channels
-from fxgrow.groups import ChannelGroup
+from fxgrow.groups import ChannelGroup, group_of_channel
 from fxgrow.labels.space import IntArray
 
 
@@ -30,9 +30,7 @@ def mixed_groups(
         The channels of growing groups that some mixer depends on, sorted; and for each group
         whose wanted width no number of whole copies gives, the reason.
     """
-    group_of = np.full(channels.count + 1, -1, dtype=np.int64)  # the last stands for "no channel"
-    for index, group in enumerate(groups):
-        group_of[group.channels] = index
+    group_of = group_of_channel(channels, groups)
     copied: list[IntArray] = []
     problems: dict[str, str] = {}
     for members, place in channels.mixers:

@@ -14,7 +14,7 @@ from fxgrow.errors import PlanError, TraceError
 from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.pairing import PAIRINGS
+from fxgrow.pairing import PAIRINGS, cancels
 from fxgrow.plan.edits import axis_edits
 from fxgrow.plan.match import match
 from fxgrow.plan.mixers import mixed_groups
@@ -310,7 +310,7 @@ def _group_plan(
 
 def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
     """Return what becomes of the function, and why."""
-    if not PAIRINGS[pairing](2, 1).preserving:
+    if not cancels(pairing):
         return "no", f"pairing {pairing!r}: the new channels do not cancel"
     if request.noise:
         return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"

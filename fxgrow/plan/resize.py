@@ -13,7 +13,7 @@ from math import gcd
 import numpy as np
 
 from fxgrow.channels import Channels
-from fxgrow.groups import ChannelGroup
+from fxgrow.groups import ChannelGroup, group_of_channel
 from fxgrow.plan.schema import Grouped, Refusal
 from fxgrow.plan.widths import nearest_widths
 
@@ -72,9 +72,7 @@ def _attempt(
     grouped: Grouped,
 ) -> tuple[tuple[dict[str, tuple[int, ...]], dict[str, int]], dict[str, str]]:
     """Return new shapes and convolution groups, and why each impossible group is impossible."""
-    group_of = np.full(channels.count, -1, dtype=np.int64)
-    for index, group in enumerate(groups):
-        group_of[group.channels] = index
+    group_of = group_of_channel(channels, groups)
     new_shapes: dict[str, list[int]] = {}
     new_groups: dict[str, int] = {}
     problems: dict[str, str] = {}
