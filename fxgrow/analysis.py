@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
 
 from fxgrow.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels import Channels, resolve
 from fxgrow.groups import ChannelGroup, find_groups
-from fxgrow.labels.tape import Tape
+from fxgrow.labels.sizes import Recorder, SizedCall
+from fxgrow.labels.tape import Tape, Value
 from fxgrow.trace import Traced
 
 
@@ -28,6 +33,22 @@ class Analysis:
     channels: Channels
     groups: tuple[ChannelGroup, ...]
     blocks: tuple[ResidualBlock, ...]
+
+    @cached_property
+    def sized_calls(self) -> tuple[Channels, tuple[tuple[SizedCall, ...], ...]]:
+        """The calls that take sizes, for each run of the network's own forward; and its channels.
+
+        Raises:
+            TraceError: the network does not run.
+        """
+        recorders: list[Recorder] = []
+
+        def watch(value: Callable[[Tensor], Value]) -> Recorder:
+            recorders.append(Recorder(value))
+            return recorders[-1]
+
+        space, _ = self.traced.label_module(watch)
+        return resolve(space), tuple(tuple(recorder.calls) for recorder in recorders)
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""

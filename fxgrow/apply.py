@@ -6,6 +6,7 @@ module, a state_dict and anything else that has names and tensors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fxgrow.errors import PlanError
 from fxgrow.init import Init, copy_normal, draw, init_of_plan
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, TensorEdit
+from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, RunKind, TensorEdit
 from fxgrow.standin import stand_in
 
 Lookup: TypeAlias = Callable[[str], Tensor]
@@ -73,6 +74,7 @@ def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None)
         tensor = tensor * edit.scale
     for axis in edit.axes:
         tensor = _extend(tensor, axis, draws)
+    _cancel_in_new_rows(tensor, edit.axes)
     if tensor is old:
         tensor = old.clone()
     return tensor.to(old.dtype)
@@ -177,6 +179,36 @@ def _fill_run(target: Tensor, run: Run, old: Tensor, fresh: Tensor | None, dim: 
             torch.neg(source, out=target)
 
 
+def _cancel_in_new_rows(tensor: Tensor, axes: tuple[AxisEdit, ...]) -> None:
+    """Let new rows read twins with opposite signs, in place, as old rows do by Z, −Z.
+
+    Otherwise new channels would feed new ones, and since no fresh norm holds them down, they would
+    grow exponentially with depth and bury the old channels in the rounding of twins.
+    """
+    readers, writers = ([a for a in axes if a.role == role] for role in ("reader", "writer"))
+    for reader, writer in itertools.product(readers, writers):
+        plus = dict(_positions(reader, "new"))
+        twins = [(plus[draw], at) for draw, at in _positions(reader, "minus") if draw in plus]
+        table = tensor.movedim((writer.dim, reader.dim), (0, 1))
+        height, width = table.shape[0] // reader.groups, table.shape[1]
+        for group in range(reader.groups):  # its rows read its own columns alone
+            rows = [[at] for _, at in _positions(writer, "new") if at // height == group]
+            columns = [(p % width, m % width) for p, m in twins if m // width == group]
+            if rows and columns:
+                index = torch.tensor(rows, device=tensor.device)
+                source, target = torch.tensor(columns, device=tensor.device).unbind(1)
+                table[index, target] = -table[index, source]
+
+
+def _positions(edit: AxisEdit, kind: RunKind) -> Iterator[tuple[int, int]]:
+    """Yield the drawn slice and the position of all that is of one kind."""
+    position = 0
+    for run in edit.runs:
+        if run.kind == kind:
+            yield from ((run.start + i, position + i) for i in range(run.length))
+        position += run.length
+
+
 def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
     """Refuse a plan on anything but the network it was made for.
 
@@ -279,7 +311,10 @@ def _grown_module(
     return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
 
 
-def set_attributes(model: nn.Module, edits: tuple[ModuleEdit, ...]) -> None:
-    """Set the attributes of a module tree to their new values, in place."""
+def set_attributes(model: nn.Module, edits: tuple[ModuleEdit, ...], *, back: bool = False) -> None:
+    """Set the attributes of a module tree to their new values, or back to the old, in place."""
     for edit in edits:
-        setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+        module = model.get_submodule(edit.module)
+        value = edit.before if back else edit.after
+        is_list = isinstance(value, tuple) and isinstance(getattr(module, edit.attribute), list)
+        setattr(module, edit.attribute, list(value) if is_list else value)  # type: ignore[arg-type]

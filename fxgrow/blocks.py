@@ -17,6 +17,7 @@ import torch
 
 from fxgrow.channels import Channels
 from fxgrow.groups import ChannelGroup, group_of_channel, layer_of
+from fxgrow.labels.generic import FACTORIES, operator_name
 from fxgrow.labels.space import IntArray
 from fxgrow.labels.tape import Operation, Tape
 
@@ -76,6 +77,8 @@ def data_flow(tape: Tape) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_node(-1)
     for op in tape.operations:
+        if operator_name(op.target) in FACTORIES:  # made in the image of data, not of it
+            continue
         for value in op.inputs:
             producer = -1 if value.is_input else value.producer
             if producer is not None and producer in graph:

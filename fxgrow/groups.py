@@ -25,11 +25,13 @@ class ChannelGroup:
 
     Attributes:
         name: fully qualified name of the first writer.
-        width: number of channels.
+        width: number of rows of the first writer: of channels, but for those that have several
+            rows there (an attention head, the two halves of a gate).
         kind: ``hidden``, ``stream`` (carried by a residual addition) or ``pinned``.
         reason: why it is pinned ("" otherwise).
         writers, carriers, readers: layers, in order of execution.
         channels: the channels, in the order of the first writer's rows.
+        rows: the channel of each row of the first writer.
         axes: every axis that holds some of them.
     """
 
@@ -41,6 +43,7 @@ class ChannelGroup:
     carriers: tuple[str, ...]
     readers: tuple[str, ...]
     channels: IntArray
+    rows: IntArray
     axes: tuple[int, ...]
 
 
@@ -91,8 +94,8 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
             if index >= 0:
                 axes_of[index].append(axis)
     return tuple(
-        _group(channels, members, axes, bool(on_stream[members].any()))
-        for members, axes in zip(members_of, axes_of, strict=True)
+        _group(channels, members, axes, part[0], bool(on_stream[members].any()))
+        for members, axes, part in zip(members_of, axes_of, components, strict=True)
     )
 
 
@@ -107,7 +110,9 @@ def group_of_channel(channels: Channels, groups: Sequence[ChannelGroup]) -> IntA
     return group_of
 
 
-def _group(channels: Channels, members: IntArray, axes: list[int], on_stream: bool) -> ChannelGroup:
+def _group(
+    channels: Channels, members: IntArray, axes: list[int], first: int, on_stream: bool
+) -> ChannelGroup:
     reasons = [channels.pins[c] for c in members.tolist() if c in channels.pins]
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:
@@ -117,12 +122,13 @@ def _group(channels: Channels, members: IntArray, axes: list[int], on_stream: bo
     kind: Kind = "pinned" if reasons else "stream" if on_stream else "hidden"
     return ChannelGroup(
         name=writers[0],
-        width=len(members),
+        width=channels.axes[first].size,
         kind=kind,
         reason=reasons[0] if reasons else "",
         writers=writers,
         carriers=carriers,
         readers=tuple(layers["reader"]),
         channels=members,
+        rows=channels.of_axis(first),
         axes=tuple(axes),
     )

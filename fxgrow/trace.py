@@ -6,9 +6,10 @@ module tree with every parameter and buffer on the meta device. The user's model
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxgrow.errors import TraceError
 from fxgrow.inputs import inferred_inputs
-from fxgrow.labels.propagate import Place, propagate
+from fxgrow.labels.propagate import Place, Watch, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape, tensors_in
 from fxgrow.standin import first_line, stand_in
@@ -36,6 +37,7 @@ class Traced:
         inferred: whether the inputs were inferred from the first layer.
         tracer: what followed the computation.
         untraceable: why there is no graph ("" if there is one).
+        stack: the modules that are running, outermost first, during :meth:`label_module`.
     """
 
     standin: nn.Module
@@ -44,6 +46,7 @@ class Traced:
     inferred: bool
     tracer: Tracer
     untraceable: str = ""
+    stack: list[str] = field(default_factory=list)
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -61,20 +64,31 @@ class Traced:
         interpreter = _Interpreter(self.graph_module)
         return self._run(interpreter.run, interpreter.place)
 
-    def label_module(self) -> tuple[LabelSpace, Tape]:
+    def label_module(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
+
+        Args:
+            watch: sees the run from above; see :func:`fxgrow.labels.propagate.propagate`.
 
         Raises:
             TraceError: the run failed.
         """
-        return self._run(self.standin, lambda: ("", ""))
+        with running_modules(self.standin, self.stack):
+            return self._run(self.standin, lambda: ("", self.running), watch)
 
-    def _run(self, run: Callable[..., Any], place: Callable[[], Place]) -> tuple[LabelSpace, Tape]:
+    @property
+    def running(self) -> str:
+        """The innermost module that is running, or that failed last."""
+        return self.stack[-1] if self.stack else ""
+
+    def _run(
+        self, run: Callable[..., Any], place: Callable[[], Place], watch: Watch = no_watch
+    ) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
-            space, tape = propagate(run, self.standin, self.inputs, place=place)
-            if self._unused(space) and not self._label_training(space):
-                return self._run(run, place)
+            space, tape = propagate(run, self.standin, self.inputs, place=place, watch=watch)
+            if self._unused(space) and not self._label_training(space, watch):
+                return self._run(run, place, watch)
         except Exception as error:  # a user's forward may raise anything
             node, module = place()
             where = f" at {module or node}" if module or node else ""
@@ -88,10 +102,10 @@ class Traced:
             self.standin.eval()
         return space, tape
 
-    def _label_training(self, space: LabelSpace) -> bool:
+    def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         try:
-            propagate(self.standin.train(), self.standin, self.inputs, space=space)
+            propagate(self.standin.train(), self.standin, self.inputs, space=space, watch=watch)
         except Exception:
             if not self.inferred:
                 raise
@@ -109,6 +123,30 @@ class Traced:
             name not in used and max(parameter.shape, default=1) > 1
             for name, parameter in self.standin.named_parameters()
         )
+
+
+@contextlib.contextmanager
+def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
+    stack.clear()
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(*_: object, name: str = name) -> None:
+            stack.append(name)
+
+        def leave(*_: object) -> None:
+            stack.pop()
+
+        handles += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Interpreter(fx.Interpreter):

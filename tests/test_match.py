@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from networks import max_rel, small_images, torchvision_model
 from torch import Tensor
+from torchvision.models import ShuffleNetV2
 
+from fxgrow import widen
+from fxgrow.analysis import analyse
 from fxgrow.channels import Channels, resolve
 from fxgrow.errors import PlanError
 from fxgrow.labels.space import LabelSpace
 from fxgrow.pairing import v_zero
 from fxgrow.plan.edits import axis_edits
 from fxgrow.plan.match import match
+from fxgrow.trace import trace
+from fxgrow.uninitialised import build_uninitialised
 
 
 def two_readers(width: int, second: list[int]) -> Channels:
@@ -50,8 +56,9 @@ def grown(old: Channels, new: Channels, tensor: str, weight: Tensor) -> Tensor:
 )
 def test_channels_take_places_with_further_readers(before: list[int], after: list[int]) -> None:
     old, new = two_readers(4, before), two_readers(5, after)
-    x = torch.randn(4, 7)
-    first, second = torch.randn(4, 3), torch.randn(len(before), 3)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    first = torch.randn(4, 3, dtype=torch.float64)
+    second = torch.randn(len(before), 3, dtype=torch.float64)
     y = grown(old, new, "write", x)
     assert y.shape == (5, 7)
     new_first, new_second = grown(old, new, "first", first), grown(old, new, "second", second)
@@ -67,9 +74,58 @@ def test_channels_keep_a_place_of_their_own_kind_where_there_is_one() -> None:
 
 def test_a_channel_without_a_place_is_refused() -> None:
     old, new = two_readers(4, [1, 2, 3]), two_readers(6, [4, 5])
-    with pytest.raises(PlanError, match="channels of write would have no place") as caught:
+    text = "channels of write would have no place .*: 1 too few lead to first and second"
+    with pytest.raises(PlanError, match=text) as caught:
         match(old, new, v_zero, np.zeros(0, dtype=np.int64))
     assert caught.value.name == "write"
+
+
+def shuffler(*widths: int) -> Channels:
+    """Return the channels of a ShuffleNetV2 with these output widths of its stages."""
+    model = build_uninitialised(lambda: ShuffleNetV2([4, 8, 4], [*widths]), "meta")
+    return analyse(trace(model)).channels
+
+
+def rows(channels: Channels, tensor: str, dim: int) -> set[int]:
+    """Return the channels of one axis."""
+    (index,) = (i for i, a in enumerate(channels.axes) if (a.tensor, a.dim) == (tensor, dim))
+    return set(channels.of_axis(index).tolist())
+
+
+def test_a_shuffle_that_leads_channels_elsewhere_is_refused() -> None:
+    # Channel i starts at position 2i + 1 and doubles it at each shuffle until it is in the upper
+    # half, which is read: one of 48 is read seven blocks on, but none of 96.
+    old, new = shuffler(24, 48, 96, 192, 1024), shuffler(48, 96, 192, 384, 2048)
+    writer, reader = ("stage3.0.branch2.5.weight", 0), ("stage3.7.branch2.0.weight", 1)
+    assert len(rows(old, *writer) & rows(old, *reader)) == 1
+    assert not rows(new, *writer) & rows(new, *reader)
+    text = "stage3.0.branch2.5 would have no place .* 1 too few lead to stage3.7.branch2.0"
+    with pytest.raises(PlanError, match=text) as caught:
+        match(old, new, v_zero, np.zeros(0, dtype=np.int64))
+    assert caught.value.name == "stage3.0.branch2.5"
+
+
+@pytest.mark.parametrize(
+    "wider",
+    [
+        (24, 116, 232, 464, 1024),  # the sizes of x1_0
+        (72, 144, 288, 576, 3072),
+        (24, 100, 194, 386, 1026),  # 97 in the half of the middle stage: one more than is refused
+    ],
+)
+def test_every_channel_of_a_shuffler_finds_one_place(wider: tuple[int, ...]) -> None:
+    old, new = shuffler(24, 48, 96, 192, 1024), shuffler(*wider)
+    found = match(old, new, v_zero, np.zeros(0, dtype=np.int64)).old
+    assert np.array_equal(np.sort(found[found >= 0]), np.arange(old.count))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_wider_shuffler_computes_the_same(train: bool) -> None:
+    model, x = torchvision_model("shufflenet_v2_x0_5", num_classes=5), small_images()
+    grown = widen(model, "3x", x, verify=False).model
+    model.train(train), grown.train(train)
+    with torch.no_grad():
+        assert max_rel(model(x), grown(x)) < 1e-10
 
 
 def test_a_network_that_computes_with_other_tensors_is_refused() -> None:

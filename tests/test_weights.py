@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from networks import PlainResNet
+from networks import PlainResNet, max_rel
 from torch import Tensor, nn
 
 import fxgrow
@@ -43,6 +43,53 @@ def test_twins_are_equal_and_their_columns_opposite_bit_for_bit(dtype: torch.dty
     assert torch.equal(reader.weight[:, 64:96], -reader.weight[:, 96:128])
     assert reader.weight[:, 64:96].abs().sum() > 0
     assert len(torch.unique(writer.weight[64:96].flatten(1), dim=0)) == 32
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_new_rows_read_twins_with_opposite_signs_too(groups: int) -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=groups), nn.Conv2d(8, 3, 1)
+    )
+    weight = widened(chain)[2].weight.detach().unflatten(0, (groups, 16 // groups))
+    old = 8 // groups  # of each group; then twins, plus before minus
+    plus, minus = weight[:, :, old : old * 3 // 2], weight[:, :, old * 3 // 2 :]
+    assert torch.equal(plus, -minus)
+    assert plus.abs().min() > 0
+    assert torch.equal(weight[:, old : old * 3 // 2], weight[:, old * 3 // 2 :])
+
+
+class Stack(nn.Module):
+    """Blocks on one stream; their norms add little to it, as fresh entries of a norm do not."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.constant_(norm.weight, 0.1)
+
+    def stream(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + norm(layer(x.relu()))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stream(x))
+
+
+def test_twins_do_not_outgrow_old_channels_in_a_deep_stream() -> None:
+    torch.manual_seed(0)
+    model = Stack(16, 60).double().eval()
+    x = torch.randn(32, 5, dtype=torch.float64)
+    grown = widened(model, where="all")
+    old, new = grown.stream(x).split(16, 1)
+    assert new.shape == old.shape
+    assert new.abs().max() < 100 * old.abs().max()
+    assert max_rel(model(x), grown(x)) <= 1e-13
 
 
 def test_new_norm_entries_are_those_of_a_fresh_norm() -> None:

@@ -36,8 +36,10 @@ MOVEMENTS = COPIES | aten(
 LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
 # Tensors of given sizes that take nothing but dtype and device from another.
 FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
+# Tensors with one value everywhere.
+UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
 # Pointwise operations that torch does not tag as such.
-UNTAGGED = aten("hardswish hardtanh hardsigmoid relu6 _prelu_kernel")
+UNTAGGED = aten("hardswish hardtanh hardsigmoid relu6 _prelu_kernel tril triu fill zero")
 # A layer is expanded, hence not contiguous: where the data could be viewed, its labels are copied.
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
@@ -59,6 +61,11 @@ def is_pointwise(step: Step) -> bool:
 def is_factory(step: Step) -> bool:
     """Return whether the operation makes a tensor of its own."""
     return operator_name(step.target) in FACTORIES
+
+
+def is_uniform(step: Step) -> bool:
+    """Return whether the operation makes a tensor with one value everywhere."""
+    return operator_name(step.target) in UNIFORM
 
 
 def operator_name(target: OpOverload) -> str:
@@ -102,12 +109,14 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     for cluster in clusters(expanded):
         first, *others = (layer for layer in cluster if layer is not None)
         merged = functools.reduce(functools.partial(_merge, step), others, first)
+        free = set(support(merged))
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
-            if own is None and _varies(tensor, shape, support(merged)):
-                step.pin((merged,), "combined with a tensor of fixed width")
+            if own is None and not step.value(tensor).is_uniform:
+                free -= _fix(step, merged, tensor, shape)
             elif own is not None and is_weight and not all(weights):
                 step.space.mark(core(own, support(own)), "carrier", "copy")
-        out.append(merged)
+        if free or not support(merged):
+            out.append(merged)
     return tuple(tuple(out) for _ in step.outputs)
 
 
@@ -129,10 +138,18 @@ def _broadcast(step: Step, tensor: Tensor, shape: torch.Size) -> Layers:
     return tuple(kept)
 
 
-def _varies(tensor: Tensor, shape: torch.Size, dims: frozenset[int]) -> bool:
-    """Return whether ``tensor`` has more than one entry along one of the dims of ``shape``."""
+def _fix(step: Step, layer: Layer, tensor: Tensor, shape: torch.Size) -> set[int]:
+    """Record that ``layer`` keeps its size along the dims in which ``tensor`` has entries.
+
+    Returns these dims. A layer with no other dim stands for no channels that could grow.
+    """
     offset = len(shape) - tensor.ndim
-    return any(dim >= offset and tensor.shape[dim - offset] > 1 for dim in dims)
+    dims = support(layer)
+    fixed = {dim for dim in dims if dim >= offset and tensor.shape[dim - offset] > 1}
+    if fixed:
+        reason = f"combined with a tensor of fixed width ({step.place})"
+        step.space.fix(core(layer, dims), sorted(fixed), reason)
+    return fixed
 
 
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:
@@ -146,5 +163,6 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
         step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")
-        a = torch.maximum(a, b)
-    return a.expand(left.shape)
+        return torch.maximum(a, b).expand(left.shape)
+    smaller = min((left, right), key=lambda layer: len(support(layer)))
+    return smaller.expand(left.shape)

@@ -66,6 +66,16 @@ def line(layer: Layer, dim: int) -> Tensor | None:
     return core(layer, (dim,)).reshape(-1)
 
 
+def narrowed(layer: Layer, dims: Iterable[int]) -> Tensor:
+    """Return the largest label along every dim that is not in ``dims``, these having size one.
+
+    Where a layer has labels at some positions and none at others, this finds one that it has.
+    """
+    others = sorted(support(layer) - set(dims))
+    thin = core(layer, support(layer))
+    return thin.amax(others, keepdim=True) if others else thin
+
+
 def compact(layer: Layer) -> Layer:
     """Return the same layer with stride 0 along every dim in which it is constant.
 
@@ -93,11 +103,15 @@ def clusters(layers_of: list[Layers]) -> list[list[Layer | None]]:
     for index, layers in enumerate(layers_of):
         for layer in layers:
             dims = set(support(layer))
-            for known, members in clusters:
-                if members[index] is None and (known & dims or not (known or dims)):
-                    known |= dims
-                    members[index] = layer
-                    break
+            open_ones = [
+                (known, members)
+                for known, members in clusters
+                if members[index] is None and (known & dims or not (known or dims))
+            ]
+            if open_ones:  # the one with most dims in common and fewest others
+                known, members = min(open_ones, key=lambda found: len(found[0] ^ dims))
+                known |= dims
+                members[index] = layer
             else:
                 fresh: list[Layer | None] = [None] * len(layers_of)
                 fresh[index] = layer

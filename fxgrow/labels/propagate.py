@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value, map_tensors, tensors_in
 
 Place = tuple[str, str]  # fx node, module
+Watch: TypeAlias = Callable[[Callable[[Tensor], Value]], AbstractContextManager[object]]
 
 
 class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,9 +121,20 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         weight = bool(inputs) and all(value.is_weight for value in inputs)
         origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
+        uniform = generic.is_uniform(step) or (
+            bool(inputs) and generic.is_movement(step) and all(v.is_uniform for v in inputs)
+        )
         index = len(self.tape.operations)
         values = tuple(
-            self._enter(tensor, flow, producer=index, is_weight=weight, origins=origins)
+            self._enter(
+                tensor,
+                flow,
+                producer=index,
+                is_weight=weight,
+                origins=origins,
+                is_view=func.is_view,
+                is_uniform=uniform,
+            )
             for tensor, flow in zip(outputs, layers, strict=True)
         )
         self.tape.operations.append(
@@ -152,6 +165,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
+    """Watch nothing."""
+    del value
+    return nullcontext()
+
+
 def propagate(
     run: Callable[..., Any],
     model: nn.Module,
@@ -160,6 +179,7 @@ def propagate(
     place: Callable[[], Place] = lambda: ("", ""),
     count_flops: bool = True,
     space: LabelSpace | None = None,
+    watch: Watch = no_watch,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run(*inputs)`` on meta tensors and return its labels and its tape.
 
@@ -170,6 +190,8 @@ def propagate(
         place: returns the fx node and module that are running.
         count_flops: fill ``tape.flops``.
         space: of an earlier run of the same network, to which this one adds.
+        watch: given the labeller's ``value``, returns a context for the run: something that sees
+            the calls from above (:class:`fxgrow.labels.sizes.Recorder`).
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -179,7 +201,8 @@ def propagate(
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
-        result = run(*inputs)
+        with watch(labeller.value):
+            result = run(*inputs)
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
         labeller.tape.outputs.append(value)

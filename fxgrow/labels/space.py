@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -53,6 +53,8 @@ class LabelSpace:
     )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, str]] = field(default_factory=list)
     mixers: list[tuple[IntArray, str]] = field(default_factory=list)
+    fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
+    heads: list[tuple[IntArray, str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -74,7 +76,8 @@ class LabelSpace:
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
 
-        The first role an axis is given stays: a tied embedding is a writer before it reads.
+        The first role an axis is given stays. An axis that writes its channels and reads them
+        too (a tied embedding) is pinned: no new entry could cancel itself.
         """
         ids = labels.numpy().ravel()
         ids = ids[ids > 0]
@@ -85,7 +88,11 @@ class LabelSpace:
         if first != last:  # a view over several parameters
             owners = np.unique(np.searchsorted(self._starts, ids, side="right") - 1).tolist()
         for owner in owners:
-            self.roles.setdefault(owner, role)
+            known = self.roles.setdefault(owner, role)
+            if {known, role} == {"writer", "reader"}:
+                axis = self.axes[owner]
+                tied = np.arange(axis.start, axis.start + axis.size)
+                self.pins.append((tied, f"{axis.tensor} both writes and reads them (tied weights)"))
             self.fills.setdefault(owner, fill)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
@@ -114,6 +121,19 @@ class LabelSpace:
         """
         self.mixers.append((labels.numpy().ravel().copy(), place))
 
+    def fix(self, labels: Tensor, dims: Sequence[int], reason: str) -> None:
+        """Record that these dims of ``labels`` keep their size: something of fixed width joins.
+
+        That pins the channels, unless every channel turns out to fill these dims by itself: the
+        positions inside an attention head may each have a constant of their own.
+        """
+        if bool((labels > 0).any()):
+            self.fixed.append((labels.numpy(), tuple(dims), reason))
+
+    def several(self, labels: Tensor, reason: str) -> None:
+        """Record that these channels can only grow in number, so that a lone one is pinned."""
+        self.heads.append((np.unique(labels.numpy()), reason))
+
     def roots(self) -> IntArray:
         """Return, for each label, the smallest label of its channel; shape ``(labels + 1,)``.
 
@@ -141,7 +161,18 @@ class LabelSpace:
     def pin_reasons(self, roots: IntArray) -> dict[int, str]:
         """Return the first reason for each pinned channel, by its root."""
         reasons: dict[int, str] = {}
-        for ids, reason in self.pins:
+        for ids, reason in (*self.pins, *self._broken(roots)):
             for root in np.unique(roots[ids]).tolist():
                 reasons.setdefault(root, reason)
         return reasons
+
+    def _broken(self, roots: IntArray) -> Iterator[tuple[IntArray, str]]:
+        """Yield what does not fill dims of fixed size by itself, and lone heads, with reasons."""
+        for labels, dims, reason in self.fixed:
+            found = roots[labels]
+            inside = tuple(slice(0, 1) if d in dims else slice(None) for d in range(found.ndim))
+            if (found != found[inside]).any():
+                yield np.unique(labels[labels > 0]), reason
+        for ids, reason in self.heads:
+            if len(np.unique(roots[ids])) == 1:
+                yield ids[ids > 0], reason

@@ -25,6 +25,8 @@ class Value:
         is_weight: it depends on parameters and constants alone.
         is_input: it is an input of the network.
         origins: the parameters and buffers it depends on, where ``is_weight``.
+        is_view: it is a view of another value.
+        is_uniform: one constant everywhere (zeros, ones), of whatever size.
     """
 
     index: int
@@ -35,6 +37,8 @@ class Value:
     is_weight: bool = False
     is_input: bool = False
     origins: tuple[str, ...] = ()
+    is_view: bool = False
+    is_uniform: bool = False
 
 
 @dataclass(frozen=True)

@@ -178,16 +178,13 @@ class _Kinds:
                 if not wanted[other] - touch and not extra & writers:
                     flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
         flow.add_node("all", demand=total)
-        try:
-            found = nx.min_cost_flow(flow)
-        except nx.NetworkXUnfeasible:
-            row = int(np.flatnonzero(self.old.channel == crowded[0])[0])
-            layer = layer_of(self.old.axes[int(self.old.axis_of_row[row])].tensor)
-            raise PlanError(
-                f"at this width, channels of {layer} would have no place in the widened network.",
-                name=layer,
-                way_out="Try another ratio, or --multiple-of 8.",
-            ) from None
+        for node in movers:  # to have no place costs more than all moves together
+            flow.add_edge(node, "all", weight=total + 1)
+        found = nx.min_cost_flow(flow)
+        homeless = {kind: count for _, kind in movers if (count := found["old", kind].pop("all"))}
+        if homeless:
+            first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
+            raise self._refusal(wanted[first], homeless[first])
         moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
         continued[np.isin(continued, moved)] = -1
         free = {kind: list(self.new_buckets[kind]) for kind in offered}
@@ -197,6 +194,19 @@ class _Kinds:
                 for member in members[:count]:
                     continued[free[kind].pop(0)] = member
                 members = members[count:]
+
+    def _refusal(self, touch: Counter[tuple[int, int]], count: int) -> PlanError:
+        """Return the error for ``count`` channels that touch this and have no place."""
+        codes = sorted({code for code, _ in touch})
+        layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
+        readers = [layers[code] for code in codes if self.old.roles[code] == "reader"]
+        lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
+        return PlanError(
+            f"at this width, channels of {layers[codes[0]]} would have no place in the widened "
+            f"network: {count} too few{lead}.",
+            name=layers[codes[0]],
+            way_out="Try a somewhat larger width.",
+        )
 
     def _first_touches(
         self, channels: Channels, codes: Sequence[int], buckets: dict[int, IntArray]

@@ -88,6 +88,20 @@ def group_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribu
     return {"num_channels": next(shape[0] for shape in shapes.values())}
 
 
+@follows(nn.MultiheadAttention)
+def attention(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``embed_dim`` and, as ``head_dim`` stays, ``num_heads``."""
+    del groups
+    width = shapes["in_proj_weight" if "in_proj_weight" in shapes else "q_proj_weight"][1]
+    same = module.kdim == module.embed_dim
+    return {
+        "embed_dim": width,
+        "num_heads": width // int(module.head_dim),  # type: ignore[arg-type]
+        "kdim": width if same else shapes["k_proj_weight"][1],
+        "vdim": width if same else shapes["v_proj_weight"][1],
+    }
+
+
 @follows(nn.PReLU)
 def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     """``num_parameters``."""

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
-from fxgrow.errors import PlanError, TraceError
+from fxgrow.errors import PlanError
 from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS, cancels
 from fxgrow.plan.edits import axis_edits
-from fxgrow.plan.match import match
-from fxgrow.plan.mixers import mixed_groups
-from fxgrow.plan.rerun import Resized, run_resized
-from fxgrow.plan.resize import Sizes, new_sizes
+from fxgrow.plan.feasible import Attempts, feasible
+from fxgrow.plan.resize import Sizes
 from fxgrow.plan.schema import (
     Absorption,
     AxisEdit,
@@ -28,7 +26,6 @@ from fxgrow.plan.schema import (
     Multiplier,
     NormGain,
     Plan,
-    Refusal,
     Request,
     TensorEdit,
     Verdict,
@@ -60,19 +57,10 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     standin = analysis.traced.standin
     tensors = named_tensors(standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
-    while problems:
-        refused += tuple(Refusal(name, reason) for name, reason in problems.items())
-        widths = {name: width for name, width in widths.items() if name not in problems}
-        copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
-    if not widths:
-        raise PlanError(
-            f"{refused[-1].name} cannot be widened: {refused[-1].reason}.", name=refused[-1].name
-        )
-    sizes, resized, more = _possible(analysis, request, widths, shapes)
-    refused += more
-    matching = match(analysis.channels, resized.channels, pairing, copied)
-    edits = axis_edits(analysis.channels, resized.channels, matching)
+    found = feasible(Attempts(analysis, shapes, request.grouped, pairing), widths)
+    sizes, resized = found.sizes, found.resized
+    refused += found.refused
+    edits = axis_edits(analysis.channels, resized.channels, found.matching)
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
     flow = propagate_gains(analysis.tape, factors, _layers_with_eps(standin))
@@ -91,7 +79,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
             sizes,
             factors,
             flow,
-            "replicate" if group.channels[0] in copied else request.pairing,
+            "replicate" if group.channels[0] in found.copied else request.pairing,
         )
         for group in analysis.groups
         if group.name in sizes.widths
@@ -121,53 +109,6 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         warnings=tuple(warnings),
         fxgrow=__version__,
     )
-
-
-def _possible(
-    analysis: Analysis,
-    request: Request,
-    widths: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[Sizes, Resized, tuple[Refusal, ...]]:
-    """Return sizes at which the network runs; groups that stand in the way are refused.
-
-    The whole request is tried first. If the network does not run at those sizes, each group is
-    tried alone, and those that fail alone are refused with the reason.
-    """
-    sizes = new_sizes(analysis.channels, analysis.groups, widths, shapes, request.grouped)
-    refused = sizes.refused
-    try:
-        return sizes, _run(analysis, sizes), _complete(sizes, refused)
-    except (TraceError, PlanError) as error:
-        if len(sizes.widths) == 1:
-            name = next(iter(sizes.widths))
-            raise PlanError(f"{name} cannot be widened: {error.message}", name=name) from error
-    good: dict[str, int] = {}
-    for name, width in sizes.widths.items():
-        alone = new_sizes(
-            analysis.channels, analysis.groups, {name: width}, shapes, request.grouped
-        )
-        try:
-            _run(analysis, alone)
-        except (TraceError, PlanError) as error:
-            refused += (Refusal(name, error.message),)
-        else:
-            good[name] = width
-    sizes = new_sizes(analysis.channels, analysis.groups, good, shapes, request.grouped)
-    return sizes, _run(analysis, sizes), _complete(sizes, refused)
-
-
-def _run(analysis: Analysis, sizes: Sizes) -> Resized:
-    return run_resized(analysis.traced, sizes.shapes, sizes.convolution_groups)
-
-
-def _complete(sizes: Sizes, refused: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
-    """Return the refusals, or raise the first one if nothing is left to grow."""
-    if not sizes.widths and refused:
-        raise PlanError(
-            f"{refused[0].name} cannot be widened: {refused[0].reason}.", name=refused[0].name
-        )
-    return refused
 
 
 def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:

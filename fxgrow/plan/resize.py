@@ -2,12 +2,15 @@
 
 An axis that holds n rows of a group of width h holds n·h'/h of them afterwards: a concatenation
 adds its groups up, a flatten multiplies by its spatial positions, and both come out of the count.
+So does a shuffle, where only the sum over all groups must be whole: which group has one row more
+and which one less, the run at the new sizes shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import gcd
 
 import numpy as np
@@ -64,6 +67,12 @@ def new_sizes(
             del wanted[name]
 
 
+def _rows_per_channel(group: ChannelGroup) -> dict[int, int]:
+    """Return, for each number of rows that channels have in the first writer, how many have it."""
+    rows = np.unique(group.rows, return_counts=True)[1]
+    return dict(zip(*(part.tolist() for part in np.unique(rows, return_counts=True)), strict=True))
+
+
 def _attempt(
     channels: Channels,
     groups: Sequence[ChannelGroup],
@@ -78,21 +87,34 @@ def _attempt(
     problems: dict[str, str] = {}
     positions: dict[tuple[str, str], int] = {}  # (weight, "in" | "out") -> new positions
     touching: dict[str, set[int]] = {}
-    for index, axis in enumerate(channels.axes):
-        size = axis.size
-        held, counts = np.unique(group_of[channels.of_axis(index)], return_counts=True)
-        for member, count in zip(held.tolist(), counts.tolist(), strict=True):
-            if member < 0 or groups[member].name not in widths:
-                continue
-            group = groups[member]
-            new, rest = divmod(count * widths[group.name], group.width)
-            if rest:
+    for group in groups:
+        wanted = widths.get(group.name, group.width)
+        for rows, count in _rows_per_channel(group).items():
+            if count * wanted % group.width:
+                step = group.width // gcd(group.width, count)
+                near = nearest_widths(step, wanted, group.width)
                 problems[group.name] = (
-                    f"width {widths[group.name]} does not divide among its {count} positions in "
-                    f"{axis.tensor}; a multiple of "
-                    f"{group.width // gcd(group.width, count)} would"
+                    f"width {wanted} is not a whole number of its channels, which have {rows} rows "
+                    f"each; possible: {near}"
                 )
-            size += new - count
+    for index, axis in enumerate(channels.axes):
+        held, counts = np.unique(group_of[channels.of_axis(index)], return_counts=True)
+        more: dict[int, Fraction] = {}  # new positions by group, as it were
+        for member, count in zip(held.tolist(), counts.tolist(), strict=True):
+            if member >= 0 and (asked := widths.get(groups[member].name)) is not None:
+                more[member] = Fraction(count * asked, groups[member].width) - count
+        # Behind a shuffle the parts of several groups need not be whole, but their sum must be.
+        total = sum(more.values(), Fraction(axis.size))
+        size = int(total)
+        if total.denominator > 1:
+            for member, part in more.items():
+                if part.denominator > 1:
+                    group, count = groups[member], int(counts[held == member][0])
+                    problems[group.name] = (
+                        f"width {widths[group.name]} does not divide among its {count} positions "
+                        f"in {axis.tensor}; a multiple of "
+                        f"{group.width // gcd(group.width, count)} would"
+                    )
         split = channels.convolution_groups.get(axis.tensor)
         if split is not None:
             side = "in" if axis.groups > 1 else "out"

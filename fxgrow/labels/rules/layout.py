@@ -1,0 +1,137 @@
+"""Operations that lay tensors out, where the labels need more than the operation itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
+from fxgrow.labels.rules.step import Step, rule
+
+
+@rule("aten.cat")
+def concatenate(step: Step) -> tuple[Layers, ...]:
+    """Join the layers of each tensor.
+
+    Tensors joined along a dim that holds no channels (a class token before its patches) carry the
+    same channels: their layers are unified.
+    """
+    tensors = [tensor for tensor in step.args[0] if tensor.ndim == step.outputs[0].ndim]
+    dim = step.argument("dim", 0) % tensors[0].ndim
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    for members in clusters([step.layers(tensor) for tensor in tensors]):
+        dims = frozenset().union(*(support(m) for m in members if m is not None))
+        if dim not in dims:
+            out.append(_same_channels(step, tensors, members).expand(shape))
+            continue
+        blank = torch.zeros((), dtype=torch.int32)
+        pieces = [
+            core(blank.expand(tensor.shape) if layer is None else layer, dims)
+            for tensor, layer in zip(tensors, members, strict=True)
+        ]
+        sizes = [
+            max(piece.shape[d] for piece in pieces) if d != dim else -1 for d in range(len(shape))
+        ]
+        joined = torch.cat([piece.expand(sizes) for piece in pieces], dim)
+        out.append(compact(joined.expand(shape)))
+    return (tuple(out),)
+
+
+def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None]) -> Tensor:
+    """Unify the layers of tensors that are joined along another dim; return one of them."""
+    first, *others = (core(layer, support(layer)) for layer in members if layer is not None)
+    for other in others:
+        shape = torch.broadcast_shapes(first.shape, other.shape)  # type: ignore[no-untyped-call]
+        step.space.unify(first.expand(shape), other.expand(shape))
+    for tensor, layer in zip(tensors, members, strict=True):
+        if layer is None and not step.value(tensor).is_uniform:
+            fixed = [dim for dim in support(first) if tensor.shape[dim] > 1]
+            step.space.fix(first, fixed, f"joined with a tensor of fixed width ({step.place})")
+    return first
+
+
+@rule("aten.constant_pad_nd")
+def pad(step: Step) -> tuple[Layers, ...]:
+    """Padding between a channel's own positions is that channel's; padding beside it is none's."""
+    x, amounts = step.args[:2]
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    for layer in step.layers(x):
+        dims = support(layer)
+        kept = [
+            amount if x.ndim - 1 - index // 2 in dims else 0 for index, amount in enumerate(amounts)
+        ]
+        out.append(torch.nn.functional.pad(core(layer, dims), kept).expand(shape))
+    return (tuple(out),)
+
+
+@rule("aten.as_strided")
+def as_strided(step: Step) -> tuple[Layers, ...]:
+    """Other strides for the dims of size one alone change nothing; anything else is opaque."""
+    x, sizes, strides = step.args[:3]
+    same = tuple(sizes) == step.value(x).shape and all(
+        size == 1 or stride == x.stride(dim)
+        for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
+    )
+    return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
+
+
+@rule("aten.index")
+def index(step: Step) -> tuple[Layers, ...]:
+    """Look positions up in some dims: labels along the others pass."""
+    x, indices = step.args[:2]
+    shape = step.outputs[0].shape
+    looked_up = [dim for dim, found in enumerate(indices) if found is not None]
+    width = max(indices[dim].ndim for dim in looked_up)
+    boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
+    apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
+    if boolean or apart:
+        return step.give_up("looked up by a mask or in dims apart")
+    out: list[Layer] = []
+    for layer in step.layers(x):
+        if support(layer) & set(looked_up):
+            step.pin((layer,), "looked up by index")
+            continue
+        for dim in reversed(looked_up):
+            layer = layer.select(dim, 0)
+        for _ in range(width):
+            layer = layer.unsqueeze(looked_up[0])
+        out.append(layer.expand(shape))
+    return (tuple(out),)
+
+
+@rule("aten.gather", "aten.index_select", "aten.take_along_dim")
+def gather(step: Step) -> tuple[Layers, ...]:
+    """Look positions up along one dim: labels along the others pass."""
+    x, dim = step.args[0], step.args[1] % max(step.args[0].ndim, 1)
+    out: list[Layer] = []
+    for layer in step.layers(x):
+        if dim in support(layer):
+            step.pin((layer,), "looked up by index")
+        else:
+            out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
+    return (tuple(out),)
+
+
+@rule("aten.copy")
+def copy(step: Step) -> tuple[Layers, ...]:
+    """Written over: the destination's channels are the source's."""
+    destination, source = step.args[:2]
+    mine, theirs = step.layers(destination), step.layers(source)
+    if not mine or not theirs:
+        return (theirs if theirs and source.shape == destination.shape else mine,)
+    return step.give_up("written over by other channels") if _differ(step, source) else (mine,)
+
+
+def _differ(step: Step, source: Tensor) -> bool:
+    """Unify source and destination where they have layers in the same dims, else say so."""
+    destination = step.args[0]
+    pairs = clusters([step.layers(destination), step.layers(source)])
+    if source.shape != destination.shape or any(None in pair for pair in pairs):
+        return True
+    for mine, theirs in pairs:
+        if mine is not None and theirs is not None:
+            dims = support(mine) | support(theirs)
+            step.space.unify(core(mine, dims), core(theirs, dims))
+    return False

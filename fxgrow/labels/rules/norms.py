@@ -1,0 +1,65 @@
+"""Normalisations: the channels pass through, with vectors for company."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fxgrow.labels.layers import Layers, support
+from fxgrow.labels.rules.step import Step, rule
+
+
+@rule(
+    "aten.native_batch_norm",
+    "aten.cudnn_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training",
+)
+def batch_norm(step: Step) -> tuple[Layers, ...]:
+    """Per channel: nothing is mixed."""
+    channels = step.line(step.args[0], 1)
+    if channels is not None:
+        vectors = zip(
+            step.args[1:3] + _statistics(step), ("one", "zero", "zero", "one"), strict=False
+        )
+        for vector, fill in vectors:
+            if isinstance(vector, Tensor):
+                step.accompany(vector, channels, fill)  # type: ignore[arg-type]
+    return (step.layers(step.args[0]), *(() for _ in step.outputs[1:]))
+
+
+def _statistics(step: Step) -> tuple[object, ...]:
+    return (step.argument("running_mean"), step.argument("running_var"))
+
+
+@rule("aten.native_layer_norm")
+def layer_norm(step: Step) -> tuple[Layers, ...]:
+    """Mean and variance over the last dim: a mixer."""
+    x, normalized = step.args[:2]
+    if len(normalized) > 1:
+        return step.give_up("a layer norm over more than the channels")
+    channels = step.line(x, x.ndim - 1)
+    if channels is not None:
+        step.space.mix(channels, step.place)
+        step.accompany(step.argument("weight"), channels, "one")
+        step.accompany(step.argument("bias"), channels, "zero")
+    return (step.layers(x), *(() for _ in step.outputs[1:]))
+
+
+@rule("aten.native_group_norm")
+def group_norm(step: Step) -> tuple[Layers, ...]:
+    """Mean and variance over each group of channels: a mixer inside each group."""
+    x, weight, bias = step.args[:3]
+    kept = step.beside(x, (0, 1), "a group norm over these positions")
+    channels = step.line(x, 1)
+    if channels is not None:
+        named = step.value(weight).parameter if isinstance(weight, Tensor) else ""
+        groups = int(step.args[6])
+        if not named and groups > 1:
+            return step.give_up("a group norm without a weight, whose groups cannot be told")
+        if named:
+            step.space.norm_groups[named] = groups
+        step.space.mix(channels, step.place)
+        step.accompany(weight, channels, "one")
+        step.accompany(bias, channels, "zero")
+    shape = step.outputs[0].shape
+    return (tuple(x.expand(shape) for x in kept if support(x)), *(() for _ in step.outputs[1:]))

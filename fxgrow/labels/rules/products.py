@@ -1,0 +1,153 @@
+"""Convolutions, matrix products and look-ups: where channels are written and read."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
+from fxgrow.labels.rules.step import Step, rule
+
+
+@rule("aten.convolution")
+def convolution(step: Step) -> tuple[Layers, ...]:
+    """Contract input channels with the weight's input axis; write its output axis."""
+    x, weight, bias = step.args[:3]
+    transposed, groups = bool(step.args[6]), int(step.args[8])
+    kernel = step.value(weight)
+    if not kernel.is_weight:
+        return step.give_up("a convolution whose kernel is computed from data")
+    depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
+    depthwise = depthwise and weight.shape[1] == 1
+    if groups > 1 and not depthwise and (transposed or not kernel.parameter):
+        return step.give_up("a grouped convolution whose weight is not a plain parameter")
+    beside = step.beside(x, (0, 1), "a convolution over these positions")
+    incoming = step.line(x, 1)
+
+    rows, columns = (1, 0) if transposed else (0, 1)
+    if depthwise:
+        rows = 0  # transposed or not, a depthwise weight is (channels, 1, …)
+    if groups > 1 and kernel.parameter:
+        step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
+    outgoing = step.line(weight, rows)
+    if depthwise:
+        if outgoing is not None and incoming is not None:
+            step.space.unify(outgoing, incoming)
+            step.space.mark(outgoing, "carrier")
+    else:
+        if groups > 1:
+            size = groups * weight.shape[1]
+            read: Tensor | None = step.space.axis(kernel.parameter, 1, size, groups)
+        else:
+            read = step.line(weight, columns)
+        if read is not None:
+            step.space.mark(read, "reader")
+            if incoming is not None:
+                step.space.unify(read, incoming)
+        if outgoing is not None:
+            step.space.mark(outgoing, "writer")
+    if bias is not None and outgoing is not None:
+        step.accompany(bias, outgoing, "draw")
+    shape = step.outputs[0].shape
+    out = [kept.expand(shape) for kept in beside if support(kept) == {0}]
+    if outgoing is not None:
+        out.append(along(outgoing, 1, shape))
+    return (tuple(out),)
+
+
+@rule("aten.mm", "aten.bmm")
+def matrix_product(step: Step) -> tuple[Layers, ...]:
+    """``(M, K) @ (K, N)``, with a batch dim for ``bmm``."""
+    layers, _ = _product(step, step.args[0], step.args[1])
+    return (layers,)
+
+
+@rule("aten.addmm", "aten.baddbmm")
+def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
+    """``bias + (M, K) @ (K, N)``: what ``nn.Linear`` runs."""
+    bias, left, right = step.args[:3]
+    layers, written = _product(step, left, right)
+    if written is not None:
+        step.accompany(bias, written, "draw")
+    elif step.layers(bias):
+        step.pin(step.layers(bias), "added to a product of fixed width")
+    return (layers,)
+
+
+def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | None]:
+    """Contract (…, M, K) with (…, K, N); return the layers and the labels written along N."""
+    sides = ((left, left.ndim - 1), (right, right.ndim - 2))
+    contracted = [cover(step.layers(tensor), dim) for tensor, dim in sides]
+    batched = [
+        layer
+        for tensor, _ in sides
+        for layer in step.layers(tensor)
+        if tensor.ndim > 2 and 0 in support(layer)
+    ]
+    shape = step.outputs[0].shape
+    if batched:
+        return _product_by_heads(step, left, right, batched), None
+    weights = [step.value(tensor).is_weight for tensor, _ in sides]
+    if all(weights) and _is_transposed_parameter(step, right):
+        weights = [False, True]  # a linear layer of a table or of learned tokens
+    lines = [step.line(tensor, dim) for tensor, dim in sides]
+    if weights[0] == weights[1]:
+        kind = "parameters" if weights[0] else "activations"
+        for line in lines:
+            if line is not None:
+                reason = f"two {kind} are multiplied over these channels ({step.place})"
+                step.space.pin(line, reason)
+    else:
+        if lines[0] is not None and lines[1] is not None:
+            step.space.unify(lines[0], lines[1])
+        read = lines[weights.index(True)]
+        if read is not None:
+            step.space.mark(read, "reader")
+    out: list[Layer] = []
+    written: Tensor | None = None
+    for (tensor, dim), layer in zip(sides, contracted, strict=True):
+        for kept in step.layers(tensor):
+            if kept is layer:
+                continue
+            out.append(kept.narrow(dim, 0, 1).expand(shape))
+            if tensor is right and support(kept) == {right.ndim - 1}:
+                written = core(kept, support(kept)).reshape(-1)
+    if written is not None and weights == [False, True]:
+        step.space.mark(written, "writer")
+    return tuple(out), written
+
+
+def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:
+    """Multiply matrices of their own for each head: a head is one channel with many positions.
+
+    All that a head holds (its queries, keys and values, its row of a table of biases) is unified,
+    so that it grows and cancels as a whole, and its size stays what it is.
+    """
+    heads = narrowed(batched[0], (0,))
+    out: list[Layer] = []
+    for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
+        for layer in step.layers(tensor):
+            if dim in support(layer) or 0 in support(layer):
+                whole = core(layer, support(layer) | {0})
+                step.space.unify(heads.expand_as(whole), whole)
+            else:
+                out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
+    step.space.several(heads, f"all its channels are one head ({step.place})")
+    return (heads.expand(step.outputs[0].shape), *out)
+
+
+def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
+    """Return whether a tensor is a parameter's transpose: what a linear layer multiplies with."""
+    value = step.value(tensor)
+    return not value.parameter and len(value.origins) == 1 and value.is_view
+
+
+@rule("aten.embedding")
+def embedding(step: Step) -> tuple[Layers, ...]:
+    """Look rows of a table up: its columns are what it writes."""
+    weight = step.args[0]
+    columns = step.line(weight, 1)
+    if columns is None:
+        return ((),)
+    step.space.mark(columns, "writer")
+    shape = step.outputs[0].shape
+    return ((along(columns, len(shape) - 1, shape),),)

@@ -1,0 +1,112 @@
+"""What a rule gets and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fxgrow.labels.layers import Layer, Layers, core, cover, narrowed, support
+from fxgrow.labels.space import Fill, LabelSpace
+from fxgrow.labels.tape import Value, tensors_in
+from fxgrow.registry import Registry
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on its way through the labeller.
+
+    A rule turns it into the layers of each output tensor. It may unify labels, mark the roles of
+    parameter axes, and pin what it cannot reason about.
+
+    Attributes:
+        space: where labels are made, unified and pinned.
+        target: the ATen operator.
+        args, kwargs: its arguments (meta tensors).
+        outputs: the tensors it returned.
+        value: the recorded value of a tensor argument.
+        place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
+    """
+
+    space: LabelSpace
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    value: Callable[[Tensor], Value]
+    place: str
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """Return an argument by its name in the operator's schema."""
+        for position, argument in enumerate(self.target._schema.arguments):
+            if argument.name == name and position < len(self.args):
+                return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def layers(self, tensor: Tensor) -> Layers:
+        """Return the label layers of a tensor argument."""
+        return self.value(tensor).layers
+
+    def line(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """Return the 1-D labels of a tensor along a dim, or None where it has none there.
+
+        Labels that differ along other dims too are unified: whoever reads a tensor along one dim
+        reads them as one channel.
+        """
+        layer = cover(self.layers(tensor), dim)
+        return None if layer is None else self.flat(layer, (dim,)).reshape(-1)
+
+    def flat(self, layer: Layer, dims: Iterable[int]) -> Tensor:
+        """Return a layer narrowed to ``dims``, with what differs along other dims unified."""
+        kept = set(dims)
+        if support(layer) <= kept:
+            return core(layer, kept)
+        found = narrowed(layer, kept)
+        whole = core(layer, support(layer) | kept)
+        self.space.unify(found.expand_as(whole), whole)
+        return found
+
+    def beside(self, tensor: Tensor, dims: Iterable[int], reason: str) -> Layers:
+        """Return the layers that stay within ``dims``; one that covers none of them is pinned."""
+        kept = set(dims)
+        found = []
+        for layer in self.layers(tensor):
+            if support(layer) & kept or not support(layer):
+                found.append(self.flat(layer, kept))
+            else:
+                self.pin((layer,), reason)
+        return tuple(found)
+
+    def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
+        """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
+        if vector is None:
+            return
+        line = self.line(vector, vector.ndim - 1)
+        if line is not None:
+            self.space.unify(line, channels)
+            self.space.mark(line, "carrier", fill)
+        elif vector.shape[-1] > 1:
+            self.space.fix(channels, (0,), f"combined with a vector of fixed width ({self.place})")
+
+    def pin(self, layers: Layers, reason: str) -> None:
+        """Pin every channel of ``layers``; the reason is completed with the place."""
+        for layer in layers:
+            self.space.pin(core(layer, support(layer)), f"{reason} ({self.place})")
+
+    def give_up(self, reason: str) -> tuple[Layers, ...]:
+        """Pin all that goes in and return unlabelled outputs."""
+        for tensor in tensors_in((self.args, self.kwargs)):
+            self.pin(self.layers(tensor), reason)
+        return tuple(() for _ in self.outputs)
+
+
+Rule: TypeAlias = Callable[[Step], tuple[Layers, ...]]
+RULES: Registry[Rule] = Registry("operation rule")
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Return a decorator that registers a rule for operators such as ``"aten.addmm"``."""
+    return RULES.register(*operators)

@@ -1,0 +1,160 @@
+"""Which of the groups that should grow can: sizes at which the network runs and every channel fits.
+
+The whole request is tried first. If the network does not run at those sizes, groups of one kind
+(their names alike but for numbers) are tried together, then what fails is tried singly, and what
+fails alone is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fxgrow.analysis import Analysis
+from fxgrow.errors import PlanError, TraceError
+from fxgrow.labels.space import IntArray
+from fxgrow.pairing import Pairing
+from fxgrow.plan.match import Matching, match
+from fxgrow.plan.mixers import mixed_groups
+from fxgrow.plan.rerun import Resized, run_resized
+from fxgrow.plan.resize import Sizes, new_sizes
+from fxgrow.plan.schema import Grouped, Refusal
+
+
+@dataclass(frozen=True)
+class Feasible:
+    """Sizes that work out.
+
+    Attributes:
+        sizes: new widths and shapes.
+        resized: the run at these sizes.
+        matching: which new channel continues which old one.
+        copied: old channels that can only be copied, sorted.
+        refused: groups that have to stay as they are, and why.
+    """
+
+    sizes: Sizes
+    resized: Resized
+    matching: Matching
+    copied: IntArray
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """All that an attempt depends on but the widths.
+
+    Attributes:
+        analysis: of the network at its present sizes.
+        shapes: present shape by tensor name.
+        grouped: how grouped convolutions grow.
+        pairing: lays out new channels.
+    """
+
+    analysis: Analysis
+    shapes: Mapping[str, tuple[int, ...]]
+    grouped: Grouped
+    pairing: Pairing
+
+    def make(self, widths: Mapping[str, int]) -> Feasible:
+        """Return what comes of some widths; those that no count allows are refused.
+
+        Raises:
+            TraceError, PlanError: the network does not run, or a channel has no place.
+        """
+        analysis, refused = self.analysis, dict[str, str]()
+        while True:
+            widths = {name: width for name, width in widths.items() if name not in refused}
+            copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
+            sizes = new_sizes(analysis.channels, analysis.groups, widths, self.shapes, self.grouped)
+            problems |= {refusal.name: refusal.reason for refusal in sizes.refused}
+            if not problems:
+                break
+            refused |= problems
+        found = tuple(Refusal(name, reason) for name, reason in refused.items())
+        if not widths:
+            raise PlanError(found[0].reason if found else "nothing grows", name=found[0].name)
+        resized = run_resized(analysis, sizes)
+        matching = match(analysis.channels, resized.channels, self.pairing, copied)
+        return Feasible(sizes, resized, matching, copied, found)
+
+    def problem(self, widths: Mapping[str, int]) -> str:
+        """Return why some widths are impossible, or ""."""
+        try:
+            self.make(widths)
+        except (TraceError, PlanError) as error:
+            return error.message.rstrip(".")
+        return ""
+
+
+def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
+    """Return sizes at which the network runs; groups that stand in the way are refused.
+
+    Raises:
+        PlanError: nothing is left to grow; the first reason is told.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        left = {name: width for name, width in widths.items() if name not in refused}
+        try:
+            made = attempts.make(left)
+        except (TraceError, PlanError) as error:
+            stuck = _read_together(attempts.analysis, error.name) & set(left)
+            if isinstance(error, TraceError) or not stuck:
+                more = _that_fail(attempts, left)
+            else:
+                more = {name: error.message.rstrip(".") for name in left if name in stuck}
+            refused |= more
+            if set(refused) == set(widths) or not more:
+                name, reason = next(iter(refused.items()), (error.name, error.message.rstrip(".")))
+                raise PlanError(f"{name} cannot be widened: {reason}.", name=name) from error
+        else:
+            told = tuple(Refusal(name, reason) for name, reason in refused.items())
+            return replace(made, refused=told + made.refused)
+
+
+def _read_together(analysis: Analysis, writer: str | None) -> set[str]:
+    """Return the groups that a layer writes, and all that share a reader with them, and so on.
+
+    A concatenation or a shuffle lays these out side by side, so that they grow together or not.
+    """
+    axes = {axis for group in analysis.groups if writer in group.writers for axis in group.axes}
+    found: set[str] = set()
+    while True:
+        beside = [g for g in analysis.groups if g.name not in found and axes & set(g.axes)]
+        if not beside:
+            return found
+        found |= {group.name for group in beside}
+        roles = analysis.channels.roles
+        axes |= {a for group in beside for a in group.axes if roles[a] == "reader"}
+
+
+def _that_fail(attempts: Attempts, widths: Mapping[str, int]) -> dict[str, str]:
+    """Return the groups without which the others work, and why each does not."""
+    failing: dict[str, str] = {}
+    for names in _kinds(list(widths)):
+        if len(names) == len(widths) or attempts.problem({name: widths[name] for name in names}):
+            failing |= _that_fail_alone(attempts, widths, names)
+    return failing
+
+
+def _kinds(names: Sequence[str]) -> list[list[str]]:
+    """Return names in groups that differ in their numbers alone."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return list(kinds.values())
+
+
+def _that_fail_alone(
+    attempts: Attempts, widths: Mapping[str, int], names: Sequence[str]
+) -> dict[str, str]:
+    """Return the groups that fail alone; if the first and the last do, so do all between."""
+    ends = dict.fromkeys((names[0], names[-1]))
+    reasons = {name: attempts.problem({name: widths[name]}) for name in ends}
+    if all(reasons.values()):
+        return {name: reasons.get(name, reasons[names[0]]) for name in names}
+    for name in names[1:-1]:
+        reasons[name] = attempts.problem({name: widths[name]})
+    return {name: reasons[name] for name in names if reasons[name]}

@@ -1,0 +1,102 @@
+"""Heads as channels with many positions: attention of every kind, grown and preserved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import max_rel
+from torch import Tensor, nn
+
+import fxgrow
+from fxgrow.analysis import analyse
+from fxgrow.trace import trace
+
+
+class Attention(nn.Module):
+    """Attention written out, with sizes from attributes; ``inner`` need not be ``width``."""
+
+    def __init__(self, width: int = 8, heads: int = 2, size: int = 4, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.size, self.kv_heads = heads, size, kv_heads
+        self.q = nn.Linear(width, heads * size)
+        self.k = nn.Linear(width, kv_heads * size)
+        self.v = nn.Linear(width, kv_heads * size)
+        self.out = nn.Linear(heads * size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q = self.q(x).view(n, length, self.heads, self.size).transpose(1, 2)
+        k = self.k(x).view(n, length, self.kv_heads, self.size).transpose(1, 2)
+        v = self.v(x).view(n, length, self.kv_heads, self.size).transpose(1, 2)
+        repeats = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(n, length, self.heads * self.size))
+
+
+class Encoder(nn.Module):
+    """A pre-norm transformer block between two linear layers."""
+
+    def __init__(self, attention: nn.Module, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, width)
+        self.norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 16), nn.GELU())
+        self.down = nn.Linear(16, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attention(self.norm(x))
+        x = x + self.down(self.mlp(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("pairing", ["vv_z_negz", "v_zero", "replicate"])
+def test_heads_grow_in_number_and_keep_their_size(kv_heads: int, pairing: str) -> None:
+    torch.manual_seed(0)
+    net = Encoder(Attention(heads=4, kv_heads=kv_heads)).double().eval()
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x, pairing=pairing)
+    assert max_rel(net(x), grown.model(x)) < 1e-12
+    attention = grown.model.get_submodule("attention")
+    names = [group.name for group in grown.plan.groups]
+    if kv_heads == 1:  # one head of keys: it cannot be two without parting from its queries
+        assert names == ["mlp.1"]
+        assert attention.heads == 4
+    else:
+        assert names == ["attention.q", "mlp.1"]
+        assert (attention.heads, attention.kv_heads, attention.size) == (8, 2 * kv_heads, 4)
+
+
+def test_the_reason_for_a_lone_head_is_told() -> None:
+    net = Encoder(Attention(heads=1, kv_heads=1))
+    groups = {group.name: group for group in analyse(trace(net, torch.randn(2, 6, 3))).groups}
+    assert groups["attention.q"].kind == "pinned"
+    assert "two activations are multiplied" in groups["attention.q"].reason
+
+
+def test_a_width_that_is_no_whole_number_of_heads_is_refused() -> None:
+    net = Encoder(Attention())
+    with pytest.raises(fxgrow.PlanError, match="4 rows each; possible: 12"):
+        fxgrow.widen(net, "+2", torch.randn(2, 6, 3), include=["attention.q"])
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` of one argument."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_multihead_attention_grows_with_its_stream() -> None:
+    torch.manual_seed(0)
+    net = Encoder(SelfAttention(8, 2, batch_first=True)).double().eval()
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x, where="all")
+    assert max_rel(net(x), grown.model(x)) < 1e-12
+    attention = grown.model.get_submodule("attention")
+    assert (attention.num_heads, attention.embed_dim, attention.head_dim) == (4, 16, 4)
+    assert {group.name for group in grown.plan.groups} == {"embed", "attention", "mlp.1"}
