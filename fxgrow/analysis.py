@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
 
 from fxgrow.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels import Channels, resolve
+from fxgrow.errors import TraceError
+from fxgrow.graph import graph_module, open_graph
 from fxgrow.groups import ChannelGroup, find_groups
+from fxgrow.labels.propagate import Watch
 from fxgrow.labels.sizes import Recorder, SizedCall
+from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape, Value
+from fxgrow.standin import stand_in
 from fxgrow.trace import Traced
 
 
@@ -35,26 +40,58 @@ class Analysis:
     blocks: tuple[ResidualBlock, ...]
 
     @cached_property
-    def sized_calls(self) -> tuple[Channels, tuple[tuple[SizedCall, ...], ...]]:
-        """The calls that take sizes, for each run of the network's own forward; and its channels.
+    def own_forward(self) -> SizedRun:
+        """A run of the network's own forward, at its present sizes.
 
         Raises:
             TraceError: the network does not run.
         """
-        recorders: list[Recorder] = []
+        return sized_run(self.traced.label_module)
 
-        def watch(value: Callable[[Tensor], Value]) -> Recorder:
-            recorders.append(Recorder(value))
-            return recorders[-1]
+    @cached_property
+    def opened(self) -> tuple[Traced, SizedRun] | TraceError:
+        """A copy of the stand-in with a graph in which sizes can be rewritten, and a run of it.
 
-        space, _ = self.traced.label_module(watch)
-        return resolve(space), tuple(tuple(recorder.calls) for recorder in recorders)
+        If there is no such graph, the error that tells why.
+        """
+        copy = stand_in(self.traced.standin)
+        try:
+            graph = graph_module(copy, open_graph(copy))
+            opened = replace(self.traced, standin=copy, graph_module=graph)
+            return opened, sized_run(opened.label)
+        except TraceError as error:
+            return error
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""
         if group.kind == "stream":
             return None
         return next((b.name for b in self.blocks if group.name in b.layers), None)
+
+
+@dataclass(frozen=True)
+class SizedRun:
+    """A run with the calls that took sizes.
+
+    Attributes:
+        channels: the channels of the run.
+        calls: for eval mode, and for train mode if that was run, the calls in order.
+    """
+
+    channels: Channels
+    calls: tuple[tuple[SizedCall, ...], ...]
+
+
+def sized_run(label: Callable[[Watch], tuple[LabelSpace, Tape]]) -> SizedRun:
+    """Return the calls that take sizes in a labelled run."""
+    recorders: list[Recorder] = []
+
+    def watch(value: Callable[[Tensor], Value]) -> Recorder:
+        recorders.append(Recorder(value))
+        return recorders[-1]
+
+    space, _ = label(watch)
+    return SizedRun(resolve(space), tuple(tuple(recorder.calls) for recorder in recorders))
 
 
 def analyse(traced: Traced) -> Analysis:

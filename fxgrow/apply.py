@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import PlanError
+from fxgrow.graph import graph_module, insert_multipliers, sized_graph
 from fxgrow.init import Init, copy_normal, draw, init_of_plan
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, RunKind, TensorEdit
@@ -304,10 +305,22 @@ def grow_float64(plan: Plan, model: nn.Module, init: Init | None = None) -> nn.M
 def _grown_module(
     plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor], init: Init | None
 ) -> nn.Module:
-    from fxgrow.graph import insert_multipliers
+    return reshaped(plan, model, dict(new_tensors(plan, tensors.__getitem__, init)))
 
-    grown = stand_in(model, dict(new_tensors(plan, tensors.__getitem__, init)))
+
+def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a module with other tensors, and all else that a plan changes.
+
+    Args:
+        plan: the plan.
+        model: the network the plan was made for; only read.
+        tensors: the new tensor of every name that the plan edits.
+    """
+    grown = stand_in(model, tensors)
+    graph = sized_graph(grown, plan.sizes) if plan.sizes else None
     set_attributes(grown, plan.modules)
+    if graph is not None:
+        grown = graph_module(grown, graph)
     return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
 
 

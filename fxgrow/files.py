@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.api import Grown
-from fxgrow.apply import apply_to_state_dict, set_attributes
+from fxgrow.apply import apply_to_state_dict, reshaped
 from fxgrow.architectures import Architecture, parse_architecture
 from fxgrow.checkpoint import Source, load_source, save_source
 from fxgrow.checkpoint.formats import Contents
 from fxgrow.checkpoint.writing import write_file
 from fxgrow.errors import SourceError
-from fxgrow.graph import insert_multipliers
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.plan.schema import Plan
 from fxgrow.recognition import recognise
-from fxgrow.standin import stand_in
 from fxgrow.version import __version__
 
 RECORD_SCHEMA = 1
@@ -194,10 +192,7 @@ def rebuild(architecture: Architecture, plans: Sequence[Plan]) -> nn.Module:
             name: torch.empty(edit.new_shape, dtype=dtypes[name])
             for name, edit in plan.tensors.items()
         }
-        model = stand_in(model, grown)
-        set_attributes(model, plan.modules)
-        if plan.multipliers:
-            model = insert_multipliers(model, plan.multipliers)
+        model = reshaped(plan, model, grown)
     return model.eval()
 
 

@@ -1,16 +1,20 @@
-"""Scalars on the edges of an fx graph: how a function is restored, and how one is predicted."""
+"""Changes to fx graphs: scalars on edges, which restore or predict a function, and other sizes."""
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from fxgrow.errors import TraceError
-from fxgrow.plan.schema import Multiplier
-from fxgrow.standin import keeping_modes
+from fxgrow.labels.sizes import map_sizes, sizes_in
+from fxgrow.plan.schema import Multiplier, SizeEdit
+from fxgrow.standin import first_line, keeping_modes
 
 
 def insert_multipliers(
@@ -50,9 +54,7 @@ def insert_multipliers(
         with graph.inserting_after(operand):
             scaled = graph.call_function(operator.mul, (operand, multiplier.factor))
         consumer.replace_input_with(operand, scaled)
-    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    result.training = model.training
-    return result
+    return graph_module(model, graph)
 
 
 def _operand(producer: fx.Node | None, consumer: fx.Node | None) -> fx.Node | None:
@@ -75,3 +77,146 @@ def _trace(model: nn.Module) -> fx.Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fx.Tracer().trace(model)
+
+
+def open_graph(model: nn.Module) -> fx.Graph:
+    """Return a graph of the model in which sizes can be rewritten, the same in both modes.
+
+    Attention modules are traced into. Modules without parameters stay closed where that makes the
+    graph the same in train and eval mode (stochastic depth).
+
+    Args:
+        model: a module that ``torch.fx`` can trace; its attention modules change their class to one
+            that computes the same in the open.
+
+    Raises:
+        TraceError: it cannot be traced, or the graph differs between the modes.
+    """
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = OpenAttention
+    for tracer in (_OpenTracer, _ClosedTracer):
+        try:
+            with keeping_modes(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graphs = [tracer().trace(model.train(mode)) for mode in (True, False)]
+        except Exception as error:  # a user's forward may raise anything
+            raise TraceError(f"torch.fx cannot trace it: {first_line(error)}") from error
+        if str(graphs[0]) == str(graphs[1]):
+            return graphs[1]
+    raise TraceError(
+        f"the graph of {type(model).__name__} differs between train and eval mode, so that sizes "
+        "in its code cannot be rewritten"
+    )
+
+
+class _OpenTracer(fx.Tracer):
+    """Reads buffers in the graph; by default their present values would be frozen into it."""
+
+    proxy_buffer_attributes = True
+
+
+class _ClosedTracer(_OpenTracer):
+    """Leaves modules without parameters, buffers and children as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is one node of the graph."""
+        bare = not (m._parameters or m._buffers or m._modules)
+        return bare or super().is_leaf_module(m, module_qualified_name)
+
+
+def sized_graph(model: nn.Module, edits: Sequence[SizeEdit]) -> fx.Graph:
+    """Return a graph of the model with other sizes in it.
+
+    Args:
+        model: the model, with attributes as they were when the edits were made.
+        edits: made for the graph that :func:`open_graph` returns.
+
+    Raises:
+        TraceError: the graph has no such node.
+    """
+    graph = open_graph(model)
+    nodes = {node.name: node for node in graph.nodes}
+    for edit in edits:
+        node = nodes.get(edit.node)
+        if node is None:
+            raise TraceError(f"the graph has no node {edit.node}.", name=edit.node)
+        check_sizes(node, edit)
+        present = sizes_in(edit.function, node.args, node.kwargs)
+        changes = zip(present, edit.before, edit.after, strict=True)
+        sizes = iter([now if old == new else new for now, old, new in changes])
+        node.args, node.kwargs = map_sizes(
+            edit.function, node.args, node.kwargs, functools.partial(_next, sizes)
+        )
+    return graph
+
+
+def _next(sizes: Iterator[object], _: object) -> object:
+    return next(sizes)
+
+
+def check_sizes(node: fx.Node, edit: SizeEdit) -> None:
+    """Return if a node holds the sizes of an edit one by one.
+
+    Raises:
+        TraceError: it does not.
+    """
+    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    called = {"getitem": "__getitem__"}.get(called, called)
+    if node.op not in ("call_function", "call_method") or called != edit.function:
+        reason = f"the sizes {list(edit.before)} are fixed inside {called or node.op}"
+    elif len(sizes_in(edit.function, node.args, node.kwargs)) != len(edit.before):
+        reason = f"the sizes {list(edit.before)} of {edit.function} are computed as a whole"
+    else:
+        return
+    raise TraceError(f"{reason}, so that they cannot be rewritten in the graph", name=node.name)
+
+
+def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph over a model's modules as a module that is called like the model's class."""
+    result = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    result.training = model.training
+    return result
+
+
+class OpenAttention(nn.MultiheadAttention):
+    """:class:`torch.nn.MultiheadAttention` in the open, for tracing: heads are literal sizes here.
+
+    Source: the same computation as ``torch.nn.functional.multi_head_attention_forward``, for the
+    packed projection without masks.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mixed values, and the attention weights if they are needed."""
+        masked = key_padding_mask is not None or attn_mask is not None or is_causal
+        if masked or self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
+            raise TraceError("nn.MultiheadAttention with masks or separate projections stays whole")
+        inputs = [query, key, value]
+        if not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        sizes = (self.num_heads, self.head_dim)
+        q, k, v = (
+            torch.unflatten(
+                functional.linear(inputs[i], weights[i], biases[i]), -1, sizes
+            ).transpose(1, 2)
+            for i in range(3)
+        )
+        scores = functional.softmax(q @ k.transpose(-2, -1) * self.head_dim**-0.5, dim=-1)
+        mixed = functional.dropout(scores, self.dropout, self.training and self.dropout > 0) @ v
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out = out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        return out, scores.mean(1) if average_attn_weights else scores

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,8 @@ class Traced:
         inferred: whether the inputs were inferred from the first layer.
         tracer: what followed the computation.
         untraceable: why there is no graph ("" if there is one).
-        stack: the modules that are running, outermost first, during :meth:`label_module`.
+        at: during a run, returns the fx node and the module that are running; after a failure,
+            those that failed.
     """
 
     standin: nn.Module
@@ -46,23 +47,27 @@ class Traced:
     inferred: bool
     tracer: Tracer
     untraceable: str = ""
-    stack: list[str] = field(default_factory=list)
+    at: Callable[[], Place] = lambda: ("", "")
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the input tensors, in order."""
         return tuple(tuple(tensor.shape) for tensor in tensors_in(self.inputs))
 
-    def label(self) -> tuple[LabelSpace, Tape]:
+    def label(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the graph node by node (or the model, if there is no graph) under the labeller.
+
+        Args:
+            watch: sees the run from above; see :func:`fxgrow.labels.propagate.propagate`.
 
         Raises:
             TraceError: the run failed.
         """
         if self.graph_module is None:
-            return self.label_module()
+            return self.label_module(watch)
         interpreter = _Interpreter(self.graph_module)
-        return self._run(interpreter.run, interpreter.place)
+        self.at = interpreter.place
+        return self._run(interpreter.run, watch)
 
     def label_module(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
@@ -73,24 +78,19 @@ class Traced:
         Raises:
             TraceError: the run failed.
         """
-        with running_modules(self.standin, self.stack):
-            return self._run(self.standin, lambda: ("", self.running), watch)
+        stack: list[str] = []
+        self.at = lambda: ("", stack[-1] if stack else "")
+        with running_modules(self.standin, stack):
+            return self._run(self.standin, watch)
 
-    @property
-    def running(self) -> str:
-        """The innermost module that is running, or that failed last."""
-        return self.stack[-1] if self.stack else ""
-
-    def _run(
-        self, run: Callable[..., Any], place: Callable[[], Place], watch: Watch = no_watch
-    ) -> tuple[LabelSpace, Tape]:
+    def _run(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
-            space, tape = propagate(run, self.standin, self.inputs, place=place, watch=watch)
+            space, tape = propagate(run, self.standin, self.inputs, place=self.at, watch=watch)
             if self._unused(space) and not self._label_training(space, watch):
-                return self._run(run, place, watch)
+                return self._run(run, watch)
         except Exception as error:  # a user's forward may raise anything
-            node, module = place()
+            node, module = self.at()
             where = f" at {module or node}" if module or node else ""
             shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
             raise TraceError(
@@ -128,7 +128,6 @@ class Traced:
 @contextlib.contextmanager
 def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
-    stack.clear()
     handles = []
     for name, module in model.named_modules():
 

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "fxgrow"
 LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
-    "labels", "standin", "inputs", "channels", "groups", "blocks", "trace", "analysis",
-    "plan.schema", "graph", "gains", "apply", "plan", "verification", "report",
+    "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
+    "plan.schema", "graph", "analysis", "gains", "apply", "plan", "verification", "report",
     "uninitialised", "architectures", "recognition", "checkpoint",
     "api", "files", "cli", "__main__",
 )  # fmt: skip

@@ -6,7 +6,7 @@ arguments must follow; what they should be is told by the labels of what the cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.labels.tape import Value, map_tensors, tensors_in
 
-SIZED = (
-    *("view", "reshape", "expand", "unflatten", "split", "split_with_sizes", "narrow"),
-    *("__getitem__", "layer_norm", "rms_norm"),
-)
+# Where each function takes its sizes: from which position to which, and under which names.
+SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
+    "view": (1, None, ("size",)),
+    "reshape": (1, None, ("shape",)),
+    "expand": (1, None, ("size",)),
+    "unflatten": (2, 3, ("sizes",)),
+    "split": (1, 2, ("split_size_or_sections", "split_size")),
+    "split_with_sizes": (1, 2, ("split_sizes",)),
+    "narrow": (2, 4, ("start", "length")),
+    "__getitem__": (1, 2, ()),
+    "layer_norm": (1, 2, ("normalized_shape",)),
+    "rms_norm": (1, 2, ("normalized_shape",)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,50 @@ class SizedCall:
     kwargs: dict[str, Any]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+
+    @property
+    def sizes(self) -> list[Any]:
+        """The sizes among its arguments, in order."""
+        return sizes_in(self.function, self.args, self.kwargs)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+
+def map_sizes(
+    function: str, args: Sequence[Any], kwargs: Mapping[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with ``change`` applied to each of its sizes, in order."""
+    first, end, names = SIZED[function]
+    slices_only = function == "__getitem__"
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, (tuple, list)):
+            return type(part)([visit(item) for item in part])
+        if isinstance(part, slice):
+            return slice(change(part.start), change(part.stop), part.step)
+        return part if slices_only else change(part)
+
+    stop = len(args) if end is None else end
+    return (
+        (*args[:first], *(visit(arg) for arg in args[first:stop]), *args[stop:]),
+        {key: visit(item) if key in names else item for key, item in kwargs.items()},
+    )
+
+
+def sizes_in(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the sizes among a call's arguments, in order."""
+    found: list[Any] = []
+
+    def collect(size: Any) -> Any:
+        found.append(size)
+        return size
+
+    map_sizes(function, args, kwargs, collect)
+    return found
 
 
 class Recorder(TorchFunctionMode):

@@ -16,14 +16,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.labels.layers import core, cover, support
-from fxgrow.labels.sizes import SIZED, SizedCall
+from fxgrow.labels.propagate import Place
+from fxgrow.labels.sizes import SIZED, SizedCall, map_sizes, sizes_in
 from fxgrow.labels.tape import Value
 from fxgrow.plan.schema import ModuleEdit
 from fxgrow.registry import Registry
@@ -89,103 +90,73 @@ class Repair:
 
     Attributes:
         call: which of the run's calls it was.
-        module: the module whose code made it.
+        node, module: the fx node and the module that made it.
         function: what it called.
-        given, wanted: the sizes in its arguments, as they were and as they should be.
+        given, wanted: the sizes in its arguments, as they were and as they should be; None
+            where a slice has no bound.
     """
 
     call: int
+    node: str
     module: str
     function: str
-    given: Shape
-    wanted: Shape
+    given: tuple[int | None, ...]
+    wanted: tuple[int | None, ...]
 
 
-# A function of the call's arguments and the growth: the new arguments, given and wanted sizes.
-Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-Follow: TypeAlias = Callable[[SizedCall, Growth, Arguments], tuple[Arguments, Shape, Shape]]
-_FOLLOW: Registry[Follow] = Registry("function with sizes")
+# A function of an old call and the growth: the sizes that its arguments should hold, in order.
+Sizes: TypeAlias = "tuple[int | None, ...]"
+Wanted: TypeAlias = Callable[[SizedCall, Growth], Sizes]
+WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
-@_FOLLOW.register("view", "reshape", "expand")
-def _sizes(call: SizedCall, growth: Growth, given: Arguments) -> tuple[Arguments, Shape, Shape]:
-    """Sizes for all dims, one by one or as a sequence."""
-    (tensor, *rest), kwargs = given
-    named = next((kwargs[key] for key in ("size", "shape") if key in kwargs), None)
-    sizes = named if named is not None else rest[0] if _is_sequence(rest) else rest
-    if not all(isinstance(size, int) for size in sizes):
-        return given, (), ()  # a view as another dtype
-    right = growth.shape(call.outputs[0])
-    wanted = tuple(old if old == -1 else new for old, new in zip(sizes, right, strict=True))
-    others = {key: item for key, item in kwargs.items() if key not in ("size", "shape")}
-    return ((tensor, wanted), others), tuple(sizes), wanted
+@WANTED.register("view", "reshape", "expand")
+def _shape(call: SizedCall, growth: Growth) -> Sizes:
+    """Sizes for all dims."""
+    return growth.shape(call.outputs[0])
 
 
-def _is_sequence(rest: Sequence[object]) -> bool:
-    return len(rest) == 1 and isinstance(rest[0], (tuple, list))
-
-
-@_FOLLOW.register("unflatten")
-def _unflatten(call: SizedCall, growth: Growth, given: Arguments) -> tuple[Arguments, Shape, Shape]:
+@WANTED.register("unflatten")
+def _unflattened(call: SizedCall, growth: Growth) -> Sizes:
     """Sizes for the dims that one dim becomes."""
-    (tensor, dim, sizes), kwargs = _positional(given, "dim", "sizes")
-    first = dim % tensor.ndim
-    right = growth.shape(call.outputs[0])[first : first + len(sizes)]
-    wanted = tuple(old if old == -1 else new for old, new in zip(sizes, right, strict=True))
-    return ((tensor, dim, wanted), kwargs), tuple(sizes), wanted
+    first = call.argument(1, "dim") % len(call.inputs[0].shape)
+    return growth.shape(call.outputs[0])[first : first + len(call.argument(2, "sizes"))]
 
 
-@_FOLLOW.register("split", "split_with_sizes")
-def _split(call: SizedCall, growth: Growth, given: Arguments) -> tuple[Arguments, Shape, Shape]:
-    """The size of each part, or of all but the last."""
-    names = ("split_sizes", "dim") if call.function == "split_with_sizes" else ("split_size", "dim")
-    if "split_size_or_sections" in given[1]:
-        names = ("split_size_or_sections", "dim")
-    (tensor, sizes, *rest), kwargs = _positional(given, *names)
-    dim = rest[0] if rest else 0
-    right = tuple(growth.size(part, dim % tensor.ndim) for part in call.outputs)
-    if isinstance(sizes, int):
-        return ((tensor, right[0], dim), kwargs), (sizes,), right[:1]
-    return ((tensor, list(right), dim), kwargs), tuple(sizes), right
+@WANTED.register("split", "split_with_sizes")
+def _parts(call: SizedCall, growth: Growth) -> Sizes:
+    """The size of each part; where one size serves for all, that of the first."""
+    dim = call.argument(2, "dim", 0) % len(call.inputs[0].shape)
+    one_for_all = len(call.sizes) == 1
+    return tuple(growth.size(part, dim) for part in call.outputs[: 1 if one_for_all else None])
 
 
-@_FOLLOW.register("narrow")
-def _narrow(call: SizedCall, growth: Growth, given: Arguments) -> tuple[Arguments, Shape, Shape]:
+@WANTED.register("narrow")
+def _part(call: SizedCall, growth: Growth) -> Sizes:
     """Where a part begins, and its size."""
-    (tensor, dim, start, length), kwargs = _positional(given, "dim", "start", "length")
-    (old, _, old_start, old_length), _ = _positional(
-        (call.args, call.kwargs), "dim", "start", "length"
-    )
-    axis = dim % tensor.ndim
-    begin = growth.size(old, axis, old_start)
-    wanted = (begin, growth.size(old, axis, old_start + old_length) - begin)
-    return ((tensor, dim, *wanted), kwargs), (start, length), wanted
+    value = call.inputs[0]
+    dim = call.argument(1, "dim") % len(value.shape)
+    start, length = call.argument(2, "start"), call.argument(3, "length")
+    begin = growth.size(value, dim, start)
+    return begin, growth.size(value, dim, start + length) - begin
 
 
-@_FOLLOW.register("__getitem__")
-def _getitem(call: SizedCall, growth: Growth, given: Arguments) -> tuple[Arguments, Shape, Shape]:
+@WANTED.register("__getitem__")
+def _slices(call: SizedCall, growth: Growth) -> Sizes:
     """Where slices begin and end."""
-    (tensor, index), kwargs = given
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(part, (Tensor, list)) for part in parts):
-        return given, (), ()
+    value, index = call.args
+    parts = index if isinstance(index, tuple) else (index,)
     taken = sum(part is not None and part is not Ellipsis for part in parts)
-    old, index = call.args
-    olds = index if isinstance(index, tuple) else (index,)
-    before: list[int] = []
-    after: list[int] = []
+    bounds: list[int | None] = []
     dim = 0
-    for place, (part, was) in enumerate(zip(parts, olds, strict=True)):
+    for part in parts:
         if part is Ellipsis:
-            dim += len(old.shape) - taken
+            dim += len(value.shape) - taken
         elif part is not None:
-            if isinstance(part, slice) and part.step in (None, 1):
-                ends = [_bound(growth, old, dim, end) for end in (was.start, was.stop)]
-                before += [end for end in (part.start, part.stop) if isinstance(end, int)]
-                after += [end for end in ends if isinstance(end, int)]
-                parts[place] = slice(*ends)
+            if isinstance(part, slice):
+                bounds += [_bound(growth, value, dim, end) for end in (part.start, part.stop)]
             dim += 1
-    return ((tensor, tuple(parts)), kwargs), tuple(before), tuple(after)
+    return tuple(bounds)
 
 
 def _bound(growth: Growth, value: Value, dim: int, end: int | None) -> int | None:
@@ -198,21 +169,11 @@ def _bound(growth: Growth, value: Value, dim: int, end: int | None) -> int | Non
     return growth.size(value, dim, end)
 
 
-@_FOLLOW.register("layer_norm", "rms_norm")
-def _normalized(
-    call: SizedCall, growth: Growth, given: Arguments
-) -> tuple[Arguments, Shape, Shape]:
+@WANTED.register("layer_norm", "rms_norm")
+def _normalized(call: SizedCall, growth: Growth) -> Sizes:
     """The sizes of the last dims."""
-    (tensor, sizes, *rest), kwargs = _positional(given, "normalized_shape")
-    wanted = growth.shape(call.inputs[0])[-len(sizes) :]
-    return ((tensor, list(wanted), *rest), kwargs), tuple(sizes), wanted
-
-
-def _positional(given: Arguments, *names: str) -> Arguments:
-    """Return the arguments with the named ones made positional, in this order."""
-    args, kwargs = given
-    more = tuple(kwargs[name] for name in names[len(args) - 1 :] if name in kwargs)
-    return (*args, *more), {key: item for key, item in kwargs.items() if key not in names}
+    count = len(call.argument(1, "normalized_shape"))
+    return growth.shape(call.inputs[0])[-count:]
 
 
 class Repairer(TorchFunctionMode):
@@ -221,11 +182,11 @@ class Repairer(TorchFunctionMode):
     Args:
         calls: of the old run.
         growth: of its values.
-        place: returns the module that is running.
+        place: returns the fx node and the module that are running.
     """
 
     def __init__(
-        self, calls: Sequence[SizedCall], growth: Growth, place: Callable[[], str]
+        self, calls: Sequence[SizedCall], growth: Growth, place: Callable[[], Place]
     ) -> None:
         super().__init__()
         self.repairs: list[Repair] = []
@@ -246,12 +207,20 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
-        if call is None or call.function != name:
+        given = sizes_in(name, args, kwargs)
+        if call is None or call.function != name or len(given) != len(call.sizes):
             raise PlanError("the network computes in another order at its new sizes")
-        with _disable_current_modes():  # labels are no data of the run
-            (args, kwargs), given, wanted = _FOLLOW[name](call, self._growth, (args, kwargs))
-        if given != wanted:
-            self.repairs.append(Repair(index, self._place(), name, given, wanted))
+        if all(isinstance(size, int) or size is None for size in given):
+            with _disable_current_modes():  # labels are no data of the run
+                right = WANTED[name](call, self._growth)
+            wanted = tuple(
+                old if old in (-1, None) else new for old, new in zip(given, right, strict=True)
+            )
+            if tuple(given) != wanted:
+                node, module = self._place()
+                self.repairs.append(Repair(index, node, module, name, tuple(given), wanted))
+                sizes = iter(wanted)
+                args, kwargs = map_sizes(name, args, kwargs, lambda _: next(sizes))
         return func(*args, **kwargs)
 
 
@@ -270,7 +239,9 @@ def candidates(
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
     for multiple in (1, 2, 3, 4):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
-            if wanted <= given or given % multiple or wanted % multiple:
+            if given is None or wanted is None or wanted <= given:
+                continue
+            if given % multiple or wanted % multiple:
                 continue
             for owner in owners:
                 module = model.get_submodule(owner)

@@ -70,6 +70,17 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         "sets it"
         for edit in eps_edits
     ]
+    if resized.sizes:
+        if request.compensate and flow.mismatches:
+            raise PlanError(
+                "multipliers cannot be put into a graph whose sizes are rewritten.",
+                way_out="Use --rescaling none.",
+            )
+        warnings.append(
+            "the result is a torch.fx.GraphModule with the same names: the network's own code "
+            f"fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
+            f"{len(resized.sizes) - 1} more)"
+        )
     aliases = _aliases(tensors)
     groups = tuple(
         _group_plan(
@@ -108,6 +119,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         flops=(analysis.tape.flops // batch, resized.flops // batch),
         warnings=tuple(warnings),
         fxgrow=__version__,
+        sizes=resized.sizes,
     )
 
 

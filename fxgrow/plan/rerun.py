@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxgrow.analysis import Analysis
+from fxgrow.analysis import Analysis, SizedRun
 from fxgrow.apply import set_attributes
 from fxgrow.channels import Channels, resolve
-from fxgrow.errors import TraceError
+from fxgrow.errors import PlanError, TraceError
+from fxgrow.graph import check_sizes, graph_module
 from fxgrow.groups import group_of_channel, layer_of
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
-from fxgrow.plan.literals import Candidate, Guess, Repair, Repairer, growth_of, guesses
+from fxgrow.plan.literals import (
+    Candidate,
+    Growth,
+    Guess,
+    Repair,
+    Repairer,
+    growth_of,
+    guesses,
+)
 from fxgrow.plan.modules import attribute_edits
 from fxgrow.plan.resize import Sizes
-from fxgrow.plan.schema import ModuleEdit
+from fxgrow.plan.schema import ModuleEdit, SizeEdit
+from fxgrow.trace import Traced
 
 _ROUNDS = 8  # of trying attributes; each costs a run on meta tensors
 
@@ -31,69 +41,89 @@ class Resized:
         channels: the channels at the new sizes.
         modules: the attributes that had to follow.
         flops: floating-point operations of the run.
+        sizes: what has to be rewritten in the network's graph.
     """
 
     channels: Channels
     modules: tuple[ModuleEdit, ...]
     flops: int
+    sizes: tuple[SizeEdit, ...] = ()
 
 
 def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
     """Run the stand-in's own forward at new sizes, and put it back as it was.
 
     Attributes that repeat a tensor's size follow it. If that is not enough, the sizes in the
-    network's own code are traced back to attributes; see :mod:`fxgrow.plan.literals`.
+    network's own code are traced back to attributes, and where they come from none they are
+    rewritten in its graph; see :mod:`fxgrow.plan.literals`.
 
     Raises:
         TraceError: the network does not run at these sizes.
     """
     standin = analysis.traced.standin
-    edits = tuple(attribute_edits(standin, sizes.shapes, sizes.convolution_groups))
+    follow = tuple(attribute_edits(standin, sizes.shapes, sizes.convolution_groups))
     try:
-        return _run(analysis, sizes, edits)
+        return _run(analysis.traced, sizes, follow)
     except TraceError as error:
-        return _run_repaired(analysis, sizes, edits, error)
+        failure = error
+    try:
+        return _with_attributes(analysis, sizes, follow)
+    except (TraceError, PlanError) as error:
+        failure = error if isinstance(error, TraceError) else failure
+    try:
+        return _with_graph(analysis, sizes, follow)
+    except (TraceError, PlanError):
+        raise failure from None
 
 
 def _run(
-    analysis: Analysis, sizes: Sizes, edits: tuple[ModuleEdit, ...], watch: Watch = no_watch
+    traced: Traced,
+    sizes: Sizes,
+    edits: tuple[ModuleEdit, ...],
+    watch: Watch = no_watch,
+    graph: fx.Graph | None = None,
 ) -> Resized:
-    with _resized(analysis.traced.standin, sizes.shapes, edits):
-        space, tape = analysis.traced.label_module(watch)
+    """Run the stand-in's own forward, or a graph, at new sizes."""
+    with _resized(traced.standin, sizes.shapes, edits):
+        if graph is None:
+            space, tape = traced.label_module(watch)
+        else:  # anew, as it holds tensors of its own
+            traced.graph_module = graph_module(traced.standin, graph)
+            space, tape = traced.label(watch)
     return Resized(resolve(space), edits, tape.flops)
 
 
-def _run_repaired(
-    analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...], error: TraceError
-) -> Resized:
-    """Find the attributes with which the network runs at its new sizes."""
-    channels, calls = analysis.sized_calls
+def _growth(analysis: Analysis, sizes: Sizes, run: SizedRun) -> Growth:
+    """Return how wide the values of an old run become."""
     group_of = group_of_channel(analysis.channels, analysis.groups)
     ratios = [sizes.widths.get(group.name, group.width) / group.width for group in analysis.groups]
-    growth = growth_of(
-        channels, analysis.channels, [1.0 if g < 0 else ratios[g] for g in group_of[:-1]]
-    )
+    by_channel = [1.0 if group < 0 else ratios[group] for group in group_of[:-1]]
+    return growth_of(run.channels, analysis.channels, by_channel)
+
+
+def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
+    """Find the attributes with which the network's own forward runs at its new sizes.
+
+    Raises:
+        TraceError: it runs with none; the first size that is fixed is told.
+        PlanError: it computes in another order at its new sizes.
+    """
+    run = analysis.own_forward
+    growth = _growth(analysis, sizes, run)
     chosen: dict[Candidate, Guess] = {}
     useless: set[Candidate] = set()
-    repairs: Sequence[Repair] = ()
     for _ in range(_ROUNDS):
         edits = (*follow, *(edit for guess in chosen.values() for edit in guess.edits))
-        watchers: list[Repairer] = []
-
-        def watch(_: object, watchers: list[Repairer] = watchers) -> Repairer:
-            run = calls[min(len(watchers), len(calls) - 1)]
-            watchers.append(Repairer(run, growth, lambda: analysis.traced.running))
-            return watchers[-1]
-
+        watch = _Repairing(run, growth, analysis.traced)
         try:
-            found = _run(analysis, sizes, edits, watch)
+            found = _run(analysis.traced, sizes, edits, watch)
         except TraceError:
-            if not any(watcher.repairs for watcher in watchers):
-                raise error from None
+            if not watch.repairs:
+                raise
         else:
-            if not any(watcher.repairs for watcher in watchers):
+            if not watch.repairs:
                 return found
-        repairs = [repair for watcher in watchers for repair in watcher.repairs]
+        repairs = watch.repairs
         wrong = {repair.call for repair in repairs}
         useless |= {key for key, guess in chosen.items() if guess.calls <= wrong}
         chosen = {key: guess for key, guess in chosen.items() if key not in useless}
@@ -110,6 +140,51 @@ def _run_repaired(
         f"{first.function}, where {list(first.wanted)} are needed",
         name=first.module,
     )
+
+
+def _with_graph(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
+    """Rewrite the sizes that the network's code fixes in its graph.
+
+    Raises:
+        TraceError: there is no such graph, or a size is not in it.
+        PlanError: it computes in another order at its new sizes.
+    """
+    if isinstance(analysis.opened, TraceError):
+        raise analysis.opened
+    traced, run = analysis.opened
+    if traced.graph_module is None:
+        raise TraceError("there is no graph")
+    graph = traced.graph_module.graph
+    watch = _Repairing(run, _growth(analysis, sizes, run), traced)
+    found = _run(traced, sizes, follow, watch, graph)
+    nodes = {node.name: node for node in graph.nodes}
+    edits = tuple(
+        SizeEdit(repair.node, repair.function, repair.given, repair.wanted)
+        for repair in watch.repairs
+    )
+    for edit in edits:
+        check_sizes(nodes[edit.node], edit)
+    return replace(found, sizes=edits)
+
+
+class _Repairing:
+    """A watch that repairs the sizes of each run in step with an old one."""
+
+    def __init__(self, run: SizedRun, growth: Growth, traced: Traced) -> None:
+        self._runs: list[Repairer] = []
+        self._run, self._growth, self._traced = run, growth, traced
+
+    def __call__(self, value: object) -> Repairer:
+        """Return what watches the next run."""
+        del value
+        calls = self._run.calls[min(len(self._runs), len(self._run.calls) - 1)]
+        self._runs.append(Repairer(calls, self._growth, self._traced.at))
+        return self._runs[-1]
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """The repairs of all runs."""
+        return [repair for run in self._runs for repair in run.repairs]
 
 
 @contextlib.contextmanager

@@ -146,6 +146,22 @@ class Multiplier:
 
 
 @dataclass(frozen=True)
+class SizeEdit:
+    """Sizes in a call of the network's own code, rewritten in its graph.
+
+    Attributes:
+        node: name of the fx node.
+        function: what it calls (``view``).
+        before, after: the sizes among its arguments; None where a slice has no bound.
+    """
+
+    node: str
+    function: str
+    before: tuple[int | None, ...]
+    after: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class NormGain:
     """A norm that absorbs a gain exactly in eval mode, and up to its eps in train mode.
 
@@ -195,6 +211,7 @@ class Plan:
         refused: every selected group that does not.
         tensors: edits by fully qualified name.
         modules: attribute edits.
+        sizes: sizes that the network's own code fixes; the grown network is then a GraphModule.
         multipliers: what ``compensate`` inserts into the graph of the grown network.
         prediction: what turns the graph of the old network into the function that the grown one
             is predicted to compute; empty if that is the old function.
@@ -227,6 +244,7 @@ class Plan:
     warnings: tuple[str, ...]
     fxgrow: str
     schema: int = SCHEMA
+    sizes: tuple[SizeEdit, ...] = ()
 
     @property
     def preserves(self) -> Verdict:
