@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along
 from fxgrow.labels.rules import RULES, Step
+from fxgrow.labels.shapes import run_on_meta
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value, map_tensors, tensors_in
 
@@ -41,7 +42,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
-        return func(*args, **kwargs)
+        return run_on_meta(func, args, kwargs)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation, label its outputs, append it to the tape."""
-        result = func(*args, **kwargs)
+        result = run_on_meta(func, args, kwargs)
         self._record(func, args, kwargs, result)
         return result
 
