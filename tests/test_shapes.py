@@ -1,0 +1,74 @@
+"""Shortcuts on meta tensors return what torch would, and refuse what torch would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxgrow.labels.shapes import SHORTCUTS, run_on_meta
+
+aten = torch.ops.aten
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+VECTORS = (meta(4), meta(4), meta(4), meta(4))
+CASES: list[tuple[Any, tuple[Any, ...]]] = [
+    *((getattr(aten, name).default, (meta(2, 3, 4),))
+      for name in ("silu", "relu", "sigmoid", "hardswish", "hardsigmoid",
+                   "silu_", "relu_", "hardswish_", "hardsigmoid_")),
+    (aten.gelu.default, (meta(2, 3),)),
+    (aten._safe_softmax.default, (meta(2, 3), -1)),
+    (aten.add.Tensor, (meta(2, 3), meta(2, 3))),
+    (aten.add.Tensor, (meta(2, 3, 4), meta(3, 1))),
+    (aten.add.Tensor, (meta(2, 3), meta(2, 3, dtype=torch.float64))),
+    (aten.mul.Tensor, (meta(2, 3), meta(3, dtype=torch.int64))),
+    (aten.mul.Tensor, (meta(2, 3), torch.tensor(2.0))),
+    (aten.add_.Tensor, (meta(2, 3), meta(2, 3))),
+    (aten.mul_.Tensor, (meta(2, 3), meta(3))),
+    (aten.native_batch_norm.default, (meta(2, 4, 5, 5), *VECTORS, False, 0.1, 1e-5)),
+    (aten.native_batch_norm.default, (meta(2, 4), None, None, *VECTORS[2:], False, 0.1, 1e-5)),
+    (aten.native_layer_norm.default, (meta(2, 3, 4), [4], meta(4), None, 1e-5)),
+    (aten.native_layer_norm.default, (meta(2, 3, 4), [3, 4], meta(3, 4), meta(3, 4), 1e-5)),
+    (aten.addmm.default, (meta(5), meta(2, 3), meta(3, 5))),
+    (aten.addmm.default, (meta(1), meta(2, 3), meta(3, 5))),
+]  # fmt: skip
+WRONG: list[tuple[Any, tuple[Any, ...]]] = [
+    (aten.add.Tensor, (meta(2, 3), meta(2, 4))),
+    (aten.add_.Tensor, (meta(2, 1), meta(2, 4))),
+    (aten.native_layer_norm.default, (meta(2, 3, 4), [3], meta(3), None, 1e-5)),
+    (aten.native_layer_norm.default, (meta(2, 3, 4), [4], meta(3), None, 1e-5)),
+    (aten.addmm.default, (meta(5), meta(2, 3), meta(4, 5))),
+    (aten.addmm.default, (meta(4), meta(2, 3), meta(3, 5))),
+]
+
+
+@pytest.mark.parametrize(("func", "args"), CASES)
+def test_a_shortcut_returns_what_torch_returns(func: Any, args: tuple[Any, ...]) -> None:
+    ours, theirs = run_on_meta(func, args, {}), func(*args)
+    if isinstance(theirs, tuple):  # what follows serves the backward pass
+        ours, theirs = ours[0], theirs[0]
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    in_place = func._name.split(".")[0].endswith("_")
+    assert (ours is args[0]) == in_place
+
+
+@pytest.mark.parametrize(("func", "args"), WRONG)
+def test_a_shortcut_refuses_what_torch_refuses(func: Any, args: tuple[Any, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        func(*args)
+    with pytest.raises(RuntimeError):
+        run_on_meta(func, args, {})
+
+
+def test_a_batch_norm_of_other_channels_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="a vector of"):
+        run_on_meta(aten.native_batch_norm.default, (meta(2, 5), *VECTORS, False, 0.1, 1e-5), {})
+
+
+def test_every_shortcut_is_tried() -> None:
+    assert set(SHORTCUTS) == {func._name for func, _ in CASES}
