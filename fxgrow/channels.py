@@ -34,6 +34,8 @@ class Channels:
         mixers: for each operation whose result depends on a set of channels as a whole: these
             channels (-1 for what is none) and the place.
         norm_groups: groups of each group norm, by its weight.
+        unions: where labels became one channel: both sides' labels and the place.
+        pinned: labels that cannot change, with the reasons of ``pins``.
     """
 
     axes: tuple[Axis, ...]
@@ -47,6 +49,8 @@ class Channels:
     channel_of_label: IntArray
     mixers: tuple[tuple[IntArray, str], ...]
     norm_groups: dict[str, int]
+    unions: tuple[tuple[IntArray, IntArray, str], ...]
+    pinned: tuple[tuple[IntArray, str], ...]
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
         """Return the channels that some label layers stand for, sorted."""
@@ -118,11 +122,12 @@ def resolve(space: LabelSpace) -> Channels:
     order = np.empty(len(values), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(values))
     by_root = dict(zip(values.tolist(), order.tolist(), strict=True))
-    pins = {
-        by_root[root]: reason
-        for root, reason in space.pin_reasons(roots).items()
-        if root in by_root
-    }
+    pinned = space.pinned(roots)
+    pins: dict[int, str] = {}
+    for labels, reason in pinned:
+        for root in np.unique(roots[labels]).tolist():
+            if root in by_root:
+                pins.setdefault(by_root[root], reason)
     nearest = np.minimum(np.searchsorted(values, roots), max(len(values) - 1, 0))
     known = values[nearest] == roots if len(values) else np.zeros(len(roots), dtype=bool)
     channel_of_label = np.where(known, order[nearest], -1) if len(values) else nearest - 1
@@ -138,4 +143,6 @@ def resolve(space: LabelSpace) -> Channels:
         channel_of_label=channel_of_label,
         mixers=tuple((channel_of_label[labels], place) for labels, place in space.mixers),
         norm_groups=dict(space.norm_groups),
+        unions=tuple(space.unions),
+        pinned=pinned,
     )

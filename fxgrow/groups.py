@@ -46,6 +46,15 @@ class ChannelGroup:
     rows: IntArray
     axes: tuple[int, ...]
 
+    @property
+    def described_width(self) -> str:
+        """The width, as ``"12 × 192 rows"`` where each channel has several rows."""
+        count = len(np.unique(self.rows))
+        if count == self.width:
+            return str(self.width)
+        whole = self.width % count == 0
+        return f"{count} × {self.width // count} rows" if whole else f"{count} in {self.width} rows"
+
 
 def layer_of(tensor: str) -> str:
     """Return the layer that owns a parameter: ``layer1.0.conv1`` for its ``.weight``.

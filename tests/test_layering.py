@@ -16,7 +16,8 @@ LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.schema", "graph", "analysis", "gains", "apply", "plan", "verification", "report",
+    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan",
+    "verification", "report",
     "uninitialised", "architectures", "recognition", "checkpoint",
     "api", "files", "cli", "__main__",
 )  # fmt: skip
@@ -26,7 +27,7 @@ MEANT = {("plan.schema", "apply")}  # Plan.apply(model)
 
 # Outside libraries and the units that may use them. Others are free.
 LIBRARIES = {
-    "networkx": {"groups", "blocks", "plan"},
+    "networkx": {"groups", "blocks", "coupling", "plan"},
     "typer": {"cli"},
     "click": set(),
     "rich": {"report", "cli"},

@@ -11,10 +11,10 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 import fxgrow
+from fxgrow.report.inspection import inspection_table
 from fxgrow.report.tables import (
     as_html,
     as_text,
-    inspection_table,
     plan_table,
     report_table,
     verification_table,

@@ -247,30 +247,50 @@ def apply(
     files.tell(opened)
 
 
-@app.command(epilog="[b]Example[/b]\n\nfxgrow inspect model.pt")
+@app.command(
+    epilog="[b]Examples[/b]\n\n"
+    "fxgrow inspect model.pt\n\n"
+    "fxgrow inspect model.pt --all\n\n"
+    "fxgrow inspect model.pt --why layer3.0.conv2"
+)
 def inspect(
     source: opt.SourceFile,
+    why: opt.Why = None,
+    every: opt.Every = False,
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
     input_shape: opt.InputShapes = None,
     trust_pickle: opt.TrustPickle = False,
 ) -> None:
-    """Show residual blocks, channel groups, and why pinned groups cannot change."""
+    """Show which channels change width together, and why some cannot.
+
+    A group is a set of channels that layers write and read together. Hidden groups lie inside a
+    branch and streams run along residual additions: both can grow. Pinned groups cannot; the
+    table says why, and what would be needed. Groups that differ in the numbers of their names
+    share a row, with * for these.
+    """
     shapes = parse_shapes(input_shape or ())
     with _Run() as run:
         from fxgrow.api import inspect as inspect_model
-        from fxgrow.report.tables import inspection_table
+        from fxgrow.report.data import plain
+        from fxgrow.report.inspection import inspection_table
+        from fxgrow.report.tables import terminal_width
 
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("following the channels")
         found = inspect_model(opened.model, inputs_of(shapes, opened.model))
+        explanation = None if why is None else found.why(why)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        data = found.to_dict() if explanation is None else plain(explanation)
+        typer.echo(json.dumps(data, indent=1))
+        return
+    if explanation is not None:
+        typer.echo(explanation.text(every=every, width=terminal_width()))
         return
     if opened.architecture is not None:
         typer.echo(str(opened.architecture))
-    print_table(inspection_table(found))
+    print_table(inspection_table(found, every=every))
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow verify model.pt model-2x.pt")

@@ -21,6 +21,7 @@ _GROWTH = "What grows"
 _WEIGHTS = "Old and new weights"
 _SOURCE = "Reading SOURCE"
 _OUTPUT = "Checking and writing"
+_SHOWN = "What is shown"
 
 
 SourceFile = Annotated[
@@ -267,6 +268,26 @@ ReportOutput = Annotated[
         metavar="FILE.json|.html",
         help="Write what was done and measured, as data or as a page.",
         rich_help_panel=_OUTPUT,
+    ),
+]
+Why = Annotated[
+    str | None,
+    typer.Option(
+        "--why",
+        metavar="LAYER",
+        help="Trace one layer (or parameter, or group) instead: the groups that its rows and "
+        "columns belong to, and the chain of operations from it to what pins them, to the "
+        "residual addition that makes them a stream, and to each layer that must change along.",
+        rich_help_panel=_SHOWN,
+        show_default=False,
+    ),
+]
+Every = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        help="Give every group and block a row of its own; with --why, follow every chain.",
+        rich_help_panel=_SHOWN,
     ),
 ]
 AsJson = Annotated[

@@ -73,6 +73,11 @@ def operator_name(target: OpOverload) -> str:
     return f"{target.namespace}.{target._opname.rstrip('_')}"
 
 
+def place_of(target: OpOverload, node: str, module: str) -> str:
+    """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
+    return f"{operator_name(target)} at {module or node or 'the top level'}"
+
+
 def movement(step: Step) -> tuple[Layers, ...]:
     """Apply the operation to each layer of its tensors, 0 standing in where one has none."""
     operands = list(tensors_in((step.args, step.kwargs)))

@@ -116,7 +116,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         node, module = self._place()
         outputs = tuple(tensors_in(result))
         inputs = tuple(self.value(tensor) for tensor in tensors_in((args, kwargs)))
-        where = f"{generic.operator_name(func)} at {module or node or 'the top level'}"
+        where = self.space.place = generic.place_of(func, node, module)
         step = Step(self.space, func, args, kwargs, outputs, self.value, where)
         layers = self._labels(step, inputs)
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))

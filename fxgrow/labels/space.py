@@ -43,6 +43,10 @@ class LabelSpace:
 
     Nothing is resolved while the network runs: unions, roles and pins are appended as arrays and
     worked out once, vectorised, by :meth:`roots`.
+
+    Attributes:
+        place: the operation that is running, kept with what it unifies: ``"aten.add at layer1.0"``.
+        unions: for each call that unified something, both sides' labels and the place.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -56,7 +60,8 @@ class LabelSpace:
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
-    _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    place: str = ""
+    unions: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -105,7 +110,7 @@ class LabelSpace:
         first, second = left.numpy().ravel(), right.numpy().ravel()
         different = (first != second) & (first != 0) & (second != 0)
         if different.any():
-            self._edges.append((first[different], second[different]))
+            self.unions.append((first[different], second[different], self.place))
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Record that the channels of ``labels`` cannot change, and why."""
@@ -141,10 +146,10 @@ class LabelSpace:
         the recorded unions, none of them a Python loop over channels.
         """
         parent = np.arange(self._next, dtype=np.int64)
-        if not self._edges:
+        if not self.unions:
             return parent
-        left = np.concatenate([a for a, _ in self._edges]).astype(np.int64)
-        right = np.concatenate([b for _, b in self._edges]).astype(np.int64)
+        left = np.concatenate([a for a, _, _ in self.unions]).astype(np.int64)
+        right = np.concatenate([b for _, b, _ in self.unions]).astype(np.int64)
         while True:
             a, b = parent[left], parent[right]
             open_edges = a != b
@@ -158,13 +163,9 @@ class LabelSpace:
                     break
                 parent = jumped
 
-    def pin_reasons(self, roots: IntArray) -> dict[int, str]:
-        """Return the first reason for each pinned channel, by its root."""
-        reasons: dict[int, str] = {}
-        for ids, reason in (*self.pins, *self._broken(roots)):
-            for root in np.unique(roots[ids]).tolist():
-                reasons.setdefault(root, reason)
-        return reasons
+    def pinned(self, roots: IntArray) -> tuple[tuple[IntArray, str], ...]:
+        """Return the labels that cannot change with the reasons, in the order of their weight."""
+        return (*self.pins, *self._broken(roots))
 
     def _broken(self, roots: IntArray) -> Iterator[tuple[IntArray, str]]:
         """Yield what does not fill dims of fixed size by itself, and lone heads, with reasons."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from fxgrow.analysis import Analysis
+from fxgrow.coupling import Explanation, explain
+from fxgrow.labels.remedies import remedy_for
 from fxgrow.plan.schema import Plan
 from fxgrow.verification import Verification
 from fxgrow.version import __version__
@@ -74,6 +76,31 @@ class Inspection:
 
     analysis: Analysis
 
+    def why(self, layer: str) -> Explanation:
+        """Trace why a layer's channels are what they are.
+
+        Args:
+            layer: a layer by its module path, a parameter by its name, or a channel group.
+
+        Returns:
+            The groups that the layer's rows and columns belong to, and the chains of operations
+            that couple them to what pins them, to what makes them a stream, and to other layers;
+            ``str()`` is a text.
+
+        Raises:
+            PlanError: the network has no such layer; the nearest are named.
+
+        Example:
+            >>> import torch, fxgrow
+            >>> net = torch.nn.Sequential(
+            ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+            ... )
+            >>> side = fxgrow.inspect(net).why("0").sides[0]
+            >>> side.kind, [str(chain) for chain in side.partners]
+            ('hidden', ['0 rows – (aten.addmm at 2) – 2 columns'])
+        """
+        return explain(self.analysis, layer)
+
     def to_dict(self) -> dict[str, Any]:
         """Return groups, blocks (with their pairs) and pins as JSON-able data."""
         analysis = self.analysis
@@ -84,16 +111,20 @@ class Inspection:
             "untraceable": analysis.traced.untraceable,
             "inputs": ["x".join(map(str, shape)) for shape in analysis.traced.input_shapes],
             "inputs_inferred": analysis.traced.inferred,
+            "parameters": sum(p.numel() for p in analysis.traced.standin.parameters()),
             "groups": [
                 {
                     "name": group.name,
                     "width": group.width,
+                    "channels": len(group.channels),
+                    "described_width": group.described_width,
                     "kind": group.kind,
                     "block": analysis.block_of(group),
                     "writers": list(group.writers),
                     "carriers": list(group.carriers),
                     "readers": list(group.readers),
                     "reason": group.reason,
+                    "needed": remedy_for(group.reason) if group.reason else "",
                 }
                 for group in analysis.groups
             ],
@@ -110,6 +141,7 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        from fxgrow.report.tables import as_text, inspection_table
+        from fxgrow.report.inspection import inspection_table
+        from fxgrow.report.tables import as_text
 
         return as_text(inspection_table(self))

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxgrow.plan.schema import GroupPlan, Plan, Refusal
-from fxgrow.report.data import Inspection, Report
+from fxgrow.report.data import Report
 from fxgrow.verification import TOLERANCE, Verification
 
 TEXT_WIDTH = 120
@@ -70,9 +70,9 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
     parts: list[RenderableType] = [_request_line(plan), _groups_table(plan.groups)]
     parts += _reasons(plan.groups)
     if plan.refused:
-        parts += [Text("not widened:"), _indented(_refusals(plan.refused))]
+        parts += [Text("not widened:"), indented(_refusals(plan.refused))]
     if warnings:
-        parts += [Text("warnings:", style="yellow"), _indented(Text("\n".join(warnings)))]
+        parts += [Text("warnings:", style="yellow"), indented(Text("\n".join(warnings)))]
     return Group(*parts, Text(), _costs(plan))
 
 
@@ -89,7 +89,7 @@ def verification_table(found: Verification) -> RenderableType:
     changes = any(result.predicted.max_rel for result in modes.values()) and not unforetold
     columns = ["float64", "relative", "as saved", "relative "]
     columns += ["predicted", "off prediction"] if changes else []
-    table = _new_table("change in", *columns, right=columns)
+    table = new_table("change in", *columns, right=columns)
     for name, result in modes.items():
         figures = [
             error for e in (result.float64, result.native) for error in (e.max_abs, e.max_rel)
@@ -107,30 +107,10 @@ def verification_table(found: Verification) -> RenderableType:
             )
         )
     if found.without_gradient:
-        names = _some(found.without_gradient, 3)
+        names = some(found.without_gradient, 3)
         parts.append(Text(f"new entries without a gradient in two steps: {names}"))
     parts += [Text(f"note: {note}") for note in found.notes]
     return Group(*parts)
-
-
-def inspection_table(inspection: Inspection) -> RenderableType:
-    """Return the residual blocks with their pairs, the channel groups and the pins."""
-    found = inspection.to_dict()
-    origin = "inferred" if found["inputs_inferred"] else "given"
-    head = f"followed by {found['tracer']} on an input of {', '.join(found['inputs'])} ({origin})"
-    parts: list[RenderableType] = [Text(head)]
-    if found["untraceable"]:
-        parts.append(Text(f"no torch.fx graph: {found['untraceable']}", style="yellow"))
-    if found["blocks"]:
-        parts += [Text(), Text("residual blocks", style="bold"), _blocks_table(found["blocks"])]
-    parts += [Text(), Text("channel groups", style="bold"), _inspected(found["groups"])]
-    pins = [(g["name"], g["reason"]) for g in found["groups"] if g["kind"] == "pinned"]
-    if pins:
-        parts += [Text(), Text("pinned, because"), _indented(_name_list(pins))]
-    kinds = [group["kind"] for group in found["groups"]]
-    counts = (f"{kinds.count(kind)} {kind}" for kind in ("hidden", "stream", "pinned"))
-    blocks = f"{len(found['blocks'])} residual blocks"
-    return Group(*parts, Text(), Text(f"{len(kinds)} groups: {', '.join(counts)}; {blocks}"))
 
 
 @dataclass(frozen=True)
@@ -178,7 +158,7 @@ def _span(names: Sequence[str]) -> str:
     return f"{names[0]} … {names[-1]} (×{len(names)})"
 
 
-def _new_table(*columns: str, right: Collection[str] = ()) -> Table:
+def new_table(*columns: str, right: Collection[str] = ()) -> Table:
     """Return an empty table; ``right`` names the columns of figures, which are never cut."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
@@ -191,7 +171,7 @@ def _new_table(*columns: str, right: Collection[str] = ()) -> Table:
 
 def _groups_table(groups: Sequence[GroupPlan]) -> Table:
     """Return the table of the groups that grow."""
-    table = _new_table(
+    table = new_table(
         "block", "group", "width", "α", "β", "α·β", "absorbed by", "gain", "verdict",
         right=("width", "α", "β", "α·β", "gain"),
     )  # fmt: skip
@@ -206,12 +186,12 @@ def _groups_table(groups: Sequence[GroupPlan]) -> Table:
 def _group_cells(group: GroupPlan, block: str) -> tuple[str, ...]:
     old, new = group.width
     return (
-        _within(group.name, block),
+        within(group.name, block),
         f"{old} → {new}",
         _factor(group.alpha, group, group.writers),
         _factor(group.beta, group, group.readers),
         _number(group.alpha_beta),
-        ", ".join(_within(name, block) for name in group.absorbed_by) or "–",
+        ", ".join(within(name, block) for name in group.absorbed_by) or "–",
         _number(group.gain),
         group.preserves,
     )
@@ -239,18 +219,19 @@ def _reasons(groups: Sequence[GroupPlan]) -> list[RenderableType]:
             by_reason.setdefault(group.reason, []).append(group.name)
     if not by_reason:
         return []
-    entries = [(_some(names, 2), reason) for reason, names in by_reason.items()]
-    return [Text("because:"), _indented(_name_list(entries))]
+    entries = [(some(names, 2), reason) for reason, names in by_reason.items()]
+    return [Text("because:"), indented(name_list(entries))]
 
 
 def _refusals(refused: Sequence[Refusal]) -> Table:
     by_reason: dict[str, list[str]] = {}
     for refusal in refused:
         by_reason.setdefault(refusal.reason, []).append(refusal.name)
-    return _name_list([(_some(names, 2), reason) for reason, names in by_reason.items()])
+    return name_list([(some(names, 2), reason) for reason, names in by_reason.items()])
 
 
-def _name_list(entries: Iterable[tuple[str, str]]) -> Table:
+def name_list(entries: Iterable[tuple[str, str]]) -> Table:
+    """Return names with a text each."""
     grid = Table.grid(padding=(0, 2))
     for name, text in entries:
         grid.add_row(Text(name, overflow="fold"), Text(text))
@@ -289,15 +270,15 @@ def _costs(plan: Plan) -> Table:
         ("FLOPs", plan.flops, f"for {'one ' if plan.inputs_inferred else ''}{sizes}"),
     ):
         ratio = f"×{after / before:.2f}" if before else ""
-        grid.add_row(name, f"{_size(before)} → {_size(after)}", ratio, note)
+        grid.add_row(name, f"{size(before)} → {size(after)}", ratio, note)
     return grid
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Return a count in readable units.
 
     Example:
-        >>> _size(999), _size(11_181_642), _size(3_638_757_376)
+        >>> size(999), size(11_181_642), size(3_638_757_376)
         ('999', '11.18 M', '3.639 G')
     """
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -306,64 +287,21 @@ def _size(count: int) -> str:
     return str(count)
 
 
-def _blocks_table(blocks: Sequence[dict[str, object]]) -> Table:
-    table = _new_table("block", "skip", "form", "pairs")
-    _add_folded(table, (_block_rows(block) for block in blocks))
-    return table
-
-
-def _block_rows(block: dict[str, object]) -> _Rows:
-    name = str(block["name"])
-    form = "pre-activation" if block["preactivation"] else "post-activation"
-    pairs = block["pairs"]
-    chains = [_chain(pair, name) for pair in pairs] if isinstance(pairs, list) else []
-    rows = [(str(block["skip"]), form, chain) for chain in chains[:1] or ["–"]]
-    rows += [("", "", chain) for chain in chains[1:]]
-    return _Rows(name, tuple(rows))
-
-
-def _chain(pair: dict[str, Sequence[str]], block: str) -> str:
-    """Return a pair as ``conv1 → bn1 → relu → conv2``."""
-    stations = (pair[part] for part in ("writers", "norms", "activations", "readers"))
-    return " → ".join(
-        " + ".join(_within(name, block) for name in names) for names in stations if names
-    )
-
-
-def _inspected(groups: Sequence[dict[str, object]]) -> Table:
-    table = _new_table("block", "group", "kind", "width", "written by", "read by", right=("width",))
-    rows = []
-    for block, members in groupby(groups, key=lambda group: str(group["block"] or "")):
-        rows.append(_Rows(block, tuple(_inspected_cells(group, block) for group in members)))
-    _add_folded(table, rows)
-    return table
-
-
-def _inspected_cells(group: dict[str, object], block: str) -> tuple[str, ...]:
-    def layers(part: str) -> str:
-        names = group[part]
-        return _some([_within(str(n), block) for n in names], 2) if isinstance(names, list) else ""
-
-    name = _within(str(group["name"]), block)
-    cells = (name, str(group["kind"]), str(group["width"]))
-    return (*cells, layers("writers"), layers("readers") or "–")
-
-
-def _within(name: str, block: str) -> str:
+def within(name: str, block: str) -> str:
     """Return a layer's name below its block, or the whole name of one outside.
 
     Example:
-        >>> _within("layer1.0.conv1", "layer1.0"), _within("fc", "layer1.0")
+        >>> within("layer1.0.conv1", "layer1.0"), within("fc", "layer1.0")
         ('conv1', 'fc')
     """
     return name.removeprefix(f"{block}.") if block else name
 
 
-def _some(names: Sequence[str], most: int) -> str:
+def some(names: Sequence[str], most: int) -> str:
     """Return a list of names, cut where it is long.
 
     Example:
-        >>> _some(["a", "b", "c", "d"], 2), _some(["a", "b"], 2)
+        >>> some(["a", "b", "c", "d"], 2), some(["a", "b"], 2)
         ('a, b, +2 more', 'a, b')
     """
     shown = list(names) if len(names) <= most + 1 else [*names[:most], f"+{len(names) - most} more"]
@@ -384,5 +322,6 @@ def _verdict(verdict: str) -> Text:
     return Text(verdict, style=_STYLES.get(verdict, ""))
 
 
-def _indented(renderable: RenderableType) -> Padding:
+def indented(renderable: RenderableType) -> Padding:
+    """Return a renderable two columns to the right."""
     return Padding(renderable, (0, 0, 0, 2))
