@@ -27,11 +27,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> Iterator[list[str]]:
+def commands() -> Iterator[tuple[list[str], list[str]]]:
+    """Yield each command and the lines of output that README.md shows below it."""
     for block in blocks("console"):
-        for line in block.splitlines():
-            assert line.startswith("$ fxgrow "), line
-            yield shlex.split(line.removeprefix("$ fxgrow "))
+        for part in re.split(r"^\$ fxgrow ", block, flags=re.MULTILINE)[1:]:
+            command, *shown = part.splitlines()
+            yield shlex.split(command), [line.rstrip() for line in shown if line not in ("", "…")]
+        assert block.startswith("$ fxgrow "), block
 
 
 def test_every_block_is_of_a_kind_that_is_run():
@@ -49,11 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_and_then_the_python_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for index, command in enumerate(commands()):
+    monkeypatch.setenv("COLUMNS", "100")
+    for index, (command, shown) in enumerate(commands()):
         # The first command as it stands; the others need not all be measured.
         unmeasured = ["--no-verify"] if index and command[0] in ("widen", "apply") else []
         result = CliRunner().invoke(app, [*command, *SMALL, *unmeasured])
         assert result.exit_code == 0, f"{command}: {result.output}"
+        printed = {line.rstrip() for line in result.stdout.splitlines()}
+        assert not [line for line in shown if line not in printed], result.stdout
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 

@@ -21,7 +21,7 @@ from fxgrow.report.tables import indented, name_list, new_table, size, some, wit
 T = TypeVar("T")
 Entry: TypeAlias = dict[str, Any]  # a group or a block, as Inspection.to_dict() has it
 _KINDS = ("hidden", "stream", "pinned")
-_COLUMN = 20  # characters in a line of a cell, where names allow it
+_COLUMN = 22  # characters in a line of a cell, where names allow it
 _DIGITS = re.compile(r"(\d+)")
 
 
