@@ -269,6 +269,10 @@ def batch_norm(flow: GainFlow, op: Operation) -> Gain:
     if all(names):
         _absorb(flow, op, x, Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources, *names))
     else:
+        if layer in flow.with_eps:  # statistics without a weight: exact in both modes
+            flow.vectors |= {
+                n: f for n, f in zip(names[1:], (gain.scale, gain.scale**2), strict=True) if n
+            }
         _absorb_by_eps(flow, op, layer, float(op.args[-1]))
     return Gain()
 
