@@ -152,10 +152,19 @@ def _span(names: Sequence[str]) -> str:
     Example:
         >>> _span(["a.0"]), _span(["a.0", "a.1"]), _span(["a.0", "a.1", "a.2"])
         ('a.0', 'a.0, a.1', 'a.0 … a.2 (×3)')
+        >>> _span([f"encoder.layers.{i}" for i in range(12)])
+        'encoder.layers.0 … 11 (×12)'
     """
     if len(names) < 3:
         return ", ".join(names)
-    return f"{names[0]} … {names[-1]} (×{len(names)})"
+    last = names[-1]
+    stem = last.rstrip("0123456789")
+    if len(last) > _LONG and names[0].startswith(stem):
+        last = last.removeprefix(stem)
+    return f"{names[0]} … {last} (×{len(names)})"
+
+
+_LONG = 16  # letters, above which what names share is said once
 
 
 def new_table(*columns: str, right: Collection[str] = ()) -> Table:
