@@ -85,6 +85,7 @@ class GainFlow:
         with_eps: layers with an ``eps`` that can be set.
         vectors: scale that each bias-like parameter takes so as to keep in step.
         absorbed: norms that take up a gain, by layer.
+        norms: the gain of each norm's first input, by layer.
         mismatches: where the function changes, in order.
     """
 
@@ -92,6 +93,7 @@ class GainFlow:
     with_eps: Set[str] = frozenset()
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
     _gains: dict[int, Gain] = field(default_factory=dict)
 
@@ -260,48 +262,50 @@ def pad(flow: GainFlow, op: Operation) -> Gain:
 )
 def batch_norm(flow: GainFlow, op: Operation) -> Gain:
     """Running statistics take the gain up exactly, if there are any."""
-    x, weight, _, mean, variance = op.args[:5]
-    gain = flow.of(x)
-    if gain.scale == 1.0:
-        return Gain()
+    _, weight, _, mean, variance = op.args[:5]
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
     layer = layer_of(next((name for name in names if name), op.module))
+    gain = flow.of(op.args[0])
+    if not _takes_up(flow, op, layer):
+        return Gain()
     if all(names):
-        _absorb(flow, op, x, Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources, *names))
-    else:
-        if layer in flow.with_eps:  # statistics without a weight: exact in both modes
-            flow.vectors |= {
-                n: f for n, f in zip(names[1:], (gain.scale, gain.scale**2), strict=True) if n
-            }
-        _absorb_by_eps(flow, op, layer, float(op.args[-1]))
-    return Gain()
+        norm = Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources, *names)
+        flow.absorbed[layer] = norm
+        return Gain()
+    if layer in flow.with_eps:  # statistics without a weight: exact in both modes
+        scales = zip(names[1:], (gain.scale, gain.scale**2), strict=True)
+        flow.vectors |= {name: scale for name, scale in scales if name}
+    return _absorb_by_eps(flow, op, layer)
 
 
 @GAIN_RULES.register("aten.native_layer_norm", "aten.native_group_norm")
 def layer_norm(flow: GainFlow, op: Operation) -> Gain:
     """A norm over the sample's own statistics: exact in both modes with eps' = s²·eps."""
-    x = op.args[0]
-    if flow.of(x).scale != 1.0:
-        layer = layer_of(next(iter(op.parameters), "")) or op.module
-        _absorb_by_eps(flow, op, layer, float(op.args[-1]))
-    return Gain()
+    layer = layer_of(next(iter(op.parameters), "")) or op.module
+    return _absorb_by_eps(flow, op, layer) if _takes_up(flow, op, layer) else Gain()
 
 
-def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float) -> None:
-    x = op.args[0]
-    gain = flow.of(x)
+def _takes_up(flow: GainFlow, op: Operation, layer: str) -> bool:
+    """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
+    gain = flow.of(op.args[0])
+    first = flow.norms.setdefault(layer, gain.scale)
+    if not _same(first, gain.scale):
+        why = f"{layer} is used twice, with different gains"
+        flow.part(op, op.args[0], Gain(gain.scale / first, gain.sources), "no", why)
+        return False
+    return gain.scale != 1.0 and layer not in flow.absorbed
+
+
+def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str) -> Gain:
+    """Let a norm's eps take up a gain, if it can be set."""
+    gain = flow.of(op.args[0])
     if layer in flow.with_eps:
-        _absorb(flow, op, x, Absorbed(layer, gain.scale, eps, gain.sources))
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources)
     else:
         where = layer or op.name
-        flow.part(op, x, gain, "no", f"{where} has no statistics or eps to absorb a gain with")
-
-
-def _absorb(flow: GainFlow, op: Operation, x: Value, norm: Absorbed) -> None:
-    known = flow.absorbed.setdefault(norm.layer, norm)
-    if not _same(known.gain, norm.gain):
-        why = f"{norm.layer} is used twice, with different gains"
-        flow.part(op, x, flow.of(x), "no", why)
+        why = f"{where} has no statistics or eps to absorb a gain with"
+        flow.part(op, op.args[0], gain, "no", why)
+    return Gain()
 
 
 def _same(first: float, second: float) -> bool:

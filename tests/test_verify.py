@@ -164,3 +164,21 @@ def test_models_with_several_inputs_take_a_tuple() -> None:
     assert fxgrow.widen(TwoInputs(), "2x", inputs, where="all").report.verification.verdict == (
         "preserved"
     )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+@pytest.mark.parametrize("rescaling", ["default_vt", "vt_constraint_new_shape"])
+def test_norms_without_weights_and_norms_used_twice_are_foretold(
+    affine: bool, twice: bool, rescaling: str
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=affine)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.3, 2)
+    middle = [norm, nn.ReLU(), norm] if twice else [norm, nn.ReLU()]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), *middle, nn.Conv2d(4, 2, 3)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x, rescaling=rescaling)
+    assert grown.report.verification.verdict == "as predicted"
+    assert grown.plan.preserves == ("no" if twice and rescaling != "default_vt" else "scaled")
