@@ -66,7 +66,7 @@ class Analysis:
         """Return the residual block whose branch writes a hidden group, or None."""
         if group.kind == "stream":
             return None
-        return next((b.name for b in self.blocks if group.name in b.layers), None)
+        return next((b.name for b in self.blocks if group.writers[0] in b.layers), None)
 
 
 @dataclass(frozen=True)

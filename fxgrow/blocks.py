@@ -211,7 +211,7 @@ def find_pairs(
         pairs = []
         for index, group in enumerate(groups):
             inside = [op for op, on in zip(path, carried, strict=True) if index in on]
-            if group.kind != "hidden" or not inside or group.name not in block.layers:
+            if group.kind != "hidden" or not inside or group.writers[0] not in block.layers:
                 continue
             pairs.append(
                 Pair(

@@ -36,6 +36,7 @@ class Channels:
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, with the reasons of ``pins``.
+        deeds: for each operation that altered values, in order, what it did and to which channels.
     """
 
     axes: tuple[Axis, ...]
@@ -51,6 +52,7 @@ class Channels:
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, str], ...]
+    deeds: tuple[tuple[str, IntArray], ...] = ()
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
         """Return the channels that some label layers stand for, sorted."""
@@ -145,4 +147,5 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
+        deeds=tuple((deed, channel_of_label[labels]) for deed, labels in space.deeds),
     )

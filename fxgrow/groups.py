@@ -14,7 +14,7 @@ import networkx as nx
 import numpy as np
 
 from fxgrow.channels import Channels
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.space import Axis, IntArray
 
 Kind = Literal["hidden", "stream", "pinned"]
 
@@ -24,7 +24,7 @@ class ChannelGroup:
     """Channels that change width together.
 
     Attributes:
-        name: fully qualified name of the first writer.
+        name: fully qualified name of the first writer, unlike that of any other group.
         width: number of rows of the first writer: of channels, but for those that have several
             rows there (an attention head, the two halves of a gate).
         kind: ``hidden``, ``stream`` (carried by a residual addition) or ``pinned``.
@@ -62,8 +62,11 @@ def layer_of(tensor: str) -> str:
     Example:
         >>> layer_of("layer1.0.conv1.weight"), layer_of("class_token")
         ('layer1.0.conv1', 'class_token')
+        >>> layer_of("fc.parametrizations.weight.original0")
+        'fc'
     """
-    return tensor.rpartition(".")[0] or tensor
+    owner, _, parametrized = tensor.partition(".parametrizations.")
+    return owner if parametrized else tensor.rpartition(".")[0] or tensor
 
 
 def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ...]:
@@ -102,10 +105,29 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
         for index in np.unique(group_of[channels.of_axis(axis)]).tolist():
             if index >= 0:
                 axes_of[index].append(axis)
+    names = _names([channels.axes[part[0]] for part in components])
     return tuple(
-        _group(channels, members, axes, part[0], bool(on_stream[members].any()))
-        for members, axes, part in zip(members_of, axes_of, components, strict=True)
+        _group(channels, name, members, axes, part[0], bool(on_stream[members].any()))
+        for name, members, axes, part in zip(names, members_of, axes_of, components, strict=True)
     )
+
+
+def _names(first_writers: Sequence[Axis]) -> list[str]:
+    """Return a name for each group: the layer that writes it first, if it writes no other group.
+
+    Where it does (the layers of an LSTM, a list of parameters), the tensor, and where one tensor
+    writes two groups, its dim as well.
+    """
+    layers = [layer_of(axis.tensor) for axis in first_writers]
+    tensors = [axis.tensor for axis in first_writers]
+    return [
+        layer
+        if layers.count(layer) == 1
+        else axis.tensor
+        if tensors.count(axis.tensor) == 1
+        else f"{axis.tensor}[{axis.dim}]"
+        for layer, axis in zip(layers, first_writers, strict=True)
+    ]
 
 
 def group_of_channel(channels: Channels, groups: Sequence[ChannelGroup]) -> IntArray:
@@ -120,7 +142,7 @@ def group_of_channel(channels: Channels, groups: Sequence[ChannelGroup]) -> IntA
 
 
 def _group(
-    channels: Channels, members: IntArray, axes: list[int], first: int, on_stream: bool
+    channels: Channels, name: str, members: IntArray, axes: list[int], first: int, on_stream: bool
 ) -> ChannelGroup:
     reasons = [channels.pins[c] for c in members.tolist() if c in channels.pins]
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
@@ -130,7 +152,7 @@ def _group(
     carriers = tuple(c for c in layers["carrier"] if c not in layers["writer"])
     kind: Kind = "pinned" if reasons else "stream" if on_stream else "hidden"
     return ChannelGroup(
-        name=writers[0],
+        name=name,
         width=channels.axes[first].size,
         kind=kind,
         reason=reasons[0] if reasons else "",

@@ -184,7 +184,7 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph_module = fx.symbolic_trace(standin)
+            graph_module = _symbolic_trace(standin)
     except Exception as error:
         untraceable = first_line(error)
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
@@ -193,6 +193,20 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
         return Traced(standin, graph_module, inputs, False, tracer, untraceable)
     inputs = inferred_inputs(standin, graph_module)
     return Traced(standin, graph_module, inputs, True, tracer, untraceable)
+
+
+class _Tracer(fx.Tracer):
+    """A tracer for which buffers are values, as parameters are, and no constants."""
+
+    proxy_buffer_attributes = True
+
+
+def _symbolic_trace(standin: nn.Module) -> fx.GraphModule:
+    """Return the graph; code that asks buffers for their values makes them constants."""
+    try:
+        return fx.GraphModule(standin, _Tracer().trace(standin))
+    except Exception:
+        return fx.symbolic_trace(standin)
 
 
 def _on_meta(example_inputs: object) -> tuple[Any, ...]:

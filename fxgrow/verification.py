@@ -20,8 +20,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import FxgrowError, VerificationError
 from fxgrow.inputs import batches_for
@@ -214,13 +216,31 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+class _NoChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws of zeros and ones become what they are on average: dropout in code does nothing."""
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation."""
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
+        if func is torch.ops.aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
 def _run(model: nn.Module, arguments: tuple[Any, ...], mode: Mode) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both."""
     model.train(mode == "train")
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _NoChance():  # type: ignore[no-untyped-call]
         return [tensor.clone() for tensor in tensors_in(model(*arguments))]
 
 

@@ -8,7 +8,8 @@ of its operands where they broadcast together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch._ops import OpOverload
 
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.rules import Step
-from fxgrow.labels.tape import map_tensors, tensors_in
+from fxgrow.labels.tape import Value, map_tensors, tensors_in
 
 
 def aten(names: str) -> frozenset[str]:
@@ -29,9 +30,12 @@ def aten(names: str) -> frozenset[str]:
 COPIES = aten("clone contiguous _to_copy lift_fresh lift_fresh_copy detach alias")
 # The same elements in other places; views are recognised by their schema.
 MOVEMENTS = COPIES | aten(
-    "stack roll index_select repeat flip pixel_shuffle pixel_unshuffle "
+    "stack roll repeat flip pixel_shuffle pixel_unshuffle "
+    "unsafe_split unsafe_split_with_sizes unsafe_chunk transpose t squeeze unsqueeze "
     "channel_shuffle native_channel_shuffle _unsafe_view _reshape_alias"
 )
+# Operations that lay out what they get.
+LAYOUTS = aten("cat stack repeat _unsafe_view _reshape_alias unsafe_split")
 # Tensors made in the image of another: as uniform as a scalar, as wide as their model.
 LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
 # Tensors of given sizes that take nothing but dtype and device from another.
@@ -39,11 +43,23 @@ FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
 # Tensors with one value everywhere.
 UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
 # Pointwise operations that torch does not tag as such.
-UNTAGGED = aten("hardswish hardtanh hardsigmoid relu6 _prelu_kernel tril triu fill zero")
+UNTAGGED = aten(
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
+    "masked_fill bucketize"
+)
+# Of weights: linear; linear in each operand; linear if the operands stem from the same parameter.
+LINEAR = aten("neg sum mean cat index gather embedding constant_pad_nd cumsum")
+PRODUCTS = aten("mul div mm bmm")
+SUMS = aten("add sub")
 # A layer is expanded, hence not contiguous: where the data could be viewed, its labels are copied.
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    # What turns a tensor in place must not turn the layers that other values share.
+    torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int,
+    torch.ops.aten.t_.default: torch.ops.aten.t.default,
+    torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim,
+    torch.ops.aten.unsqueeze_.default: torch.ops.aten.unsqueeze.default,
 }
 
 
@@ -66,6 +82,40 @@ def is_factory(step: Step) -> bool:
 def is_uniform(step: Step) -> bool:
     """Return whether the operation makes a tensor with one value everywhere."""
     return operator_name(step.target) in UNIFORM
+
+
+def alters(step: Step) -> str:
+    """Return the name of what the operation does to values, "" if it only lays them out.
+
+    Numbers that a pointwise operation computes with belong to the name: they may stem from a width.
+    """
+    name = operator_name(step.target)
+    if step.target.is_view or name in COPIES or name in LAYOUTS:
+        return ""
+    if not is_pointwise(step):
+        return name
+    given = (*step.args, *step.kwargs.values())
+    numbers = [x.item() if _is_number(x) else x for x in given]
+    told = [f"{x:.12g}" for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    return " ".join((name, *told))
+
+
+def _is_number(argument: object) -> bool:
+    return isinstance(argument, Tensor) and not argument.ndim and argument.device.type != "meta"
+
+
+def is_curved(step: Step, weights: Sequence[Value]) -> bool:
+    """Return whether an operation on weights alone is not linear in each parameter, or one was."""
+    if any(value.is_curved for value in weights):
+        return True
+    if is_movement(step) or operator_name(step.target) in LINEAR:
+        return False
+    origins = [set(value.origins) for value in weights]
+    if operator_name(step.target) in PRODUCTS:  # linear in each of several, not in a square
+        return any(a & b for a, b in itertools.combinations(origins, 2))
+    if operator_name(step.target) in SUMS and not any(isinstance(a, float) for a in step.args):
+        return any(mine != origins[0] for mine in origins) or not origins[0]
+    return bool(set().union(*origins))
 
 
 def operator_name(target: OpOverload) -> str:
@@ -109,7 +159,7 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     shape = step.outputs[0].shape
     operands = [t for t in tensors_in((step.args, step.kwargs)) if t.ndim]
     weights = [step.value(tensor).is_weight for tensor in operands]
-    expanded = [_broadcast(step, tensor, shape) for tensor in operands]
+    expanded = [step.stretched(tensor, shape) for tensor in operands]
     out: list[Layer] = []
     for cluster in clusters(expanded):
         first, *others = (layer for layer in cluster if layer is not None)
@@ -117,44 +167,12 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
         free = set(support(merged))
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
             if own is None and not step.value(tensor).is_uniform:
-                free -= _fix(step, merged, tensor, shape)
+                free -= step.join_fixed(merged, tensor, shape)
             elif own is not None and is_weight and not all(weights):
                 step.space.mark(core(own, support(own)), "carrier", "copy")
         if free or not support(merged):
             out.append(merged)
     return tuple(tuple(out) for _ in step.outputs)
-
-
-def _broadcast(step: Step, tensor: Tensor, shape: torch.Size) -> Layers:
-    """Return the layers of ``tensor`` expanded to ``shape``; a broadcast channel is pinned."""
-    layers = step.layers(tensor)
-    if tensor.shape == shape:
-        return layers
-    aligned = shape[len(shape) - tensor.ndim :]
-    stretched = any(
-        size == 1 and full > 1 for size, full in zip(tensor.shape, aligned, strict=True)
-    )
-    kept = []
-    for layer in layers:
-        if stretched and not support(layer):
-            step.pin((layer,), "a width of one is broadcast here")
-        else:
-            kept.append(layer.expand(shape))
-    return tuple(kept)
-
-
-def _fix(step: Step, layer: Layer, tensor: Tensor, shape: torch.Size) -> set[int]:
-    """Record that ``layer`` keeps its size along the dims in which ``tensor`` has entries.
-
-    Returns these dims. A layer with no other dim stands for no channels that could grow.
-    """
-    offset = len(shape) - tensor.ndim
-    dims = support(layer)
-    fixed = {dim for dim in dims if dim >= offset and tensor.shape[dim - offset] > 1}
-    if fixed:
-        reason = f"combined with a tensor of fixed width ({step.place})"
-        step.space.fix(core(layer, dims), sorted(fixed), reason)
-    return fixed
 
 
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fxgrow.labels import generic
-from fxgrow.labels.layers import Layers, along
+from fxgrow.labels.layers import Layers, along, core, support
 from fxgrow.labels.rules import RULES, Step
 from fxgrow.labels.shapes import run_on_meta
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value, map_tensors, tensors_in
+from fxgrow.labels.writes import written_back
 
 Place = tuple[str, str]  # fx node, module
 Watch: TypeAlias = Callable[[Callable[[Tensor], Value]], AbstractContextManager[object]]
@@ -119,12 +120,17 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         where = self.space.place = generic.place_of(func, node, module)
         step = Step(self.space, func, args, kwargs, outputs, self.value, where)
         layers = self._labels(step, inputs)
+        deed = generic.alters(step) if layers and layers[0] else ""
+        if deed:
+            for layer in layers[0]:
+                self.space.note(deed, core(layer, support(layer)))
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         weight = bool(inputs) and all(value.is_weight for value in inputs)
         origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
         uniform = generic.is_uniform(step) or (
             bool(inputs) and generic.is_movement(step) and all(v.is_uniform for v in inputs)
         )
+        curved = weight and generic.is_curved(step, inputs)
         index = len(self.tape.operations)
         values = tuple(
             self._enter(
@@ -135,15 +141,31 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 origins=origins,
                 is_view=func.is_view,
                 is_uniform=uniform,
+                is_curved=curved,
             )
             for tensor, flow in zip(outputs, layers, strict=True)
         )
+        self._write_back(step, index)
         self.tape.operations.append(
             Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
         )
         formula = flop_registry.get(func.overloadpacket) if self._count_flops else None
         if formula is not None:
             self.tape.flops += int(formula(*args, **kwargs, out_val=result))
+
+    def _write_back(self, step: Step, index: int) -> None:
+        """Let the tensor that a view shows a part of carry what was written into the view."""
+        view = next(tensors_in(step.args), None)
+        if view is None or view._base is None or not step.target._schema.is_mutable:
+            return
+        known, written = self.value(view._base), self.value(view)
+        if not written.layers:
+            return
+        layers = written_back(
+            self.space, view._base, known.layers, view, written.layers, step.place
+        )
+        if layers is not known.layers:
+            self._enter(view._base, layers, producer=index)
 
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if generic.is_factory(step) or not any(value.layers for value in inputs):
@@ -152,7 +174,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if rule is not None:
             return rule(step)
         if generic.is_movement(step):
-            return generic.movement(step)
+            try:
+                return generic.movement(step)
+            except RuntimeError:  # what suits data need not suit integers: view_as_complex
+                return step.give_up(f"{step.target} cannot move labels")
         if generic.is_pointwise(step):
             return generic.pointwise(step)
         return step.give_up(f"no rule for {step.target}")

@@ -59,6 +59,7 @@ class LabelSpace:
     mixers: list[tuple[IntArray, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
+    deeds: list[tuple[str, IntArray]] = field(default_factory=list)  # in order of execution
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     place: str = ""
     unions: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
@@ -81,8 +82,8 @@ class LabelSpace:
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
 
-        The first role an axis is given stays. An axis that writes its channels and reads them
-        too (a tied embedding) is pinned: no new entry could cancel itself.
+        The first role an axis is given stays. An axis that reads its channels and writes or
+        accompanies them too (a tied embedding) is pinned: no new entry could cancel itself.
         """
         ids = labels.numpy().ravel()
         ids = ids[ids > 0]
@@ -94,10 +95,12 @@ class LabelSpace:
             owners = np.unique(np.searchsorted(self._starts, ids, side="right") - 1).tolist()
         for owner in owners:
             known = self.roles.setdefault(owner, role)
-            if {known, role} == {"writer", "reader"}:
+            if known != role and "reader" in (known, role):
                 axis = self.axes[owner]
                 tied = np.arange(axis.start, axis.start + axis.size)
-                self.pins.append((tied, f"{axis.tensor} both writes and reads them (tied weights)"))
+                other = "accompanies" if "carrier" in (known, role) else "writes"
+                reason = f"{axis.tensor} both {other} and reads them (tied weights)"
+                self.pins.append((tied, reason))
             self.fills.setdefault(owner, fill)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
@@ -125,6 +128,10 @@ class LabelSpace:
         It does not change if every one of them is copied the same number of times.
         """
         self.mixers.append((labels.numpy().ravel().copy(), place))
+
+    def note(self, deed: str, labels: Tensor) -> None:
+        """Record that an operation altered the values of these channels."""
+        self.deeds.append((deed, labels.numpy().ravel()))
 
     def fix(self, labels: Tensor, dims: Sequence[int], reason: str) -> None:
         """Record that these dims of ``labels`` keep their size: something of fixed width joins.

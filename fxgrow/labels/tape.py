@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ class Value:
         origins: the parameters and buffers it depends on, where ``is_weight``.
         is_view: it is a view of another value.
         is_uniform: one constant everywhere (zeros, ones), of whatever size.
+        is_curved: computed from weights by something that is not linear in each of them, so that
+            columns that cancel in a parameter do not cancel here.
     """
 
     index: int
@@ -39,6 +42,7 @@ class Value:
     origins: tuple[str, ...] = ()
     is_view: bool = False
     is_uniform: bool = False
+    is_curved: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def tensors_in(tree: object) -> Iterator[Tensor]:
-    """Yield the tensors of a nest of tuples, lists and dicts, in order."""
+    """Yield the tensors of a nest of tuples, lists, dicts and dataclasses, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -106,3 +110,6 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
     elif isinstance(tree, dict):
         for item in tree.values():
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for part in dataclasses.fields(tree):
+            yield from tensors_in(getattr(tree, part.name))

@@ -9,6 +9,7 @@ is read by more layers serves too.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Pairing, replicate
+
+_DEED = -1  # stands for an axis where something is done to a channel
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -45,7 +48,10 @@ class Matching:
 
 
 def _signatures(
-    channels: Channels, axis_codes: Sequence[int], new_groups: dict[int, int]
+    channels: Channels,
+    axis_codes: Sequence[int],
+    new_groups: dict[int, int],
+    deeds: Sequence[str],
 ) -> HashArray:
     """Return a 64-bit hash of each channel's signature.
 
@@ -54,6 +60,7 @@ def _signatures(
         axis_codes: a code for each axis, the same in both runs.
         new_groups: for an axis whose number of convolution groups grew, the old number; new
             groups that will be twins get one and the same code.
+        deeds: what was done to channels, in order.
     """
     group = channels.group_of_row.copy()
     for axis, old in new_groups.items():
@@ -65,7 +72,32 @@ def _signatures(
     mixed = _mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
     total = np.zeros(channels.count, dtype=np.uint64)
     np.add.at(total, channels.channel, mixed)
+    for deed, (_, done_to) in zip(deeds, channels.deeds, strict=False):
+        members = done_to[done_to >= 0]
+        total[members] += np.uint64(zlib.crc32(deed.encode()) << 20)  # once for each channel
     return total
+
+
+def _deeds(old: Channels, new: Channels) -> tuple[list[str], list[str]]:
+    """Return what the operations of two runs did, if they ran the same ones.
+
+    Raises:
+        PlanError: an operation computes with another number at the new sizes.
+    """
+    before, after = ([deed for deed, _ in channels.deeds] for channels in (old, new))
+    names = [[deed.split()[0] for deed in deeds] for deeds in (before, after)]
+    if names[0] != names[1]:  # the same written in other operations, which says nothing
+        return [], []
+    for was, becomes in zip(before, after, strict=True):
+        if was != becomes:
+            name, *numbers = was.split()
+            raise PlanError(
+                f"{name} computes with {' and '.join(numbers)} at the present widths and with "
+                f"{' and '.join(becomes.split()[1:])} at the new ones: the code makes a number of "
+                "a width."
+            )
+    numbered = [f"{place} {deed}" for place, deed in enumerate(before)]
+    return numbered, numbered
 
 
 def _mix(values: HashArray) -> HashArray:
@@ -99,8 +131,9 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
         if (before := old.convolution_groups.get(axis.tensor, 0)) > 0
         and before < new.convolution_groups.get(axis.tensor, 0)
     }
-    old_signature = _signatures(old, range(len(old.axes)), {})
-    new_signature = _signatures(new, new_codes, grown)
+    old_deeds, new_deeds = _deeds(old, new)
+    old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds)
+    new_signature = _signatures(new, new_codes, grown, new_deeds)
 
     # Channels of one signature side by side, each in order of first use.
     old_buckets, new_buckets = _buckets(old_signature), _buckets(new_signature)
@@ -112,7 +145,7 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
         if len(members) > len(places):
             crowded.append(int(members[0]))
     if crowded:
-        relations = _Kinds(old, new, new_codes, old_buckets, new_buckets)
+        relations = _Kinds(old, new, new_codes, old_buckets, new_buckets, (old_deeds, new_deeds))
         relations.rehouse(continued, crowded)
     draw = np.full(new.count, -1, dtype=np.int64)
     sign = np.zeros(new.count, dtype=np.int64)
@@ -147,6 +180,7 @@ class _Kinds:
     new_codes: Sequence[int]
     old_buckets: dict[int, IntArray]
     new_buckets: dict[int, IntArray]
+    deeds: tuple[list[str], list[str]]
 
     def rehouse(self, continued: IntArray, crowded: Sequence[int]) -> None:
         """Assign anew, in place, the channels that share their writers with the crowded ones.
@@ -157,8 +191,9 @@ class _Kinds:
         Raises:
             PlanError: there is no place for some channel.
         """
-        wanted = self._first_touches(self.old, range(len(self.old.axes)), self.old_buckets)
-        offered = self._first_touches(self.new, self.new_codes, self.new_buckets)
+        codes = range(len(self.old.axes))
+        wanted = self._first_touches(self.old, codes, self.old_buckets, self.deeds[0])
+        offered = self._first_touches(self.new, self.new_codes, self.new_buckets, self.deeds[1])
         writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
         touched = _touches(self.old, range(len(self.old.axes)), crowded)
         concerned = {code for touch in touched.values() for code, _ in touch} & writers
@@ -175,6 +210,8 @@ class _Kinds:
             flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
             for _, other in movers:
                 extra = {code for code, _ in touch - wanted[other]}
+                if extra == {_DEED}:  # it is not led elsewhere, but something more is done to it
+                    continue
                 if not wanted[other] - touch and not extra & writers:
                     flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
         flow.add_node("all", demand=total)
@@ -197,7 +234,7 @@ class _Kinds:
 
     def _refusal(self, touch: Counter[tuple[int, int]], count: int) -> PlanError:
         """Return the error for ``count`` channels that touch this and have no place."""
-        codes = sorted({code for code, _ in touch})
+        codes = sorted({code for code, _ in touch} - {_DEED})
         layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
         readers = [layers[code] for code in codes if self.old.roles[code] == "reader"]
         lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
@@ -209,11 +246,18 @@ class _Kinds:
         )
 
     def _first_touches(
-        self, channels: Channels, codes: Sequence[int], buckets: dict[int, IntArray]
+        self,
+        channels: Channels,
+        codes: Sequence[int],
+        buckets: dict[int, IntArray],
+        deeds: Sequence[str],
     ) -> dict[int, Counter[tuple[int, int]]]:
-        """Return what the channels of each signature touch."""
+        """Return what the channels of each signature touch, and what is done to them."""
         firsts = {int(members[0]): kind for kind, members in buckets.items()}
         touches = _touches(channels, codes, list(firsts))
+        for deed, (_, done_to) in zip(deeds, channels.deeds, strict=False):
+            for channel in set(done_to.tolist()) & touches.keys():
+                touches[channel][_DEED, zlib.crc32(deed.encode())] += 1
         return {firsts[channel]: touch for channel, touch in touches.items()}
 
 

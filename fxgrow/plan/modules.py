@@ -12,6 +12,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxgrow.groups import layer_of
 from fxgrow.plan.schema import ModuleEdit
@@ -102,6 +103,30 @@ def attention(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribut
     }
 
 
+@follows(nn.EmbeddingBag)
+def embedding_bag(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``embedding_dim``; rows are looked up and stay."""
+    del module, groups
+    return {"embedding_dim": shapes["weight"][1]}
+
+
+@follows(nn.RNNBase)
+def recurrent(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``hidden_size``, of which each gate has one, ``input_size`` and ``proj_size``."""
+    del groups
+    rows, inputs = shapes["weight_ih_l0"]
+    gates = {"LSTM": 4, "GRU": 3}.get(str(module.mode), 1)
+    sizes: Attributes = {"hidden_size": rows // gates, "input_size": inputs}
+    return sizes | ({"proj_size": shapes["weight_hr_l0"][0]} if module.proj_size else {})
+
+
+@follows(nn.RNNCellBase)
+def recurrent_cell(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``hidden_size`` and ``input_size``."""
+    del module, groups
+    return {"hidden_size": shapes["weight_hh"][1], "input_size": shapes["weight_ih"][1]}
+
+
 @follows(nn.PReLU)
 def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     """``num_parameters``."""
@@ -127,16 +152,28 @@ def attribute_edits(
         follow = next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
         if follow is None:
             continue
-        own: dict[str, Tensor] = {
-            **dict(module.named_parameters(recurse=False)),
-            **dict(module.named_buffers(recurse=False)),
-        }
         shapes = {
-            local: tuple(new_shapes.get(f"{owner}.{local}", tuple(tensor.shape)))
-            for local, tensor in own.items()
+            local: tuple(new_shapes.get(f"{owner}.{name}", tuple(tensor.shape)))
+            for local, name, tensor in _own_tensors(module)
         }
         groups = convolution_groups.get(f"{owner}.weight")
         for attribute, after in follow(module, shapes, groups).items():
             before = getattr(module, attribute, after)
             if before != after:
                 yield ModuleEdit(owner, attribute, before, after)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield a module's tensors: what it calls them, their names below it, and themselves.
+
+    Of a parametrized one, the original that has its shape.
+    """
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
+        yield name, name, tensor
+    if is_parametrized(module):
+        for local, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            original = "original" if hasattr(parts, "original") else "original1"
+            yield local, f"parametrizations.{local}.{original}", getattr(parts, original)

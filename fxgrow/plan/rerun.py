@@ -14,7 +14,7 @@ from fxgrow.apply import set_attributes
 from fxgrow.channels import Channels, resolve
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.graph import check_sizes, graph_module
-from fxgrow.groups import group_of_channel, layer_of
+from fxgrow.groups import group_of_channel
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
 from fxgrow.plan.literals import (
     Candidate,
@@ -213,7 +213,5 @@ def _resized(
 
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        owner = standin.get_submodule(layer_of(name) if "." in name else "")
-        local = name.rpartition(".")[2]
-        table = owner._parameters if local in owner._parameters else owner._buffers
-        table[local] = tensor  # type: ignore[assignment]
+        owner, _, local = name.rpartition(".")
+        setattr(standin.get_submodule(owner), local, tensor)

@@ -77,6 +77,19 @@ def as_strided(step: Step) -> tuple[Layers, ...]:
     return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
 
 
+@rule("aten.tril", "aten.triu", "aten.diagonal")
+def triangle(step: Step) -> tuple[Layers, ...]:
+    """What picks entries by comparing two dims passes labels along the others."""
+    x, is_diagonal = step.args[0], step.target._opname == "diagonal"
+    first = step.argument("dim1", 0) % x.ndim if is_diagonal else x.ndim - 2
+    second = step.argument("dim2", 1) % x.ndim if is_diagonal else x.ndim - 1
+    kept = set(range(x.ndim)) - {first, second}
+    layers = step.beside(x, kept, "entries are picked by comparing two dims")
+    if is_diagonal:
+        layers = tuple(layer.diagonal(0, first, second) for layer in layers)
+    return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
+
+
 @rule("aten.index")
 def index(step: Step) -> tuple[Layers, ...]:
     """Look positions up in some dims: labels along the others pass."""
@@ -118,20 +131,23 @@ def gather(step: Step) -> tuple[Layers, ...]:
 def copy(step: Step) -> tuple[Layers, ...]:
     """Written over: the destination's channels are the source's."""
     destination, source = step.args[:2]
-    mine, theirs = step.layers(destination), step.layers(source)
-    if not mine or not theirs:
-        return (theirs if theirs and source.shape == destination.shape else mine,)
-    return step.give_up("written over by other channels") if _differ(step, source) else (mine,)
-
-
-def _differ(step: Step, source: Tensor) -> bool:
-    """Unify source and destination where they have layers in the same dims, else say so."""
-    destination = step.args[0]
-    pairs = clusters([step.layers(destination), step.layers(source)])
-    if source.shape != destination.shape or any(None in pair for pair in pairs):
-        return True
-    for mine, theirs in pairs:
-        if mine is not None and theirs is not None:
-            dims = support(mine) | support(theirs)
-            step.space.unify(core(mine, dims), core(theirs, dims))
-    return False
+    shape = destination.shape
+    mine, theirs = step.layers(destination), step.stretched(source, shape)
+    if not theirs:
+        if not step.value(source).is_uniform:
+            for layer in mine:
+                step.join_fixed(layer, source, shape)
+        return (mine,)
+    if not mine:
+        return (theirs,)
+    pairs = clusters([mine, theirs])
+    if any(None in pair for pair in pairs):
+        return step.give_up("written over by other channels")
+    out: list[Layer] = []
+    for mine_along, theirs_along in pairs:
+        if mine_along is not None and theirs_along is not None:
+            dims = support(mine_along) | support(theirs_along)
+            old, new = core(mine_along, dims), core(theirs_along, dims)
+            step.space.unify(old.contiguous(), new.contiguous())
+            out.append(torch.where(new != 0, new, old).expand(shape))
+    return (tuple(out),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fxgrow.labels.layers import Layers, support
+from fxgrow.labels.layers import Layers, core, support
 from fxgrow.labels.rules.step import Step, rule
 
 
@@ -16,6 +16,9 @@ from fxgrow.labels.rules.step import Step, rule
 )
 def batch_norm(step: Step) -> tuple[Layers, ...]:
     """Per channel: nothing is mixed."""
+    for layer in step.layers(step.args[0]):
+        if 1 not in support(layer):  # batch statistics are taken over all other dims
+            step.space.mix(core(layer, support(layer)), step.place)
     channels = step.line(step.args[0], 1)
     if channels is not None:
         vectors = zip(
@@ -29,6 +32,18 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
 
 def _statistics(step: Step) -> tuple[object, ...]:
     return (step.argument("running_mean"), step.argument("running_var"))
+
+
+@rule("aten._weight_norm_interface")
+def weight_norm(step: Step) -> tuple[Layers, ...]:
+    """A direction and a length for each row: rows may be new, columns count in the norm."""
+    direction, length, dim = *step.args[:2], step.argument("dim", 0)
+    rows = step.line(direction, dim)
+    beside = step.line(length, dim)
+    if rows is not None and beside is not None:
+        step.space.unify(rows, beside)
+        step.space.mark(beside, "carrier", "copy")
+    return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 
 @rule("aten.native_layer_norm")

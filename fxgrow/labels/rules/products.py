@@ -19,7 +19,8 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
     depthwise = depthwise and weight.shape[1] == 1
     if groups > 1 and not depthwise and (transposed or not kernel.parameter):
-        return step.give_up("a grouped convolution whose weight is not a plain parameter")
+        kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
+        return step.give_up(f"a grouped convolution, {kind}")
     beside = step.beside(x, (0, 1), "a convolution over these positions")
     incoming = step.line(x, 1)
 
@@ -40,9 +41,11 @@ def convolution(step: Step) -> tuple[Layers, ...]:
         else:
             read = step.line(weight, columns)
         if read is not None:
-            step.space.mark(read, "reader")
+            step.read(read, kernel)
             if incoming is not None:
                 step.space.unify(read, incoming)
+        elif incoming is not None:
+            step.pin((incoming,), "convolved with a kernel of fixed width")
         if outgoing is not None:
             step.space.mark(outgoing, "writer")
     if bias is not None and outgoing is not None:
@@ -59,6 +62,22 @@ def matrix_product(step: Step) -> tuple[Layers, ...]:
     """``(M, K) @ (K, N)``, with a batch dim for ``bmm``."""
     layers, _ = _product(step, step.args[0], step.args[1])
     return (layers,)
+
+
+@rule("aten.mv", "aten.dot", "aten.vdot")
+def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
+    """``(M, K) @ (K,)`` or ``(K,) @ (K,)``: read by, or reading, a vector."""
+    left, right = step.args[:2]
+    lines = [step.line(left, left.ndim - 1), step.line(right, 0)]
+    weights = [step.value(tensor).is_weight for tensor in (left, right)]
+    if lines[0] is None or lines[1] is None or weights[0] == weights[1]:
+        step.pin(tuple(x for x in lines if x is not None), "multiplied by what is no weight of its")
+    else:
+        step.space.unify(lines[0], lines[1])
+        reader = weights.index(True)
+        step.read(lines[reader], step.value((left, right)[reader]))  # type: ignore[arg-type]
+    kept = (core(x, (0,)).reshape(-1) for x in step.layers(left) if support(x) == {0})
+    return (tuple(kept) if left.ndim > 1 else (),)
 
 
 @rule("aten.addmm", "aten.baddbmm")
@@ -99,9 +118,11 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
     else:
         if lines[0] is not None and lines[1] is not None:
             step.space.unify(lines[0], lines[1])
+        elif lines[weights.index(True)] is None or not _is_uniform(step, sides, weights):
+            step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
         read = lines[weights.index(True)]
         if read is not None:
-            step.space.mark(read, "reader")
+            step.read(read, step.value(sides[weights.index(True)][0]))
     out: list[Layer] = []
     written: Tensor | None = None
     for (tensor, dim), layer in zip(sides, contracted, strict=True):
@@ -111,9 +132,19 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
             out.append(kept.narrow(dim, 0, 1).expand(shape))
             if tensor is right and support(kept) == {right.ndim - 1}:
                 written = core(kept, support(kept)).reshape(-1)
+            elif tensor is left and weights == [True, False] and support(kept) == {left.ndim - 2}:
+                step.space.mark(core(kept, support(kept)).reshape(-1), "writer")
     if written is not None and weights == [False, True]:
         step.space.mark(written, "writer")
     return tuple(out), written
+
+
+def _is_uniform(step: Step, sides: tuple[tuple[Tensor, int], ...], weights: list[bool]) -> bool:
+    """Return whether the data of a product is one constant (a first state of zeros).
+
+    Any number of channels may have this value, since what reads new ones cancels.
+    """
+    return step.value(sides[weights.index(False)][0]).is_uniform
 
 
 def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:
@@ -139,6 +170,13 @@ def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
     """Return whether a tensor is a parameter's transpose: what a linear layer multiplies with."""
     value = step.value(tensor)
     return not value.parameter and len(value.origins) == 1 and value.is_view
+
+
+@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(step: Step) -> tuple[Layers, ...]:
+    """Sums of rows of a table: its columns are what it writes."""
+    layers, *_ = embedding(step)
+    return (layers, *(() for _ in step.outputs[1:]))
 
 
 @rule("aten.embedding")

@@ -33,6 +33,10 @@ from fxgrow.labels.rules.step import Step, rule
     "aten.replication_pad3d",
     "aten.grid_sampler_2d",
     "aten.grid_sampler_3d",
+    "aten.max_unpool2d",
+    "aten.max_unpool3d",
+    "aten.fractional_max_pool2d",
+    "aten.fractional_max_pool3d",
     "torchvision.roi_align",
 )
 def spatial(step: Step) -> tuple[Layers, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -79,6 +80,46 @@ class Step:
             else:
                 self.pin((layer,), reason)
         return tuple(found)
+
+    def stretched(self, tensor: Tensor, shape: Sequence[int]) -> Layers:
+        """Return the layers of a tensor broadcast to ``shape``; a broadcast channel is pinned."""
+        layers = self.layers(tensor)
+        if tensor.shape == torch.Size(shape):
+            return layers
+        aligned = shape[len(shape) - tensor.ndim :]
+        wider = any(
+            size == 1 and full > 1 for size, full in zip(tensor.shape, aligned, strict=True)
+        )
+        kept = []
+        for layer in layers:
+            if wider and not support(layer):
+                self.pin((layer,), "a width of one is broadcast here")
+            else:
+                kept.append(layer.expand(*shape))
+        return tuple(kept)
+
+    def join_fixed(self, layer: Layer, tensor: Tensor, shape: Sequence[int]) -> set[int]:
+        """Record that ``layer`` keeps its size along the dims in which ``tensor`` has entries.
+
+        Returns these dims. A layer with no other dim stands for no channels that could grow.
+        """
+        offset = len(shape) - tensor.ndim
+        dims = support(layer)
+        fixed = {dim for dim in dims if dim >= offset and tensor.shape[dim - offset] > 1}
+        if fixed:
+            reason = f"combined with a tensor of fixed width ({self.place})"
+            self.space.fix(core(layer, dims), sorted(fixed), reason)
+        return fixed
+
+    def read(self, columns: Tensor, weight: Value) -> None:
+        """Mark the columns of a weight as readers; they must be linear in their parameter.
+
+        Otherwise columns that cancel in the parameter do not cancel in the weight.
+        """
+        self.space.mark(columns, "reader")
+        if weight.is_curved:
+            named = " and ".join(weight.origins)
+            self.pin((columns,), f"read by a weight that is not linear in {named}")
 
     def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
