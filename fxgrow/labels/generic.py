@@ -101,7 +101,21 @@ def movement(step: Step) -> tuple[Layers, ...]:
         for index, layer in enumerate(tensors_in(move(*args, **moved))):
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
-    return tuple(tuple(layers) for layers in out)
+    return tuple(_apart(step, layers) for layers in out)
+
+
+def _apart(step: Step, layers: list[Layer]) -> Layers:
+    """Return the layers without those that share a dim with one before; these are pinned.
+
+    A view that makes one dim of heads and of positions that all heads share brings them together.
+    """
+    kept: list[Layer] = []
+    for layer in layers:
+        if any(support(layer) & support(other) for other in kept):
+            step.pin((layer,), "laid out in one dim with other channels")
+        else:
+            kept.append(layer)
+    return tuple(kept)
 
 
 def pointwise(step: Step) -> tuple[Layers, ...]:
