@@ -177,11 +177,15 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     a, b = core(left, dims), core(right, dims)
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
     a, b = a.expand(shape), b.expand(shape)
-    step.space.unify(a, b)
+    smaller, larger = sorted((left, right), key=lambda layer: len(support(layer)))
     lonely = (a == 0) != (b == 0)
+    if support(smaller) and support(smaller) < support(larger) and not bool(lonely.any()):
+        whole, part = (a, b) if larger is left else (b, a)
+        step.space.share(whole, part, sorted(support(smaller)))
+        return larger.expand(left.shape)
+    step.space.unify(a, b)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
         step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")
         return torch.maximum(a, b).expand(left.shape)
-    smaller = min((left, right), key=lambda layer: len(support(layer)))
     return smaller.expand(left.shape)
