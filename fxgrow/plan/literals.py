@@ -240,12 +240,13 @@ def candidates(
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
     inner = model.get_submodule(repair.module)
     owners += [".".join((*names, child)) for child, _ in inner.named_children()]
+    after_all = tuple(size for size in repair.wanted if size is not None)
     for owner in owners:
         module = model.get_submodule(owner)
         for attribute, before in _sizes_of(module):
             key = (type(module).__qualname__, attribute)
             if before == repair.given and key not in without:
-                yield key, ModuleEdit(owner, attribute, before, repair.wanted)
+                yield key, ModuleEdit(owner, attribute, before, after_all)
     for multiple in (1, 2, 3, 4):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
             if given is None or wanted is None or wanted <= given:
