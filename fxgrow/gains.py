@@ -93,7 +93,7 @@ class GainFlow:
     with_eps: Set[str] = frozenset()
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, Gain] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
     _gains: dict[int, Gain] = field(default_factory=dict)
 
@@ -288,10 +288,11 @@ def layer_norm(flow: GainFlow, op: Operation) -> Gain:
 def _takes_up(flow: GainFlow, op: Operation, layer: str) -> bool:
     """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
     gain = flow.of(op.args[0])
-    first = flow.norms.setdefault(layer, gain.scale)
-    if not _same(first, gain.scale):
+    first = flow.norms.setdefault(layer, gain)
+    if not _same(first.scale, gain.scale):
         why = f"{layer} is used twice, with different gains"
-        flow.part(op, op.args[0], Gain(gain.scale / first, gain.sources), "no", why)
+        ratio = Gain(gain.scale / first.scale, gain.sources | first.sources)
+        flow.part(op, op.args[0], ratio, "no", why)
         return False
     return gain.scale != 1.0 and layer not in flow.absorbed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def inferred_inputs(
     name, layer = _first_layer(standin, graph_module)
     way_out = "Pass example_inputs (--input-shape 1x3x224x224 on the command line)."
     problem = "the first layer is of no known kind"
-    for candidate in _candidates(layer):
+    for candidate in _candidates(standin, layer):
         try:
             with torch.no_grad(), OnMeta():
                 standin.eval()(candidate)
@@ -58,19 +58,34 @@ def inferred_inputs(
     )
 
 
-def _candidates(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield inputs of batch size two that a layer could take."""
+def _candidates(network: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
+    """Yield inputs of batch size two that a network might take, judging by its first layer.
+
+    Images are among them: what lies before the first layer may have made patches of them.
+    """
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    channels = getattr(layer, "in_channels", None)
-    if isinstance(channels, int):
-        for sizes in _SPATIAL_SIZES.get(weight.ndim - 2, ()):
-            yield torch.empty(2, channels, *sizes, dtype=weight.dtype, device="meta")
-    elif isinstance(layer, nn.Embedding):
+    dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(layer, nn.Embedding):
         yield torch.empty(2, 16, dtype=torch.long, device="meta")
-    elif weight.ndim == 2:
-        yield torch.empty(2, weight.shape[1], dtype=weight.dtype, device="meta")
+    elif isinstance(weight, Tensor):
+        channels = getattr(layer, "in_channels", None)
+        if isinstance(channels, int):
+            shapes += [(channels, *sizes) for sizes in _SPATIAL_SIZES.get(weight.ndim - 2, ())]
+        elif weight.ndim == 2:
+            shapes.append((weight.shape[1],))
+    images = [(3, *sizes) for sizes in _SPATIAL_SIZES[2]]
+    ordered = [*shapes[:1], *images[:1], *_declared_shapes(network), *shapes[1:], *images[1:]]
+    for shape in dict.fromkeys(ordered):
+        yield torch.empty(2, *shape, dtype=dtype, device="meta")
+
+
+def _declared_shapes(network: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes without batch that a network says it takes, in its ``pretrained_cfg``."""
+    declared = getattr(network, "pretrained_cfg", None)
+    size = declared.get("input_size") if isinstance(declared, Mapping) else None
+    if isinstance(size, (tuple, list)) and all(isinstance(part, int) for part in size):
+        yield tuple(size)
 
 
 def _first_layer(standin: nn.Module, graph_module: fx.GraphModule | None) -> tuple[str, nn.Module]:

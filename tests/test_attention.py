@@ -63,12 +63,10 @@ def test_heads_grow_in_number_and_keep_their_size(kv_heads: int, pairing: str) -
     assert max_rel(net(x), grown.model(x)) < 1e-12
     attention = grown.model.get_submodule("attention")
     names = [group.name for group in grown.plan.groups]
-    if kv_heads == 1:  # one head of keys: it cannot be two without parting from its queries
-        assert names == ["mlp.1"]
-        assert attention.heads == 4
-    else:
-        assert names == ["attention.q", "mlp.1"]
-        assert (attention.heads, attention.kv_heads, attention.size) == (8, 2 * kv_heads, 4)
+    assert names == ["attention.q", "mlp.1"]
+    shared = kv_heads == 1  # one head of keys and values, which all heads of queries read
+    assert attention.kv_heads == (1 if shared else 2 * kv_heads)
+    assert (attention.heads, attention.size) == (8, 4)
 
 
 def test_the_reason_for_a_lone_head_is_told() -> None:

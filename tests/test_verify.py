@@ -166,6 +166,7 @@ def test_models_with_several_inputs_take_a_tuple() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*eps becomes")
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("twice", [True, False])
 @pytest.mark.parametrize("rescaling", ["default_vt", "vt_constraint_new_shape"])

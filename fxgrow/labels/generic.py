@@ -151,7 +151,21 @@ def movement(step: Step) -> tuple[Layers, ...]:
         for index, layer in enumerate(tensors_in(move(*args, **moved))):
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
-    return tuple(tuple(layers) for layers in out)
+    return tuple(_apart(step, layers) for layers in out)
+
+
+def _apart(step: Step, layers: list[Layer]) -> Layers:
+    """Return the layers without those that share a dim with one before; these are pinned.
+
+    A view that makes one dim of heads and of positions that all heads share brings them together.
+    """
+    kept: list[Layer] = []
+    for layer in layers:
+        if any(support(layer) & support(other) for other in kept):
+            step.pin((layer,), "laid out in one dim with other channels")
+        else:
+            kept.append(layer)
+    return tuple(kept)
 
 
 def pointwise(step: Step) -> tuple[Layers, ...]:
@@ -181,11 +195,15 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     a, b = core(left, dims), core(right, dims)
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
     a, b = a.expand(shape), b.expand(shape)
-    step.space.unify(a, b)
+    smaller, larger = sorted((left, right), key=lambda layer: len(support(layer)))
     lonely = (a == 0) != (b == 0)
+    if support(smaller) and support(smaller) < support(larger) and not bool(lonely.any()):
+        whole, part = (a, b) if larger is left else (b, a)
+        step.space.share(whole, part, sorted(support(smaller)))
+        return larger.expand(left.shape)
+    step.space.unify(a, b)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
         step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")
         return torch.maximum(a, b).expand(left.shape)
-    smaller = min((left, right), key=lambda layer: len(support(layer)))
     return smaller.expand(left.shape)

@@ -60,6 +60,7 @@ class LabelSpace:
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
     deeds: list[tuple[str, IntArray]] = field(default_factory=list)  # in order of execution
+    shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     place: str = ""
     unions: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
@@ -142,6 +143,20 @@ class LabelSpace:
         if bool((labels > 0).any()):
             self.fixed.append((labels.numpy(), tuple(dims), reason))
 
+    def share(self, whole: Tensor, part: Tensor, dims: Sequence[int]) -> None:
+        """Record that ``part``, which varies in ``dims`` alone, meets what varies in more.
+
+        If every channel of ``whole`` turns out to fill these dims by itself (a head, of which each
+        position is rotated by an angle of its own), ``part`` keeps its size, for all of them alike.
+        Otherwise its channels are those that it meets.
+
+        Args:
+            whole: labels.
+            part: labels of the same shape.
+            dims: the dims in which ``part`` varies.
+        """
+        self.shared.append((whole.numpy(), part.numpy(), tuple(dims), self.place))
+
     def several(self, labels: Tensor, reason: str) -> None:
         """Record that these channels can only grow in number, so that a lone one is pinned."""
         self.heads.append((np.unique(labels.numpy()), reason))
@@ -152,6 +167,16 @@ class LabelSpace:
         Connected components by hooking and pointer jumping: a logarithmic number of passes over
         the recorded unions, none of them a Python loop over channels.
         """
+        roots = self._components()
+        settled = [item for item in self.shared if not _fills(roots[item[0]], item[2])]
+        for whole, part, _, place in settled:
+            both = (whole != 0) & (part != 0)
+            self.unions.append((whole[both], part[both], place))
+        self.shared = [item for item in self.shared if _fills(roots[item[0]], item[2])]
+        return self._components() if settled else roots
+
+    def _components(self) -> IntArray:
+        """Return the roots that the unions make."""
         parent = np.arange(self._next, dtype=np.int64)
         if not self.unions:
             return parent
@@ -177,10 +202,16 @@ class LabelSpace:
     def _broken(self, roots: IntArray) -> Iterator[tuple[IntArray, str]]:
         """Yield what does not fill dims of fixed size by itself, and lone heads, with reasons."""
         for labels, dims, reason in self.fixed:
-            found = roots[labels]
-            inside = tuple(slice(0, 1) if d in dims else slice(None) for d in range(found.ndim))
-            if (found != found[inside]).any():
+            if not _fills(roots[labels], dims):
                 yield np.unique(labels[labels > 0]), reason
+        for _, part, _, place in self.shared:  # what roots() left: each channel fills the dims
+            yield np.unique(part[part > 0]), f"every channel of others meets all of them ({place})"
         for ids, reason in self.heads:
             if len(np.unique(roots[ids])) == 1:
                 yield ids[ids > 0], reason
+
+
+def _fills(channels: IntArray, dims: Sequence[int]) -> bool:
+    """Return whether each channel fills these dims by itself."""
+    first = tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(channels.ndim))
+    return not (channels != channels[first]).any()

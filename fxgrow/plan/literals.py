@@ -232,11 +232,21 @@ def candidates(
 ) -> Iterator[tuple[Candidate, ModuleEdit]]:
     """Yield attributes that a wrong size may come from, the most likely first.
 
-    The modules that were running are asked from the innermost outwards: for an attribute that is
-    the size itself, then for one of which it is a small multiple.
+    The modules that were running are asked from the innermost outwards, then the innermost one's
+    children, whose methods it may have called: for an attribute that is all the sizes, for one that
+    is a size, then for one of which a size is a small multiple.
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
+    inner = model.get_submodule(repair.module)
+    owners += [".".join((*names, child)) for child, _ in inner.named_children()]
+    after_all = tuple(size for size in repair.wanted if size is not None)
+    for owner in owners:
+        module = model.get_submodule(owner)
+        for attribute, before in _sizes_of(module):
+            key = (type(module).__qualname__, attribute)
+            if before == repair.given and key not in without:
+                yield key, ModuleEdit(owner, attribute, before, after_all)
     for multiple in (1, 2, 3, 4):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
             if given is None or wanted is None or wanted <= given:

@@ -16,9 +16,10 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     Tensors joined along a dim that holds no channels (a class token before its patches) carry the
     same channels: their layers are unified.
     """
-    tensors = [tensor for tensor in step.args[0] if tensor.ndim == step.outputs[0].ndim]
-    dim = step.argument("dim", 0) % tensors[0].ndim
     shape = step.outputs[0].shape
+    dim = step.argument("dim", 0) % len(shape)
+    same_rank = [tensor for tensor in step.args[0] if tensor.ndim == len(shape)]
+    tensors = [tensor for tensor in same_rank if tensor.shape[dim]] or same_rank[:1]
     out: list[Layer] = []
     for members in clusters([step.layers(tensor) for tensor in tensors]):
         dims = frozenset().union(*(support(m) for m in members if m is not None))

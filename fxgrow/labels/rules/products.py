@@ -151,15 +151,18 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     """Multiply matrices of their own for each head: a head is one channel with many positions.
 
     All that a head holds (its queries, keys and values, its row of a table of biases) is unified,
-    so that it grows and cancels as a whole, and its size stays what it is.
+    so that it grows and cancels as a whole, and its size stays what it is. What all heads share (a
+    table of relative positions) keeps its size too.
     """
     heads = narrowed(batched[0], (0,))
     out: list[Layer] = []
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
         for layer in step.layers(tensor):
-            if dim in support(layer) or 0 in support(layer):
+            if 0 in support(layer):
                 whole = core(layer, support(layer) | {0})
                 step.space.unify(heads.expand_as(whole), whole)
+            elif dim in support(layer):
+                step.pin((layer,), "every head reads these positions alike")
             else:
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
     step.space.several(heads, f"all its channels are one head ({step.place})")

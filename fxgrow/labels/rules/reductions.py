@@ -122,16 +122,20 @@ def _is_invariant_under_copies(step: Step) -> bool:
     "aten.topk",
 )
 def along_a_dim(step: Step) -> tuple[Layers, ...]:
-    """What mixes the positions of one dim passes labels along the others."""
+    """What mixes the positions of one dim passes labels along the others.
+
+    Positions of one dim that belong to a channel with others (the branches of a split attention)
+    are mixed inside the channel.
+    """
     x = step.args[0]
     given = step.argument("dim", step.argument("dims", -1))
     dims = {dim % x.ndim for dim in _sequence(given)}
     kept: list[Layer] = []
     for layer in step.layers(x):
-        if support(layer) & dims:
+        if support(layer) and support(layer) <= dims:
             step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
         else:
-            kept.append(core(layer, support(layer)))
+            kept.append(step.flat(layer, support(layer) - dims))
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)
 
 
