@@ -24,9 +24,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FxgrowError, VerificationError
+from fxgrow.expectation import Expectation
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.labels.tape import tensors_in
+from fxgrow.labels.tape import Arguments, call, tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
 from fxgrow.standin import float64_copy, stand_in
 from fxgrow.trace import trace
@@ -125,7 +126,7 @@ class Case:
 
 
 def judge(
-    case: Case, batches: Sequence[tuple[Any, ...]], progress: Callable[[], None] = lambda: None
+    case: Case, batches: Sequence[Arguments], progress: Callable[[], None] = lambda: None
 ) -> Verification:
     """Run the networks of a case and return the judgement; raises nothing on failure.
 
@@ -214,14 +215,14 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _run(model: nn.Module, arguments: tuple[Any, ...], mode: Mode) -> list[Tensor]:
+def _run(model: nn.Module, arguments: Arguments, mode: Mode) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both."""
     model.train(mode == "train")
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
-    with torch.no_grad():
-        return [tensor.clone() for tensor in tensors_in(model(*arguments))]
+    with torch.no_grad(), Expectation():  # type: ignore[no-untyped-call]
+        return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
 
 
 def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
@@ -270,7 +271,7 @@ def _absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None
                 module.weight.copy_(weight)
 
 
-def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
+def _without_gradient(case: Case, batch: Arguments) -> tuple[str, ...]:
     """Return grown tensors whose new entries receive no gradient within two steps of SGD."""
     model = case.exact_after
     parameters = {
@@ -286,7 +287,7 @@ def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
             break
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            outputs = [t for t in tensors_in(model(*exact)) if t.is_floating_point()]
+            outputs = [t for t in tensors_in(call(model, exact)) if t.is_floating_point()]
             scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
             loss = torch.stack([t.square().mean() for t in scaled]).sum()
         if not loss.requires_grad:
@@ -332,7 +333,8 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -
     Args:
         before: the old network; not changed.
         after: the new network; not changed.
-        example_inputs: a tensor or tuple of arguments; None infers an input from ``before``.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
+            an input from ``before``.
 
     Returns:
         The measurements. ``verdict`` is ``preserved`` if they agree within what their own dtype

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.labels.layers import Layers
+
+
+# What a network is called with: positional arguments, or keyword arguments.
+Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,18 @@ class Tape:
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     flops: int = 0
+
+
+def arguments_of(example_inputs: object) -> Arguments:
+    """Return example inputs as arguments: a mapping is keywords, a lone object is one argument."""
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def call(function: Callable[..., Any], arguments: Arguments) -> Any:
+    """Return what a function makes of its arguments."""
+    return function(**arguments) if isinstance(arguments, dict) else function(*arguments)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
