@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FxgrowError, VerificationError
-from fxgrow.expectation import Expectation
+from fxgrow.expectation import Expectation, float64_by_default
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments, call, tensors_in
@@ -136,7 +136,8 @@ def judge(
         progress: called after each batch in each mode.
     """
     exact_is_native = _epsilon(case.after) <= torch.finfo(torch.float64).eps and not case.notes
-    native = [] if exact_is_native else [stand_in(case.before, {}), stand_in(case.after, {})]
+    native: list[nn.Module] = []
+    exactly = Expectation(exact=True)
     results: dict[Mode, ModeResult] = {}
     modes: tuple[Mode, ...] = ("eval", "train")
     statistics = [(b, b.clone()) for b in case.reference.buffers() if b.is_floating_point()]
@@ -145,15 +146,20 @@ def judge(
         result = ModeResult()
         for batch in batches:
             exact = pytree.tree_map_only(Tensor, _to_double, batch)
-            before = _run(case.exact_before, exact, mode)
-            after = _run(case.exact_after, exact, mode)
+            with float64_by_default():
+                before = _run(case.exact_before, exact, mode, exactly)
+                after = _run(case.exact_after, exact, mode, exactly)
             predicted = before
             if case.reference is not case.exact_before or norms:
                 for buffer, value in statistics:  # a run in train mode has moved them
                     buffer.copy_(value)
-                with _absorbing(case.reference, norms):
-                    predicted = _run(case.reference, exact, mode)
-            old, new = (_run(model, batch, mode) for model in native) if native else (before, after)
+                with _absorbing(case.reference, norms), float64_by_default():
+                    predicted = _run(case.reference, exact, mode, exactly)
+            if exact_is_native and not exactly.casts:
+                old, new = before, after
+            else:
+                native = native or [stand_in(case.before, {}), stand_in(case.after, {})]
+                old, new = (_run(model, batch, mode, Expectation()) for model in native)
             result = ModeResult(
                 float64=result.float64.worst(_errors(before, after)),
                 native=result.native.worst(_errors(old, new)),
@@ -215,13 +221,15 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _run(model: nn.Module, arguments: Arguments, mode: Mode) -> list[Tensor]:
+def _run(
+    model: nn.Module, arguments: Arguments, mode: Mode, without_chance: Expectation
+) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both."""
     model.train(mode == "train")
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
-    with torch.no_grad(), Expectation():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), without_chance:
         return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
 
 

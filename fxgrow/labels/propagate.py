@@ -28,6 +28,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
 
     def __torch_dispatch__(
         self,
@@ -45,17 +46,24 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._to_copy.default and args[0].device.type != "meta":
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         elif any(t.device.type == "meta" for t in tensors_in((args, kwargs))):
-            args, kwargs = map_tensors(_to_meta, (args, kwargs))
+            args, kwargs = map_tensors(self._to_meta, (args, kwargs))
         return self.run(func, args, kwargs)
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
         return run_on_meta(func, args, kwargs)
 
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Take note that a constant is stood in for by a meta tensor, from now on."""
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    """Move a tensor; those without dims mix with any device as they are."""
-    return tensor if tensor.device.type == "meta" or not tensor.ndim else tensor.to("meta")
+    def _to_meta(self, tensor: Tensor) -> Tensor:
+        """Move a tensor; those without dims mix with any device as they are."""
+        if tensor.device.type == "meta" or not tensor.ndim:
+            return tensor
+        if id(tensor) not in self._twins:
+            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            self.joined(*self._twins[id(tensor)])
+        return self._twins[id(tensor)][1]
 
 
 class Labeller(OnMeta):  # type: ignore[no-untyped-call]
@@ -90,6 +98,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         result = run_on_meta(func, args, kwargs)
         self._record(func, args, kwargs, result)
         return result
+
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Know the twin of a constant for the same value."""
+        self._values[id(twin)] = self.value(tensor)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels.layers import Layers
+from fxgrow.labels.layers import Layer, Layers
 
 
 # What a network is called with: positional arguments, or keyword arguments.
@@ -31,6 +31,7 @@ class Value:
         origins: the parameters and buffers it depends on, where ``is_weight``.
         is_view: it is a view of another value.
         is_uniform: one constant everywhere (zeros, ones), of whatever size.
+        taken: for a uniform one, layers it met: they tell what its sizes stand for.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Value:
     origins: tuple[str, ...] = ()
     is_view: bool = False
     is_uniform: bool = False
+    taken: list[Layer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

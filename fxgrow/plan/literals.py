@@ -47,7 +47,7 @@ class Growth:
     def size(self, value: Value, dim: int, stop: int | None = None) -> int:
         """Return the new size of a value along a dim, or of its first ``stop`` positions there."""
         end = value.shape[dim] if stop is None else stop
-        layer = cover(value.layers, dim)
+        layer = cover(value.layers or tuple(value.taken[:1]), dim)
         if layer is None:
             return end
         labels = core(layer, support(layer)).numpy()
@@ -111,8 +111,9 @@ WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
 @WANTED.register("view", "reshape", "expand")
+@WANTED.register("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def _shape(call: SizedCall, growth: Growth) -> Sizes:
-    """Sizes for all dims."""
+    """Sizes for all dims; those of a constant are told by what it is combined with."""
     return growth.shape(call.outputs[0])
 
 
