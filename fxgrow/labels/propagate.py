@@ -39,14 +39,17 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operation with every tensor argument on the meta device.
 
-        What has not met a meta tensor (token ids, a mask made of them) keeps its values, even
-        where the model moves it to the device of its weights: forwards look into masks.
+        What has not met a meta tensor (token ids, a mask made of them) keeps its values, on the
+        CPU, even where the model wants it on the device of its weights: forwards look into masks.
         """
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and args[0].device.type != "meta":
-            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        elif any(t.device.type == "meta" for t in tensors_in((args, kwargs))):
+        tensors = [*tensors_in((args, kwargs))]
+        if any(tensor.is_meta for tensor in tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
+        if not tensors and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is torch.ops.aten._to_copy.default:
+            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         return self.run(func, args, kwargs)
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
