@@ -16,7 +16,7 @@ LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan",
+    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan", "expectation",
     "verification", "report",
     "uninitialised", "architectures", "recognition", "checkpoint",
     "api", "files", "cli", "__main__",

@@ -234,7 +234,8 @@ def candidates(
     """Yield attributes that a wrong size may come from, the most likely first.
 
     The modules that were running are asked from the innermost outwards: for an attribute that is
-    the size itself, then for one of which it is a small multiple.
+    the size itself, then for one of which it is a small multiple; their own attributes first, then
+    those of objects that they hold (``self.config``).
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
@@ -244,18 +245,29 @@ def candidates(
                 continue
             if given % multiple or wanted % multiple:
                 continue
-            for owner in owners:
-                module = model.get_submodule(owner)
-                for attribute, before in _sizes_of(module):
-                    key = (type(module).__qualname__, attribute)
+            for owner, (path, holder) in _holders(model, owners):
+                for attribute, before in _sizes_of(holder):
+                    key = (type(holder).__qualname__, attribute)
                     after = _replaced(before, given // multiple, wanted // multiple)
                     if after != before and key not in without:
-                        yield key, ModuleEdit(owner, attribute, before, after)
+                        yield key, ModuleEdit(owner, path + attribute, before, after)
 
 
-def _sizes_of(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """Yield the attributes of a module that are integers or tuples of them."""
-    for name, value in vars(module).items():
+def _holders(
+    model: nn.Module, owners: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, object]]]:
+    """Yield modules, then what they hold, each with its owner and its path from there."""
+    modules = [(owner, model.get_submodule(owner)) for owner in owners]
+    yield from ((owner, ("", module)) for owner, module in modules)
+    for owner, module in modules:
+        for name, held in vars(module).items():
+            if not name.startswith("_") and hasattr(held, "__dict__") and not callable(held):
+                yield owner, (f"{name}.", held)
+
+
+def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    """Yield the attributes of an object that are integers or tuples of them."""
+    for name, value in vars(holder).items():
         if name.startswith("_") or isinstance(value, bool):
             continue
         if isinstance(value, int):
@@ -301,7 +313,7 @@ def guesses(
         (repair, [
             (key, edit)
             for key, edit in candidates(model, repair, without)
-            if key not in present or edit not in present[key].edits
+            if key not in present or not ("." in edit.attribute or edit in present[key].edits)
         ])
         for repair in repairs
     ]  # fmt: skip
@@ -316,3 +328,14 @@ def guesses(
             if edit not in guess.edits:
                 guess.edits.append(edit)
     return found
+
+
+def overshoots(guess: Guess, repairs: Sequence[Repair]) -> bool:
+    """Return whether a size is too large by the factor by which a guess grew its attribute."""
+    return any(
+        given and wanted and given > wanted > 0 and given * edit.before == wanted * edit.after
+        for edit in guess.edits
+        if isinstance(edit.before, int)
+        for repair in repairs
+        for given, wanted in zip(repair.given, repair.wanted, strict=True)
+    )

@@ -16,6 +16,7 @@ from fxgrow.errors import PlanError, TraceError
 from fxgrow.graph import check_sizes, graph_module
 from fxgrow.groups import group_of_channel, layer_of
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
+from fxgrow.plan.conventions import head_edits
 from fxgrow.plan.literals import (
     Candidate,
     Growth,
@@ -24,6 +25,7 @@ from fxgrow.plan.literals import (
     Repairer,
     growth_of,
     guesses,
+    overshoots,
 )
 from fxgrow.plan.modules import attribute_edits
 from fxgrow.plan.resize import Sizes
@@ -62,6 +64,15 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
     """
     standin = analysis.traced.standin
     follow = tuple(attribute_edits(standin, sizes.shapes, sizes.convolution_groups))
+    found = _found(analysis, sizes, follow)
+    if found.sizes:  # they were found with the attributes as they are
+        return found
+    more = head_edits(standin, analysis.groups, sizes.widths, found.modules)
+    return replace(found, modules=(*found.modules, *more))
+
+
+def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
+    """Run as it is, else with other attributes, else with another graph."""
     try:
         return _run(analysis.traced, sizes, follow)
     except TraceError as error:
@@ -125,10 +136,11 @@ def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit,
                 return found
         repairs = watch.repairs
         wrong = {repair.call for repair in repairs}
-        useless |= {key for key, guess in chosen.items() if guess.calls <= wrong}
+        more = {k for k, g in chosen.items() if g.calls <= wrong or overshoots(g, repairs)}
+        useless |= more
         chosen = {key: guess for key, guess in chosen.items() if key not in useless}
         fresh = guesses(analysis.traced.standin, repairs, useless, chosen)
-        if not fresh:
+        if not fresh and not more:
             break
         for key, guess in fresh.items():
             known = chosen.setdefault(key, Guess())
