@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -115,7 +114,7 @@ class Traced:
             if not self.inferred:
                 raise
             larger = inferred_inputs(self.standin, self.graph_module, in_training=True)
-            if larger[0].shape == self.inputs[0].shape:
+            if tuple(larger[0].shape) == self.input_shapes[0]:
                 raise
             self.inputs = larger
             return False

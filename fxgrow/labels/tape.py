@@ -11,7 +11,6 @@ from torch._ops import OpOverload
 
 from fxgrow.labels.layers import Layer, Layers
 
-
 # What a network is called with: positional arguments, or keyword arguments.
 Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 

@@ -253,9 +253,7 @@ def candidates(
                         yield key, ModuleEdit(owner, path + attribute, before, after)
 
 
-def _holders(
-    model: nn.Module, owners: Sequence[str]
-) -> Iterator[tuple[str, tuple[str, object]]]:
+def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tuple[str, object]]]:
     """Yield modules, then what they hold, each with its owner and its path from there."""
     modules = [(owner, model.get_submodule(owner)) for owner in owners]
     yield from ((owner, ("", module)) for owner, module in modules)
