@@ -59,9 +59,9 @@ class Expectation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _mean(func: OpOverload, args: tuple[Any, ...]) -> Tensor | float | None:
     """Return what a random draw gives on average, or None if the operation is no draw."""
-    name = func._opname.rstrip("_")
-    if name == "bernoulli":
-        mean: Tensor | float = args[1] if len(args) > 1 else args[0]
+    name = func._opname
+    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
+        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
         return mean
     return 0.5 if name in ("rand", "rand_like") else None
 

@@ -34,6 +34,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint"},
     "pydantic": {"plan.schema"},
     "timm": set(),
+    "transformers": set(),
 }
 WITHOUT_TORCH = {"version", "errors", "registry", "rescaling", "pairing", "presets", "cli"}
 
