@@ -136,12 +136,15 @@ def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit,
                 return found
         repairs = watch.repairs
         wrong = {repair.call for repair in repairs}
-        more = {k for k, g in chosen.items() if g.calls <= wrong or overshoots(g, repairs)}
-        useless |= more
+        useless |= {key for key, guess in chosen.items() if guess.calls <= wrong}
         chosen = {key: guess for key, guess in chosen.items() if key not in useless}
         fresh = guesses(analysis.traced.standin, repairs, useless, chosen)
-        if not fresh and not more:
-            break
+        if not fresh:
+            too_much = {key for key, guess in chosen.items() if overshoots(guess, repairs)}
+            if not too_much:
+                break
+            useless |= too_much
+            chosen = {key: guess for key, guess in chosen.items() if key not in useless}
         for key, guess in fresh.items():
             known = chosen.setdefault(key, Guess())
             known.edits += guess.edits

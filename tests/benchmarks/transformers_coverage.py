@@ -33,19 +33,18 @@ def row(name: str, where: str) -> str:
     begin = time.perf_counter()
     try:
         groups = fxgrow.inspect(model, inputs).analysis.groups
-        reasons = [group.reason for group in groups if group.kind == "pinned"]
+        reasons = {group.name: group.reason for group in groups if group.kind == "pinned"}
         grown = fxgrow.widen(model, "2x", inputs, where=where)
     except FxgrowError as error:
         return f"| {name} | {where} | – | 0 | {error} | – | {time.perf_counter() - begin:.1f} |"
     seconds = time.perf_counter() - begin
-    reasons += [refusal.reason for refusal in grown.plan.refused]
+    reasons |= {refusal.name: refusal.reason for refusal in grown.plan.refused}
     pairs = zip(outputs(model, inputs), outputs(grown.model, inputs), strict=True)
     worst = max(max_rel(old, new) for old, new in pairs)
-    counted = "; ".join(
-        f"{count} × {reason.split(' (aten.')[0]}" for reason, count in Counter(reasons).items()
-    )
-    widened = len(grown.plan.groups)
-    return f"| {name} | {where} | {len(groups)} | {widened} | {counted} | {worst:.1e} | {seconds:.1f} |"
+    short = Counter(reason.split(" (aten.")[0] for reason in reasons.values())
+    counted = "; ".join(f"{count} × {reason}" for reason, count in short.items())
+    counts = f"{len(groups)} | {len(grown.plan.groups)}"
+    return f"| {name} | {where} | {counts} | {counted} | {worst:.1e} | {seconds:.1f} |"
 
 
 def main() -> None:
