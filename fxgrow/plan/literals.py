@@ -326,14 +326,3 @@ def guesses(
             if edit not in guess.edits:
                 guess.edits.append(edit)
     return found
-
-
-def overshoots(guess: Guess, repairs: Sequence[Repair]) -> bool:
-    """Return whether a size is too large by the factor by which a guess grew its attribute."""
-    return any(
-        given and wanted and given > wanted > 0 and given * edit.before == wanted * edit.after
-        for edit in guess.edits
-        if isinstance(edit.before, int)
-        for repair in repairs
-        for given, wanted in zip(repair.given, repair.wanted, strict=True)
-    )

@@ -25,7 +25,6 @@ from fxgrow.plan.literals import (
     Repairer,
     growth_of,
     guesses,
-    overshoots,
 )
 from fxgrow.plan.modules import attribute_edits
 from fxgrow.plan.resize import Sizes
@@ -140,11 +139,7 @@ def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit,
         chosen = {key: guess for key, guess in chosen.items() if key not in useless}
         fresh = guesses(analysis.traced.standin, repairs, useless, chosen)
         if not fresh:
-            too_much = {key for key, guess in chosen.items() if overshoots(guess, repairs)}
-            if not too_much:
-                break
-            useless |= too_much
-            chosen = {key: guess for key, guess in chosen.items() if key not in useless}
+            break
         for key, guess in fresh.items():
             known = chosen.setdefault(key, Guess())
             known.edits += guess.edits
