@@ -58,8 +58,8 @@ def inspect(model: nn.Module, example_inputs: object = None) -> Inspection:
 
     Args:
         model: any module; only read.
-        example_inputs: a tensor or a tuple of arguments; None infers an input from the first
-            layer.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
+            an input from the first layer.
 
     Returns:
         The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
@@ -155,8 +155,8 @@ def widen(
         model: any module; it is not touched.
         width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"``, or a mapping of globs over group names
             to such strings, of which the first match counts.
-        example_inputs: a tensor or a tuple of arguments for ``forward``; None infers an input
-            from the first layer.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for
+            ``forward``; None infers an input from the first layer.
         rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
         pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``replicate``,

@@ -327,7 +327,10 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
 def set_attributes(model: nn.Module, edits: tuple[ModuleEdit, ...], *, back: bool = False) -> None:
     """Set the attributes of a module tree to their new values, or back to the old, in place."""
     for edit in edits:
-        module = model.get_submodule(edit.module)
+        *path, name = edit.attribute.split(".")
+        owner: object = model.get_submodule(edit.module)
+        for step in path:
+            owner = getattr(owner, step)
         value = edit.before if back else edit.after
-        is_list = isinstance(value, tuple) and isinstance(getattr(module, edit.attribute), list)
-        setattr(module, edit.attribute, list(value) if is_list else value)  # type: ignore[arg-type]
+        is_list = isinstance(value, tuple) and isinstance(getattr(owner, name), list)
+        setattr(owner, name, list(value) if is_list else value)  # type: ignore[arg-type]

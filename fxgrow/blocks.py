@@ -96,7 +96,7 @@ def residual_additions(tape: Tape) -> list[ResidualBlock]:
     dominator = nx.immediate_dominators(graph, -1)
     blocks = []
     for op in tape.operations:
-        operands = [v for v in op.inputs if v.producer in graph and not v.is_weight]
+        operands = [v for v in op.inputs if v.producer in graph and not v.is_weight and v.layers]
         if op.name != "add" or len(operands) != 2 or op.index not in graph:
             continue
         fork = dominator[op.index]

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
 from fxgrow.labels.propagate import OnMeta, named_tensors
-from fxgrow.labels.tape import tensors_in
+from fxgrow.labels.tape import Arguments, arguments_of, tensors_in
 from fxgrow.standin import first_line, stand_in
 
 # The sizes tried after (batch, channels), for the number of spatial dims of the first layer.
@@ -104,7 +104,7 @@ def _first_layer(standin: nn.Module, graph_module: fx.GraphModule | None) -> tup
 
 def batches_for(
     model: nn.Module, shapes: Sequence[Sequence[int]], inferred: bool, example: object = None
-) -> list[tuple[Any, ...]]:
+) -> list[Arguments]:
     """Return inputs to judge a network on, the same at each call.
 
     Args:
@@ -120,14 +120,18 @@ def batches_for(
     device = torch.device("cpu") if reference is None else reference.device
 
     def fresh(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "meta" or tensor.is_floating_point():
+        on_meta = tensor.device.type == "meta"
+        if tensor.is_floating_point():
             values = torch.randn(tensor.shape, generator=generator)
-            kind = dtype if tensor.device.type == "meta" else tensor.dtype
-            return values.to(device=device, dtype=kind)
-        return tensor.flip(-1) if tensor.ndim else tensor
+            return values.to(device=device, dtype=dtype if on_meta else tensor.dtype)
+        low, high = (0, 1) if on_meta else (int(tensor.min()), int(tensor.max()))
+        if not on_meta and high - low < 2:  # a mask
+            return tensor.flip(-1) if tensor.ndim else tensor
+        numbers = torch.randint(low, high + 1, tensor.shape, generator=generator)
+        return numbers.to(device=device, dtype=tensor.dtype)
 
     if example is not None:
-        arguments = example if isinstance(example, tuple) else (example,)
+        arguments = arguments_of(example)
         on_meta = any(t.device.type == "meta" for t in tensors_in(arguments))
         first = pytree.tree_map_only(Tensor, fresh, arguments) if on_meta else arguments
         return [first, pytree.tree_map_only(Tensor, fresh, arguments)]

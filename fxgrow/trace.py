@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
 from fxgrow.inputs import inferred_inputs
 from fxgrow.labels.propagate import Place, Watch, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Tape, tensors_in
+from fxgrow.labels.tape import Arguments, Tape, arguments_of, tensors_in
 from fxgrow.standin import first_line, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -33,7 +33,7 @@ class Traced:
         standin: the module tree with meta parameters and buffers; fxgrow's own, free to change.
         graph_module: the fx graph over the stand-in's submodules, or None if symbolic tracing
             failed; ``untraceable`` then says why.
-        inputs: meta tensors that run through it.
+        inputs: arguments that run through it, tensors on meta.
         inferred: whether the inputs were inferred from the first layer.
         tracer: what followed the computation.
         untraceable: why there is no graph ("" if there is one).
@@ -43,7 +43,7 @@ class Traced:
 
     standin: nn.Module
     graph_module: fx.GraphModule | None
-    inputs: tuple[Any, ...]
+    inputs: Arguments
     inferred: bool
     tracer: Tracer
     untraceable: str = ""
@@ -67,7 +67,11 @@ class Traced:
             return self.label_module(watch)
         interpreter = _Interpreter(self.graph_module)
         self.at = interpreter.place
-        return self._run(interpreter.run, watch)
+        return self._run(interpreter.run_on, watch)
+
+    def without_graph(self, reason: str) -> None:
+        """Follow the computation at dispatch level from now on."""
+        self.graph_module, self.tracer, self.untraceable = None, "dispatch", reason
 
     def label_module(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
@@ -110,7 +114,7 @@ class Traced:
             if not self.inferred:
                 raise
             larger = inferred_inputs(self.standin, self.graph_module, in_training=True)
-            if larger[0].shape == self.inputs[0].shape:
+            if tuple(larger[0].shape) == self.input_shapes[0]:
                 raise
             self.inputs = larger
             return False
@@ -155,6 +159,12 @@ class _Interpreter(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=False)
         self._at: Place = ("", "")
 
+    def run_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on arguments that may be keywords."""
+        for node in self.graph.find_nodes(op="placeholder")[len(args) :] if kwargs else ():
+            args += (kwargs.get(str(node.target), *node.args[:1]),)
+        return self.run(*args)
+
     def run_node(self, n: fx.Node) -> Any:
         stack = n.meta.get("nn_module_stack") or {}
         self._at = (n.name, next(reversed(stack), ""))
@@ -169,7 +179,8 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
 
     Args:
         model: any module.
-        example_inputs: a tensor or a tuple of arguments; None infers them from the first layer.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
+            them from the first layer.
 
     Returns:
         The traced model. If ``torch.fx`` cannot follow the control flow, the computation is still
@@ -209,7 +220,15 @@ def _symbolic_trace(standin: nn.Module) -> fx.GraphModule:
         return fx.symbolic_trace(standin)
 
 
-def _on_meta(example_inputs: object) -> tuple[Any, ...]:
-    """Return example inputs as a tuple of arguments, tensors on the meta device."""
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return tuple(torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
+def _on_meta(example_inputs: object) -> Arguments:
+    """Return example inputs as arguments, tensors on the meta device."""
+    arguments = arguments_of(example_inputs)
+    on_meta: Arguments = pytree.tree_map_only(Tensor, _on_meta_or_integer, arguments)
+    return on_meta
+
+
+def _on_meta_or_integer(tensor: Tensor) -> Tensor:
+    """Return a tensor on the meta device; token ids and masks keep their values, on the CPU."""
+    if tensor.is_floating_point() or tensor.is_meta:
+        return tensor.to("meta")
+    return tensor.detach().to("cpu")

@@ -20,15 +20,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import FxgrowError, VerificationError
+from fxgrow.expectation import Expectation, float64_by_default
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.labels.tape import tensors_in
+from fxgrow.labels.tape import Arguments, call, tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
 from fxgrow.standin import float64_copy, stand_in
 from fxgrow.trace import trace
@@ -127,7 +126,7 @@ class Case:
 
 
 def judge(
-    case: Case, batches: Sequence[tuple[Any, ...]], progress: Callable[[], None] = lambda: None
+    case: Case, batches: Sequence[Arguments], progress: Callable[[], None] = lambda: None
 ) -> Verification:
     """Run the networks of a case and return the judgement; raises nothing on failure.
 
@@ -137,7 +136,8 @@ def judge(
         progress: called after each batch in each mode.
     """
     exact_is_native = _epsilon(case.after) <= torch.finfo(torch.float64).eps and not case.notes
-    native = [] if exact_is_native else [stand_in(case.before, {}), stand_in(case.after, {})]
+    native: list[nn.Module] = []
+    exactly = Expectation(exact=True)
     results: dict[Mode, ModeResult] = {}
     modes: tuple[Mode, ...] = ("eval", "train")
     statistics = [(b, b.clone()) for b in case.reference.buffers() if b.is_floating_point()]
@@ -146,15 +146,20 @@ def judge(
         result = ModeResult()
         for batch in batches:
             exact = pytree.tree_map_only(Tensor, _to_double, batch)
-            before = _run(case.exact_before, exact, mode)
-            after = _run(case.exact_after, exact, mode)
+            with float64_by_default():
+                before = _run(case.exact_before, exact, mode, exactly)
+                after = _run(case.exact_after, exact, mode, exactly)
             predicted = before
             if case.reference is not case.exact_before or norms:
                 for buffer, value in statistics:  # a run in train mode has moved them
                     buffer.copy_(value)
-                with _absorbing(case.reference, norms):
-                    predicted = _run(case.reference, exact, mode)
-            old, new = (_run(model, batch, mode) for model in native) if native else (before, after)
+                with _absorbing(case.reference, norms), float64_by_default():
+                    predicted = _run(case.reference, exact, mode, exactly)
+            if exact_is_native and not exactly.casts:
+                old, new = before, after
+            else:
+                native = native or [stand_in(case.before, {}), stand_in(case.after, {})]
+                old, new = (_run(model, batch, mode, Expectation()) for model in native)
             result = ModeResult(
                 float64=result.float64.worst(_errors(before, after)),
                 native=result.native.worst(_errors(old, new)),
@@ -216,32 +221,16 @@ def _to_double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class _NoChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws of zeros and ones become what they are on average: dropout in code does nothing."""
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation."""
-        if func is torch.ops.aten.bernoulli_.float:
-            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        return func(*args, **(kwargs or {}))
-
-
-def _run(model: nn.Module, arguments: tuple[Any, ...], mode: Mode) -> list[Tensor]:
+def _run(
+    model: nn.Module, arguments: Arguments, mode: Mode, without_chance: Expectation
+) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both."""
     model.train(mode == "train")
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
-    with torch.no_grad(), _NoChance():  # type: ignore[no-untyped-call]
-        return [tensor.clone() for tensor in tensors_in(model(*arguments))]
+    with torch.no_grad(), without_chance:
+        return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
 
 
 def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
@@ -290,7 +279,7 @@ def _absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None
                 module.weight.copy_(weight)
 
 
-def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
+def _without_gradient(case: Case, batch: Arguments) -> tuple[str, ...]:
     """Return grown tensors whose new entries receive no gradient within two steps of SGD."""
     model = case.exact_after
     parameters = {
@@ -306,7 +295,7 @@ def _without_gradient(case: Case, batch: tuple[Any, ...]) -> tuple[str, ...]:
             break
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            outputs = [t for t in tensors_in(model(*exact)) if t.is_floating_point()]
+            outputs = [t for t in tensors_in(call(model, exact)) if t.is_floating_point()]
             scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
             loss = torch.stack([t.square().mean() for t in scaled]).sum()
         if not loss.requires_grad:
@@ -352,7 +341,8 @@ def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -
     Args:
         before: the old network; not changed.
         after: the new network; not changed.
-        example_inputs: a tensor or tuple of arguments; None infers an input from ``before``.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
+            an input from ``before``.
 
     Returns:
         The measurements. ``verdict`` is ``preserved`` if they agree within what their own dtype

@@ -16,7 +16,7 @@ LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan",
+    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan", "expectation",
     "verification", "report",
     "uninitialised", "architectures", "recognition", "checkpoint",
     "api", "files", "cli", "__main__",
@@ -34,6 +34,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint"},
     "pydantic": {"plan.schema"},
     "timm": set(),
+    "transformers": set(),
 }
 WITHOUT_TORCH = {"version", "errors", "registry", "rescaling", "pairing", "presets", "cli"}
 

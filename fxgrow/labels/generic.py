@@ -180,13 +180,24 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
         merged = functools.reduce(functools.partial(_merge, step), others, first)
         free = set(support(merged))
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
-            if own is None and not step.value(tensor).is_uniform:
+            if own is None and step.value(tensor).is_uniform:
+                step.value(tensor).taken.append(_as_small(merged, tensor))
+            elif own is None:
                 free -= step.join_fixed(merged, tensor, shape)
             elif own is not None and is_weight and not all(weights):
                 step.space.mark(core(own, support(own)), "carrier", "copy")
         if free or not support(merged):
             out.append(merged)
     return tuple(tuple(out) for _ in step.outputs)
+
+
+def _as_small(layer: Layer, tensor: Tensor) -> Layer:
+    """Return a layer of the shape of a tensor that is broadcast to the layer's own."""
+    for _ in range(layer.ndim - tensor.ndim):
+        layer = layer.select(0, 0)
+    for dim, size in enumerate(tensor.shape):
+        layer = layer.narrow(dim, 0, size)
+    return layer
 
 
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:

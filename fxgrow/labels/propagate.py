@@ -17,7 +17,7 @@ from fxgrow.labels.layers import Layers, along, core, support
 from fxgrow.labels.rules import RULES, Step
 from fxgrow.labels.shapes import run_on_meta
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Operation, Tape, Value, map_tensors, tensors_in
+from fxgrow.labels.tape import Arguments, Operation, Tape, Value, call, map_tensors, tensors_in
 from fxgrow.labels.writes import written_back
 
 Place = tuple[str, str]  # fx node, module
@@ -29,6 +29,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
 
     def __torch_dispatch__(
         self,
@@ -37,18 +38,36 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operation with every tensor argument on the meta device."""
-        args, kwargs = map_tensors(_to_meta, (args, kwargs or {}))
+        """Run one operation with every tensor argument on the meta device.
+
+        What has not met a meta tensor (token ids, a mask made of them) keeps its values, on the
+        CPU, even where the model wants it on the device of its weights: forwards look into masks.
+        """
+        kwargs = kwargs or {}
+        tensors = [*tensors_in((args, kwargs))]
+        if any(tensor.is_meta for tensor in tensors):
+            args, kwargs = map_tensors(self._to_meta, (args, kwargs))
+        if not tensors and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is torch.ops.aten._to_copy.default:
+            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         return self.run(func, args, kwargs)
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation."""
         return run_on_meta(func, args, kwargs)
 
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Take note that a constant is stood in for by a meta tensor, from now on."""
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    """Move a tensor; those without dims mix with any device as they are."""
-    return tensor if tensor.device.type == "meta" or not tensor.ndim else tensor.to("meta")
+    def _to_meta(self, tensor: Tensor) -> Tensor:
+        """Move a tensor; those without dims mix with any device as they are."""
+        if tensor.device.type == "meta" or not tensor.ndim:
+            return tensor
+        if id(tensor) not in self._twins:
+            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            self.joined(*self._twins[id(tensor)])
+        return self._twins[id(tensor)][1]
 
 
 class Labeller(OnMeta):  # type: ignore[no-untyped-call]
@@ -83,6 +102,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         result = run_on_meta(func, args, kwargs)
         self._record(func, args, kwargs, result)
         return result
+
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Know the twin of a constant for the same value."""
+        self._values[id(twin)] = self.value(tensor)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""
@@ -191,6 +214,19 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return :func:`named_tensors` without buffers that no state_dict holds.
+
+    Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
+    """
+    passing = {
+        f"{name}.{local}" if name else local
+        for name, module in model.named_modules(remove_duplicate=False)
+        for local in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in named_tensors(model).items() if name not in passing}
+
+
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
     """Watch nothing."""
     del value
@@ -200,19 +236,19 @@ def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]
 def propagate(
     run: Callable[..., Any],
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: Arguments,
     *,
     place: Callable[[], Place] = lambda: ("", ""),
     count_flops: bool = True,
     space: LabelSpace | None = None,
     watch: Watch = no_watch,
 ) -> tuple[LabelSpace, Tape]:
-    """Run ``run(*inputs)`` on meta tensors and return its labels and its tape.
+    """Run ``run`` on meta tensors and return its labels and its tape.
 
     Args:
         run: the model itself, or an interpreter of its graph.
         model: owns the parameters and buffers that ``run`` uses; all on the meta device.
-        inputs: meta tensors (and whatever else the model takes).
+        inputs: meta tensors (and whatever else the model takes), positional or by keyword.
         place: returns the fx node and module that are running.
         count_flops: fill ``tape.flops``.
         space: of an earlier run of the same network, to which this one adds.
@@ -223,12 +259,12 @@ def propagate(
         The label space (to be resolved with ``roots()``) and the tape of operations.
     """
     space = LabelSpace() if space is None else space
-    labeller = Labeller(named_tensors(model), space, place, count_flops=count_flops)
+    labeller = Labeller(lasting_tensors(model), space, place, count_flops=count_flops)
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
-            result = run(*inputs)
+            result = call(run, inputs)
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
         labeller.tape.outputs.append(value)

@@ -28,6 +28,12 @@ SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
     "__getitem__": (1, 2, ()),
     "layer_norm": (1, 2, ("normalized_shape",)),
     "rms_norm": (1, 2, ("normalized_shape",)),
+    "zeros": (0, None, ("size",)),
+    "ones": (0, None, ("size",)),
+    "full": (0, 1, ("size",)),
+    "new_zeros": (1, None, ("size",)),
+    "new_ones": (1, None, ("size",)),
+    "new_full": (1, 2, ("size",)),
 }
 
 

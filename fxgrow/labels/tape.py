@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels.layers import Layers
+from fxgrow.labels.layers import Layer, Layers
+
+# What a network is called with: positional arguments, or keyword arguments.
+Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Value:
         is_uniform: one constant everywhere (zeros, ones), of whatever size.
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
+        taken: for a uniform one, layers it met: they tell what its sizes stand for.
     """
 
     index: int
@@ -43,6 +47,7 @@ class Value:
     is_view: bool = False
     is_uniform: bool = False
     is_curved: bool = False
+    taken: list[Layer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,18 @@ class Tape:
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     flops: int = 0
+
+
+def arguments_of(example_inputs: object) -> Arguments:
+    """Return example inputs as arguments: a mapping is keywords, a lone object is one argument."""
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def call(function: Callable[..., Any], arguments: Arguments) -> Any:
+    """Return what a function makes of its arguments."""
+    return function(**arguments) if isinstance(arguments, dict) else function(*arguments)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -47,7 +47,7 @@ class Growth:
     def size(self, value: Value, dim: int, stop: int | None = None) -> int:
         """Return the new size of a value along a dim, or of its first ``stop`` positions there."""
         end = value.shape[dim] if stop is None else stop
-        layer = cover(value.layers, dim)
+        layer = cover(value.layers or tuple(value.taken[:1]), dim)
         if layer is None:
             return end
         labels = core(layer, support(layer)).numpy()
@@ -111,8 +111,9 @@ WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
 @WANTED.register("view", "reshape", "expand")
+@WANTED.register("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def _shape(call: SizedCall, growth: Growth) -> Sizes:
-    """Sizes for all dims."""
+    """Sizes for all dims; those of a constant are told by what it is combined with."""
     return growth.shape(call.outputs[0])
 
 
@@ -234,7 +235,8 @@ def candidates(
 
     The modules that were running are asked from the innermost outwards, then the innermost one's
     children, whose methods it may have called: for an attribute that is all the sizes, for one that
-    is a size, then for one of which a size is a small multiple.
+    is a size, then for one of which a size is a small multiple; their own attributes first, then
+    those of objects that they hold (``self.config``).
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
@@ -253,18 +255,27 @@ def candidates(
                 continue
             if given % multiple or wanted % multiple:
                 continue
-            for owner in owners:
-                module = model.get_submodule(owner)
-                for attribute, before in _sizes_of(module):
-                    key = (type(module).__qualname__, attribute)
+            for owner, (path, holder) in _holders(model, owners):
+                for attribute, before in _sizes_of(holder):
+                    key = (type(holder).__qualname__, attribute)
                     after = _replaced(before, given // multiple, wanted // multiple)
                     if after != before and key not in without:
-                        yield key, ModuleEdit(owner, attribute, before, after)
+                        yield key, ModuleEdit(owner, path + attribute, before, after)
 
 
-def _sizes_of(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """Yield the attributes of a module that are integers or tuples of them."""
-    for name, value in vars(module).items():
+def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tuple[str, object]]]:
+    """Yield modules, then what they hold, each with its owner and its path from there."""
+    modules = [(owner, model.get_submodule(owner)) for owner in owners]
+    yield from ((owner, ("", module)) for owner, module in modules)
+    for owner, module in modules:
+        for name, held in vars(module).items():
+            if not name.startswith("_") and hasattr(held, "__dict__") and not callable(held):
+                yield owner, (f"{name}.", held)
+
+
+def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    """Yield the attributes of an object that are integers or tuples of them."""
+    for name, value in vars(holder).items():
         if name.startswith("_") or isinstance(value, bool):
             continue
         if isinstance(value, int):
@@ -310,7 +321,7 @@ def guesses(
         (repair, [
             (key, edit)
             for key, edit in candidates(model, repair, without)
-            if key not in present or edit not in present[key].edits
+            if key not in present or not ("." in edit.attribute or edit in present[key].edits)
         ])
         for repair in repairs
     ]  # fmt: skip

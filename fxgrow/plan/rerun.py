@@ -16,6 +16,7 @@ from fxgrow.errors import PlanError, TraceError
 from fxgrow.graph import check_sizes, graph_module
 from fxgrow.groups import group_of_channel
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
+from fxgrow.plan.conventions import head_edits
 from fxgrow.plan.literals import (
     Candidate,
     Growth,
@@ -62,6 +63,15 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
     """
     standin = analysis.traced.standin
     follow = tuple(attribute_edits(standin, sizes.shapes, sizes.convolution_groups))
+    found = _found(analysis, sizes, follow)
+    if found.sizes:  # they were found with the attributes as they are
+        return found
+    more = head_edits(standin, analysis.groups, sizes.widths, found.modules)
+    return replace(found, modules=(*found.modules, *more))
+
+
+def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
+    """Run as it is, else with other attributes, else with another graph."""
     try:
         return _run(analysis.traced, sizes, follow)
     except TraceError as error:

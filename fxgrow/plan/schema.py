@@ -123,7 +123,10 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class ModuleEdit:
-    """An attribute of a module that must follow its tensors (``out_channels``, ``groups``…)."""
+    """An attribute of a module that must follow its tensors (``out_channels``, ``groups``…).
+
+    One of an object that the module holds is dotted: ``config.num_attention_heads``.
+    """
 
     module: str
     attribute: str

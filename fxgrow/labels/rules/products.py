@@ -89,6 +89,11 @@ def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
         step.accompany(bias, written, "draw")
     elif step.layers(bias):
         step.pin(step.layers(bias), "added to a product of fixed width")
+    elif not step.value(bias).is_uniform:
+        for layer in layers:
+            dims = [d for d in sorted(support(layer)) if bias.shape[d - layer.ndim] > 1]
+            reason = f"added to a tensor of fixed width ({step.place})"
+            step.space.fix(core(layer, support(layer)), dims, reason)
     return (layers,)
 
 
