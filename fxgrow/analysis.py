@@ -55,8 +55,9 @@ class Analysis:
         If there is no such graph, the error that tells why.
         """
         copy = stand_in(self.traced.standin)
+        part = copy.get_submodule(self.traced.module)
         try:
-            graph = graph_module(copy, open_graph(copy))
+            graph = graph_module(part, open_graph(part))
             opened = replace(self.traced, standin=copy, graph_module=graph)
             return opened, sized_run(opened.label)
         except TraceError as error:
@@ -100,8 +101,20 @@ def analyse(traced: Traced) -> Analysis:
     Raises:
         TraceError: the network does not run on its inputs.
     """
-    space, tape = traced.label()
+    space, tape = _label(traced)
     channels = resolve(space)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     return Analysis(traced, tape, channels, groups, find_pairs(bare, groups, channels, tape))
+
+
+def _label(traced: Traced) -> tuple[LabelSpace, Tape]:
+    """Label a run of the graph; one that cannot be run so is given up, and the model run itself."""
+    try:
+        return traced.label()
+    except TraceError as error:
+        if traced.graph_module is None:
+            raise
+        found = traced.label_module()
+        traced.graph_module, traced.tracer, traced.untraceable = None, "dispatch", error.message
+        return found

@@ -27,6 +27,7 @@ from fxgrow.plan.schema import (
     NormGain,
     Plan,
     Request,
+    Scope,
     TensorEdit,
     Verdict,
 )
@@ -96,6 +97,8 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         if group.name in sizes.widths
     )
     prediction = _multipliers(analysis, flow)
+    traced = analysis.traced
+    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
         request=request,
@@ -112,14 +115,15 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         ),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=analysis.traced.input_shapes,
-        inputs_inferred=analysis.traced.inferred,
-        tracer=analysis.traced.tracer,
+        inputs=scope.inputs,
+        inputs_inferred=scope.inputs_inferred,
+        tracer=scope.tracer,
         parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.tape.flops // batch, resized.flops // batch),
         warnings=tuple(warnings),
         fxgrow=__version__,
         sizes=resized.sizes,
+        submodules=(scope,) if traced.module else (),
     )
 
 
@@ -294,7 +298,8 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
                 "inside a part of the network without a graph.",
                 way_out="Use --rescaling none.",
             )
-        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain)
+        module = analysis.traced.module
+        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain, module)
     return tuple(found.values())
 
 
