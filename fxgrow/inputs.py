@@ -23,6 +23,7 @@ _SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((16, 112, 112), (16, 224, 224), (32, 32, 32)),
 }
 _IMAGE_CHANNELS = 4  # with more, these are features, which are smaller than images
+_FEATURE_SIZES = ((32, 32), (14, 14), (7, 7))
 # The sizes tried for verification instead of larger ones; two of them are taken.
 _SMALLER_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((64, 64), (96, 80), (128, 128), (128, 160)),
@@ -74,10 +75,10 @@ def _candidates(layer: nn.Module) -> Iterator[Tensor]:
         return
     channels = getattr(layer, "in_channels", None)
     if isinstance(channels, int):
-        all_sizes = _SPATIAL_SIZES.get(weight.ndim - 2, ())
-        if channels > _IMAGE_CHANNELS:
-            all_sizes = tuple(sorted(all_sizes, key=math.prod))
-        for sizes in all_sizes:
+        spatial = _SPATIAL_SIZES.get(weight.ndim - 2, ())
+        if channels > _IMAGE_CHANNELS and weight.ndim == 4:
+            spatial = (*_FEATURE_SIZES, *spatial)
+        for sizes in spatial:
             yield torch.empty(2, channels, *sizes, dtype=weight.dtype, device="meta")
     elif isinstance(layer, nn.Embedding):
         yield torch.empty(2, 16, dtype=torch.long, device="meta")
