@@ -217,9 +217,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
     if example_inputs is not None:
         inputs = _on_meta(example_inputs)
-        return Traced(
-            standin, graph_module, inputs, False, tracer, untraceable, module=module
-        )
+        return Traced(standin, graph_module, inputs, False, tracer, untraceable, module=module)
     inputs = inferred_inputs(target, graph_module)
     return Traced(standin, graph_module, inputs, True, tracer, untraceable, module=module)
 

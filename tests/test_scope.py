@@ -272,3 +272,25 @@ def test_a_detector_of_torchvision_grows_from_file_to_file(tmp_path: Path):
     run("apply", planned, source, "-o", tmp_path / "again.pt", "--no-verify", *arch)
     again = fxgrow.load(tmp_path / "again.pt").state_dict()
     assert all(torch.equal(again[name], new[name]) for name in new)
+
+
+class FixedSizes(nn.Module):
+    """A part whose code says how wide it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.conv(x).mean((2, 3)).view(-1, 4))
+
+
+def test_sizes_are_rewritten_in_the_graph_of_the_part():
+    model = nn.Sequential(nn.Identity(), FixedSizes()).double()
+    with pytest.warns(FxgrowWarning, match="1 is a torch.fx.GraphModule"):
+        grown = fxgrow.widen(model, "2x", module="1")
+    assert isinstance(grown.model[1], torch.fx.GraphModule)
+    assert type(grown.model) is nn.Sequential
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.allclose(grown.model(x), model(x), rtol=1e-10)

@@ -65,5 +65,6 @@ def _merged(plans: Sequence[Plan]) -> Plan:
         parameters=(before, before + added),
         flops=(sum(plan.flops[0] for plan in plans), sum(plan.flops[1] for plan in plans)),
         warnings=tuple(dict.fromkeys(text for plan in plans for text in plan.warnings)),
+        sizes=tuple(edit for plan in plans for edit in plan.sizes),
         submodules=tuple(scope for plan in plans for scope in plan.submodules),
     )

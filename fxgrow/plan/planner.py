@@ -55,7 +55,8 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     pairing = PAIRINGS[request.pairing]
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
-    standin = analysis.traced.standin
+    traced = analysis.traced
+    standin = traced.standin
     tensors = named_tensors(standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = feasible(Attempts(analysis, shapes, request.grouped, pairing), widths)
@@ -78,8 +79,8 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
                 way_out="Use --rescaling none.",
             )
         warnings.append(
-            "the result is a torch.fx.GraphModule with the same names: the network's own code "
-            f"fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
+            f"{traced.module or 'the result'} is a torch.fx.GraphModule with the same names: its "
+            f"code fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
             f"{len(resized.sizes) - 1} more)"
         )
     aliases = _aliases(tensors)
@@ -97,7 +98,6 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         if group.name in sizes.widths
     )
     prediction = _multipliers(analysis, flow)
-    traced = analysis.traced
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
