@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from fxgrow.errors import VerificationError as VerificationError
     from fxgrow.files import load as load
     from fxgrow.files import save as save
+    from fxgrow.measure import verify as verify
     from fxgrow.pairing import apply_pairing as apply_pairing
     from fxgrow.plan.schema import Plan as Plan
     from fxgrow.report.data import Inspection as Inspection
     from fxgrow.report.data import Report as Report
     from fxgrow.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.verification import Verification as Verification
-    from fxgrow.verification import verify as verify
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api"),
@@ -58,7 +58,8 @@ _HOMES: dict[str, str] = {
     "apply_rescaling": "fxgrow.rescaling",
     "Plan": "fxgrow.plan.schema",
     **dict.fromkeys(("Inspection", "Report"), "fxgrow.report.data"),
-    **dict.fromkeys(("Verification", "verify"), "fxgrow.verification"),
+    "Verification": "fxgrow.verification",
+    "verify": "fxgrow.measure",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

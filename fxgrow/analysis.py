@@ -55,8 +55,9 @@ class Analysis:
         If there is no such graph, the error that tells why.
         """
         copy = stand_in(self.traced.standin)
+        part = copy.get_submodule(self.traced.module)
         try:
-            graph = graph_module(copy, open_graph(copy))
+            graph = graph_module(part, open_graph(part))
             opened = replace(self.traced, standin=copy, graph_module=graph)
             return opened, sized_run(opened.label)
         except TraceError as error:

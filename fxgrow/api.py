@@ -11,23 +11,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fxgrow.analysis import analyse
-from fxgrow.apply import apply_to_module, check_source, grow_float64
-from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, VerificationError
-from fxgrow.graph import insert_multipliers
+from fxgrow.apply import apply_to_module, check_source
+from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
 from fxgrow.init import Init, copy_uniform, find_init, init_name, init_of_plan
-from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.pairing import cancels
-from fxgrow.plan.planner import make_plan
+from fxgrow.measure import failure, measure, variance
+from fxgrow.plan.parts import plan_parts
 from fxgrow.plan.schema import Grouped, Plan, Request, Where
 from fxgrow.plan.widths import checked_widths
 from fxgrow.presets import settings
 from fxgrow.report.data import Inspection, Report
 from fxgrow.rescaling import gain_value
-from fxgrow.standin import float64_copy
-from fxgrow.trace import trace
-from fxgrow.verification import Case, Verification, judge, notes_on
+from fxgrow.scope import follow
+from fxgrow.verification import Verification
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -53,13 +49,14 @@ def _silent(step: str) -> None:
     del step
 
 
-def inspect(model: nn.Module, example_inputs: object = None) -> Inspection:
+def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
     """Find the channel groups, residual blocks and pins of a network.
 
     Args:
         model: any module; only read.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
             an input from the first layer.
+        module: follow this submodule alone, on inputs of its own.
 
     Returns:
         The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
@@ -67,7 +64,7 @@ def inspect(model: nn.Module, example_inputs: object = None) -> Inspection:
     Raises:
         TraceError: the network cannot be followed on these inputs.
     """
-    return Inspection(analyse(trace(model, example_inputs)))
+    return Inspection(*follow(model, example_inputs, module))
 
 
 def plan(
@@ -87,6 +84,7 @@ def plan(
     seed: int = 0,
     compensate: bool = False,
     *,
+    module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
     progress: Progress = _silent,
@@ -114,16 +112,17 @@ def plan(
         seed=int(seed),
         compensate=bool(compensate),
         split_noise=float(split_noise),
+        module=module,
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise PlanError(f"split_noise must not be negative, but it is {request.split_noise}.")
     tensors = named_tensors(model)
     notes = _check_tensors(tensors)
     progress("following the channels")
-    analysis = analyse(trace(model, example_inputs))
+    analyses, parts = follow(model, example_inputs, module)
     progress("planning")
-    made = make_plan(analysis, request, lambda name: _variance(tensors[name]))
-    return replace(made, warnings=(*made.warnings, *notes))
+    made = plan_parts(analyses, request, lambda name: variance(tensors[name]))
+    return replace(made, warnings=(*parts, *made.warnings, *notes))
 
 
 def widen(
@@ -145,6 +144,7 @@ def widen(
     compensate: bool = False,
     verify: bool = True,
     *,
+    module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
     progress: Progress = _silent,
@@ -177,6 +177,9 @@ def widen(
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.
         verify: measure the result before it is returned.
+        module: follow and widen this submodule alone, by its fully qualified name; the example
+            inputs are then its, and it is its outputs that are kept and compared. Without, the
+            whole, or, where that cannot be followed, the largest submodules that can.
         preset: ``vt``, ``r2wider``, ``net2wider``, ``netmorph`` or ``random``: rescaling and
             pairing together, for those of the two that are left at their defaults.
         split_noise: where channels are copied, the relative standard deviation of the zero-sum
@@ -206,7 +209,7 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, progress=progress,
+        split_noise=split_noise, module=module, progress=progress,
     )  # fmt: skip
     return carry_out(
         made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
@@ -247,9 +250,9 @@ def carry_out(
     verification = Verification("skipped")
     if verify:
         progress("verifying")
-        verification = _verification(made, model, grown, example_inputs, fill)
+        verification = measure(made, model, grown, example_inputs, fill)
     if verification.verdict == "failed":
-        raise _failure(made, model, example_inputs, fill, verification)
+        raise failure(made, model, example_inputs, fill, verification)
     for text in made.warnings:
         warnings.warn(text, FxgrowWarning, stacklevel=3)
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
@@ -268,75 +271,6 @@ def require_exact(made: Plan) -> None:
                 name=group.name,
                 way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
             )
-
-
-def _verification(
-    made: Plan, model: nn.Module, grown: nn.Module, example_inputs: object, init: Init
-) -> Verification:
-    """Return the judgement of a grown network."""
-    exact, broken = float64_copy(model)
-    exact_grown = grow_float64(made, exact, init)
-    reference: nn.Module = exact
-    if made.prediction:
-        reference = insert_multipliers(float64_copy(model)[0], made.prediction, both_modes=False)
-    notes = notes_on(broken)
-    predictable = not _unpredictable(made)
-    if not predictable:
-        notes += ("new channels do not cancel: the change was measured, not predicted",)
-    case = Case(
-        model, grown, exact, exact_grown, reference, made.norms, predictable, made.tensors, notes
-    )
-    batches = batches_for(model, made.inputs, made.inputs_inferred, example_inputs)
-    return judge(case, batches)
-
-
-def _unpredictable(made: Plan) -> bool:
-    """Return whether new channels do not cancel, so that the change cannot be foretold."""
-    return bool(made.request.noise) or not cancels(made.request.pairing)
-
-
-def _failure(
-    made: Plan, model: nn.Module, example_inputs: object, init: Init, found: Verification
-) -> VerificationError:
-    """Return the error for a failed verification, naming the first group that breaks."""
-    names = [group.name for group in made.groups]
-    low, high = 0, len(names)  # the first `low` groups are good together, the first `high` are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            part = _narrowed(made, model, example_inputs, names[:middle])
-            grown = apply_to_module(part, model, init)
-            bad = _verification(part, model, grown, example_inputs, init).verdict == "failed"
-        except PlanError:
-            break
-        low, high = (low, middle) if bad else (middle, high)
-    guilty = names[high - 1] if names else ""
-    residual = max(r.residual.max_rel for r in (found.eval, found.train) if r is not None)
-    native = max(r.native.max_rel for r in (found.eval, found.train) if r is not None)
-    return VerificationError(
-        f"the widened network does not compute what was predicted: it is off by {residual:.3g} "
-        f"in float64 and {native:.3g} as saved (relative to the largest output). The first group "
-        f"that breaks is {guilty}.",
-        name=guilty,
-        way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
-    )
-
-
-def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Sequence[str]) -> Plan:
-    """Return the same plan for some of its groups."""
-    widths = {group.name: str(group.width[1]) for group in made.groups if group.name in names}
-    request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
-    tensors = named_tensors(model)
-    inputs = example_inputs
-    if inputs is None:
-        inputs = tuple(torch.empty(shape, device="meta") for shape in made.inputs)
-    analysis = analyse(trace(model, inputs))
-    return make_plan(analysis, request, lambda name: _variance(tensors[name]))
-
-
-def _variance(tensor: Tensor) -> float:
-    """Return the unbiased variance of a weight, computed in float64; 0 for one element."""
-    return float(tensor.detach().double().var()) if tensor.numel() > 1 else 0.0
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

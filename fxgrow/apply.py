@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import PlanError
-from fxgrow.graph import graph_module, insert_multipliers, sized_graph
+from fxgrow.graph import graph_module, insert_multipliers, sized_graph, with_part
 from fxgrow.init import Init, copy_normal, draw, init_of_plan
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, RunKind, TensorEdit
+from fxgrow.plan.schema import AxisEdit, ModuleEdit, Plan, Run, RunKind, SizeEdit, TensorEdit
 from fxgrow.standin import stand_in
 
 Lookup: TypeAlias = Callable[[str], Tensor]
@@ -317,10 +317,13 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
         tensors: the new tensor of every name that the plan edits.
     """
     grown = stand_in(model, tensors)
-    graph = sized_graph(grown, plan.sizes) if plan.sizes else None
+    sizes: dict[str, list[SizeEdit]] = {}
+    for edit in plan.sizes:
+        sizes.setdefault(edit.module, []).append(edit)
+    graphs = {name: sized_graph(grown.get_submodule(name), sizes[name]) for name in sizes}
     set_attributes(grown, plan.modules)
-    if graph is not None:
-        grown = graph_module(grown, graph)
+    for name, graph in graphs.items():
+        grown = with_part(grown, name, graph_module(grown.get_submodule(name), graph))
     return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
 
 

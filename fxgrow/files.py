@@ -126,7 +126,9 @@ def write_grown(
     ]
     weights += [apply_to_state_dict(grown.plan, copy, grown.init) for copy in copies]
     notes = []
-    if opened.source.model is not None and isinstance(grown.model, fx.GraphModule):
+    if opened.source.model is not None and any(
+        isinstance(module, fx.GraphModule) for module in grown.model.modules()
+    ):
         notes.append(
             "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow "
             "only with --trust-pickle. Widen a state_dict to avoid that."

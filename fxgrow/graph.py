@@ -19,8 +19,10 @@ from fxgrow.standin import first_line, keeping_modes
 
 def insert_multipliers(
     model: nn.Module, multipliers: Sequence[Multiplier], *, both_modes: bool = True
-) -> fx.GraphModule:
-    """Return the model as a GraphModule with a scalar on each of the given edges.
+) -> nn.Module:
+    """Return the model with a scalar on each of the given edges.
+
+    What they are inserted into becomes a GraphModule: the model, or some of its submodules.
 
     Args:
         model: a module that ``torch.fx`` can trace; it becomes the owner of the graph's modules.
@@ -32,6 +34,25 @@ def insert_multipliers(
         TraceError: there is no such edge, or the graph differs between train and eval mode, so
             that one graph cannot serve both.
     """
+    for module in dict.fromkeys(multiplier.module for multiplier in multipliers):
+        own = [multiplier for multiplier in multipliers if multiplier.module == module]
+        part = _as_graph(model.get_submodule(module), own, both_modes)
+        model = with_part(model, module, part)
+    return model
+
+
+def with_part(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """Return the model with a submodule replaced, in place; the part itself for the name ""."""
+    if not name:
+        return part
+    model.set_submodule(name, part)
+    return model
+
+
+def _as_graph(
+    model: nn.Module, multipliers: Sequence[Multiplier], both_modes: bool
+) -> fx.GraphModule:
+    """Return one module as a GraphModule with the multipliers in it."""
     with keeping_modes(model):
         graphs = [_trace(model.train(mode)) for mode in (True, False)]
     graph = graphs[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,13 @@ _SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((1024,), (16000,)),
     2: ((224, 224), (32, 32), (256, 256), (299, 299), (28, 28)),
     3: ((16, 112, 112), (16, 224, 224), (32, 32, 32)),
+}
+_IMAGE_CHANNELS = 4  # with more, these are features, which are smaller than images
+_FEATURE_SIZES = ((32, 32), (14, 14), (7, 7))
+# The sizes tried for verification instead of larger ones; two of them are taken.
+_SMALLER_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((64, 64), (96, 80), (128, 128), (128, 160)),
+    3: ((8, 32, 32), (8, 64, 48), (14, 64, 64)),
 }
 
 
@@ -39,17 +48,18 @@ def inferred_inputs(
     way_out = "Pass example_inputs (--input-shape 1x3x224x224 on the command line)."
     problem = "the first layer is of no known kind"
     for candidate in _candidates(standin, layer):
-        try:
-            with torch.no_grad(), OnMeta():
-                standin.eval()(candidate)
-                if in_training:
-                    standin.train()(candidate)
-        except Exception as error:
-            problem = first_line(error)
-        else:
-            return (candidate,)
-        finally:
-            standin.eval()
+        for arguments in _arrangements(standin, candidate):
+            try:
+                with torch.no_grad(), OnMeta():
+                    standin.eval()(*arguments)
+                    if in_training:
+                        standin.train()(*arguments)
+            except Exception as error:
+                problem = first_line(error)
+            else:
+                return arguments
+            finally:
+                standin.eval()
     raise TraceError(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
         f" {problem}.",
@@ -71,7 +81,10 @@ def _candidates(network: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
     elif isinstance(weight, Tensor):
         channels = getattr(layer, "in_channels", None)
         if isinstance(channels, int):
-            shapes += [(channels, *sizes) for sizes in _SPATIAL_SIZES.get(weight.ndim - 2, ())]
+            spatial = _SPATIAL_SIZES.get(weight.ndim - 2, ())
+            if channels > _IMAGE_CHANNELS and weight.ndim == 4:
+                spatial = (*_FEATURE_SIZES, *spatial)
+            shapes += [(channels, *sizes) for sizes in spatial]
         elif weight.ndim == 2:
             shapes.append((weight.shape[1],))
     images = [(3, *sizes) for sizes in _SPATIAL_SIZES[2]]
@@ -86,6 +99,31 @@ def _declared_shapes(network: nn.Module) -> Iterator[tuple[int, ...]]:
     size = declared.get("input_size") if isinstance(declared, Mapping) else None
     if isinstance(size, (tuple, list)) and all(isinstance(part, int) for part in size):
         yield tuple(size)
+
+
+def _arrangements(model: nn.Module, tensor: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments made of tensors like this one: one for each parameter, or a list of images.
+
+    A list has two sizes, as the stages of a feature pyramid do.
+    """
+    tensors = [torch.empty_like(tensor) for _ in range(_parameter_count(model))]
+    yield arranged(model, tensors)
+    if len(tensors) == 1 and tensor.ndim == 4:
+        yield arranged(model, [tensor, tensor[..., ::2, ::2]])
+
+
+def arranged(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return tensors as arguments: one each, or all in a list where ``forward`` takes but one."""
+    if len(tensors) > 1 and _parameter_count(model) == 1:
+        return (list(tensors),)
+    return tuple(tensors)
+
+
+def _parameter_count(model: nn.Module) -> int:
+    """Return how many arguments ``forward`` must be given; at least one."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
 def _first_layer(standin: nn.Module, graph_module: fx.GraphModule | None) -> tuple[str, nn.Module]:
@@ -139,14 +177,32 @@ def batches_for(
     if embedding is not None and len(shapes[0]) == 2:
         rows = embedding.num_embeddings
         return [(torch.randint(rows, tuple(shapes[0]), generator=generator),)]
-    candidates: list[tuple[int, ...]] = [tuple(shapes[0])]
-    if inferred and len(shapes[0]) == 4 and min(shapes[0][2:]) > 96:
-        channels = shapes[0][1]
-        smaller = [(2, channels, 64, 64), (3, channels, 96, 80)]
-        candidates = [shape for shape in smaller if _runs_on(model, shape, dtype)] or candidates
-    elif inferred:
-        candidates.append((candidates[0][0] + 1, *candidates[0][1:]))
-    return [(fresh(torch.empty(shape, device="meta")),) for shape in candidates]
+    candidates = [[tuple(shape) for shape in shapes]]
+    if inferred:
+        candidates = _other_sizes(model, candidates[0], dtype)
+    return [
+        arranged(model, [fresh(torch.empty(shape, device="meta")) for shape in found])
+        for found in candidates
+    ]
+
+
+def _other_sizes(
+    model: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> list[list[tuple[int, ...]]]:
+    """Return shapes to draw instead of inferred ones: smaller where possible, in two batch sizes.
+
+    Where nothing but the inferred sizes runs, these are taken.
+    """
+    channels, *sizes = shapes[0][1:] or (0,)
+    all_smaller = _SMALLER_SIZES.get(len(sizes), ())
+    smaller = [size for size in all_smaller if 2 * math.prod(size) <= math.prod(sizes)]
+    found: list[list[tuple[int, ...]]] = []
+    for size in smaller:
+        candidate = [(2 + len(found), channels, *size)] * len(shapes)
+        if len(found) < 2 and _runs_on(model, candidate, dtype):
+            found.append(candidate)
+    larger = [(shape[0] + 1, *shape[1:]) for shape in shapes]
+    return found or ([shapes] if smaller else [shapes, larger])
 
 
 def _first_embedding(model: nn.Module) -> nn.Embedding | None:
@@ -157,13 +213,14 @@ def _first_embedding(model: nn.Module) -> nn.Embedding | None:
     return None
 
 
-def _runs_on(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Return whether the network takes an input of this shape, in train mode too."""
+def _runs_on(model: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
+    """Return whether the network takes inputs of these shapes, in train mode too."""
     standin = stand_in(model)
+    inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     try:
         with torch.no_grad(), OnMeta():
-            standin.train()(torch.empty(shape, dtype=dtype, device="meta"))
-            standin.eval()(torch.empty(shape, dtype=dtype, device="meta"))
+            standin.train()(*arranged(standin, inputs))
+            standin.eval()(*arranged(standin, inputs))
     except Exception:
         return False
     return True

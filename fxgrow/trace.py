@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
 from fxgrow.inputs import inferred_inputs
-from fxgrow.labels.propagate import Place, Watch, no_watch, propagate
+from fxgrow.labels.propagate import Place, Watch, named_tensors, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Arguments, Tape, arguments_of, tensors_in
 from fxgrow.standin import first_line, stand_in
@@ -39,6 +40,8 @@ class Traced:
         untraceable: why there is no graph ("" if there is one).
         at: during a run, returns the fx node and the module that are running; after a failure,
             those that failed.
+        module: the submodule that is followed, by its fully qualified name; "" for the whole. Names
+            of tensors and modules are those in the whole all the same.
     """
 
     standin: nn.Module
@@ -48,11 +51,17 @@ class Traced:
     tracer: Tracer
     untraceable: str = ""
     at: Callable[[], Place] = lambda: ("", "")
+    module: str = ""
+
+    @property
+    def target(self) -> nn.Module:
+        """What is run: the stand-in, or the submodule of it that is followed."""
+        return self.standin.get_submodule(self.module)
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the input tensors, in order."""
-        return tuple(tuple(tensor.shape) for tensor in tensors_in(self.inputs))
+        return _shapes(self.inputs)
 
     def label(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the graph node by node (or the model, if there is no graph) under the labeller.
@@ -65,7 +74,7 @@ class Traced:
         """
         if self.graph_module is None:
             return self.label_module(watch)
-        interpreter = _Interpreter(self.graph_module)
+        interpreter = _Interpreter(self.graph_module, self.module)
         self.at = interpreter.place
         return self._run(interpreter.run_on, watch)
 
@@ -85,7 +94,7 @@ class Traced:
         stack: list[str] = []
         self.at = lambda: ("", stack[-1] if stack else "")
         with running_modules(self.standin, stack):
-            return self._run(self.standin, watch)
+            return self._run(self.target, watch)
 
     def _run(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
@@ -104,17 +113,18 @@ class Traced:
             ) from error
         finally:
             self.standin.eval()
+        self._pin_shared(space)
         return space, tape
 
     def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         try:
-            propagate(self.standin.train(), self.standin, self.inputs, space=space, watch=watch)
+            propagate(self.target.train(), self.standin, self.inputs, space=space, watch=watch)
         except Exception:
             if not self.inferred:
                 raise
-            larger = inferred_inputs(self.standin, self.graph_module, in_training=True)
-            if tuple(larger[0].shape) == self.input_shapes[0]:
+            larger = inferred_inputs(self.target, self.graph_module, in_training=True)
+            if _shapes(larger) == self.input_shapes:
                 raise
             self.inputs = larger
             return False
@@ -122,11 +132,25 @@ class Traced:
 
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""
-        used = {axis.tensor for axis in space.axes}
+        tensors = named_tensors(self.standin)
+        used = {id(tensors[axis.tensor]) for axis in space.axes}
         return any(
-            name not in used and max(parameter.shape, default=1) > 1
-            for name, parameter in self.standin.named_parameters()
+            id(parameter) not in used and max(parameter.shape, default=1) > 1
+            for parameter in self.target.parameters()
         )
+
+    def _pin_shared(self, space: LabelSpace) -> None:
+        """Pin what the rest of the network uses too: nobody sees what it does there."""
+        if not self.module:
+            return
+        tensors = named_tensors(self.standin)
+        inside = f"{self.module}."
+        outside = {id(t): name for name, t in tensors.items() if not name.startswith(inside)}
+        for axis in space.axes:
+            other = outside.get(id(tensors[axis.tensor]))
+            if other is not None:
+                labels = torch.arange(axis.start, axis.start + axis.size)
+                space.pin(labels, f"{other} is the same tensor, outside of {self.module}")
 
 
 @contextlib.contextmanager
@@ -155,9 +179,10 @@ def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 class _Interpreter(fx.Interpreter):
     """Runs a graph and knows which node it is at."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, module: str) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self._at: Place = ("", "")
+        self._module = module
 
     def run_on(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on arguments that may be keywords."""
@@ -167,20 +192,22 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         stack = n.meta.get("nn_module_stack") or {}
-        self._at = (n.name, next(reversed(stack), ""))
+        inner = next(reversed(stack), "")
+        self._at = (n.name, f"{self._module}.{inner}" if self._module and inner else inner)
         return super().run_node(n)
 
     def place(self) -> Place:
         return self._at
 
 
-def trace(model: nn.Module, example_inputs: object = None) -> Traced:
-    """Trace a model without touching it.
+def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> Traced:
+    """Trace a model, or one submodule of it, without touching it.
 
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
             them from the first layer.
+        module: the submodule to trace, by its fully qualified name; the inputs are then its.
 
     Returns:
         The traced model. If ``torch.fx`` cannot follow the control flow, the computation is still
@@ -190,20 +217,25 @@ def trace(model: nn.Module, example_inputs: object = None) -> Traced:
         TraceError: the model cannot be copied, no input fits, or it does not run on ``inputs``.
     """
     standin = stand_in(model).eval()
+    target = standin.get_submodule(module)
     graph_module: fx.GraphModule | None = None
     untraceable = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph_module = _symbolic_trace(standin)
+            graph_module = _symbolic_trace(target)
     except Exception as error:
         untraceable = first_line(error)
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
     if example_inputs is not None:
         inputs = _on_meta(example_inputs)
-        return Traced(standin, graph_module, inputs, False, tracer, untraceable)
-    inputs = inferred_inputs(standin, graph_module)
-    return Traced(standin, graph_module, inputs, True, tracer, untraceable)
+        return Traced(standin, graph_module, inputs, False, tracer, untraceable, module=module)
+    inputs = inferred_inputs(target, graph_module)
+    return Traced(standin, graph_module, inputs, True, tracer, untraceable, module=module)
+
+
+def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))
 
 
 class _Tracer(fx.Tracer):

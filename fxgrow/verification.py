@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from fxgrow.errors import FxgrowError, VerificationError
 from fxgrow.expectation import Expectation, float64_by_default
-from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments, call, tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
-from fxgrow.standin import float64_copy, stand_in
-from fxgrow.trace import trace
+from fxgrow.standin import stand_in
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
 Mode = Literal["eval", "train"]
@@ -77,6 +74,16 @@ class ModeResult:
     rounding: Errors = field(default_factory=Errors)
     predicted: Errors = field(default_factory=Errors)
     residual: Errors = field(default_factory=Errors)
+
+    def worst(self, other: ModeResult) -> ModeResult:
+        """Return the larger of each figure."""
+        return ModeResult(
+            float64=self.float64.worst(other.float64),
+            native=self.native.worst(other.native),
+            rounding=self.rounding.worst(other.rounding),
+            predicted=self.predicted.worst(other.predicted),
+            residual=self.residual.worst(other.residual),
+        )
 
 
 @dataclass(frozen=True)
@@ -160,12 +167,14 @@ def judge(
             else:
                 native = native or [stand_in(case.before, {}), stand_in(case.after, {})]
                 old, new = (_run(model, batch, mode, Expectation()) for model in native)
-            result = ModeResult(
-                float64=result.float64.worst(_errors(before, after)),
-                native=result.native.worst(_errors(old, new)),
-                rounding=result.rounding.worst(_errors(before, old)),
-                predicted=result.predicted.worst(_errors(before, predicted)),
-                residual=result.residual.worst(_errors(predicted, after)),
+            result = result.worst(
+                ModeResult(
+                    float64=_errors(before, after),
+                    native=_errors(old, new),
+                    rounding=_errors(before, old),
+                    predicted=_errors(before, predicted),
+                    residual=_errors(predicted, after),
+                )
             )
             progress()
         results[mode] = result
@@ -193,7 +202,7 @@ def _verdict(case: Case, results: Mapping[Mode, ModeResult]) -> Judgement:
     return "preserved" if results["eval"].predicted.max_rel <= TOLERANCE else "as predicted"
 
 
-def _agree(result: ModeResult, case: Case) -> bool:
+def agree(result: ModeResult, case: Case) -> bool:
     """Return whether two given networks agree within what their own dtype rounds."""
     bounds = _native_bounds(result, case)
     return all(_within(errors, *bounds) for errors in (result.float64, result.native))
@@ -333,44 +342,6 @@ def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
         if bool(gradient.movedim(axis.dim, 0)[new].any()):
             return True
     return False
-
-
-def verify(before: nn.Module, after: nn.Module, example_inputs: object = None) -> Verification:
-    """Compare what two networks compute, in float64 and as they are, in eval and train mode.
-
-    Args:
-        before: the old network; not changed.
-        after: the new network; not changed.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
-            an input from ``before``.
-
-    Returns:
-        The measurements. ``verdict`` is ``preserved`` if they agree within what their own dtype
-        rounds (1e-10 in float64), else ``failed``.
-
-    Raises:
-        VerificationError: one of the networks does not run.
-    """
-    traced = trace(before, example_inputs)
-    exact_before, broken = float64_copy(before)
-    exact_after, _ = float64_copy(after)
-    case = Case(before, after, exact_before, exact_after, exact_before, notes=notes_on(broken))
-    try:
-        batches = batches_for(before, traced.input_shapes, traced.inferred, example_inputs)
-        found = judge(case, batches)
-    except FxgrowError:
-        raise
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise VerificationError(f"the networks cannot be compared: {error}.") from error
-    results = [r for r in (found.eval, found.train) if r is not None]
-    same = all(_agree(result, case) for result in results)
-    return Verification(
-        "preserved" if same else "failed",
-        found.eval,
-        found.train,
-        found.inputs,
-        notes=found.notes,
-    )
 
 
 def notes_on(broken: Sequence[str]) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.schema", "graph", "analysis", "coupling", "gains", "apply", "plan", "expectation",
-    "verification", "report",
+    "plan.schema", "graph", "analysis", "scope", "coupling", "gains", "apply", "plan",
+    "expectation", "verification", "measure", "report",
     "uninitialised", "architectures", "recognition", "checkpoint",
     "api", "files", "cli", "__main__",
 )  # fmt: skip

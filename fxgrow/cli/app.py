@@ -161,6 +161,7 @@ def widen(
     compensate: opt.Compensate = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
+    module: opt.Module = "",
     input_shape: opt.InputShapes = None,
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
@@ -195,7 +196,8 @@ def widen(
             opened.model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
             where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
-            compensate=compensate, split_noise=split_noise, progress=run.steps,
+            compensate=compensate, split_noise=split_noise, module=module,
+            progress=run.steps,
         )  # fmt: skip
         if dry_run:
             _tell_plan(run, made, plan, strict=strict)
@@ -260,6 +262,7 @@ def inspect(
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
+    module: opt.Module = "",
     input_shape: opt.InputShapes = None,
     trust_pickle: opt.TrustPickle = False,
 ) -> None:
@@ -279,7 +282,8 @@ def inspect(
 
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("following the channels")
-        found = inspect_model(opened.model, inputs_of(shapes, opened.model))
+        inputs = inputs_of(shapes, opened.model)
+        found = inspect_model(opened.model, inputs, module=module)
         explanation = None if why is None else found.why(why)
     if as_json:
         data = found.to_dict() if explanation is None else plain(explanation)
@@ -300,6 +304,7 @@ def verify(
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
+    module: opt.Module = "",
     input_shape: opt.InputShapes = None,
     trust_pickle: opt.TrustPickle = False,
 ) -> None:
@@ -310,14 +315,15 @@ def verify(
     """
     shapes = parse_shapes(input_shape or ())
     with _Run() as run:
+        from fxgrow.measure import verify as verify_models
         from fxgrow.report.data import plain
         from fxgrow.report.tables import verification_table
-        from fxgrow.verification import verify as verify_models
 
         opened = run.open(before, arch, arch_arg, trust_pickle=trust_pickle)
         other = run.open(after, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("comparing")
-        found = verify_models(opened.model, other.model, inputs_of(shapes, opened.model))
+        inputs = inputs_of(shapes, opened.model)
+        found = verify_models(opened.model, other.model, inputs, module)
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:

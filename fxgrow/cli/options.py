@@ -189,12 +189,22 @@ ArchArguments = Annotated[
         rich_help_panel=_SOURCE,
     ),
 ]
+Module = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Follow this submodule alone, such as backbone.body, on inputs of its own.",
+        show_default="the whole, or the largest submodules that can be followed",
+        rich_help_panel=_SOURCE,
+    ),
+]
 InputShapes = Annotated[
     list[str] | None,
     typer.Option(
         "--input-shape",
         metavar="1x3x224x224",
-        help="Shape of the model's input, batch first; repeat it for several inputs.",
+        help="Shape of the input of the model (or of the submodule), batch first; repeat it for "
+        "several inputs.",
         show_default="inferred from the first layer",
         rich_help_panel=_SOURCE,
     ),

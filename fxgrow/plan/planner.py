@@ -27,6 +27,7 @@ from fxgrow.plan.schema import (
     NormGain,
     Plan,
     Request,
+    Scope,
     TensorEdit,
     Verdict,
 )
@@ -54,7 +55,8 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     pairing = PAIRINGS[request.pairing]
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
-    standin = analysis.traced.standin
+    traced = analysis.traced
+    standin = traced.standin
     tensors = named_tensors(standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = feasible(Attempts(analysis, shapes, request.grouped, pairing), widths)
@@ -77,8 +79,8 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
                 way_out="Use --rescaling none.",
             )
         warnings.append(
-            "the result is a torch.fx.GraphModule with the same names: the network's own code "
-            f"fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
+            f"{traced.module or 'the result'} is a torch.fx.GraphModule with the same names: its "
+            f"code fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
             f"{len(resized.sizes) - 1} more)"
         )
     aliases = _aliases(tensors)
@@ -96,6 +98,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         if group.name in sizes.widths
     )
     prediction = _multipliers(analysis, flow)
+    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
         request=request,
@@ -112,14 +115,15 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         ),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=analysis.traced.input_shapes,
-        inputs_inferred=analysis.traced.inferred,
-        tracer=analysis.traced.tracer,
+        inputs=scope.inputs,
+        inputs_inferred=scope.inputs_inferred,
+        tracer=scope.tracer,
         parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.tape.flops // batch, resized.flops // batch),
         warnings=tuple(warnings),
         fxgrow=__version__,
         sizes=resized.sizes,
+        submodules=(scope,) if traced.module else (),
     )
 
 
@@ -294,7 +298,8 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
                 "inside a part of the network without a graph.",
                 way_out="Use --rescaling none.",
             )
-        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain)
+        module = analysis.traced.module
+        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain, module)
     return tuple(found.values())
 
 

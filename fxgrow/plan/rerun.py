@@ -98,7 +98,7 @@ def _run(
         if graph is None:
             space, tape = traced.label_module(watch)
         else:  # anew, as it holds tensors of its own
-            traced.graph_module = graph_module(traced.standin, graph)
+            traced.graph_module = graph_module(traced.target, graph)
             space, tape = traced.label(watch)
     return Resized(resolve(space), edits, tape.flops)
 
@@ -169,7 +169,7 @@ def _with_graph(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]
     found = _run(traced, sizes, follow, watch, graph)
     nodes = {node.name: node for node in graph.nodes}
     edits = tuple(
-        SizeEdit(repair.node, repair.function, repair.given, repair.wanted)
+        SizeEdit(repair.node, repair.function, repair.given, repair.wanted, traced.module)
         for repair in watch.repairs
     )
     for edit in edits:

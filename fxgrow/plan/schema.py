@@ -43,6 +43,7 @@ class Request:
     seed: int = 0
     compensate: bool = False
     split_noise: float = 0.1
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,30 @@ class Multiplier:
     Attributes:
         producer, consumer: names of the fx nodes at the ends of the edge.
         factor: what the value is multiplied by on its way.
+        module: the submodule whose graph this is; "" for the whole network's.
     """
 
     producer: str
     consumer: str
     factor: float
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What was followed: the whole network or a submodule, on which inputs.
+
+    Attributes:
+        module: its fully qualified name; "" for the whole.
+        inputs: shapes of its inputs.
+        inputs_inferred: whether these were inferred.
+        tracer: what followed the computation.
+    """
+
+    module: str
+    inputs: tuple[tuple[int, ...], ...]
+    inputs_inferred: bool
+    tracer: str
 
 
 @dataclass(frozen=True)
@@ -156,12 +176,14 @@ class SizeEdit:
         node: name of the fx node.
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
+        module: the submodule whose graph this is; "" for the whole network's.
     """
 
     node: str
     function: str
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,6 +249,8 @@ class Plan:
         parameters, flops: before and after.
         warnings: what the user should know.
         fxgrow, schema: versions.
+        submodules: where not the whole network was followed: the parts that were, whose inputs
+            the above are, one after the other.
     """
 
     request: Request
@@ -248,6 +272,13 @@ class Plan:
     fxgrow: str
     schema: int = SCHEMA
     sizes: tuple[SizeEdit, ...] = ()
+    submodules: tuple[Scope, ...] = ()
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The parts that were followed, or the whole network as the only one."""
+        whole = Scope("", self.inputs, self.inputs_inferred, self.tracer)
+        return self.submodules or (whole,)
 
     @property
     def preserves(self) -> Verdict:

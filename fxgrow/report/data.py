@@ -71,10 +71,13 @@ class Inspection:
     """What :func:`fxgrow.inspect` found.
 
     Attributes:
-        analysis: channels, groups and blocks.
+        parts: channels, groups and blocks of the network, or of each part of it that could be
+            followed.
+        warnings: what the user should know.
     """
 
-    analysis: Analysis
+    parts: tuple[Analysis, ...]
+    warnings: tuple[str, ...] = ()
 
     def why(self, layer: str) -> Explanation:
         """Trace why a layer's channels are what they are.
@@ -99,19 +102,22 @@ class Inspection:
             >>> side.kind, [str(chain) for chain in side.partners]
             ('hidden', ['0 rows – (aten.addmm at 2) – 2 columns'])
         """
-        return explain(self.analysis, layer)
+        inside = (p for p in self.parts if layer.startswith(f"{p.traced.module}."))
+        return explain(next(inside, self.parts[0]), layer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return groups, blocks (with their pairs) and pins as JSON-able data."""
-        analysis = self.analysis
+        traced = [part.traced for part in self.parts]
         return {
             "schema": REPORT_SCHEMA,
             "fxgrow": __version__,
-            "tracer": analysis.traced.tracer,
-            "untraceable": analysis.traced.untraceable,
-            "inputs": ["x".join(map(str, shape)) for shape in analysis.traced.input_shapes],
-            "inputs_inferred": analysis.traced.inferred,
-            "parameters": sum(p.numel() for p in analysis.traced.standin.parameters()),
+            "tracer": ", ".join(dict.fromkeys(found.tracer for found in traced)),
+            "untraceable": next((t.untraceable for t in traced if t.untraceable), ""),
+            "inputs": ["x".join(map(str, s)) for found in traced for s in found.input_shapes],
+            "inputs_inferred": all(found.inferred for found in traced),
+            "modules": [found.module for found in traced if found.module],
+            "warnings": list(self.warnings),
+            "parameters": sum(p.numel() for p in traced[0].standin.parameters()),
             "groups": [
                 {
                     "name": group.name,
@@ -119,14 +125,15 @@ class Inspection:
                     "channels": len(group.channels),
                     "described_width": group.described_width,
                     "kind": group.kind,
-                    "block": analysis.block_of(group),
+                    "block": part.block_of(group),
                     "writers": list(group.writers),
                     "carriers": list(group.carriers),
                     "readers": list(group.readers),
                     "reason": group.reason,
                     "needed": remedy_for(group.reason) if group.reason else "",
                 }
-                for group in analysis.groups
+                for part in self.parts
+                for group in part.groups
             ],
             "blocks": [
                 {
@@ -136,7 +143,8 @@ class Inspection:
                     "layers": list(block.layers),
                     "pairs": [plain(pair) for pair in block.pairs],
                 }
-                for block in analysis.blocks
+                for part in self.parts
+                for block in part.blocks
             ],
         }
 

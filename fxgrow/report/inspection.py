@@ -36,6 +36,9 @@ def inspection_table(inspection: Inspection, *, every: bool = False) -> Renderab
     origin = "inferred" if found["inputs_inferred"] else "given"
     head = f"followed by {found['tracer']} on an input of {', '.join(found['inputs'])} ({origin})"
     parts: list[RenderableType] = [Text(head)]
+    if found["modules"]:
+        parts.append(Text(f"submodules followed: {', '.join(found['modules'])}"))
+    parts += [Text(warning, style="yellow") for warning in found["warnings"]]
     if found["untraceable"]:
         parts.append(Text(f"no torch.fx graph: {found['untraceable']}", style="yellow"))
     if found["blocks"]:
