@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import TraceError
 from fxgrow.labels.propagate import named_tensors
@@ -64,6 +66,26 @@ def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             double = torch.nan_to_num(double, nan=0.0, posinf=0.0, neginf=0.0)
         doubles[name] = double
     return stand_in(model, doubles), tuple(broken)
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode in which a float64 network stays one where its own code rounds to less.
+
+    Many an RMSNorm computes in float32 whatever it is given; that would hide what is exact.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation, in float64 where it asks for another floating-point type."""
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in (torch.float32, torch.bfloat16, torch.float16):
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

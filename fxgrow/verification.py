@@ -1,7 +1,8 @@
 """Judge a result before it is written, with code that shares nothing with the planner.
 
 Three networks run in float64 on the same inputs: the old one, the grown one (surgery done on a
-float64 copy, so that the algebra shows as 1e-15 or so and not as the rounding of the weights), and
+float64 copy, so that the algebra shows as 1e-15 or so and not as the rounding of the weights, and
+with float64 wherever the networks' own code asks for less), and
 the *reference*: the old one with the multipliers that the plan predicts. The grown network must
 equal the reference; where the plan says that the function is preserved, the reference is the old
 network itself. Then the old and the grown network run once more as they are, in their own dtype.
@@ -28,7 +29,7 @@ from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import tensors_in
 from fxgrow.plan.schema import NormGain, TensorEdit
-from fxgrow.standin import float64_copy, stand_in
+from fxgrow.standin import InFloat64, float64_copy, stand_in
 from fxgrow.trace import trace
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
@@ -144,13 +145,14 @@ def judge(
         result = ModeResult()
         for batch in batches:
             exact = pytree.tree_map_only(Tensor, _to_double, batch)
-            before = _run(case.exact_before, exact, mode)
-            after = _run(case.exact_after, exact, mode)
+            with InFloat64():
+                before = _run(case.exact_before, exact, mode)
+                after = _run(case.exact_after, exact, mode)
             predicted = before
             if case.reference is not case.exact_before or norms:
                 for buffer, value in statistics:  # a run in train mode has moved them
                     buffer.copy_(value)
-                with _absorbing(case.reference, norms):
+                with _absorbing(case.reference, norms), InFloat64():
                     predicted = _run(case.reference, exact, mode)
             old, new = (_run(model, batch, mode) for model in native) if native else (before, after)
             result = ModeResult(
