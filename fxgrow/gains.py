@@ -235,8 +235,8 @@ def product(flow: GainFlow, op: Operation) -> Gain:
     for value in op.inputs:
         gain = gain.times(flow.of(value))
     weights = [value for value in op.inputs if value.is_weight]
-    is_norm = op.module in flow.undone  # whose weight comes after the division
-    return flow.undo(weights[0], gain) if is_norm and len(weights) == 1 else gain
+    reads = op.name != "mul" or op.module in flow.undone  # a norm's weight, but no layer scale
+    return flow.undo(weights[0], gain) if reads and len(weights) == 1 else gain
 
 
 @GAIN_RULES.register("aten.mean")

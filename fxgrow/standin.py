@@ -74,6 +74,9 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Many an RMSNorm computes in float32 whatever it is given; that would hide what is exact.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self,
         func: OpOverload,

@@ -286,8 +286,8 @@ def _layout(request: Request, group: ChannelGroup, found: Feasible) -> tuple[str
     copies = f"besides {surplus.copies} whole copies, " if surplus.copies > 1 else ""
     return (
         request.pairing if drawing(own) is own else "vv_z_negz",
-        f"{copies}new channels carry {held}, for a norm over all channels: its weight is "
-        f"multiplied by η = {eta:.6g}, {taken}",
+        f"{copies}new channels carry {held}, for a norm over all channels: its weight, or "
+        f"what reads it, is multiplied by η = {eta:.6g}, {taken}",
     )
 
 

@@ -169,7 +169,11 @@ def channels_of(analysis: Analysis, layer: Layer) -> IntArray:
 
 def lost(flow: SurplusFlow, op: Operation) -> State:
     """Return the state after an operation that does not pass on what the surplus holds."""
-    what = "the mean of channels" if flow.holds == "mean" else "a channel of zeros"
+    what = (
+        "the mean of channels"
+        if flow.holds == "mean"
+        else "a channel of zeros or stops its gradient"
+    )
     return State(None, f"{op.name} at {op.module or op.node or 'the top level'} changes {what}")
 
 
@@ -182,12 +186,11 @@ LINEAR = aten(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
     "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d native_dropout"
 )
-# Zero where their input is.
+# Zero where their input is, with a slope there (a ReLU would let no gradient through), but for the
+# square that an RMSNorm takes.
 ZERO_AT_ZERO = aten(
-    "relu leaky_relu _prelu_kernel gelu silu mish tanh erf hardswish hardtanh relu6 elu celu selu "
-    "abs square pow sqrt sin sign clone max_pool2d_with_indices max_pool3d_with_indices "
-    "adaptive_max_pool2d amax amin native_batch_norm cudnn_batch_norm "
-    "_native_batch_norm_legit_no_training"
+    "leaky_relu _prelu_kernel gelu silu mish tanh erf hardswish elu celu selu sin square pow "
+    "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d amax amin"
 )
 
 
