@@ -168,6 +168,8 @@ def _fill_run(target: Tensor, run: Run, old: Tensor, fresh: Tensor | None, dim: 
         target.zero_()
     elif run.kind == "one":
         target.fill_(1)
+    elif run.kind == "mean":
+        target.copy_(old.mean(dim, keepdim=True))
     elif run.kind == "old":
         target.copy_(old.narrow(dim, run.start, run.length))
     elif fresh is None:

@@ -1,11 +1,11 @@
 """Gain propagation: the scalar by which each activation of the grown network differs.
 
-A factor on a layer's weights is not the end. It travels on as a *gain*: products multiply gains,
-positively homogeneous operations pass them on, a norm absorbs them, and wherever none of this
-holds (two unequal gains at an addition, a gain that reaches a sigmoid, or the output) the function
-changes. Such a place is a :class:`Mismatch`: the grown network computes there what the old one
-would compute with a multiplier on that edge, which is the prediction that verification holds it
-to, and what ``compensate`` undoes.
+A factor on a layer's weights is not the end, nor is a statistic over more channels than before.
+It travels on as a *gain*: products multiply gains, positively homogeneous operations pass them on,
+a norm absorbs them, and wherever none of this holds (two unequal gains at an addition, a gain that
+reaches a sigmoid, or the output) the function changes. Such a place is a :class:`Mismatch`: the
+grown network computes there what the old one would compute with a multiplier on that edge, which
+is the prediction that verification holds it to, and what ``compensate`` undoes.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Absorbed:
         eps: its eps.
         weight, running_mean, running_var: names of its tensors; "" for a norm that keeps no
             statistics and changes its eps instead.
+        attribute: that holds its eps.
     """
 
     layer: str
@@ -74,6 +75,7 @@ class Absorbed:
     weight: str = ""
     running_mean: str = ""
     running_var: str = ""
+    attribute: str = "eps"
 
 
 @dataclass
@@ -82,7 +84,11 @@ class GainFlow:
 
     Attributes:
         factors: factor by weight name.
-        with_eps: layers with an ``eps`` that can be set.
+        with_eps: for each layer with a constant for its eps, the attribute and its value.
+        statistics: for operations (tape indices) that average squares over channels, by what the
+            result differs because there are more of these.
+        undone: sources of gains (weights, layers) that the next weight takes up, so that they go
+            no further.
         vectors: scale that each bias-like parameter takes so as to keep in step.
         absorbed: norms that take up a gain, by layer.
         norms: the gain of each norm's first input, by layer.
@@ -90,7 +96,9 @@ class GainFlow:
     """
 
     factors: Mapping[str, float]
-    with_eps: Set[str] = frozenset()
+    with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    statistics: Mapping[int, float] = field(default_factory=dict)
+    undone: Set[str] = frozenset()
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
     norms: dict[str, Gain] = field(default_factory=dict)
@@ -120,6 +128,17 @@ class GainFlow:
             return _same(self.of(vector).scale, gain.scale)
         return _same(self.vectors.setdefault(name, gain.scale), gain.scale)
 
+    def undo(self, weight: object, gain: Gain) -> Gain:
+        """Let a weight take the inverse of a gain that should go no further; return what goes on.
+
+        A weight that is used twice has taken one and the same factor in both places.
+        """
+        if not (isinstance(weight, Value) and len(weight.origins) == 1):
+            return gain
+        wanted = gain.scale != 1.0 and gain.sources & self.undone
+        taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
+        return gain.times(Gain(taken, frozenset(weight.origins)))
+
     def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
         """Record a mismatch on the edge from ``value`` to ``op``."""
         producer = -1 if value.producer is None else value.producer
@@ -132,22 +151,24 @@ GAIN_RULES: Registry[GainRule] = Registry("gain rule")
 HOMOGENEOUS = aten(
     "relu leaky_relu _prelu_kernel neg abs max_pool2d_with_indices max_pool3d_with_indices "
     "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
-    "mean sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout as_strided"
+    "sum amax amin upsample_nearest2d upsample_bilinear2d native_dropout as_strided embedding"
 )
 
 
 def propagate_gains(
-    tape: Tape, factors: Mapping[str, float], with_eps: Set[str] = frozenset()
+    tape: Tape,
+    factors: Mapping[str, float],
+    with_eps: Mapping[str, Mapping[str, float]],
+    statistics: Mapping[int, float],
+    undone: Set[str],
 ) -> GainFlow:
-    """Carry the factors of the weights through a run.
+    """Carry the factors of the weights through a run; see :class:`GainFlow` for the arguments.
 
-    Args:
-        tape: the operations of the network at its old sizes.
-        factors: factor by weight name; those equal to 1 have no effect.
-        with_eps: layers with an ``eps`` that can be set.
+    Factors and statistics equal to 1 have no effect.
     """
-    flow = GainFlow({name: factor for name, factor in factors.items() if factor != 1.0}, with_eps)
-    if not flow.factors:
+    acting = {name: factor for name, factor in factors.items() if factor != 1.0}
+    flow = GainFlow(acting, with_eps, statistics, undone)
+    if not acting and not statistics:
         return flow
     for op in tape.operations:
         gain = _gain_after(flow, op)
@@ -174,6 +195,11 @@ def _gain_after(flow: GainFlow, op: Operation) -> Gain:
         return agree(flow, op)
     if name in HOMOGENEOUS:
         return flow.of(op.inputs[0])
+    return not_homogeneous(flow, op)
+
+
+def not_homogeneous(flow: GainFlow, op: Operation) -> Gain:
+    """Any gain that comes in is a mismatch."""
     for value in op.inputs:
         gain = flow.of(value)
         if gain.scale != 1.0:
@@ -196,7 +222,7 @@ def addmm(flow: GainFlow, op: Operation) -> Gain:
 
 
 def _with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: object) -> Gain:
-    gain = flow.of(x).times(flow.of(weight))
+    gain = flow.undo(weight, flow.of(x)).times(flow.of(weight))
     if bias is None or flow.follow(bias, gain):
         return gain
     why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
@@ -210,7 +236,27 @@ def product(flow: GainFlow, op: Operation) -> Gain:
     gain = Gain()
     for value in op.inputs:
         gain = gain.times(flow.of(value))
-    return gain
+    weights = [value for value in op.inputs if value.is_weight]
+    reads = op.name != "mul" or op.module in flow.undone  # a norm's weight, but no layer scale
+    return flow.undo(weights[0], gain) if reads and len(weights) == 1 else gain
+
+
+@GAIN_RULES.register("aten.mean")
+def mean(flow: GainFlow, op: Operation) -> Gain:
+    """Homogeneous; one of squares, over more channels than before, differs by a known ratio."""
+    ratio = Gain(flow.statistics.get(op.index, 1.0), frozenset({op.module}))
+    return flow.of(op.inputs[0]).times(ratio)
+
+
+@GAIN_RULES.register("aten.pow", "aten.square", "aten.sqrt", "aten.rsqrt", "aten.reciprocal")
+def power(flow: GainFlow, op: Operation) -> Gain:
+    """A power of the gain, where the exponent is a number."""
+    exponents = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+    exponent = exponents.get(op.name) or op.args[1]
+    gain = flow.of(op.inputs[0])
+    if gain.scale == 1.0 or not isinstance(exponent, (int, float)):
+        return not_homogeneous(flow, op)
+    return Gain(gain.scale**exponent, gain.sources)
 
 
 @GAIN_RULES.register("aten.div")
@@ -230,13 +276,18 @@ def agree(flow: GainFlow, op: Operation) -> Gain:
     gains = [flow.of(value) for value in data]
     common = next((gain for gain in gains if gain.scale == 1.0), gains[0])
     offset = any(isinstance(arg, (int, float)) and arg for arg in op.args[1:2])
+    joins = "another path"
+    verdict: Verdict = "scaled"
     if offset and op.name in ("add", "sub"):
+        if len(data) == 1 and _eps_follows(flow, op, gains[0]):
+            return gains[0]
         common = Gain()
+        joins, verdict = "a constant that no attribute holds", "no"
     for value, gain in zip(data, gains, strict=True):
         if not _same(gain.scale, common.scale):
             where = f" at {op.module}" if op.module else ""
-            why = f"scaled by {gain.scale:.6g} where it joins another path ({op.name}{where})"
-            flow.part(op, value, Gain(gain.scale / common.scale, gain.sources), "scaled", why)
+            why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
+            flow.part(op, value, Gain(gain.scale / common.scale, gain.sources), verdict, why)
     for value in op.inputs:
         if value.is_weight and not flow.follow(value, common) and common.scale != 1.0:
             flow.part(op, data[0], common, "scaled", "scaled where a constant is added")
@@ -265,29 +316,35 @@ def batch_norm(flow: GainFlow, op: Operation) -> Gain:
     _, weight, _, mean, variance = op.args[:5]
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
     layer = layer_of(next((name for name in names if name), op.module))
-    gain = flow.of(op.args[0])
-    if not _takes_up(flow, op, layer):
+    gain, eps = flow.of(op.args[0]), float(op.args[-1])
+    if not _takes_up(flow, op, layer, gain):
         return Gain()
     if all(names):
-        norm = Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources, *names)
-        flow.absorbed[layer] = norm
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
         return Gain()
-    if layer in flow.with_eps:  # statistics without a weight: exact in both modes
+    if _eps_of(flow, layer, eps):  # statistics without a weight: exact in both modes
         scales = zip(names[1:], (gain.scale, gain.scale**2), strict=True)
         flow.vectors |= {name: scale for name, scale in scales if name}
-    return _absorb_by_eps(flow, op, layer)
+    _absorb_by_eps(flow, op, layer, eps, gain)
+    return Gain()
 
 
 @GAIN_RULES.register("aten.native_layer_norm", "aten.native_group_norm")
 def layer_norm(flow: GainFlow, op: Operation) -> Gain:
-    """A norm over the sample's own statistics: exact in both modes with eps' = s²·eps."""
+    """A norm over the sample's own statistics: exact in both modes with eps' = s²·eps.
+
+    Over more channels than before, its standard deviation differs by η, and the weight by 1/η.
+    """
     layer = layer_of(next(iter(op.parameters), "")) or op.module
-    return _absorb_by_eps(flow, op, layer) if _takes_up(flow, op, layer) else Gain()
+    eta = Gain(math.sqrt(flow.statistics.get(op.index, 1.0)), frozenset({op.module}))
+    gain = flow.of(op.args[0]).times(eta)
+    if _takes_up(flow, op, layer, gain):
+        _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
+    return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
 
 
-def _takes_up(flow: GainFlow, op: Operation, layer: str) -> bool:
+def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
     """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
-    gain = flow.of(op.args[0])
     first = flow.norms.setdefault(layer, gain)
     if not _same(first.scale, gain.scale):
         why = f"{layer} is used twice, with different gains"
@@ -297,16 +354,33 @@ def _takes_up(flow: GainFlow, op: Operation, layer: str) -> bool:
     return gain.scale != 1.0 and layer not in flow.absorbed
 
 
-def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str) -> Gain:
+def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: Gain) -> None:
     """Let a norm's eps take up a gain, if it can be set."""
-    gain = flow.of(op.args[0])
-    if layer in flow.with_eps:
-        flow.absorbed[layer] = Absorbed(layer, gain.scale, float(op.args[-1]), gain.sources)
+    attribute = _eps_of(flow, layer, eps)
+    if attribute:
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, attribute=attribute)
     else:
         where = layer or op.name
         why = f"{where} has no statistics or eps to absorb a gain with"
         flow.part(op, op.args[0], gain, "no", why)
-    return Gain()
+
+
+def _eps_of(flow: GainFlow, layer: str, eps: float) -> str:
+    """Return the attribute of a layer that holds its eps, or ""."""
+    return next((name for name, v in flow.with_eps.get(layer, {}).items() if v == eps), "")
+
+
+def _eps_follows(flow: GainFlow, op: Operation, gain: Gain) -> bool:
+    """Let the eps that an RMSNorm adds to its mean of squares take the gain s² of these."""
+    eps, attribute = op.args[1], _eps_of(flow, op.module, float(op.args[1]))
+    if gain.scale == 1.0 or not attribute:
+        return False
+    s = math.sqrt(gain.scale)
+    norm = Absorbed(op.module, s, eps, gain.sources, attribute=attribute)
+    if not _same(flow.absorbed.setdefault(op.module, norm).gain, s):
+        why = f"{op.module} is used twice, with different gains"
+        flow.part(op, op.inputs[0], gain, "no", why)
+    return True
 
 
 def _same(first: float, second: float) -> bool:

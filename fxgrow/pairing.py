@@ -104,6 +104,12 @@ def none(count: int, old: int = 0) -> Layout:
     return Layout(draws=tuple(range(count)), column_signs=(1,) * count)
 
 
+def drawing(pairing: Pairing) -> Pairing:
+    """Return a pairing, or twins instead of one that copies or does not cancel."""
+    layout = pairing(2, 1)
+    return pairing if layout.preserving and not layout.copies else vv_z_negz
+
+
 def cancels(pairing: str) -> bool:
     """Return whether a pairing's new channels cancel in their readers, told by its layout.
 

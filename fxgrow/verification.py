@@ -1,7 +1,8 @@
 """Judge a result before it is written, with code that shares nothing with the planner.
 
 Three networks run in float64 on the same inputs: the old one, the grown one (surgery done on a
-float64 copy, so that the algebra shows as 1e-15 or so and not as the rounding of the weights), and
+float64 copy, so that the algebra shows as 1e-15 or so and not as the rounding of the weights, and
+with float64 wherever the networks' own code asks for less), and
 the *reference*: the old one with the multipliers that the plan predicts. The grown network must
 equal the reference; where the plan says that the function is preserved, the reference is the old
 network itself. Then the old and the grown network run once more as they are, in their own dtype.

@@ -62,10 +62,22 @@ def test_whole_copies_pass_norms_over_channels(norm: str, width: str) -> None:
     assert grown.report.verification.without_gradient == ()
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_other_widths_are_refused_with_the_reason(norm: str) -> None:
-    with pytest.raises(PlanError, match="whole copies; possible: 16"):
-        fxgrow.widen(Normed(NORMS[norm]()), "1.5x")
+@pytest.mark.parametrize("width", ["+1", "1.5x", "+7", "+9", "+17"])
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm", "by hand"])
+def test_other_widths_need_channels_that_the_norm_ignores(norm: str, width: str) -> None:
+    torch.manual_seed(0)
+    model = Normed(random_norm(NORMS[norm]())).double()
+    grown = fxgrow.widen(model, width, torch.randn(4, 5, dtype=torch.float64))
+    assert grown.plan.preserves == "exact"
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.report.verification.eval.float64.max_rel <= 1e-13
+    assert grown.report.verification.without_gradient == ()
+    assert grown.plan.warnings == ()  # the eps stays: weights fit the stock architecture
+
+
+def test_other_widths_of_a_group_norm_are_refused_with_the_reason() -> None:
+    with pytest.raises(PlanError, match=r"is no LayerNorm or RMSNorm.*copies; possible: 16"):
+        fxgrow.widen(Normed(NORMS["GroupNorm"]()), "1.5x")
 
 
 def test_attributes_of_norms_follow() -> None:

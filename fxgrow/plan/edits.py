@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -11,30 +12,38 @@ from fxgrow.errors import PlanError
 from fxgrow.labels.space import Fill, IntArray, Role
 from fxgrow.plan.match import Matching
 from fxgrow.plan.schema import AxisEdit, Run, RunKind
+from fxgrow.plan.surplus import Surplus
 
 # Codes for the kinds of positions, in the order of _KINDS.
-_KINDS: tuple[RunKind, ...] = ("old", "share", "new", "minus", "zero", "one")
-_OLD, _SHARE, _NEW, _MINUS, _ZERO, _ONE = range(6)
+_KINDS: tuple[RunKind, ...] = ("old", "share", "new", "minus", "zero", "one", "mean")
+_OLD, _SHARE, _NEW, _MINUS, _ZERO, _ONE, _MEAN = range(7)
 
 
-def axis_edits(old: Channels, new: Channels, matching: Matching) -> dict[str, list[AxisEdit]]:
+def axis_edits(
+    old: Channels, new: Channels, matching: Matching, surplus: Collection[Surplus] = ()
+) -> dict[str, list[AxisEdit]]:
     """Return, for each tensor, the edits of the axes whose positions change; readers first.
 
     Args:
         old: the channels at the old sizes.
         new: the channels at the new sizes.
         matching: which new channel continues which old one.
+        surplus: of the groups that have channels beyond whole copies.
 
     Raises:
         PlanError: a position of an old channel has no counterpart.
     """
     index_of = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
     edits: dict[str, list[AxisEdit]] = {}
+    codes = {"mean": _MEAN, "zero": _ZERO}
+    filled = {axis: codes[found.holds] for found in surplus for axis in found.filled}
+    free = {axis for found in surplus for axis in found.free}
     for index, axis in enumerate(new.axes):
         before = index_of[axis.tensor, axis.dim]
         if axis.groups != old.axes[before].groups:
             continue  # whole convolution groups were added: their rows are new altogether
-        kind, start = _positions(old, before, new, index, matching)
+        special = (filled.get(before), before in free)
+        kind, start = _positions(old, before, new, index, matching, special)
         if len(kind) == old.axes[before].size and bool(
             (kind == _OLD).all() and (start == np.arange(len(start))).all()
         ):
@@ -47,9 +56,18 @@ def axis_edits(old: Channels, new: Channels, matching: Matching) -> dict[str, li
 
 
 def _positions(
-    old: Channels, old_axis: int, new: Channels, new_axis: int, matching: Matching
+    old: Channels,
+    old_axis: int,
+    new: Channels,
+    new_axis: int,
+    matching: Matching,
+    special: tuple[int | None, bool],
 ) -> tuple[IntArray, IntArray]:
-    """Return the kind and the source of each position of a new axis."""
+    """Return the kind and the source of each position of a new axis.
+
+    For surplus channels, ``special`` gives the kind that is asked for, and whether this axis reads
+    them where they are zero, so that a column without a twin need not be.
+    """
     rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
     channel, rank = new.channel[rows], new.rank_of_row[rows]
     origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
@@ -71,8 +89,15 @@ def _positions(
     start[~fresh] = np.where(unread, 0, found)
     kind[~fresh] = np.where(unread & reads, _ZERO, np.where(shared, _SHARE, _OLD))
 
+    surplus = matching.surplus[channel]
+    filling, is_free = special
+    if filling is not None:
+        kind[surplus] = filling
+        fresh &= ~surplus
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]
+    if is_free:
+        sign = np.where(surplus[fresh] & (sign == 0), 1, sign)
     kind[fresh], start[fresh] = _fresh(
         new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
     )

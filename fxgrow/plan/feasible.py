@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError, TraceError
+from fxgrow.groups import ChannelGroup
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Pairing
+from fxgrow.plan.eta import Eta, settle
 from fxgrow.plan.match import Matching, match
 from fxgrow.plan.mixers import mixed_groups
 from fxgrow.plan.rerun import Resized, run_resized
 from fxgrow.plan.resize import Sizes, new_sizes
 from fxgrow.plan.schema import Grouped, Refusal
+from fxgrow.plan.surplus import Surplus, SurplusFlow, find_surplus, follow_surplus
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Feasible:
         resized: the run at these sizes.
         matching: which new channel continues which old one.
         copied: old channels that can only be copied, sorted.
+        surplus: by group name, what makes norms ignore the channels beyond whole copies.
+        eta: how the norms' η is taken up.
         refused: groups that have to stay as they are, and why.
     """
 
@@ -38,6 +43,8 @@ class Feasible:
     resized: Resized
     matching: Matching
     copied: IntArray
+    surplus: dict[str, Surplus]
+    eta: Eta
     refused: tuple[Refusal, ...]
 
 
@@ -50,12 +57,33 @@ class Attempts:
         shapes: present shape by tensor name.
         grouped: how grouped convolutions grow.
         pairing: lays out new channels.
+        with_eps: for each layer the attributes that may be its eps.
+        scale_writers: whether 1/η may be a factor on old weights.
     """
 
     analysis: Analysis
     shapes: Mapping[str, tuple[int, ...]]
     grouped: Grouped
     pairing: Pairing
+    with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scale_writers: bool = True
+    _flows: dict[str, SurplusFlow | PlanError] = field(default_factory=dict)
+
+    def _surplus(self, group: ChannelGroup, width: int) -> Surplus:
+        """Return how a group grows by more than whole copies; its run is followed once.
+
+        Raises:
+            PlanError: it cannot; the message says why.
+        """
+        if group.name not in self._flows:
+            try:
+                self._flows[group.name] = follow_surplus(self.analysis, group)
+            except PlanError as error:
+                self._flows[group.name] = error
+        flow = self._flows[group.name]
+        if isinstance(flow, PlanError):
+            raise flow
+        return find_surplus(flow, width)
 
     def make(self, widths: Mapping[str, int]) -> Feasible:
         """Return what comes of some widths; those that no count allows are refused.
@@ -66,8 +94,12 @@ class Attempts:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            copied, problems = mixed_groups(analysis.channels, analysis.groups, widths)
+            mixed = mixed_groups(analysis, widths, self._surplus)
+            eta, unsettled = settle(
+                analysis.tape, mixed.surplus, self.with_eps, scale_writers=self.scale_writers
+            )
             sizes = new_sizes(analysis.channels, analysis.groups, widths, self.shapes, self.grouped)
+            problems = mixed.problems | unsettled
             problems |= {refusal.name: refusal.reason for refusal in sizes.refused}
             if not problems:
                 break
@@ -76,8 +108,14 @@ class Attempts:
         if not widths:
             raise PlanError(found[0].reason if found else "nothing grows", name=found[0].name)
         resized = run_resized(analysis, sizes)
-        matching = match(analysis.channels, resized.channels, self.pairing, copied)
-        return Feasible(sizes, resized, matching, copied, found)
+        copies = {
+            channel: mixed.surplus[group.name].copies
+            for group in analysis.groups
+            if group.name in mixed.surplus
+            for channel in group.channels.tolist()
+        }
+        matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
+        return Feasible(sizes, resized, matching, mixed.copied, mixed.surplus, eta, found)
 
     def problem(self, widths: Mapping[str, int]) -> str:
         """Return why some widths are impossible, or ""."""

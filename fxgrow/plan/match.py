@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
 
 import networkx as nx
@@ -23,7 +24,7 @@ from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.labels.space import IntArray
-from fxgrow.pairing import Pairing, replicate
+from fxgrow.pairing import Pairing, drawing, replicate
 
 _DEED = -1  # stands for an axis where something is done to a channel
 
@@ -39,12 +40,15 @@ class Matching:
         draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
         sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
         copy: for a new channel the old one whose value it copies, or -1.
+        surplus: for a new channel whether it must leave the norms over its group as they are; see
+            :mod:`fxgrow.plan.surplus`.
     """
 
     old: IntArray
     draw: IntArray
     sign: IntArray
     copy: IntArray
+    surplus: npt.NDArray[np.bool_]
 
 
 def _signatures(
@@ -109,7 +113,13 @@ def _mix(values: HashArray) -> HashArray:
     return mixed
 
 
-def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> Matching:
+def match(
+    old: Channels,
+    new: Channels,
+    pairing: Pairing,
+    copied: IntArray,
+    copies: Mapping[int, int] = MappingProxyType({}),
+) -> Matching:
     """Match the channels of a network at its old and its new sizes.
 
     Args:
@@ -117,6 +127,7 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
         new: the run at the new sizes.
         pairing: lays out the new channels of each signature.
         copied: old channels that can only be copied, whatever the pairing; sorted.
+        copies: for old channels whose group has a surplus, how many of each there are to be.
 
     Raises:
         PlanError: some old channel has no place in the new network.
@@ -150,6 +161,7 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
     draw = np.full(new.count, -1, dtype=np.int64)
     sign = np.zeros(new.count, dtype=np.int64)
     copy = np.full(new.count, -1, dtype=np.int64)
+    surplus = np.zeros(new.count, dtype=bool)
     drawn = 0
     for members in new_buckets.values():
         fresh = members[continued[members] < 0]
@@ -157,14 +169,21 @@ def match(old: Channels, new: Channels, pairing: Pairing, copied: IntArray) -> M
             continue
         kept = np.sort(continued[members[continued[members] >= 0]])
         whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
-        layout = (replicate if whole else pairing)(len(fresh), len(kept))
+        times = copies.get(int(kept[0]), 0) if len(kept) else 0
+        if times:
+            surplus[fresh[(times - 1) * len(kept) :]] = True
+            copy[fresh[: (times - 1) * len(kept)]] = np.tile(kept, times - 1)
+            fresh = fresh[(times - 1) * len(kept) :]
+        layout = (replicate if whole else drawing(pairing) if times else pairing)(
+            len(fresh), len(kept)
+        )
         if layout.copies:
             copy[fresh] = kept[list(layout.copies)]
         else:
             draw[fresh] = np.asarray(layout.draws) + drawn
             sign[fresh] = layout.column_signs
             drawn += max(layout.draws) + 1
-    return Matching(continued, draw, sign, copy)
+    return Matching(continued, draw, sign, copy, surplus)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,58 @@
-"""What normalisations over channels ask of a plan: whole copies.
+"""What normalisations over channels ask of a plan: whole copies, or a surplus that they ignore.
 
 LayerNorm, RMSNorm and GroupNorm compute statistics of a set of channels. If every channel of the
 set is copied the same number of times, mean and variance stay what they were, in train mode as in
-eval mode and whatever lies between writer and norm, and nothing else has to change.
+eval mode and whatever lies between writer and norm, and nothing else has to change. For other
+widths see :mod:`fxgrow.plan.surplus`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxgrow.channels import Channels
+from fxgrow.analysis import Analysis
+from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup, group_of_channel
 from fxgrow.labels.space import IntArray
+from fxgrow.plan.surplus import Surplus
+
+
+@dataclass
+class Mixed:
+    """How groups grow that norms over channels depend on.
+
+    Attributes:
+        copied: the channels that are copied alone, sorted.
+        surplus: by group name, for those with other channels besides.
+        problems: by group name, why a wanted width is impossible.
+    """
+
+    copied: IntArray
+    surplus: dict[str, Surplus] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 def mixed_groups(
-    channels: Channels, groups: Sequence[ChannelGroup], widths: Mapping[str, int]
-) -> tuple[IntArray, dict[str, str]]:
-    """Return the channels that can only be copied, and why each impossible group is impossible.
+    analysis: Analysis,
+    widths: Mapping[str, int],
+    surplus_of: Callable[[ChannelGroup, int], Surplus],
+) -> Mixed:
+    """Return how the growing groups on which some mixer depends can grow.
 
     Args:
-        channels: the channels at the old sizes.
-        groups: all channel groups.
+        analysis: of the network.
         widths: wanted width by group name.
-
-    Returns:
-        The channels of growing groups that some mixer depends on, sorted; and for each group
-        whose wanted width no number of whole copies gives, the reason.
+        surplus_of: returns how a group grows to a width that is no multiple of its present one,
+            or raises an error that says why it cannot.
     """
-    group_of = group_of_channel(channels, groups)
-    copied: list[IntArray] = []
-    problems: dict[str, str] = {}
-    for members, place in channels.mixers:
+    groups = analysis.groups
+    group_of = group_of_channel(analysis.channels, groups)
+    copied: dict[str, IntArray] = {}
+    found = Mixed(np.zeros(0, dtype=np.int64))
+    for members, place in analysis.channels.mixers:
         touched = np.unique(group_of[members]).tolist()
         growing = [groups[i] for i in touched if i >= 0 and groups[i].name in widths]
         ratios = {
@@ -43,18 +62,25 @@ def mixed_groups(
         }  # fmt: skip
         factors = {new / old for new, old in ratios}
         for group in growing:
-            if widths[group.name] == group.width:
+            width = widths[group.name]
+            if width == group.width:
                 continue
-            copied.append(group.channels)
+            copied[group.name] = group.channels
             if len(factors) > 1:
-                problems[group.name] = (
+                found.problems[group.name] = (
                     f"{place} depends on all its channels together, and some of them do not grow "
                     "alike"
                 )
-            elif widths[group.name] % group.width:
-                problems[group.name] = (
-                    f"{place} depends on all {group.width} channels together, so they grow by "
-                    f"whole copies; possible: {2 * group.width}"
-                )
-    whole = np.unique(np.concatenate(copied)) if copied else np.zeros(0, dtype=np.int64)
-    return whole, problems
+            elif width % group.width and group.name not in found.surplus:
+                try:
+                    found.surplus[group.name] = surplus_of(group, width)
+                except PlanError as error:
+                    found.problems[group.name] = (
+                        f"{place} depends on all {group.width} channels together, and "
+                        f"{error.message.rstrip('.')}, so they grow by whole copies; possible: "
+                        f"{2 * group.width}"
+                    )
+    alone = [members for name, members in copied.items() if name not in found.surplus]
+    if alone:
+        found.copied = np.unique(np.concatenate(alone))
+    return found

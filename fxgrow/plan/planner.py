@@ -14,9 +14,9 @@ from fxgrow.errors import PlanError
 from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.pairing import PAIRINGS, cancels
+from fxgrow.pairing import PAIRINGS, cancels, drawing
 from fxgrow.plan.edits import axis_edits
-from fxgrow.plan.feasible import Attempts, feasible
+from fxgrow.plan.feasible import Attempts, Feasible, feasible
 from fxgrow.plan.resize import Sizes
 from fxgrow.plan.schema import (
     Absorption,
@@ -59,17 +59,22 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
     standin = traced.standin
     tensors = named_tensors(standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found = feasible(Attempts(analysis, shapes, request.grouped, pairing), widths)
+    with_eps = _eps_attributes(standin)
+    scale_writers = request.rescaling == "none"
+    attempts = Attempts(analysis, shapes, request.grouped, pairing, with_eps, scale_writers)
+    found = feasible(attempts, widths)
     sizes, resized = found.sizes, found.resized
     refused += found.refused
-    edits = axis_edits(analysis.channels, resized.channels, found.matching)
+    edits = axis_edits(analysis.channels, resized.channels, found.matching, found.surplus.values())
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
-    flow = propagate_gains(analysis.tape, factors, _layers_with_eps(standin))
+    eta = found.eta
+    factors = {name: factor * eta.factors.get(name, 1.0) for name, factor in factors.items()}
+    flow = propagate_gains(analysis.tape, factors, with_eps, eta.statistics, eta.undone)
     eps_edits = _eps_edits(flow)
     warnings += [
-        f"{edit.module}.eps becomes {edit.after:.3g}; a state_dict does not hold it, fxgrow.load "
-        "sets it"
+        f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold it, "
+        "fxgrow.load sets it"
         for edit in eps_edits
     ]
     if resized.sizes:
@@ -92,7 +97,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
             sizes,
             factors,
             flow,
-            "replicate" if group.channels[0] in found.copied else request.pairing,
+            *_layout(request, group, found),
         )
         for group in analysis.groups
         if group.name in sizes.widths
@@ -200,15 +205,18 @@ def _tensor_edits(
     return found
 
 
-def _layers_with_eps(standin: nn.Module) -> set[str]:
-    """Return the modules whose eps can be set."""
-    return {n for n, m in standin.named_modules() if isinstance(getattr(m, "eps", None), float)}
+def _eps_attributes(standin: nn.Module) -> dict[str, dict[str, float]]:
+    """Return the attributes of each module that may be its eps, and can be set."""
+    return {
+        name: {k: v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)}
+        for name, module in standin.named_modules()
+    }
 
 
 def _eps_edits(flow: GainFlow) -> tuple[ModuleEdit, ...]:
     """Return the eps of the norms that absorb a gain s without statistics: s² times the old."""
     return tuple(
-        ModuleEdit(norm.layer, "eps", norm.eps, norm.eps * norm.gain**2)
+        ModuleEdit(norm.layer, norm.attribute, norm.eps, norm.eps * norm.gain**2)
         for norm in flow.absorbed.values()
         if not norm.running_var
     )
@@ -232,6 +240,7 @@ def _group_plan(
     factors: Mapping[str, float],
     flow: GainFlow,
     pairing: str,
+    note: str,
 ) -> GroupPlan:
     """Return what happens to one group, with its verdict."""
     own = {
@@ -246,6 +255,8 @@ def _group_plan(
     touching = {name for name in own if name in factors}
     mismatches = [m for m in flow.mismatches if m.sources & touching]
     verdict, reason = _verdict(request, pairing, mismatches)
+    if note and verdict == "exact":
+        reason = f"{note}; {reason}" if reason else note
     return GroupPlan(
         name=group.name,
         width=(group.width, sizes.widths[group.name]),
@@ -265,6 +276,25 @@ def _group_plan(
     )
 
 
+def _layout(request: Request, group: ChannelGroup, found: Feasible) -> tuple[str, str]:
+    """Return how a group's new channels are laid out, and why so if a norm asks for it."""
+    if group.channels[0] in found.copied:
+        return "replicate", "whole copies, for a norm over all its channels"
+    surplus = found.surplus.get(group.name)
+    if surplus is None:
+        return request.pairing, ""
+    own = PAIRINGS[request.pairing]
+    eta = math.sqrt(surplus.ratio)
+    held = "the mean of the old channels" if surplus.holds == "mean" else "zero"
+    taken = "the writers are multiplied by 1/η" if found.eta.factors else "its eps by η²"
+    copies = f"besides {surplus.copies} whole copies, " if surplus.copies > 1 else ""
+    return (
+        request.pairing if drawing(own) is own else "vv_z_negz",
+        f"{copies}new channels carry {held}, for a norm over all channels: its weight, or "
+        f"what reads it, is multiplied by η = {eta:.6g}, {taken}",
+    )
+
+
 def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
     """Return what becomes of the function, and why."""
     if not cancels(pairing):
@@ -272,8 +302,7 @@ def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tupl
     if request.noise:
         return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"
     if not mismatches:
-        whole = pairing != request.pairing
-        return "exact", "whole copies, for a norm over all its channels" if whole else ""
+        return "exact", ""
     reasons = "; ".join(dict.fromkeys(m.reason for m in mismatches))
     if request.compensate:
         return "exact", f"compensated by a multiplier ({reasons})"

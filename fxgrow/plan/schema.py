@@ -22,7 +22,7 @@ SCHEMA = 1
 Where = Literal["hidden", "stream", "all"]
 Grouped = Literal["width", "count"]
 Verdict = Literal["exact", "scaled", "no"]
-RunKind = Literal["old", "share", "new", "minus", "zero", "one"]
+RunKind = Literal["old", "share", "new", "minus", "zero", "one", "mean"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
         kind: ``old``: copies of the old positions from ``start`` on; ``share``: the old positions
             divided by the number of shares each has in the axis, plus noise that sums to zero
             over them; ``new`` / ``minus``: the freshly drawn slices from ``start`` on, or their
-            negatives; ``zero`` / ``one``.
+            negatives; ``zero`` / ``one``; ``mean``: the mean of all old positions.
         start: first old position, or first drawn slice.
         length: number of positions.
     """
