@@ -139,6 +139,13 @@ class GainFlow:
         taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
         return gain.times(Gain(taken, frozenset(weight.origins)))
 
+    def scale_of(self, vector: object) -> float:
+        """Return the scale that a parameter has taken already; 1 if it is none."""
+        if not (isinstance(vector, Value) and len(vector.origins) == 1):
+            return 1.0
+        name = vector.origins[0]
+        return self.of(vector).scale if name in self.factors else self.vectors.get(name, 1.0)
+
     def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
         """Record a mismatch on the edge from ``value`` to ``op``."""
         producer = -1 if value.producer is None else value.producer
@@ -172,7 +179,7 @@ def propagate_gains(
         return flow
     for op in tape.operations:
         gain = _gain_after(flow, op)
-        for value in op.outputs[:1]:
+        for value in op.outputs if op.target.is_view else op.outputs[:1]:
             flow.set(value, gain)
     for value in tape.outputs:
         gain = flow.of(value)
@@ -225,9 +232,11 @@ def _with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: obj
     gain = flow.undo(weight, flow.of(x)).times(flow.of(weight))
     if bias is None or flow.follow(bias, gain):
         return gain
+    # The sum is what the old one would be for an input times gain / own, all of it times own.
+    own = Gain(flow.scale_of(bias), gain.sources)
     why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
-    flow.part(op, x, flow.of(x), "no", why)
-    return gain
+    flow.part(op, x, Gain(gain.scale / own.scale, gain.sources), "no", why)
+    return own
 
 
 @GAIN_RULES.register("aten.mm", "aten.bmm", "aten.mul", "aten.baddbmm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from fxgrow.errors import TraceError
 from fxgrow.labels.sizes import map_sizes, sizes_in
 from fxgrow.plan.schema import Multiplier, SizeEdit
 from fxgrow.standin import first_line, keeping_modes
+from fxgrow.trace import symbolic_trace
 
 
 def insert_multipliers(
@@ -66,28 +67,29 @@ def _as_graph(
     for multiplier in multipliers:
         producer = nodes.get(multiplier.producer)
         consumer = nodes.get(multiplier.consumer)
-        operand = _operand(producer, consumer)
-        if operand is None or consumer is None:
+        if producer is None or consumer is None or producer not in consumer.all_input_nodes:
             raise TraceError(
                 f"the graph has no edge from {multiplier.producer} to {multiplier.consumer}.",
                 name=multiplier.producer,
             )
-        with graph.inserting_after(operand):
-            scaled = graph.call_function(operator.mul, (operand, multiplier.factor))
-        consumer.replace_input_with(operand, scaled)
+        with graph.inserting_after(producer):
+            scaled = graph.call_function(operator.mul, (producer, multiplier.factor))
+        consumer.replace_input_with(producer, scaled)
     return graph_module(model, graph)
 
 
-def _operand(producer: fx.Node | None, consumer: fx.Node | None) -> fx.Node | None:
+def operand_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> fx.Node | None:
     """Return the input of ``consumer`` that carries what ``producer`` computed, or None.
 
-    Between them may lie nodes that pass it on as it is (dropout in eval mode).
+    Args:
+        producer: a node.
+        consumer: another one of its graph.
+        active: names of the nodes that compute something; between the two may lie others, which
+            pass on what they get (dropout in eval mode).
     """
-    if producer is None or consumer is None:
-        return None
     for operand in consumer.all_input_nodes:
         node = operand
-        while node is not producer and len(node.all_input_nodes) == 1:
+        while node.name not in active and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         if node is producer:
             return operand
@@ -97,7 +99,7 @@ def _operand(producer: fx.Node | None, consumer: fx.Node | None) -> fx.Node | No
 def _trace(model: nn.Module) -> fx.Graph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fx.Tracer().trace(model)
+        return symbolic_trace(model).graph
 
 
 def open_graph(model: nn.Module) -> fx.Graph:

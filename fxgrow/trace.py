@@ -223,7 +223,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph_module = _symbolic_trace(target)
+            graph_module = symbolic_trace(target)
     except Exception as error:
         untraceable = first_line(error)
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
@@ -244,7 +244,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
-def _symbolic_trace(standin: nn.Module) -> fx.GraphModule:
+def symbolic_trace(standin: nn.Module) -> fx.GraphModule:
     """Return the graph; code that asks buffers for their values makes them constants."""
     try:
         return fx.GraphModule(standin, _Tracer().trace(standin))

@@ -101,7 +101,7 @@ def test_every_link_of_a_chain_is_a_union_that_was_made_there(case):
     found, explained = case
     made = {
         (min(pair), max(pair), place)
-        for left, right, place in found.analysis.channels.unions
+        for left, right, place in found.parts[0].channels.unions
         for pair in zip(left.tolist(), right.tolist(), strict=True)
     }
     links = [
@@ -115,8 +115,8 @@ def test_every_link_of_a_chain_is_a_union_that_was_made_there(case):
 
 def test_chains_start_at_the_layer_and_reach_every_writer_and_reader(case):
     found, explained = case
-    channels = found.analysis.channels
-    groups = {group.name: group for group in found.analysis.groups}
+    channels = found.parts[0].channels
+    groups = {group.name: group for group in found.parts[0].groups}
     for side in explained.sides:
         if not side.group:
             continue
@@ -132,7 +132,7 @@ def test_chains_start_at_the_layer_and_reach_every_writer_and_reader(case):
 
 def test_the_cause_of_a_pin_ends_at_labels_that_were_pinned_for_this_reason(case):
     found, explained = case
-    channels = found.analysis.channels
+    channels = found.parts[0].channels
     for side in explained.sides:
         if side.kind != "pinned" or not side.group:
             continue
@@ -165,7 +165,7 @@ def test_a_chain_reads_as_operations_between_layers():
 
 def test_heads_and_gates_are_told_with_their_rows():
     found = fxgrow.inspect(Attention(), torch.empty(2, 3, 8))
-    widths = {group.name: group.described_width for group in found.analysis.groups}
+    widths = {group.name: group.described_width for group in found.parts[0].groups}
     assert widths["blocks.0.attend"] == "4 × 12 rows"
     assert widths["blocks.0.gated"] == "24 × 2 rows"
     assert widths["embed"] == "16"

@@ -144,20 +144,20 @@ def test_untied_streams_grow(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "group", "reason"),
     [
-        ("gpt2", "transformer.wte", "tied weights"),
-        ("t5", "shared", "tied weights"),
+        ("gpt2", "transformer.wte.weight[1]", "tied weights"),
+        ("t5", "shared.weight[1]", "tied weights"),
         ("bert", "embeddings.word_embeddings", "an output of the network"),
     ],
 )
 def test_a_stream_that_is_pinned_has_a_true_reason(name: str, group: str, reason: str) -> None:
     model, inputs = build(name)
-    pinned = [g for g in fxgrow.inspect(model, inputs).analysis.groups if g.kind == "pinned"]
+    pinned = [g for g in fxgrow.inspect(model, inputs).parts[0].groups if g.kind == "pinned"]
     assert any(reason in g.reason for g in pinned if g.name == group)
 
 
 def test_slopes_of_alibi_pin_the_heads() -> None:
     model, inputs = build("bloom")
-    groups = {g.name: g for g in fxgrow.inspect(model, inputs).analysis.groups}
+    groups = {g.name: g for g in fxgrow.inspect(model, inputs).parts[0].groups}
     attention = groups["transformer.h.0.self_attention.query_key_value"]
     assert attention.kind == "pinned"
     assert "fixed width (aten.baddbmm" in attention.reason

@@ -47,7 +47,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [*tensors_in((args, kwargs))]
         if any(tensor.is_meta for tensor in tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
-        if not tensors and kwargs.get("device") is not None:
+        if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         elif func is torch.ops.aten._to_copy.default:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
@@ -68,6 +68,12 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._twins[id(tensor)] = (tensor, tensor.to("meta"))
             self.joined(*self._twins[id(tensor)])
         return self._twins[id(tensor)][1]
+
+
+def _is_state(func: OpOverload, kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation makes floating-point zeros: a recurrent layer's first state."""
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return generic.operator_name(func) == "aten.zeros" and bool(dtype.is_floating_point)
 
 
 class Labeller(OnMeta):  # type: ignore[no-untyped-call]

@@ -51,9 +51,33 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     ("a group norm without a weight", "give the norm affine=True: its weight tells the groups"),
     ("whose kernel is computed from data", "nothing: channels of such a kernel are activations"),
     (
-        "whose weight is not a plain parameter",
+        "a grouped convolution, ",
         "pass the parameter itself: parametrizations and views of a grouped kernel hide its groups",
     ),
+    (
+        "not linear in",
+        "read with the parameter itself: columns that cancel in it do not cancel in a function of "
+        "it",
+    ),
+    (
+        "multiplied by a fixed matrix",
+        "make the matrix a parameter or a buffer of a linear layer, so that it can grow",
+    ),
+    (
+        "multiplied by what is no weight of its",
+        "read these channels with a parameter of their own",
+    ),
+    (
+        "every head reads these positions alike",
+        "nothing: what all heads share keeps its size; the heads themselves can grow",
+    ),
+    (
+        "laid out in one dim with other channels",
+        "keep the two sets of channels in dims of their own",
+    ),
+    ("entries are picked by comparing two dims", "pick positions by slicing or by index"),
+    ("cannot move labels", "write it with view, permute, slicing or cat"),
+    ("written in place into a part of a tensor", "build the tensor with torch.cat instead"),
 )
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
 from fxgrow.errors import PlanError
 from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
+from fxgrow.graph import operand_from
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS, cancels, drawing
@@ -317,6 +318,9 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
             no graph.
     """
     operations = analysis.tape.operations
+    graph = analysis.traced.graph_module.graph if analysis.traced.graph_module else fx.Graph()
+    nodes = {node.name: node for node in graph.nodes}
+    active = {op.node for op in operations}
     found: dict[tuple[str, str], Multiplier] = {}
     for mismatch in flow.mismatches:
         producer = operations[mismatch.producer].node if mismatch.producer >= 0 else ""
@@ -327,8 +331,11 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
                 "inside a part of the network without a graph.",
                 way_out="Use --rescaling none.",
             )
+        end = operand_from(nodes[producer], nodes[consumer], active)
+        if end is None:
+            raise PlanError(f"the graph has no edge from {producer} to {consumer}.", name=producer)
         module = analysis.traced.module
-        found[producer, consumer] = Multiplier(producer, consumer, mismatch.gain, module)
+        found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
     return tuple(found.values())
 
 

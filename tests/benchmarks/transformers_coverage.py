@@ -32,7 +32,7 @@ def row(name: str, where: str) -> str:
     model, inputs = build(name)
     begin = time.perf_counter()
     try:
-        groups = fxgrow.inspect(model, inputs).analysis.groups
+        groups = fxgrow.inspect(model, inputs).parts[0].groups
         reasons = {group.name: group.reason for group in groups if group.kind == "pinned"}
         grown = fxgrow.widen(model, "2x", inputs, where=where)
     except FxgrowError as error:

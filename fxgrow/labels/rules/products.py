@@ -115,11 +115,12 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
         weights = [False, True]  # a linear layer of a table or of learned tokens
     lines = [step.line(tensor, dim) for tensor, dim in sides]
     if weights[0] == weights[1]:
-        kind = "parameters" if weights[0] else "activations"
-        for line in lines:
-            if line is not None:
-                reason = f"two {kind} are multiplied over these channels ({step.place})"
-                step.space.pin(line, reason)
+        reason = "two activations are multiplied over these channels"
+        if weights[0]:
+            reason = "two parameters are multiplied over these channels"
+        elif None in lines:
+            reason = "multiplied by a fixed matrix"
+        step.pin(tuple(line for line in lines if line is not None), reason)
     else:
         if lines[0] is not None and lines[1] is not None:
             step.space.unify(lines[0], lines[1])
