@@ -8,13 +8,17 @@ at its new ones, are compared on these tables.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.space import Axis, Fill, IntArray, LabelSpace, Role
+
+HashArray: TypeAlias = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Channels:
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, with the reasons of ``pins``.
-        deeds: for each operation that altered values, in order, what it did and to which channels.
+        row_of_label: for each label, one that stands for all that accompany the same row.
+        deeds: for each operation that altered values, in order, what it did and to which labels.
     """
 
     axes: tuple[Axis, ...]
@@ -53,6 +58,7 @@ class Channels:
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, str], ...]
     deeds: tuple[tuple[str, IntArray], ...] = ()
+    row_of_label: IntArray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
         """Return the channels that some label layers stand for, sorted."""
@@ -89,9 +95,20 @@ class Channels:
         return self.position_of_row // np.maximum(sizes, 1)[self.axis_of_row]
 
     @cached_property
-    def rank_of_row(self) -> IntArray:
-        """For each row, how many rows of the same axis and channel come before it."""
-        order = np.lexsort((self.position_of_row, self.channel, self.axis_of_row))
+    def label_of_row(self) -> IntArray:
+        """The label of each row."""
+        first = np.asarray([axis.start for axis in self.axes], dtype=np.int64)
+        return first[self.axis_of_row] + self.position_of_row
+
+    def ranks(self, treatment: HashArray) -> IntArray:
+        """Return, for each row, how many rows of the same axis and channel come before it.
+
+        Args:
+            treatment: for each label a number that tells what is done to it; of one channel, rows
+                that are treated alike come together, as the two halves of a gate do.
+        """
+        treated = treatment[self.label_of_row]
+        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
         axis, channel = self.axis_of_row[order], self.channel[order]
         fresh = np.ones(len(order), dtype=bool)
         fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
@@ -147,5 +164,6 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
-        deeds=tuple((deed, channel_of_label[labels]) for deed, labels in space.deeds),
+        deeds=tuple(space.deeds),
+        row_of_label=space.rows(),
     )

@@ -42,6 +42,7 @@ LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_lik
 FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
 # Tensors with one value everywhere.
 UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
+COMMUTATIVE = aten("add mul maximum minimum")
 # Pointwise operations that torch does not tag as such.
 UNTAGGED = aten(
     "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
@@ -98,6 +99,11 @@ def alters(step: Step) -> str:
     numbers = [x.item() if _is_number(x) else x for x in given]
     told = [f"{x:.12g}" for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool)]
     return " ".join((name, *told))
+
+
+def is_commutative(step: Step) -> bool:
+    """Return whether the operation's operands may change places."""
+    return operator_name(step.target) in COMMUTATIVE
 
 
 def _is_number(argument: object) -> bool:
@@ -177,7 +183,9 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     out: list[Layer] = []
     for cluster in clusters(expanded):
         first, *others = (layer for layer in cluster if layer is not None)
-        merged = functools.reduce(functools.partial(_merge, step), others, first)
+        labelled = [w for w, layer in zip(weights, cluster, strict=True) if layer is not None]
+        merge = functools.partial(_merge, step, company=labelled.count(False) < 2)
+        merged = functools.reduce(merge, others, first)
         free = set(support(merged))
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
             if own is None and step.value(tensor).is_uniform:
@@ -200,7 +208,7 @@ def _as_small(layer: Layer, tensor: Tensor) -> Layer:
     return layer
 
 
-def _merge(step: Step, left: Layer, right: Layer) -> Layer:
+def _merge(step: Step, left: Layer, right: Layer, *, company: bool) -> Layer:
     """Unify two layers element by element and return one that stands for both."""
     dims = support(left) | support(right)
     a, b = core(left, dims), core(right, dims)
@@ -212,7 +220,7 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
         whole, part = (a, b) if larger is left else (b, a)
         step.space.share(whole, part, sorted(support(smaller)))
         return larger.expand(left.shape)
-    step.space.unify(a, b)
+    step.space.unify(a, b, company=company)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
         step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")

@@ -151,8 +151,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         layers = self._labels(step, inputs)
         deed = generic.alters(step) if layers and layers[0] else ""
         if deed:
-            for layer in layers[0]:
-                self.space.note(deed, core(layer, support(layer)))
+            self._note(deed, inputs, ordered=not generic.is_commutative(step))
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         weight = bool(inputs) and all(value.is_weight for value in inputs)
         origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
@@ -195,6 +194,14 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         )
         if layers is not known.layers:
             self._enter(view._base, layers, producer=index)
+
+    def _note(self, deed: str, inputs: tuple[Value, ...], *, ordered: bool) -> None:
+        """Record what is done to the labels of each operand, and which operand they are."""
+        labelled = [(place, value) for place, value in enumerate(inputs) if value.layers]
+        for place, value in labelled:
+            told = f"{deed} #{place}" if ordered and len(labelled) > 1 else deed
+            for layer in value.layers:
+                self.space.note(told, core(layer, support(layer)))
 
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if generic.is_factory(step) or not any(value.layers for value in inputs):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Union: TypeAlias = tuple[IntArray, IntArray, str]  # labels, labels, place
 Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
 
@@ -59,11 +60,12 @@ class LabelSpace:
     mixers: list[tuple[IntArray, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
+    company: list[Union] = field(default_factory=list)  # those of the unions that are company
     deeds: list[tuple[str, IntArray]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     place: str = ""
-    unions: list[tuple[IntArray, IntArray, str]] = field(default_factory=list)
+    unions: list[Union] = field(default_factory=list)
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -104,17 +106,21 @@ class LabelSpace:
                 self.pins.append((tied, reason))
             self.fills.setdefault(owner, fill)
 
-    def unify(self, left: Tensor, right: Tensor) -> None:
+    def unify(self, left: Tensor, right: Tensor, *, company: bool = False) -> None:
         """Record that the channels ``left[i]`` and ``right[i]`` are one. Zeros say nothing.
 
         Args:
             left: labels, any shape.
             right: labels of the same number of elements, in the same order.
+            company: one of them is a parameter with an entry for each row of the other (a bias),
+                so that what is done to one is done to the other.
         """
         first, second = left.numpy().ravel(), right.numpy().ravel()
         different = (first != second) & (first != 0) & (second != 0)
         if different.any():
             self.unions.append((first[different], second[different], self.place))
+            if company:
+                self.company.append(self.unions[-1])
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Record that the channels of ``labels`` cannot change, and why."""
@@ -167,21 +173,25 @@ class LabelSpace:
         Connected components by hooking and pointer jumping: a logarithmic number of passes over
         the recorded unions, none of them a Python loop over channels.
         """
-        roots = self._components()
+        roots = self._components(self.unions)
         settled = [item for item in self.shared if not _fills(roots[item[0]], item[2])]
         for whole, part, _, place in settled:
             both = (whole != 0) & (part != 0)
             self.unions.append((whole[both], part[both], place))
         self.shared = [item for item in self.shared if _fills(roots[item[0]], item[2])]
-        return self._components() if settled else roots
+        return self._components(self.unions) if settled else roots
 
-    def _components(self) -> IntArray:
-        """Return the roots that the unions make."""
+    def rows(self) -> IntArray:
+        """Return, for each label, the smallest of those that accompany one row of activations."""
+        return self._components(self.company)
+
+    def _components(self, unions: Sequence[Union]) -> IntArray:
+        """Return the roots that some unions make."""
         parent = np.arange(self._next, dtype=np.int64)
-        if not self.unions:
+        if not unions:
             return parent
-        left = np.concatenate([a for a, _, _ in self.unions]).astype(np.int64)
-        right = np.concatenate([b for _, b, _ in self.unions]).astype(np.int64)
+        left = np.concatenate([a for a, _, _ in unions]).astype(np.int64)
+        right = np.concatenate([b for _, b, _ in unions]).astype(np.int64)
         while True:
             a, b = parent[left], parent[right]
             open_edges = a != b

@@ -69,14 +69,14 @@ def _positions(
     them where they are zero, so that a column without a twin need not be.
     """
     rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
-    channel, rank = new.channel[rows], new.rank_of_row[rows]
+    channel, rank = new.channel[rows], matching.new_rank[rows]
     origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
     fresh = origin < 0
     kind = np.full(len(channel), _OLD, dtype=np.int64)
     start = np.zeros(len(channel), dtype=np.int64)
 
     old_rows = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
-    old_keys = _keys(old.channel[old_rows], old.rank_of_row[old_rows])
+    old_keys = _keys(old.channel[old_rows], matching.old_rank[old_rows])
     order = np.argsort(old_keys)
     wanted = _keys(origin[~fresh], rank[~fresh])
     found = order[np.searchsorted(old_keys[order], wanted) % len(order)]

@@ -14,21 +14,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeAlias
 
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from fxgrow.channels import Channels
+from fxgrow.channels import Channels, HashArray
 from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Pairing, drawing, replicate
 
 _DEED = -1  # stands for an axis where something is done to a channel
-
-HashArray: TypeAlias = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class Matching:
         copy: for a new channel the old one whose value it copies, or -1.
         surplus: for a new channel whether it must leave the norms over its group as they are; see
             :mod:`fxgrow.plan.surplus`.
+        old_rank, new_rank: for each row of either network, its place among those of its axis and
+            channel: a row of the new network continues that of the same place.
     """
 
     old: IntArray
@@ -49,6 +48,8 @@ class Matching:
     sign: IntArray
     copy: IntArray
     surplus: npt.NDArray[np.bool_]
+    old_rank: IntArray
+    new_rank: IntArray
 
 
 def _signatures(
@@ -56,6 +57,7 @@ def _signatures(
     axis_codes: Sequence[int],
     new_groups: dict[int, int],
     deeds: Sequence[str],
+    treatment: HashArray,
 ) -> HashArray:
     """Return a 64-bit hash of each channel's signature.
 
@@ -65,6 +67,7 @@ def _signatures(
         new_groups: for an axis whose number of convolution groups grew, the old number; new
             groups that will be twins get one and the same code.
         deeds: what was done to channels, in order.
+        treatment: for each label, a hash of what was done to it.
     """
     group = channels.group_of_row.copy()
     for axis, old in new_groups.items():
@@ -75,11 +78,23 @@ def _signatures(
     codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row]
     mixed = _mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
     total = np.zeros(channels.count, dtype=np.uint64)
-    np.add.at(total, channels.channel, mixed)
-    for deed, (_, done_to) in zip(deeds, channels.deeds, strict=False):
-        members = done_to[done_to >= 0]
-        total[members] += np.uint64(zlib.crc32(deed.encode()) << 20)  # once for each channel
+    np.add.at(total, channels.channel, _mix(mixed + treatment[channels.label_of_row]))
+    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+        members = channels.channel_of_label[labels]
+        total[members[members >= 0]] += _code_of(deed)  # once for each channel
     return total
+
+
+def _treatment(channels: Channels, deeds: Sequence[str]) -> HashArray:
+    """Return, for each label, a hash of what was done to it; shape ``(labels + 1,)``."""
+    total = np.zeros(len(channels.channel_of_label), dtype=np.uint64)
+    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+        total[channels.row_of_label[labels]] += _code_of(deed)  # once for each row
+    return total[channels.row_of_label]
+
+
+def _code_of(deed: str) -> int:
+    return zlib.crc32(deed.encode()) << 20
 
 
 def _deeds(old: Channels, new: Channels) -> tuple[list[str], list[str]]:
@@ -143,8 +158,9 @@ def match(
         and before < new.convolution_groups.get(axis.tensor, 0)
     }
     old_deeds, new_deeds = _deeds(old, new)
-    old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds)
-    new_signature = _signatures(new, new_codes, grown, new_deeds)
+    treatments = _treatment(old, old_deeds), _treatment(new, new_deeds)
+    old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds, treatments[0])
+    new_signature = _signatures(new, new_codes, grown, new_deeds, treatments[1])
 
     # Channels of one signature side by side, each in order of first use.
     old_buckets, new_buckets = _buckets(old_signature), _buckets(new_signature)
@@ -183,7 +199,8 @@ def match(
             draw[fresh] = np.asarray(layout.draws) + drawn
             sign[fresh] = layout.column_signs
             drawn += max(layout.draws) + 1
-    return Matching(continued, draw, sign, copy, surplus)
+    ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
+    return Matching(continued, draw, sign, copy, surplus, *ranks)
 
 
 @dataclass(frozen=True)
@@ -274,7 +291,8 @@ class _Kinds:
         """Return what the channels of each signature touch, and what is done to them."""
         firsts = {int(members[0]): kind for kind, members in buckets.items()}
         touches = _touches(channels, codes, list(firsts))
-        for deed, (_, done_to) in zip(deeds, channels.deeds, strict=False):
+        for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+            done_to = channels.channel_of_label[labels]
             for channel in set(done_to.tolist()) & touches.keys():
                 touches[channel][_DEED, zlib.crc32(deed.encode())] += 1
         return {firsts[channel]: touch for channel, touch in touches.items()}
