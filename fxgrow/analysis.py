@@ -101,13 +101,7 @@ def analyse(traced: Traced) -> Analysis:
     Raises:
         TraceError: the network does not run on its inputs.
     """
-    try:
-        space, tape = traced.label()
-    except TraceError as error:  # perhaps the graph alone fails: it took a branch of its own
-        if traced.graph_module is None:
-            raise
-        traced.without_graph(f"its graph does not run: {error.message}")
-        space, tape = traced.label()
+    space, tape = traced.follow()
     channels = resolve(space)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))

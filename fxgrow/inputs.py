@@ -31,40 +31,53 @@ _SMALLER_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def inferred_inputs(
-    standin: nn.Module, graph_module: fx.GraphModule | None, *, in_training: bool = False
-) -> tuple[Any, ...]:
-    """Return the first input, among those the first layer could take, that runs through.
+def possible_inputs(
+    standin: nn.Module, graph_module: fx.GraphModule | None
+) -> Iterator[tuple[Any, ...]]:
+    """Yield inputs that a network might take, judging by its first layer; the likeliest first.
 
     Args:
-        standin: the network on meta tensors; left in eval mode.
+        standin: the network on meta tensors.
         graph_module: its graph, if there is one.
-        in_training: the input must run in train mode too (auxiliary heads may need larger ones).
+    """
+    _, layer = _first_layer(standin, graph_module)
+    for candidate in _candidates(standin, layer):
+        yield from _arrangements(standin, candidate)
+
+
+def inputs_in_training(standin: nn.Module, graph_module: fx.GraphModule | None) -> tuple[Any, ...]:
+    """Return the first possible input that runs through in both modes.
+
+    Auxiliary heads may need larger ones than eval mode does.
 
     Raises:
         TraceError: none does.
     """
-    name, layer = _first_layer(standin, graph_module)
-    way_out = "Pass example_inputs (--input-shape 1x3x224x224 on the command line)."
     problem = "the first layer is of no known kind"
-    for candidate in _candidates(standin, layer):
-        for arguments in _arrangements(standin, candidate):
-            try:
-                with torch.no_grad(), OnMeta():
-                    standin.eval()(*arguments)
-                    if in_training:
-                        standin.train()(*arguments)
-            except Exception as error:
-                problem = first_line(error)
-            else:
-                return arguments
-            finally:
-                standin.eval()
-    raise TraceError(
+    for arguments in possible_inputs(standin, graph_module):
+        try:
+            with torch.no_grad(), OnMeta():
+                standin.eval()(*arguments)
+                standin.train()(*arguments)
+        except Exception as error:
+            problem = first_line(error)
+        else:
+            return arguments
+        finally:
+            standin.eval()
+    raise nothing_fits(standin, graph_module, problem)
+
+
+def nothing_fits(
+    standin: nn.Module, graph_module: fx.GraphModule | None, problem: str
+) -> TraceError:
+    """Return the error for a network that none of the possible inputs fits."""
+    name, layer = _first_layer(standin, graph_module)
+    return TraceError(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
         f" {problem}.",
         name=name,
-        way_out=way_out,
+        way_out="Pass example_inputs (--input-shape 1x3x224x224 on the command line).",
     )
 
 

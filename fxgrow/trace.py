@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
-from fxgrow.inputs import inferred_inputs
+from fxgrow.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.labels.propagate import Place, Watch, named_tensors, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Arguments, Tape, arguments_of, tensors_in
@@ -34,8 +34,9 @@ class Traced:
         standin: the module tree with meta parameters and buffers; fxgrow's own, free to change.
         graph_module: the fx graph over the stand-in's submodules, or None if symbolic tracing
             failed; ``untraceable`` then says why.
-        inputs: arguments that run through it, tensors on meta.
-        inferred: whether the inputs were inferred from the first layer.
+        inputs: arguments that run through it, tensors on meta; if they are to be inferred, none
+            before :meth:`follow` has found them.
+        inferred: whether the inputs are inferred from the first layer.
         tracer: what followed the computation.
         untraceable: why there is no graph ("" if there is one).
         at: during a run, returns the fx node and the module that are running; after a failure,
@@ -63,6 +64,42 @@ class Traced:
         """The shapes of the input tensors, in order."""
         return _shapes(self.inputs)
 
+    def follow(self) -> tuple[LabelSpace, Tape]:
+        """Label a run on the inputs, or on the first possible ones that fit.
+
+        A graph that cannot be run is given up, and the model run itself: its control flow may have
+        taken another branch when it was traced.
+
+        Raises:
+            TraceError: the run failed, or nothing fits.
+        """
+        given = [self.inputs] if not self.inferred else None
+        problem = "the first layer is of no known kind"
+        for arguments in given or possible_inputs(self.target, self.graph_module):
+            self.inputs = arguments
+            try:
+                return self.label()
+            except TraceError as error:
+                failure = error
+            if found := self._without_graph(failure.message):
+                return found
+            if given:
+                raise failure
+            problem = first_line(failure.__cause__ or failure)
+        raise nothing_fits(self.target, self.graph_module, problem)
+
+    def _without_graph(self, reason: str) -> tuple[LabelSpace, Tape] | None:
+        """Give up a graph that does not run, if the model itself does."""
+        if self.graph_module is None:
+            return None
+        try:
+            found = self.label_module()
+        except TraceError:
+            return None
+        self.graph_module, self.tracer = None, "dispatch"
+        self.untraceable = f"its graph does not run: {reason}"
+        return found
+
     def label(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the graph node by node (or the model, if there is no graph) under the labeller.
 
@@ -77,10 +114,6 @@ class Traced:
         interpreter = _Interpreter(self.graph_module, self.module)
         self.at = interpreter.place
         return self._run(interpreter.run_on, watch)
-
-    def without_graph(self, reason: str) -> None:
-        """Follow the computation at dispatch level from now on."""
-        self.graph_module, self.tracer, self.untraceable = None, "dispatch", reason
 
     def label_module(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
@@ -123,7 +156,7 @@ class Traced:
         except Exception:
             if not self.inferred:
                 raise
-            larger = inferred_inputs(self.target, self.graph_module, in_training=True)
+            larger = inputs_in_training(self.target, self.graph_module)
             if _shapes(larger) == self.input_shapes:
                 raise
             self.inputs = larger
@@ -230,8 +263,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     if example_inputs is not None:
         inputs = _on_meta(example_inputs)
         return Traced(standin, graph_module, inputs, False, tracer, untraceable, module=module)
-    inputs = inferred_inputs(target, graph_module)
-    return Traced(standin, graph_module, inputs, True, tracer, untraceable, module=module)
+    return Traced(standin, graph_module, (), True, tracer, untraceable, module=module)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
