@@ -135,6 +135,8 @@ class Traced:
             space, tape = propagate(run, self.standin, self.inputs, place=self.at, watch=watch)
             if self._unused(space) and not self._label_training(space, watch):
                 return self._run(run, watch)
+        except TraceError:
+            raise
         except Exception as error:  # a user's forward may raise anything
             node, module = self.at()
             where = f" at {module or node}" if module or node else ""
@@ -153,9 +155,14 @@ class Traced:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         try:
             propagate(self.target.train(), self.standin, self.inputs, space=space, watch=watch)
-        except Exception:
+        except Exception as error:
             if not self.inferred:
-                raise
+                shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+                raise TraceError(
+                    f"in train mode, where it uses further parameters, the model does not run on "
+                    f"inputs of {shapes}: {first_line(error)}.",
+                    way_out="Give larger inputs: its auxiliary heads must follow the rest.",
+                ) from error
             larger = inputs_in_training(self.target, self.graph_module)
             if _shapes(larger) == self.input_shapes:
                 raise

@@ -232,6 +232,12 @@ def test_an_inferred_input_is_large_enough_for_the_heads_of_train_mode() -> None
     assert [group.kind for group in heads] == ["hidden", "hidden", "pinned"]
 
 
+def test_inputs_too_small_for_the_heads_of_train_mode_are_refused() -> None:
+    model = torchvision.models.inception_v3(init_weights=False, num_classes=3)
+    with pytest.raises(fxgrow.TraceError, match=r"^in train mode.* Give larger inputs"):
+        fxgrow.inspect(model, torch.randn(1, 3, 224, 224))
+
+
 def test_models_without_inputs_to_infer_ask_for_them() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:

@@ -45,7 +45,8 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         kwargs = kwargs or {}
         tensors = [*tensors_in((args, kwargs))]
-        if any(tensor.is_meta for tensor in tensors):
+        on_meta = [tensor.is_meta for tensor in tensors]
+        if any(on_meta) and not all(on_meta):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
         if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
