@@ -78,7 +78,17 @@ def grow_tensor(plan: Plan, name: str, lookup: Lookup, init: Init | None = None)
     _cancel_in_new_rows(tensor, edit.axes)
     if tensor is old:
         tensor = old.clone()
-    return tensor.to(old.dtype)
+    return _laid_out(tensor.to(old.dtype))
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Return a tensor with the strides of a new one.
+
+    A convolution takes the strides of its weight, even of dims of size one, for a memory format.
+    """
+    if tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:

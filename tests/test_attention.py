@@ -98,3 +98,15 @@ def test_multihead_attention_grows_with_its_stream() -> None:
     attention = grown.model.get_submodule("attention")
     assert (attention.num_heads, attention.embed_dim, attention.head_dim) == (4, 16, 4)
     assert {group.name for group in grown.plan.groups} == {"embed", "attention", "mlp.1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("num_heads", True), ("n_head", True), ("num_key_value_heads", True), ("heads", True),
+     ("dim_head", False), ("size_per_head", False), ("head_dim", False)],
+)  # fmt: skip
+def test_only_numbers_of_heads_are_taken_for_such(name: str, counts: bool) -> None:
+    net = Encoder(Attention())
+    setattr(net.attention, name, 2)
+    grown = fxgrow.widen(net, "2x", torch.randn(2, 6, 3), include=["attention.*"])
+    assert getattr(grown.model.attention, name) == (4 if counts else 2)

@@ -15,7 +15,8 @@ from torch import nn
 from fxgrow.groups import ChannelGroup
 from fxgrow.plan.schema import ModuleEdit
 
-_HEADS = re.compile(r"heads?$")  # num_heads, n_head, num_key_value_heads…
+# num_heads, n_head, num_key_value_heads…; but dim_head and size_per_head are sizes.
+_HEADS = re.compile(r"(?!.*(dim|size|width)).*heads?$")
 _ALL_HEADS = ("all_head_size", "inner_dim", "inner_size", "split_size")
 
 
@@ -42,6 +43,6 @@ def head_edits(
             for name, before in vars(model.get_submodule(owner)).items():
                 if type(before) is not int or (owner, name) in done:
                     continue
-                if (_HEADS.search(name) or name in _ALL_HEADS) and before % heads == 0:
+                if (_HEADS.match(name) or name in _ALL_HEADS) and before % heads == 0:
                     done.add((owner, name))
                     yield ModuleEdit(owner, name, before, before * width // group.width)

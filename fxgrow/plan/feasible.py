@@ -169,11 +169,24 @@ def _read_together(analysis: Analysis, writer: str | None) -> set[str]:
 
 
 def _that_fail(attempts: Attempts, widths: Mapping[str, int]) -> dict[str, str]:
-    """Return the groups without which the others work, and why each does not."""
+    """Return the groups without which the others work, and why each does not.
+
+    Where each works alone and they fail together, they join one kind after the other.
+    """
     failing: dict[str, str] = {}
-    for names in _kinds(list(widths)):
+    kinds = _kinds(list(widths))
+    for names in kinds:
         if len(names) == len(widths) or attempts.problem({name: widths[name] for name in names}):
             failing |= _that_fail_alone(attempts, widths, names)
+    if failing:
+        return failing
+    joined: dict[str, int] = {}
+    for names in kinds:
+        together = joined | {name: widths[name] for name in names}
+        if reason := attempts.problem(together):
+            failing |= dict.fromkeys(names, reason)
+        else:
+            joined = together
     return failing
 
 

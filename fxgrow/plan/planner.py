@@ -125,7 +125,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         inputs_inferred=scope.inputs_inferred,
         tracer=scope.tracer,
         parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
-        flops=(analysis.tape.flops // batch, resized.flops // batch),
+        flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
         warnings=tuple(warnings),
         fxgrow=__version__,
         sizes=resized.sizes,

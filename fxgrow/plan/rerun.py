@@ -15,7 +15,9 @@ from fxgrow.channels import Channels, resolve
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.graph import check_sizes, graph_module
 from fxgrow.groups import group_of_channel
+from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
+from fxgrow.labels.tape import Tape
 from fxgrow.plan.conventions import head_edits
 from fxgrow.plan.literals import (
     Candidate,
@@ -41,13 +43,13 @@ class Resized:
     Attributes:
         channels: the channels at the new sizes.
         modules: the attributes that had to follow.
-        flops: floating-point operations of the run.
+        tape: the operations of the run.
         sizes: what has to be rewritten in the network's graph.
     """
 
     channels: Channels
     modules: tuple[ModuleEdit, ...]
-    flops: int
+    tape: Tape
     sizes: tuple[SizeEdit, ...] = ()
 
 
@@ -73,9 +75,12 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
 def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
     """Run as it is, else with other attributes, else with another graph."""
     try:
-        return _run(analysis.traced, sizes, follow)
+        found = _run(analysis.traced, sizes, follow)
+        _check_positions(analysis.tape, found.tape)
     except TraceError as error:
         failure = error
+    else:
+        return found
     try:
         return _with_attributes(analysis, sizes, follow)
     except (TraceError, PlanError) as error:
@@ -100,7 +105,32 @@ def _run(
         else:  # anew, as it holds tensors of its own
             traced.graph_module = graph_module(traced.target, graph)
             space, tape = traced.label(watch)
-    return Resized(resolve(space), edits, tape.flops)
+    return Resized(resolve(space), edits, tape)
+
+
+def _check_positions(old: Tape, new: Tape) -> None:
+    """Return if what holds no channels has the size that it had, step by step.
+
+    A size of -1 in the code may have swallowed new channels: as positions, of which there are now
+    more. Runs of different operations are not compared.
+
+    Raises:
+        TraceError: some number of positions changed.
+    """
+    pairs = list(zip(old.operations, new.operations, strict=False))
+    same = len(old.operations) == len(new.operations)
+    if not same or any(before.target is not after.target for before, after in pairs):
+        return
+    for before, after in pairs:
+        for was, becomes in zip(before.outputs, after.outputs, strict=False):
+            covered = set[int]().union(*(support(layer) for layer in was.layers))
+            ends = enumerate(zip(was.shape, becomes.shape, strict=False))
+            if was.layers and any(a != b and dim not in covered for dim, (a, b) in ends):
+                raise TraceError(
+                    f"the code of {after.module or 'the model'} makes positions of new channels: "
+                    f"{list(was.shape)} becomes {list(becomes.shape)} in {after.name}",
+                    name=after.module,
+                )
 
 
 def _growth(analysis: Analysis, sizes: Sizes, run: SizedRun) -> Growth:

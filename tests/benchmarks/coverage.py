@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgrow.architectures import Architecture
 from fxgrow.errors import FxgrowError
 from fxgrow.inputs import batches_for
-from fxgrow.labels.tape import call, tensors_in
+from fxgrow.labels.tape import Arguments, call, tensors_in
 from fxgrow.plan.parts import plan_parts
 from fxgrow.plan.schema import Plan, Request
 from fxgrow.scope import follow
@@ -57,12 +57,12 @@ def compared(model: nn.Module, plan: Plan) -> str:
         model.transform.min_size, model.transform.max_size = (96,), 96
         for part in (model, getattr(model, "roi_heads", model)):
             part.score_thresh = 0.0  # random weights are sure of nothing
-        inputs: object = ([torch.rand(3, 96, 96, dtype=torch.float64)],)
+        inputs: Arguments = ([torch.rand(3, 96, 96, dtype=torch.float64)],)
     else:
         inputs = batches_for(model, plan.inputs, plan.inputs_inferred)[0]
+    grown = replace(plan, source=source).apply(model)  # before the model fills caches of its own
     with torch.no_grad():
-        before = tensors_in(call(model, inputs))  # type: ignore[arg-type]
-        after = tensors_in(call(replace(plan, source=source).apply(model), inputs))  # type: ignore[arg-type]
+        before, after = tensors_in(call(model, inputs)), tensors_in(call(grown, inputs))
         pairs = [pair for pair in zip(before, after, strict=True) if pair[0].is_floating_point()]
     return f"{max(max_rel(*pair) for pair in pairs if pair[0].numel()):.1e}"
 
