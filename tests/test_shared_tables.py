@@ -8,7 +8,6 @@ from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.trace import trace
 
 
 class RotatedAttention(nn.Module):
@@ -94,4 +93,5 @@ class Patches(nn.Module):
 def test_images_are_tried_at_the_size_that_a_network_declares(
     declared: int | None, found: int
 ) -> None:
-    assert trace(Patches(declared)).input_shapes == ((2, 3, found, found),)
+    (followed,) = fxgrow.inspect(Patches(declared)).parts
+    assert followed.traced.input_shapes == ((2, 3, found, found),)
