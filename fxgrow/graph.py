@@ -15,7 +15,7 @@ from fxgrow.errors import TraceError
 from fxgrow.labels.sizes import map_sizes, sizes_in
 from fxgrow.plan.schema import Multiplier, SizeEdit
 from fxgrow.standin import first_line, keeping_modes
-from fxgrow.trace import symbolic_trace
+from fxgrow.trace import OpenTracer, symbolic_trace
 
 
 def insert_multipliers(
@@ -55,7 +55,7 @@ def _as_graph(
 ) -> fx.GraphModule:
     """Return one module as a GraphModule with the multipliers in it."""
     with keeping_modes(model):
-        graphs = [_trace(model.train(mode)) for mode in (True, False)]
+        graphs = [symbolic_trace(model.train(mode)).graph for mode in (True, False)]
     graph = graphs[1]
     if both_modes and str(graphs[0]) != str(graph):
         raise TraceError(
@@ -96,12 +96,6 @@ def operand_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> fx.N
     return None
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return symbolic_trace(model).graph
-
-
 def open_graph(model: nn.Module) -> fx.Graph:
     """Return a graph of the model in which sizes can be rewritten, the same in both modes.
 
@@ -118,7 +112,7 @@ def open_graph(model: nn.Module) -> fx.Graph:
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:
             module.__class__ = OpenAttention
-    for tracer in (_OpenTracer, _ClosedTracer):
+    for tracer in (OpenTracer, _ClosedTracer):
         try:
             with keeping_modes(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -133,13 +127,7 @@ def open_graph(model: nn.Module) -> fx.Graph:
     )
 
 
-class _OpenTracer(fx.Tracer):
-    """Reads buffers in the graph; by default their present values would be frozen into it."""
-
-    proxy_buffer_attributes = True
-
-
-class _ClosedTracer(_OpenTracer):
+class _ClosedTracer(OpenTracer):
     """Leaves modules without parameters, buffers and children as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -64,6 +64,11 @@ class Traced:
         """The shapes of the input tensors, in order."""
         return _shapes(self.inputs)
 
+    @property
+    def _told_shapes(self) -> str:
+        """The shapes of the input tensors as messages tell them."""
+        return ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
+
     def follow(self) -> tuple[LabelSpace, Tape]:
         """Label a run on the inputs, or on the first possible ones that fit.
 
@@ -140,9 +145,9 @@ class Traced:
         except Exception as error:  # a user's forward may raise anything
             node, module = self.at()
             where = f" at {module or node}" if module or node else ""
-            shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
             raise TraceError(
-                f"the model does not run on inputs of {shapes}{where}: {first_line(error)}.",
+                f"the model does not run on inputs of {self._told_shapes}{where}: "
+                f"{first_line(error)}.",
                 name=module or node,
                 way_out="" if self.inferred else "Give inputs that it takes.",
             ) from error
@@ -157,10 +162,9 @@ class Traced:
             propagate(self.target.train(), self.standin, self.inputs, space=space, watch=watch)
         except Exception as error:
             if not self.inferred:
-                shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
                 raise TraceError(
                     f"in train mode, where it uses further parameters, the model does not run on "
-                    f"inputs of {shapes}: {first_line(error)}.",
+                    f"inputs of {self._told_shapes}: {first_line(error)}.",
                     way_out="Give larger inputs: its auxiliary heads must follow the rest.",
                 ) from error
             larger = inputs_in_training(self.target, self.graph_module)
@@ -254,16 +258,14 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
         followed at dispatch level, without a graph to rewrite.
 
     Raises:
-        TraceError: the model cannot be copied, no input fits, or it does not run on ``inputs``.
+        TraceError: the model cannot be copied.
     """
     standin = stand_in(model).eval()
     target = standin.get_submodule(module)
     graph_module: fx.GraphModule | None = None
     untraceable = ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph_module = symbolic_trace(target)
+        graph_module = symbolic_trace(target)
     except Exception as error:
         untraceable = first_line(error)
     tracer: Tracer = "dispatch" if graph_module is None else "torch.fx"
@@ -277,7 +279,7 @@ def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))
 
 
-class _Tracer(fx.Tracer):
+class OpenTracer(fx.Tracer):
     """A tracer for which buffers are values, as parameters are, and no constants."""
 
     proxy_buffer_attributes = True
@@ -285,10 +287,12 @@ class _Tracer(fx.Tracer):
 
 def symbolic_trace(standin: nn.Module) -> fx.GraphModule:
     """Return the graph; code that asks buffers for their values makes them constants."""
-    try:
-        return fx.GraphModule(standin, _Tracer().trace(standin))
-    except Exception:
-        return fx.symbolic_trace(standin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return fx.GraphModule(standin, OpenTracer().trace(standin))
+        except Exception:
+            return fx.symbolic_trace(standin)
 
 
 def _on_meta(example_inputs: object) -> Arguments:

@@ -69,18 +69,21 @@ def settle(
     def flow(eta: Eta) -> GainFlow:
         return propagate_gains(tape, eta.factors, with_eps, eta.statistics, eta.undone)
 
+    if not surplus:
+        return Eta(), {}
     if scale_writers and all(found.sole for found in surplus.values()):
         eta = eta_of(tape, surplus, scale_writers=True)
         result = flow(eta)
         if not result.mismatches and not result.absorbed:
             return eta, {}
     eta = eta_of(tape, surplus, scale_writers=False)
-    if not surplus or not flow(eta).mismatches:
+    unsettled = flow(eta).mismatches
+    if not unsettled:
         return eta, {}
     problems = {}
     for name, found in surplus.items():
         mismatches = flow(eta_of(tape, {name: found}, scale_writers=False)).mismatches
         if mismatches:
             problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
-    together = f"η cannot be taken up: {flow(eta).mismatches[0].reason}"
+    together = f"η cannot be taken up: {unsettled[0].reason}"
     return eta, problems or dict.fromkeys(surplus, together)
