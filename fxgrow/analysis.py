@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxgrow.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels import Channels, resolve
@@ -26,7 +26,7 @@ class Analysis:
     """A traced network and what its labels say.
 
     Attributes:
-        traced: the stand-in on meta tensors, its graph and inputs.
+        traced: the stand-in on meta tensors, and inputs.
         tape: the operations of one run.
         channels: the channel of every position of every parameter axis.
         groups: channel groups in order of execution.
@@ -46,10 +46,10 @@ class Analysis:
         Raises:
             TraceError: the network does not run.
         """
-        return sized_run(self.traced.label_module)
+        return sized_run(self.traced.label)
 
     @cached_property
-    def opened(self) -> tuple[Traced, SizedRun] | TraceError:
+    def opened(self) -> Opened | TraceError:
         """A copy of the stand-in with a graph in which sizes can be rewritten, and a run of it.
 
         If there is no such graph, the error that tells why.
@@ -57,16 +57,45 @@ class Analysis:
         copy = stand_in(self.traced.standin)
         part = copy.get_submodule(self.traced.module)
         try:
-            opened = replace(self.traced, standin=copy, graph=open_graph(part))
-            return opened, sized_run(opened.label)
+            graph = open_graph(part)
+            traced = replace(self.traced, standin=copy)
+            return Opened(traced, graph, sized_run(partial(traced.label_graph, graph)))
         except TraceError as error:
             return error
+
+    @cached_property
+    def nodes(self) -> tuple[str, ...]:
+        """The fx node that ran each operation; none if there is no graph that runs the same."""
+        graph = self.traced.graph
+        if graph is None:
+            return ()
+        try:
+            _, tape = self.traced.label_graph(graph)
+        except TraceError:
+            return ()
+        same = [op.target for op in tape.operations] == [op.target for op in self.tape.operations]
+        return tuple(op.node for op in tape.operations) if same else ()
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""
         if group.kind == "stream":
             return None
         return next((b.name for b in self.blocks if group.writers[0] in b.layers), None)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network whose sizes can be rewritten.
+
+    Attributes:
+        traced: the network.
+        graph: its graph.
+        run: a run of the graph.
+    """
+
+    traced: Traced
+    graph: fx.Graph
+    run: SizedRun
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from fxgrow.analysis import Analysis
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup, Kind, group_of_channel, layer_of
-from fxgrow.labels.generic import place_of
 from fxgrow.labels.layers import core, support
+from fxgrow.labels.operators import place_of
 from fxgrow.labels.remedies import remedy_for
 from fxgrow.labels.space import IntArray, Role
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fxgrow.groups import layer_of
-from fxgrow.labels.generic import LIKENESSES, MOVEMENTS, aten, operator_name
+from fxgrow.labels.operators import LIKENESSES, MOVEMENTS, aten, operator_name
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.plan.schema import Verdict
 from fxgrow.registry import Registry

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,7 @@ from fxgrow.labels.propagate import OnMeta, named_tensors
 from fxgrow.labels.tape import Arguments, arguments_of, tensors_in
 from fxgrow.standin import first_line, stand_in
 
+GetGraph: TypeAlias = Callable[[], fx.Graph | None]
 # The sizes tried after (batch, channels), for the number of spatial dims of the first layer.
 _SPATIAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((1024,), (16000,)),
@@ -31,19 +32,19 @@ _SMALLER_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def possible_inputs(standin: nn.Module, graph: fx.Graph | None) -> Iterator[tuple[Any, ...]]:
+def possible_inputs(standin: nn.Module, graph: GetGraph) -> Iterator[tuple[Any, ...]]:
     """Yield inputs that a network might take, judging by its first layer; the likeliest first.
 
     Args:
         standin: the network on meta tensors.
-        graph: its graph, if there is one.
+        graph: returns its graph, or None if it has none; asked where the order of execution counts.
     """
     _, layer = _first_layer(standin, graph)
     for candidate in _candidates(standin, layer):
         yield from _arrangements(standin, candidate)
 
 
-def inputs_in_training(standin: nn.Module, graph: fx.Graph | None) -> tuple[Any, ...]:
+def inputs_in_training(standin: nn.Module, graph: GetGraph) -> tuple[Any, ...]:
     """Return the first possible input that runs through in both modes.
 
     Auxiliary heads may need larger ones than eval mode does.
@@ -66,7 +67,7 @@ def inputs_in_training(standin: nn.Module, graph: fx.Graph | None) -> tuple[Any,
     raise nothing_fits(standin, graph, problem)
 
 
-def nothing_fits(standin: nn.Module, graph: fx.Graph | None, problem: str) -> TraceError:
+def nothing_fits(standin: nn.Module, graph: GetGraph, problem: str) -> TraceError:
     """Return the error for a network that none of the possible inputs fits."""
     name, layer = _first_layer(standin, graph)
     return TraceError(
@@ -135,18 +136,23 @@ def _parameter_count(model: nn.Module) -> int:
     return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
-def _first_layer(standin: nn.Module, graph: fx.Graph | None) -> tuple[str, nn.Module]:
-    """Return the first module with a weight, in execution order where a graph tells it."""
-    if graph is not None:
-        for node in graph.nodes:
-            if node.op == "call_module":
-                module = standin.get_submodule(str(node.target))
-                if isinstance(getattr(module, "weight", None), Tensor):
-                    return str(node.target), module
-    for name, module in standin.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            return name, module
-    return "", standin
+def _first_layer(standin: nn.Module, graph: GetGraph) -> tuple[str, nn.Module]:
+    """Return the first module with a weight, in execution order where a graph tells it.
+
+    A convolution of images that is registered first is taken to run first.
+    """
+    weighted = (found for found in standin.named_modules() if _has_weight(found[1]))
+    name, first = next(weighted, ("", standin))
+    if 0 < getattr(first, "in_channels", 0) <= _IMAGE_CHANNELS:
+        return name, first
+    nodes = getattr(graph(), "nodes", ())
+    names = (str(node.target) for node in nodes if node.op == "call_module")
+    run = ((called, standin.get_submodule(called)) for called in names)
+    return next((found for found in run if _has_weight(found[1])), (name, first))
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)
 
 
 def batches_for(

@@ -10,17 +10,22 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
 from fxgrow.inputs import inputs_in_training, nothing_fits, possible_inputs
-from fxgrow.labels.propagate import Place, Watch, named_tensors, no_watch, propagate
+from fxgrow.labels.propagate import OnMeta, Place, Watch, named_tensors, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Arguments, Tape, arguments_of, tensors_in
+from fxgrow.labels.tape import Arguments, Tape, arguments_of, call, tensors_in
 from fxgrow.standin import first_line, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -28,31 +33,60 @@ Tracer = Literal["torch.fx", "dispatch"]
 
 @dataclass
 class Traced:
-    """A model on meta tensors, its graph, and inputs it accepts.
+    """A model on meta tensors, and inputs it accepts.
 
     Attributes:
         standin: the module tree with meta parameters and buffers; fxgrow's own, free to change.
-        graph: the fx graph over the target's submodules, or None if symbolic tracing failed;
-            ``untraceable`` then says why.
         inputs: arguments that run through it, tensors on meta; if they are to be inferred, none
             before :meth:`follow` has found them.
         inferred: whether the inputs are inferred from the first layer.
-        tracer: what followed the computation.
-        untraceable: why there is no graph ("" if there is one).
-        at: during a run, returns the fx node and the module that are running; after a failure,
-            those that failed.
         module: the submodule that is followed, by its fully qualified name; "" for the whole. Names
             of tensors and modules are those in the whole all the same.
+        at: during a run, returns the fx node and the module that are running; after a failure,
+            those that failed.
     """
 
     standin: nn.Module
-    graph: fx.Graph | None
     inputs: Arguments
     inferred: bool
-    tracer: Tracer
-    untraceable: str = ""
-    at: Callable[[], Place] = lambda: ("", "")
     module: str = ""
+    at: Callable[[], Place] = lambda: ("", "")
+
+    @cached_property
+    def _symbolic(self) -> tuple[fx.Graph | None, str]:
+        """The fx graph, and why there is none."""
+        try:
+            return symbolic_trace(self.target), ""
+        except Exception as error:  # a user's forward may raise anything
+            return None, first_line(error)
+
+    @property
+    def graph(self) -> fx.Graph | None:
+        """The fx graph over the target's submodules, or None; traced when first asked for.
+
+        Labels flow through the network's own ``forward``. The graph is what multipliers are
+        inserted into, and what tells the order of execution before anything is run.
+        """
+        return self._symbolic[0]
+
+    @cached_property
+    def untraceable(self) -> str:
+        """Why there is no graph that runs on the inputs, or ""."""
+        graph, reason = self._symbolic
+        if graph is None:
+            return reason
+        interpreter = _Interpreter(self.target, graph, self.module)
+        try:
+            with torch.no_grad(), OnMeta():
+                call(interpreter.run_on, self.inputs)
+        except Exception as error:  # control flow may have taken another branch
+            return f"its graph does not run: {first_line(error)}"
+        return ""
+
+    @property
+    def tracer(self) -> Tracer:
+        """What followed the computation: ``torch.fx``, or the dispatcher alone."""
+        return "dispatch" if self.untraceable else "torch.fx"
 
     @property
     def target(self) -> nn.Module:
@@ -72,55 +106,38 @@ class Traced:
     def follow(self) -> tuple[LabelSpace, Tape]:
         """Label a run on the inputs, or on the first possible ones that fit.
 
-        A graph that cannot be run is given up, and the model run itself: its control flow may have
-        taken another branch when it was traced.
-
         Raises:
             TraceError: the run failed, or nothing fits.
         """
-        given = [self.inputs] if not self.inferred else None
+        if not self.inferred:
+            return self.label()
         problem = "the first layer is of no known kind"
-        for arguments in given or possible_inputs(self.target, self.graph):
+        for arguments in possible_inputs(self.target, self._get_graph):
             self.inputs = arguments
             try:
                 return self.label()
             except TraceError as error:
-                failure = error
-            if found := self._without_graph(failure.message):
-                return found
-            if given:
-                raise failure
-            problem = first_line(failure.__cause__ or failure)
-        raise nothing_fits(self.target, self.graph, problem)
+                problem = first_line(error.__cause__ or error)
+        raise nothing_fits(self.target, self._get_graph, problem)
 
-    def _without_graph(self, reason: str) -> tuple[LabelSpace, Tape] | None:
-        """Give up a graph that does not run, if the model itself does."""
-        if self.graph is None:
-            return None
-        try:
-            found = self.label_module()
-        except TraceError:
-            return None
-        self.graph, self.tracer = None, "dispatch"
-        self.untraceable = f"its graph does not run: {reason}"
-        return found
+    def _get_graph(self) -> fx.Graph | None:
+        return self.graph
 
-    def label(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
-        """Run the graph node by node (or the model, if there is no graph) under the labeller.
+    def label_graph(self, graph: fx.Graph, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
+        """Run a graph of the target node by node under the labeller.
 
         Args:
+            graph: over the target's submodules.
             watch: sees the run from above; see :func:`fxgrow.labels.propagate.propagate`.
 
         Raises:
             TraceError: the run failed.
         """
-        if self.graph is None:
-            return self.label_module(watch)
-        interpreter = _Interpreter(self.target, self.graph, self.module)
+        interpreter = _Interpreter(self.target, graph, self.module)
         self.at = interpreter.place
         return self._run(interpreter.run_on, watch)
 
-    def label_module(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
+    def label(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Run the stand-in's own ``forward`` under the labeller, as its sizes are now.
 
         Args:
@@ -167,7 +184,7 @@ class Traced:
                     f"inputs of {self._told_shapes}: {first_line(error)}.",
                     way_out="Give larger inputs: its auxiliary heads must follow the rest.",
                 ) from error
-            larger = inputs_in_training(self.target, self.graph)
+            larger = inputs_in_training(self.target, self._get_graph)
             if _shapes(larger) == self.input_shapes:
                 raise
             self.inputs = larger
@@ -179,8 +196,9 @@ class Traced:
         tensors = named_tensors(self.standin)
         used = {id(tensors[axis.tensor]) for axis in space.axes}
         return any(
-            id(parameter) not in used and max(parameter.shape, default=1) > 1
-            for parameter in self.target.parameters()
+            id(tensor) not in used and isinstance(tensor, nn.Parameter) and max(tensor.shape) > 1
+            for tensor in named_tensors(self.target).values()
+            if tensor.ndim
         )
 
     def _pin_shared(self, space: LabelSpace) -> None:
@@ -200,19 +218,18 @@ class Traced:
 @contextlib.contextmanager
 def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
-    handles = []
-    for name, module in model.named_modules():
+    names = {id(module): name for name, module in model.named_modules()}
 
-        def enter(*_: object, name: str = name) -> None:
-            stack.append(name)
+    def enter(module: nn.Module, _: object) -> None:
+        if id(module) in names:
+            stack.append(names[id(module)])
 
-        def leave(*_: object) -> None:
+    def leave(module: nn.Module, *_: object) -> None:
+        if id(module) in names:
             stack.pop()
 
-        handles += [
-            module.register_forward_pre_hook(enter),
-            module.register_forward_hook(leave),
-        ]
+    # For all modules at once: hooks of their own would take as long as the run.
+    handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
     try:
         yield
     finally:
@@ -254,25 +271,16 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
         module: the submodule to trace, by its fully qualified name; the inputs are then its.
 
     Returns:
-        The traced model. If ``torch.fx`` cannot follow the control flow, the computation is still
-        followed at dispatch level, without a graph to rewrite.
+        The traced model. Where ``torch.fx`` cannot follow the control flow, the computation still
+        is, at dispatch level, without a graph to rewrite.
 
     Raises:
         TraceError: the model cannot be copied.
     """
     standin = stand_in(model).eval()
-    target = standin.get_submodule(module)
-    graph: fx.Graph | None = None
-    untraceable = ""
-    try:
-        graph = symbolic_trace(target)
-    except Exception as error:
-        untraceable = first_line(error)
-    tracer: Tracer = "dispatch" if graph is None else "torch.fx"
     if example_inputs is not None:
-        inputs = _on_meta(example_inputs)
-        return Traced(standin, graph, inputs, False, tracer, untraceable, module=module)
-    return Traced(standin, graph, (), True, tracer, untraceable, module=module)
+        return Traced(standin, _on_meta(example_inputs), False, module)
+    return Traced(standin, (), True, module)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:

@@ -156,7 +156,7 @@ def test_a_chain_reads_as_operations_between_layers():
     rows = found.why("second").sides[0]
     assert rows.remedy == "register a rule for the operation: see fxgrow.labels.rules"
     assert str(rows.cause).startswith(
-        "second rows – (aten.add at add) – first rows: no rule for aten.logcumsumexp"
+        "second rows – (aten.add at the top level) – first rows: no rule for aten.logcumsumexp"
     )
     columns = found.why("second").sides[1]
     assert (columns.group, columns.size) == ("", 4)

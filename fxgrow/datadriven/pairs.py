@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup
-from fxgrow.labels.generic import COPIES, UNTAGGED, aten, operator_name
+from fxgrow.labels.operators import COPIES, UNTAGGED, aten, operator_name
 from fxgrow.labels.tape import Operation, Value
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.

@@ -17,37 +17,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
+from fxgrow.labels.operators import COPIES, aten
 from fxgrow.labels.rules import Step
 from fxgrow.labels.tape import Value, map_tensors, tensors_in
 
-
-def aten(names: str) -> frozenset[str]:
-    """Return operator names from a list of them in words."""
-    return frozenset(f"aten.{name}" for name in names.split())
-
-
-# The same elements in the same places.
-COPIES = aten("clone contiguous _to_copy lift_fresh lift_fresh_copy detach alias")
-# The same elements in other places; views are recognised by their schema.
-MOVEMENTS = COPIES | aten(
-    "stack roll repeat flip pixel_shuffle pixel_unshuffle "
-    "unsafe_split unsafe_split_with_sizes unsafe_chunk transpose t squeeze unsqueeze "
-    "channel_shuffle native_channel_shuffle _unsafe_view _reshape_alias"
-)
-# Operations that lay out what they get.
-LAYOUTS = aten("cat stack repeat _unsafe_view _reshape_alias unsafe_split")
-# Tensors made in the image of another: as uniform as a scalar, as wide as their model.
-LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
-# Tensors of given sizes that take nothing but dtype and device from another.
-FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
-# Tensors with one value everywhere.
-UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
-COMMUTATIVE = aten("add mul maximum minimum")
-# Pointwise operations that torch does not tag as such.
-UNTAGGED = aten(
-    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
-    "masked_fill bucketize"
-)
 # Of weights: linear; linear in each operand; linear if the operands stem from the same parameter.
 LINEAR = aten("neg sum mean cat index gather embedding constant_pad_nd cumsum")
 PRODUCTS = aten("mul div mm bmm")
@@ -64,51 +37,20 @@ _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
 }
 
 
-def is_movement(step: Step) -> bool:
-    """Return whether the operation only moves data."""
-    return step.target.is_view or operator_name(step.target) in MOVEMENTS
-
-
-def is_pointwise(step: Step) -> bool:
-    """Return whether the operation acts on corresponding elements."""
-    name = operator_name(step.target)
-    return torch.Tag.pointwise in step.target.tags or name in LIKENESSES or name in UNTAGGED
-
-
-def is_factory(step: Step) -> bool:
-    """Return whether the operation makes a tensor of its own."""
-    return operator_name(step.target) in FACTORIES
-
-
-def is_uniform(step: Step) -> bool:
-    """Return whether the operation makes a tensor with one value everywhere."""
-    return operator_name(step.target) in UNIFORM
-
-
-def is_padding(step: Step) -> bool:
-    """Return whether the operation puts one constant beside what it gets."""
-    return operator_name(step.target) == "aten.constant_pad_nd"
-
-
 def alters(step: Step) -> str:
     """Return the name of what the operation does to values, "" if it only lays them out.
 
     Numbers that a pointwise operation computes with belong to the name: they may stem from a width.
     """
-    name = operator_name(step.target)
-    if step.target.is_view or name in COPIES or name in LAYOUTS:
+    traits = step.traits
+    if traits.is_layout:
         return ""
-    if not is_pointwise(step):
-        return name
+    if not traits.is_pointwise:
+        return traits.name
     given = (*step.args, *step.kwargs.values())
     numbers = [x.item() if _is_number(x) else x for x in given]
     told = [f"{x:.12g}" for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool)]
-    return " ".join((name, *told))
-
-
-def is_commutative(step: Step) -> bool:
-    """Return whether the operation's operands may change places."""
-    return operator_name(step.target) in COMMUTATIVE
+    return " ".join((traits.name, *told))
 
 
 def _is_number(argument: object) -> bool:
@@ -119,31 +61,21 @@ def is_curved(step: Step, weights: Sequence[Value]) -> bool:
     """Return whether an operation on weights alone is not linear in each parameter, or one was."""
     if any(value.is_curved for value in weights):
         return True
-    if is_movement(step) or operator_name(step.target) in LINEAR:
+    name = step.traits.name
+    if step.traits.is_movement or name in LINEAR:
         return False
     origins = [set(value.origins) for value in weights]
-    if operator_name(step.target) in PRODUCTS:  # linear in each of several, not in a square
+    if name in PRODUCTS:  # linear in each of several, not in a square
         return any(a & b for a, b in itertools.combinations(origins, 2))
-    if operator_name(step.target) in SUMS and not any(isinstance(a, float) for a in step.args):
+    if name in SUMS and not any(isinstance(a, float) for a in step.args):
         return any(mine != origins[0] for mine in origins) or not origins[0]
     return bool(set().union(*origins))
 
 
-@functools.cache
-def operator_name(target: OpOverload) -> str:
-    """Return the namespace and the name without overload and in-place mark: ``"aten.relu"``."""
-    return f"{target.namespace}.{target._opname.rstrip('_')}"
-
-
-def place_of(target: OpOverload, node: str, module: str) -> str:
-    """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
-    return f"{operator_name(target)} at {module or node or 'the top level'}"
-
-
 def movement(step: Step) -> tuple[Layers, ...]:
     """Apply the operation to each layer of its tensors, 0 standing in where one has none."""
-    operands = list(tensors_in((step.args, step.kwargs)))
-    if operator_name(step.target) in COPIES:
+    operands = step.operands
+    if step.traits.name in COPIES:
         return (step.layers(operands[0]),)
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
     move = _ON_LABELS.get(step.target, step.target)
@@ -183,7 +115,9 @@ def _apart(step: Step, layers: list[Layer]) -> Layers:
 def pointwise(step: Step) -> tuple[Layers, ...]:
     """Unify the labels of all operands where they broadcast to one element."""
     shape = step.outputs[0].shape
-    operands = [t for t in tensors_in((step.args, step.kwargs)) if t.ndim]
+    if len(step.operands) == 1 and step.operands[0].shape == shape:
+        return tuple(step.layers(step.operands[0]) for _ in step.outputs)
+    operands = [tensor for tensor in step.operands if tensor.ndim]
     weights = [step.value(tensor).is_weight for tensor in operands]
     expanded = [step.stretched(tensor, shape) for tensor in operands]
     out: list[Layer] = []

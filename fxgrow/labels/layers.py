@@ -26,8 +26,8 @@ def support(layer: Layer) -> frozenset[int]:
         >>> support(torch.arange(3, dtype=torch.int32)[None, :, None].expand(2, 3, 4))
         frozenset({1})
     """
-    strides = layer.stride()
-    return frozenset([dim for dim, size in enumerate(layer.shape) if strides[dim] and size > 1])
+    sizes = zip(layer.shape, layer.stride(), strict=True)
+    return frozenset([dim for dim, (size, stride) in enumerate(sizes) if stride and size > 1])
 
 
 def along(labels: Tensor, dim: int, shape: Sequence[int]) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
+from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.rules import RULES, Step
 from fxgrow.labels.shapes import run_on_meta
 from fxgrow.labels.space import LabelSpace
@@ -44,18 +45,25 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         kwargs = kwargs or {}
         tensors = tensors_in((args, kwargs))
-        on_meta = [tensor.is_meta for tensor in tensors]
-        if any(on_meta) and not all(on_meta):
+        elsewhere = sum([not tensor.is_meta for tensor in tensors])
+        if 0 < elsewhere < len(tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
+            tensors = tensors_in((args, kwargs))
         if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         elif func is torch.ops.aten._to_copy.default:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        return self.run(func, args, kwargs)
+        return self.run(func, args, kwargs, tensors)
 
-    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation."""
-        return run_on_meta(func, args, kwargs)
+    def run(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+    ) -> Any:
+        """Run one operation on what it is given; ``operands`` are the tensors in that."""
+        return run_on_meta(func, args, kwargs, operands)
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Take note that a constant is stood in for by a meta tensor, from now on."""
@@ -73,7 +81,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _is_state(func: OpOverload, kwargs: dict[str, Any]) -> bool:
     """Return whether an operation makes floating-point zeros: a recurrent layer's first state."""
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return generic.operator_name(func) == "aten.zeros" and bool(dtype.is_floating_point)
+    return operator_name(func) == "aten.zeros" and bool(dtype.is_floating_point)
 
 
 class Labeller(OnMeta):  # type: ignore[no-untyped-call]
@@ -99,10 +107,16 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
 
-    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+    ) -> Any:
         """Run one operation, label its outputs, append it to the tape."""
-        result = run_on_meta(func, args, kwargs)
-        self._record(func, args, kwargs, result)
+        result = run_on_meta(func, args, kwargs, operands)
+        self._record(func, args, kwargs, operands, result)
         return result
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
@@ -137,22 +151,28 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         return value
 
     def _record(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+        result: object,
     ) -> None:
         node, module = self._place()
-        outputs = tuple(tensors_in(result))
-        inputs = tuple(self.value(tensor) for tensor in tensors_in((args, kwargs)))
-        where = self.space.place = generic.place_of(func, node, module)
-        step = Step(self.space, func, args, kwargs, outputs, self.value, where)
+        outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
+        inputs = tuple([self.value(tensor) for tensor in operands])
+        where = self.space.place = place_of(func, node, module)
+        traits = traits_of(func)
+        step = Step(self.space, func, traits, args, kwargs, operands, outputs, self.value, where)
         layers = self._labels(step, inputs)
         deed = generic.alters(step) if layers and layers[0] else ""
         if deed:
-            self._note(deed, inputs, ordered=not generic.is_commutative(step))
+            self._note(deed, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         weight = bool(inputs) and all(value.is_weight for value in inputs)
         origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
-        uniform = generic.is_uniform(step) or (
-            bool(inputs) and generic.is_movement(step) and all(v.is_uniform for v in inputs)
+        uniform = traits.is_uniform or (
+            traits.is_movement and bool(inputs) and all(v.is_uniform for v in inputs)
         )
         curved = weight and generic.is_curved(step, inputs)
         index = len(self.tape.operations)
@@ -163,9 +183,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 producer=index,
                 is_weight=weight,
                 origins=origins,
-                is_view=func.is_view,
+                is_view=traits.is_view,
                 is_uniform=uniform,
-                is_padded=generic.is_padding(step),
+                is_padded=traits.is_padding,
                 is_curved=curved,
             )
             for tensor, flow in zip(outputs, layers, strict=True)
@@ -177,9 +197,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
 
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
-        if not step.target._schema.is_mutable:
+        if not step.traits.is_mutable:
             return
-        view = next(iter(tensors_in(step.args)), None)
+        view = step.operands[0] if step.operands else None
         if view is None or view._base is None:
             return
         known, written = self.value(view._base), self.value(view)
@@ -208,27 +228,32 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         return tuple(columns if support(x) == {1} else x for x in value.layers)
 
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
-        if generic.is_factory(step) or not any(value.layers for value in inputs):
+        if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
-        rule = RULES.get(generic.operator_name(step.target))
+        rule = RULES.get(step.traits.name)
         if rule is not None:
             return rule(step)
-        if generic.is_movement(step):
+        if step.traits.is_movement:
             try:
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
                 return step.give_up(f"{step.target} cannot move labels")
-        if generic.is_pointwise(step):
+        if step.traits.is_pointwise:
             return generic.pointwise(step)
         return step.give_up(f"no rule for {step.target}")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by fully qualified name, tied ones under each name."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
+            for local, tensor in held.items():
+                if tensor is not None:
+                    found[prefix + local] = tensor
+    return parameters | buffers
 
 
 def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -236,12 +261,11 @@ def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
     """
-    passing = {
-        f"{name}.{local}" if name else local
-        for name, module in model.named_modules(remove_duplicate=False)
-        for local in module._non_persistent_buffers_set
-    }
-    return {name: tensor for name, tensor in named_tensors(model).items() if name not in passing}
+    found = named_tensors(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for local in module._non_persistent_buffers_set:
+            found.pop(f"{name}.{local}" if name else local, None)
+    return found
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels.tape import tensors_in
 from fxgrow.registry import Registry
 
 Shortcut: TypeAlias = Callable[..., Any]
 SHORTCUTS: Registry[Shortcut] = Registry("shortcut")
 
 
-def run_on_meta(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the result of an operation on meta tensors."""
+def run_on_meta(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Sequence[Tensor]
+) -> Any:
+    """Return the result of an operation on meta tensors; ``operands`` are the tensors in it."""
     shortcut = SHORTCUTS.get(func._name)
-    if shortcut is not None and next(iter(tensors_in(args))).is_meta:
+    if shortcut is not None and operands[0].is_meta:
         result = shortcut(*args, **kwargs)
         if result is not NotImplemented:
             return result

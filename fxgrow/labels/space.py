@@ -18,6 +18,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 Union: TypeAlias = tuple[IntArray, IntArray, str]  # labels, labels, place
 Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
+_AT_FIRST = 1 << 16  # labels made at once
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class LabelSpace:
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
+    _numbers: Tensor = field(default_factory=lambda: torch.arange(_AT_FIRST, dtype=torch.int32))
 
     def axis(self, tensor: str, dim: int, size: int, groups: int = 1) -> Tensor:
         """Return the labels of an axis, shape ``(size,)``, the same at each call."""
@@ -82,7 +84,19 @@ class LabelSpace:
             self._starts.append(self._next)
             self._next += size
         found = self.axes[index]
-        return torch.arange(found.start, found.start + found.size, dtype=torch.int32)
+        if found.start + size > len(self._numbers):  # what was given out before stays as it is
+            self._numbers = torch.arange(2 * (found.start + size), dtype=torch.int32)
+        return self._numbers[found.start : found.start + size]
+
+    def _run(self, labels: Tensor) -> tuple[int, int] | None:
+        """Return first label and number of what is a run of successive labels, as an axis is.
+
+        None if it is not, or not seen to be without looking at all of them.
+        """
+        offset = labels.data_ptr() - self._numbers.data_ptr()
+        if labels.stride() != (1,) or not 0 < offset < 4 * self._next:
+            return None
+        return offset // 4, len(labels)
 
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
@@ -90,13 +104,14 @@ class LabelSpace:
         The first role an axis is given stays. An axis that reads its channels and writes or
         accompanies them too (a tied embedding) is pinned: no new entry could cancel itself.
         """
-        ids = labels.numpy()
-        if not ids.size:
+        if not labels.numel():
             return
-        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (ids.min(), ids.max()))
+        run = self._run(labels)
+        ends = (run[0], sum(run) - 1) if run else map(int, labels.aminmax())
+        first, last = (bisect_right(self._starts, end) - 1 for end in ends)
         owners: Sequence[int] = (last,)
         if first != last or last < 0:  # over several parameters, or places without a label
-            found = np.searchsorted(self._starts, ids.ravel(), side="right") - 1
+            found = np.searchsorted(self._starts, labels.numpy().ravel(), side="right") - 1
             owners = [owner for owner in np.unique(found).tolist() if owner >= 0]
         for owner in owners:
             known = self.roles.setdefault(owner, role)
@@ -117,15 +132,18 @@ class LabelSpace:
             company: one of them is a parameter with an entry for each row of the other (a bias),
                 so that what is done to one is done to the other.
         """
-        first, second = left.numpy().ravel(), right.numpy().ravel()
-        different = first != second
-        if not different.any():
+        runs = self._run(left), self._run(right)
+        if None not in runs and runs[0] == runs[1]:
             return
-        different &= (first != 0) & (second != 0)
-        if different.any():
-            self.unions.append((first[different], second[different], self.place))
-            if company:
-                self.company.append(self.unions[-1])
+        first, second = left.numpy().ravel(), right.numpy().ravel()
+        if None in runs:
+            different = (first != second) & (first != 0) & (second != 0)
+            if not different.any():
+                return
+            first, second = first[different], second[different]
+        self.unions.append((first, second, self.place))
+        if company:
+            self.company.append(self.unions[-1])
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Record that the channels of ``labels`` cannot change, and why."""

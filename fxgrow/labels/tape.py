@@ -20,9 +20,9 @@ Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 _PLAIN = frozenset((NoneType, bool, int, float, str, torch.dtype, torch.device))  # hold no tensors
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # not frozen: that takes as long as all else in making one
 class Value:
-    """One version of one tensor.
+    """One version of one tensor; nothing but ``taken`` ever changes.
 
     Attributes:
         index: its place on the tape's ``values``.
@@ -137,11 +137,14 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def _map(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    own = type(tree)
+    if own in _PLAIN:
+        return tree
     if isinstance(tree, kind):
         return function(tree)
-    if type(tree) in (tuple, list):
-        return type(tree)([_map(kind, function, item) for item in tree])
-    if type(tree) is dict:
+    if own is tuple or own is list:
+        return own([x if type(x) in _PLAIN else _map(kind, function, x) for x in tree])
+    if own is dict:
         return {key: _map(kind, function, item) for key, item in tree.items()}
     return tree
 
@@ -154,14 +157,17 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 
 def _gather(tree: object, found: list[Tensor]) -> None:
+    if type(tree) in _PLAIN:
+        return
     if isinstance(tree, Tensor):
         found.append(tree)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            _gather(item, found)
+            if type(item) not in _PLAIN:
+                _gather(item, found)
     elif isinstance(tree, dict):
         for item in tree.values():
             _gather(item, found)
-    elif type(tree) not in _PLAIN and dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for part in dataclasses.fields(tree):
             _gather(getattr(tree, part.name), found)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxgrow.apply import fingerprint, set_attributes
 from fxgrow.channels import resolve
 from fxgrow.errors import PlanError
-from fxgrow.labels.generic import COPIES, operator_name
+from fxgrow.labels.operators import COPIES, operator_name
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Operation
 from fxgrow.plan.chains import find_unit, reshaped_layer
@@ -223,7 +223,7 @@ class _Insertion:
         tensors = named_tensors(view)
         standin = stand_in(view, {n: tensors[n].new_empty(shape) for n, shape in shapes.items()})
         set_attributes(standin, tuple(modules))
-        deeper = replace(self.traced, standin=standin, graph=None, inferred=False)
+        deeper = replace(self.traced, standin=standin, inferred=False)
         return deeper, tuple(modules)
 
     def _reshaped_layers(self) -> tuple[dict[str, tuple[int, ...]], list[ModuleEdit]]:

@@ -284,7 +284,7 @@ def _run_enlarged(analysis: Analysis, plan: Plan) -> Tape:
     grown: nn.Module = reshaped(plan, traced.standin, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the plan tells what padding='same' copies
-        tape = replace(traced, standin=grown, graph=None).label_module()[1]
+        tape = replace(traced, standin=grown).label()[1]
     for before, after in zip(_outputs(analysis.tape), _outputs(tape), strict=False):
         if before != after:
             raise PlanError(

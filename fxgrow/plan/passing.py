@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgrow.labels.generic import MOVEMENTS, UNTAGGED, operator_name
+from fxgrow.labels.operators import MOVEMENTS, UNTAGGED, operator_name
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value, tensors_in

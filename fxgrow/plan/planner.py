@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
@@ -337,21 +337,20 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
             no graph.
     """
-    operations = analysis.tape.operations
-    graph = analysis.traced.graph or fx.Graph()
-    nodes = {node.name: node for node in graph.nodes}
-    active = {op.node for op in operations}
+    names = analysis.nodes
+    graph = analysis.traced.graph if names else None
+    nodes = {node.name: node for node in graph.nodes} if graph else {}
     found: dict[tuple[str, str], Multiplier] = {}
     for mismatch in flow.mismatches:
-        producer = operations[mismatch.producer].node if mismatch.producer >= 0 else ""
-        consumer = operations[mismatch.consumer].node if mismatch.consumer >= 0 else "output"
-        if not producer or not consumer or producer == consumer:
+        producer = names[mismatch.producer] if names and mismatch.producer >= 0 else ""
+        consumer = names[mismatch.consumer] if names and mismatch.consumer >= 0 else "output"
+        if not producer or producer == consumer:
             raise PlanError(
                 f"what this rescaling does to the output cannot be predicted: {mismatch.reason}, "
                 "inside a part of the network without a graph.",
                 way_out="Use --rescaling none.",
             )
-        end = operand_from(nodes[producer], nodes[consumer], active)
+        end = operand_from(nodes[producer], nodes[consumer], set(names))
         if end is None:
             raise PlanError(f"the graph has no edge from {producer} to {consumer}.", name=producer)
         module = analysis.traced.module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxgrow.labels.generic import UNTAGGED, operator_name
+from fxgrow.labels.operators import UNTAGGED, operator_name
 from fxgrow.labels.tape import Operation, Value
 
 # What stands in for an entry of a parameter (the slope of a PReLU): any numbers, of both signs.

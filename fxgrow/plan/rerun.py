@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxgrow.analysis import Analysis, SizedRun
 from fxgrow.apply import set_attributes
@@ -96,12 +96,11 @@ def _run(
     sizes: Sizes,
     edits: tuple[ModuleEdit, ...],
     watch: Watch = no_watch,
-    *,
-    by_graph: bool = False,
+    graph: fx.Graph | None = None,
 ) -> Resized:
-    """Run the stand-in's own forward, or its graph, at new sizes."""
+    """Run the stand-in's own forward, or a graph of it, at new sizes."""
     with _resized(traced.standin, sizes.shapes, edits):
-        space, tape = (traced.label if by_graph else traced.label_module)(watch)
+        space, tape = traced.label_graph(graph, watch) if graph else traced.label(watch)
     return Resized(resolve(space), edits, tape)
 
 
@@ -188,12 +187,11 @@ def _with_graph(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]
     """
     if isinstance(analysis.opened, TraceError):
         raise analysis.opened
-    traced, run = analysis.opened
-    if traced.graph is None:
-        raise TraceError("there is no graph")
-    watch = _Repairing(run, _growth(analysis, sizes, run), traced)
-    found = _run(traced, sizes, follow, watch, by_graph=True)
-    nodes = {node.name: node for node in traced.graph.nodes}
+    opened = analysis.opened
+    traced = opened.traced
+    watch = _Repairing(opened.run, _growth(analysis, sizes, opened.run), traced)
+    found = _run(traced, sizes, follow, watch, opened.graph)
+    nodes = {node.name: node for node in opened.graph.nodes}
     edits = tuple(
         SizeEdit(repair.node, repair.function, repair.given, repair.wanted, traced.module)
         for repair in watch.repairs

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup
-from fxgrow.labels.generic import operator_name
+from fxgrow.labels.operators import operator_name
 from fxgrow.plan.held import Holds, SurplusFlow
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
+from fxgrow.labels.operators import Traits
 from fxgrow.labels.space import Fill, LabelSpace
-from fxgrow.labels.tape import Value, tensors_in
+from fxgrow.labels.tape import Value
 from fxgrow.registry import Registry
 
 
@@ -26,7 +27,9 @@ class Step:
     Attributes:
         space: where labels are made, unified and pinned.
         target: the ATen operator.
+        traits: what the operator is, whatever its arguments.
         args, kwargs: its arguments (meta tensors).
+        operands: the tensors among them, in order.
         outputs: the tensors it returned.
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
@@ -34,18 +37,18 @@ class Step:
 
     space: LabelSpace
     target: OpOverload
+    traits: Traits
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    operands: Sequence[Tensor]
     outputs: tuple[Tensor, ...]
     value: Callable[[Tensor], Value]
     place: str
 
     def argument(self, name: str, default: Any = None) -> Any:
         """Return an argument by its name in the operator's schema."""
-        for position, argument in enumerate(self.target._schema.arguments):
-            if argument.name == name and position < len(self.args):
-                return self.args[position]
-        return self.kwargs.get(name, default)
+        place = self.traits.places.get(name, len(self.args))
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
 
     def layers(self, tensor: Tensor) -> Layers:
         """Return the label layers of a tensor argument."""
@@ -152,7 +155,7 @@ class Step:
 
     def give_up(self, reason: str) -> tuple[Layers, ...]:
         """Pin all that goes in and return unlabelled outputs."""
-        for tensor in tensors_in((self.args, self.kwargs)):
+        for tensor in self.operands:
             self.pin(self.layers(tensor), reason)
         return tuple(() for _ in self.outputs)
 

@@ -1,0 +1,102 @@
+"""What is known of an ATen operator by its name, its schema and its tags, whatever its arguments.
+
+Worked out once for each operator, and looked up for each operation.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+
+
+def aten(names: str) -> frozenset[str]:
+    """Return operator names from a list of them in words."""
+    return frozenset(f"aten.{name}" for name in names.split())
+
+
+# The same elements in the same places.
+COPIES = aten("clone contiguous _to_copy lift_fresh lift_fresh_copy detach alias")
+# The same elements in other places; views are recognised by their schema.
+MOVEMENTS = COPIES | aten(
+    "stack roll repeat flip pixel_shuffle pixel_unshuffle "
+    "unsafe_split unsafe_split_with_sizes unsafe_chunk transpose t squeeze unsqueeze "
+    "channel_shuffle native_channel_shuffle _unsafe_view _reshape_alias"
+)
+# Operations that lay out what they get.
+LAYOUTS = aten("cat stack repeat _unsafe_view _reshape_alias unsafe_split")
+# Tensors made in the image of another: as uniform as a scalar, as wide as their model.
+LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
+# Tensors of given sizes that take nothing but dtype and device from another.
+FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
+# Tensors with one value everywhere.
+UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
+COMMUTATIVE = aten("add mul maximum minimum")
+# Pointwise operations that torch does not tag as such.
+UNTAGGED = aten(
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
+    "masked_fill bucketize"
+)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an operator is, whatever it is applied to.
+
+    Attributes:
+        name: namespace and name without overload and in-place mark: ``"aten.relu"``.
+        is_view: it returns a view.
+        is_mutable: it writes over an argument.
+        is_movement: it only moves data.
+        is_pointwise: it acts on corresponding elements.
+        is_layout: it leaves every value as it is: a view, a copy, a concatenation.
+        is_commutative: its operands may change places.
+        is_factory: it makes a tensor of its own.
+        is_uniform: it makes a tensor with one value everywhere.
+        is_padding: it puts one constant beside what it gets.
+        places: position of each argument by its name in the schema.
+    """
+
+    name: str
+    is_view: bool
+    is_mutable: bool
+    is_movement: bool
+    is_pointwise: bool
+    is_layout: bool
+    is_commutative: bool
+    is_factory: bool
+    is_uniform: bool
+    is_padding: bool
+    places: dict[str, int]
+
+
+@functools.cache
+def traits_of(target: OpOverload) -> Traits:
+    """Return what an operator is, whatever it is applied to."""
+    name = f"{target.namespace}.{target._opname.rstrip('_')}"
+    tagged = torch.Tag.pointwise in target.tags
+    return Traits(
+        name=name,
+        is_view=target.is_view,
+        is_mutable=target._schema.is_mutable,
+        is_movement=target.is_view or name in MOVEMENTS,
+        is_pointwise=tagged or name in LIKENESSES or name in UNTAGGED,
+        is_layout=target.is_view or name in COPIES or name in LAYOUTS,
+        is_commutative=name in COMMUTATIVE,
+        is_factory=name in FACTORIES,
+        is_uniform=name in UNIFORM,
+        is_padding=name == "aten.constant_pad_nd",
+        places={argument.name: place for place, argument in enumerate(target._schema.arguments)},
+    )
+
+
+def operator_name(target: OpOverload) -> str:
+    """Return the namespace and the name without overload and in-place mark: ``"aten.relu"``."""
+    return traits_of(target).name
+
+
+def place_of(target: OpOverload, node: str, module: str) -> str:
+    """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
+    return f"{operator_name(target)} at {module or node or 'the top level'}"
