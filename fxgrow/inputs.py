@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import TraceError
 from fxgrow.labels.propagate import OnMeta, named_tensors
 from fxgrow.labels.tape import Arguments, arguments_of, tensors_in
-from fxgrow.standin import first_line, stand_in
+from fxgrow.standin import stand_in
 
 GetGraph: TypeAlias = Callable[[], fx.Graph | None]
 # The sizes tried after (batch, channels), for the number of spatial dims of the first layer.
@@ -44,27 +44,31 @@ def possible_inputs(standin: nn.Module, graph: GetGraph) -> Iterator[tuple[Any, 
         yield from _arrangements(standin, candidate)
 
 
-def inputs_in_training(standin: nn.Module, graph: GetGraph) -> tuple[Any, ...]:
-    """Return the first possible input that runs through in both modes.
+def inputs_in_training(
+    standin: nn.Module, graph: GetGraph, failed: Sequence[tuple[int, ...]]
+) -> tuple[Any, ...]:
+    """Return the first possible input that runs through in both modes, or ().
 
     Auxiliary heads may need larger ones than eval mode does.
 
-    Raises:
-        TraceError: none does.
+    Args:
+        standin: the network on meta tensors, in eval mode after this.
+        graph: returns its graph, or None if it has none.
+        failed: shapes of the input that is known not to.
     """
-    problem = "the first layer is of no known kind"
     for arguments in possible_inputs(standin, graph):
+        if [tuple(tensor.shape) for tensor in tensors_in(arguments)] == [*failed]:
+            continue
         try:
             with torch.no_grad(), OnMeta():
-                standin.eval()(*arguments)
                 standin.train()(*arguments)
-        except Exception as error:
-            problem = first_line(error)
-        else:
-            return arguments
+                standin.eval()(*arguments)
+        except Exception:  # a user's forward may raise anything; the caller tells of the first
+            continue
         finally:
             standin.eval()
-    raise nothing_fits(standin, graph, problem)
+        return arguments
+    return ()
 
 
 def nothing_fits(standin: nn.Module, graph: GetGraph, problem: str) -> TraceError:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fxgrow.errors import TraceError
 from fxgrow.labels.propagate import named_tensors
 
+_PLAIN = frozenset((bool, int, float, str, NoneType))
+_FILLED = frozenset((dict, OrderedDict, set, list))
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
 
@@ -79,17 +81,27 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         states.append(recipe[2])
         fresh: Any = type(module).__new__(type(module))
         memo[id(module)] = fresh
-        fresh.__setstate__({key: _copied(value, memo) for key, value in recipe[2].items()})
+        fresh.__setstate__(_copied_entries(recipe[2], memo))
     return copy.deepcopy(model, memo)
 
 
-def _copied(value: object, memo: dict[int, Any]) -> object:
-    """Return ``copy.deepcopy(value, memo)``; numbers, strings and what is empty at once."""
-    if type(value) in (bool, int, float, str, NoneType):
-        return value
-    if type(value) in (dict, OrderedDict, set, list) and not value:
-        return memo.setdefault(id(value), type(value)())
-    return copy.deepcopy(value, memo)
+def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """Return a dict with copies; numbers, strings, what is empty and what is known at once."""
+    copies: dict[str, Any] = {}
+    for key, value in entries.items():
+        kind = type(value)
+        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+            copies[key] = value
+        elif (known := memo.get(id(value))) is not None:
+            copies[key] = known
+        elif kind in _FILLED and not value:
+            copies[key] = memo[id(value)] = kind()
+        elif kind is dict and _PLAIN.issuperset(map(type, value)):
+            copies[key] = memo[id(value)] = {}
+            copies[key].update(_copied_entries(value, memo))
+        else:
+            copies[key] = copy.deepcopy(value, memo)
+    return copies
 
 
 def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -184,8 +184,8 @@ class Traced:
                     f"inputs of {self._told_shapes}: {first_line(error)}.",
                     way_out="Give larger inputs: its auxiliary heads must follow the rest.",
                 ) from error
-            larger = inputs_in_training(self.target, self._get_graph)
-            if _shapes(larger) == self.input_shapes:
+            larger = inputs_in_training(self.target, self._get_graph, self.input_shapes)
+            if not larger:
                 raise
             self.inputs = larger
             return False
@@ -194,10 +194,11 @@ class Traced:
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""
         tensors = named_tensors(self.standin)
+        own = named_tensors(self.target) if self.module else tensors
         used = {id(tensors[axis.tensor]) for axis in space.axes}
         return any(
             id(tensor) not in used and isinstance(tensor, nn.Parameter) and max(tensor.shape) > 1
-            for tensor in named_tensors(self.target).values()
+            for tensor in own.values()
             if tensor.ndim
         )
 

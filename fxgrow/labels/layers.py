@@ -76,13 +76,15 @@ def compact(layer: Layer) -> Layer:
     """Return the same layer with stride 0 along every dim in which it is constant.
 
     Needed after an operation that copied (a view that merged a varying and a constant dim, say).
-    Costs one pass over the layer.
+    Costs about one pass over what varies.
     """
-    for dim in sorted(support(layer)):
-        first = layer.narrow(dim, 0, 1)
-        if torch.equal(first.expand_as(layer), layer):
-            layer = first.expand_as(layer)
-    return layer
+    dims = support(layer)
+    thin = core(layer, dims)
+    for dim in sorted(dims):
+        first = thin.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(thin), thin):
+            thin = first
+    return thin.expand(layer.shape)
 
 
 def cover(layers: Layers, dim: int) -> Layer | None:

@@ -298,7 +298,9 @@ def propagate(
         The label space (to be resolved with ``roots()``) and the tape of operations.
     """
     space = LabelSpace() if space is None else space
-    labeller = Labeller(lasting_tensors(model), space, place)
+    named = lasting_tensors(model)
+    space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
+    labeller = Labeller(named, space, place)
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)

@@ -18,7 +18,6 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 Union: TypeAlias = tuple[IntArray, IntArray, str]  # labels, labels, place
 Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
-_AT_FIRST = 1 << 16  # labels made at once
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,12 @@ class LabelSpace:
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
-    _numbers: Tensor = field(default_factory=lambda: torch.arange(_AT_FIRST, dtype=torch.int32))
+    _numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many more labels at once; there can be more all the same."""
+        if self._next + count > self._numbers.numel():  # what was given out before stays as it is
+            self._numbers = torch.arange(self._next + count, dtype=torch.int32)
 
     def axis(self, tensor: str, dim: int, size: int, groups: int = 1) -> Tensor:
         """Return the labels of an axis, shape ``(size,)``, the same at each call."""
@@ -84,8 +88,8 @@ class LabelSpace:
             self._starts.append(self._next)
             self._next += size
         found = self.axes[index]
-        if found.start + size > len(self._numbers):  # what was given out before stays as it is
-            self._numbers = torch.arange(2 * (found.start + size), dtype=torch.int32)
+        if found.start + size > self._numbers.numel():
+            self.reserve(self._next)
         return self._numbers[found.start : found.start + size]
 
     def _run(self, labels: Tensor) -> tuple[int, int] | None:
@@ -96,7 +100,7 @@ class LabelSpace:
         offset = labels.data_ptr() - self._numbers.data_ptr()
         if labels.stride() != (1,) or not 0 < offset < 4 * self._next:
             return None
-        return offset // 4, len(labels)
+        return offset // 4, labels.numel()
 
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
