@@ -133,6 +133,18 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for buffers, before in held:
+            if any(tensor is not buffers.get(name) for name, tensor in before.items()):
+                buffers.update(before)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its class where there is none."""
     lines = str(error).strip().splitlines()

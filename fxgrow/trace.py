@@ -26,7 +26,7 @@ from fxgrow.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.labels.propagate import OnMeta, Place, Watch, named_tensors, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Arguments, Tape, arguments_of, call, tensors_in
-from fxgrow.standin import first_line, stand_in
+from fxgrow.standin import first_line, keeping_buffers, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
 
@@ -154,8 +154,10 @@ class Traced:
     def _run(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
-            space, tape = propagate(run, self.standin, self.inputs, place=self.at, watch=watch)
-            if self._unused(space) and not self._label_training(space, watch):
+            with keeping_buffers(self.standin):
+                space, tape = propagate(run, self.standin, self.inputs, place=self.at, watch=watch)
+                complete = not self._unused(space) or self._label_training(space, watch)
+            if not complete:
                 return self._run(run, watch)
         except TraceError:
             raise

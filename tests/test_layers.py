@@ -522,3 +522,25 @@ def test_batch_statistics_over_another_dim_ask_for_whole_copies() -> None:
     check_preserved(net, data(3, 3, 4, 4))
     with pytest.raises(fxgrow.PlanError, match="whole copies"):
         fxgrow.widen(net, "+1", data(3, 3, 4, 4))
+
+
+class Placed(nn.Module):
+    """Adds where each position lies, from a table that it makes anew for each size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("places", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.places) != x.shape[1]:
+            self.places = torch.linspace(0, 1, x.shape[1], dtype=x.dtype, device=x.device)
+        return self.out(torch.tanh(self.into(x) + self.places[:, None]))
+
+
+def test_a_buffer_that_forward_replaces_is_no_part_of_the_plan() -> None:
+    net = made(Placed)
+    check_preserved(net, data(2, 5, 4))
+    assert net.places.shape == (1,)
+    net(data(2, 5, 4))
+    check_preserved(net, data(2, 7, 4))
