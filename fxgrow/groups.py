@@ -109,7 +109,10 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
 def _pairs(first: IntArray, second: IntArray) -> list[tuple[int, int]]:
     """Return the distinct pairs of two arrays of numbers from −1, sorted."""
     base = int(second.max(initial=0)) + 2
-    codes = np.unique(first * base + second + 1)
+    codes = first * base + second + 1
+    fresh = np.ones(len(codes), dtype=bool)
+    fresh[1:] = codes[1:] != codes[:-1]  # an axis is a run or a few
+    codes = np.unique(codes[fresh])
     return list(zip((codes // base).tolist(), (codes % base - 1).tolist(), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -247,13 +247,22 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by fully qualified name, tied ones under each name."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
+    for prefix, module in _prefixed_modules(model):
         for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
             for local, tensor in held.items():
                 if tensor is not None:
                     found[prefix + local] = tensor
     return parameters | buffers
+
+
+def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module under each of its names, with a dot behind, outermost first."""
+    waiting = [("", model)]  # nested generators, as named_modules() has them, take far longer
+    while waiting:
+        prefix, module = waiting.pop()
+        yield prefix, module
+        children = reversed(module._modules.items())
+        waiting += [(f"{prefix}{local}.", child) for local, child in children if child is not None]
 
 
 def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -262,9 +271,9 @@ def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
     Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
     """
     found = named_tensors(model)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in _prefixed_modules(model):
         for local in module._non_persistent_buffers_set:
-            found.pop(f"{name}.{local}" if name else local, None)
+            found.pop(prefix + local, None)
     return found
 
 
