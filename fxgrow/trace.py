@@ -85,7 +85,7 @@ class Traced:
 
     @property
     def tracer(self) -> Tracer:
-        """What followed the computation: ``torch.fx``, or the dispatcher alone."""
+        """What traces the computation: ``torch.fx``, or the dispatcher alone."""
         return "dispatch" if self.untraceable else "torch.fx"
 
     @property

@@ -69,7 +69,7 @@ class Scope:
         module: its fully qualified name; "" for the whole.
         inputs: shapes of its inputs.
         inputs_inferred: whether these were inferred.
-        tracer: what followed the computation.
+        tracer: ``torch.fx``, or ``dispatch`` where there is no fx graph.
     """
 
     module: str
@@ -173,7 +173,7 @@ class Plan:
         source: fingerprint: shape and dtype of every tensor by name.
         inputs: input shapes the network was followed on.
         inputs_inferred: whether those were inferred.
-        tracer: what followed the computation.
+        tracer: ``torch.fx``, or ``dispatch`` where there is no fx graph.
         parameters, flops: before and after.
         warnings: what the user should know.
         fxgrow, schema: versions.

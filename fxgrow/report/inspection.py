@@ -35,7 +35,8 @@ def inspection_table(inspection: Inspection, *, every: bool = False) -> Renderab
     """
     found = inspection.to_dict()
     origin = "inferred" if found["inputs_inferred"] else "given"
-    head = f"followed by {found['tracer']} on an input of {', '.join(found['inputs'])} ({origin})"
+    inputs = ", ".join(found["inputs"])
+    head = f"run on an input of {inputs} ({origin}), traced by {found['tracer']}"
     parts: list[RenderableType] = [Text(head)]
     if found["modules"]:
         parts.append(Text(f"submodules followed: {', '.join(found['modules'])}"))
