@@ -73,8 +73,9 @@ class Analysis:
             _, tape = self.traced.label_graph(graph)
         except TraceError:
             return ()
-        same = [op.target for op in tape.operations] == [op.target for op in self.tape.operations]
-        return tuple(op.node for op in tape.operations) if same else ()
+        # By name: a graph has x + y where the code has x += y.
+        ran, known = ([op.name for op in run.operations] for run in (tape, self.tape))
+        return tuple(op.node for op in tape.operations) if ran == known else ()
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""

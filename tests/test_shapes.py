@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxgrow.labels.shapes import SHORTCUTS, run_on_meta
+from fxgrow.labels.tape import tensors_in
 
 aten = torch.ops.aten
 
@@ -87,7 +88,7 @@ WRONG: list[tuple[Any, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("func", "args"), CASES)
 def test_a_shortcut_returns_what_torch_returns(func: Any, args: tuple[Any, ...]) -> None:
-    ours, theirs = run_on_meta(func, args, {}), func(*args)
+    ours, theirs = run_on_meta(func, args, {}, tensors_in(args)), func(*args)
     if isinstance(theirs, tuple):  # what follows serves the backward pass
         ours, theirs = ours[0], theirs[0]
     assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
@@ -100,12 +101,13 @@ def test_a_shortcut_refuses_what_torch_refuses(func: Any, args: tuple[Any, ...])
     with pytest.raises((RuntimeError, IndexError)):
         func(*args)
     with pytest.raises((RuntimeError, IndexError)):
-        run_on_meta(func, args, {})
+        run_on_meta(func, args, {}, tensors_in(args))
 
 
 def test_a_batch_norm_of_other_channels_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a vector of"):
-        run_on_meta(aten.native_batch_norm.default, (meta(2, 5), *VECTORS, False, 0.1, 1e-5), {})
+        args = (meta(2, 5), *VECTORS, False, 0.1, 1e-5)
+        run_on_meta(aten.native_batch_norm.default, args, {}, tensors_in(args))
 
 
 def test_every_shortcut_is_tried() -> None:
