@@ -105,8 +105,8 @@ def test_a_shortcut_refuses_what_torch_refuses(func: Any, args: tuple[Any, ...])
 
 
 def test_a_batch_norm_of_other_channels_is_refused() -> None:
+    args = (meta(2, 5), *VECTORS, False, 0.1, 1e-5)
     with pytest.raises(RuntimeError, match="a vector of"):
-        args = (meta(2, 5), *VECTORS, False, 0.1, 1e-5)
         run_on_meta(aten.native_batch_norm.default, args, {}, tensors_in(args))
 
 
