@@ -287,9 +287,11 @@ def written(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
         return states[0]  # another dim is contracted, without a bias
     nothing = None if len(carriers) < len(op.inputs) else _zero_times(flow, op, passing, states)
     if nothing is not None:  # a depthwise kernel and its bias accompany them, or it is of heads
-        for value in weights:
-            if value is not op.args[1]:
-                flow.fill(value)
+        biases = [value for value in weights if value is not op.args[1]]
+        if biases and flow.holds != "zero":
+            return lost(flow, op)
+        for value in biases:
+            flow.fill(value)
         return nothing
     return next((state for state in states if state.why), lost(flow, op))
 
