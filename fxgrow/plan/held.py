@@ -298,7 +298,7 @@ def written(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
 
 @SURPLUS_RULES.register(
     "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit",
-    "aten._native_batch_norm_legit_no_training",
+    "aten._native_batch_norm_legit_no_training", "aten.native_group_norm",
 )  # fmt: skip
 def batch_norm(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
     """A channel of zeros has variance zero, and gradients are divided by its root."""
