@@ -313,3 +313,15 @@ def test_a_depthwise_bias_behind_a_layer_norm_is_not_zero(width: str) -> None:
     model = Depthwise().double()
     grown = fxgrow.widen(model, width, torch.randn(2, 5, 4, dtype=torch.float64))
     assert grown.report.verification.verdict == "preserved"
+
+
+def test_groups_of_a_convolution_do_not_write_the_mean_of_all() -> None:
+    class ChannelsLast(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), ChannelsLast(4), nn.Conv1d(4, 3, 1))
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    with pytest.raises(PlanError, match="convolution at 0 changes the mean of channels"):
+        fxgrow.widen(model.double(), "1.5x", x)
+    assert fxgrow.widen(model, "2x", x).report.verification.verdict == "preserved"

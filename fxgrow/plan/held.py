@@ -277,7 +277,9 @@ def written(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
         bias = None if position is None else op.args[position]
         parts = [value for value in (*weights, bias) if isinstance(value, Value)]
         whole = all(flow.is_whole(flow.analysis.channels.of_axis(axis)) for axis in axes)
-        if (whole or flow.holds == "zero") and all(flow.of(v).holds == flow.holds for v in parts):
+        apart = op.name == "convolution" and op.args[8] > 1  # its groups read different channels
+        sums = whole and not apart
+        if (sums or flow.holds == "zero") and all(flow.of(v).holds == flow.holds for v in parts):
             flow.filled.update(axes)
             flow.fill(bias)
             return State(flow.holds)
