@@ -12,6 +12,7 @@ from fxgrow.channels import Channels
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Layout, Pairing
 from fxgrow.plan.bundles import Bundles
+from fxgrow.plan.hashes import mix
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Laid:
 def apart(channels: Channels, grown: Sequence[int], continued: IntArray, laid: Laid) -> None:
     """Have twins read by zeros whose values may differ, in place.
 
-    Twins that new groups of a convolution write are equal if what these groups read is.
+    Twins that new groups of a convolution write are equal if what these groups read is, and in a
+    bundle all depends on all.
 
     Args:
         channels: of the network at its new sizes.
@@ -90,20 +92,28 @@ def apart(channels: Channels, grown: Sequence[int], continued: IntArray, laid: L
     """
     inputs = {channels.axes[i].tensor: i for i in grown if channels.axes[i].groups > 1}
     outputs = {channels.axes[i].tensor: i for i in grown if channels.axes[i].groups == 1}
+    if not inputs:
+        return
+    first = laid.bundles.first
     origin = np.where(laid.copy >= 0, laid.copy, continued)
     value = np.where(laid.draw >= 0, laid.draw, laid.drawn + origin)
     count = -1
-    while inputs and count < (count := len(np.unique(value))):
+    while count < (count := len(np.unique(value))):
         for weight, axis in inputs.items():
             groups = channels.convolution_groups[weight]
             read = value[channels.of_axis(axis)].reshape(groups, -1)
             written = channels.of_axis(outputs[weight]).reshape(groups, -1)
-            kinds = np.unique(read, axis=0, return_inverse=True)[1].reshape(-1, 1)
-            both = np.stack([value, np.full_like(value, -1)])
-            both[1, written] = kinds
-            value = np.unique(both, axis=1, return_inverse=True)[1].ravel()
-    if inputs:
-        draws, counts = np.unique(
-            np.unique(np.stack([laid.draw, value]), axis=1)[0], return_counts=True
-        )
-        laid.sign[np.isin(laid.draw, draws[counts > 1])] = 0
+            kinds = np.full_like(value, -1)
+            kinds[written] = np.unique(read, axis=0, return_inverse=True)[1].reshape(-1, 1)
+            value = _finer(value, kinds)
+        together = np.zeros(len(value), dtype=np.uint64)
+        np.add.at(together, first, mix(value.astype(np.uint64)))
+        value = _finer(value, np.unique(together[first], return_inverse=True)[1])
+    draws, counts = np.unique(np.unique([laid.draw, value], axis=1)[0], return_counts=True)
+    laid.sign[np.isin(laid.draw, draws[counts > 1])] = 0
+
+
+def _finer(value: IntArray, kind: IntArray) -> IntArray:
+    """Return numbers that are equal where values are equal and of one kind."""
+    found: IntArray = np.unique([value, kind], axis=1, return_inverse=True)[1].ravel()
+    return found
