@@ -4,7 +4,8 @@ A channel's signature is the multiset of (axis, convolution group) it touches. E
 matched to a new one of the same signature, in order; what remains of the new ones are the new
 channels. No operation needs code of its own for this, and nothing assumes that new channels come
 last: behind a split or a shuffle they do not. Where a signature has too few new channels, one that
-is read by more layers serves too.
+is read by more layers serves too. The channels of a group of a group norm that gets new ones are
+matched as one.
 """
 
 from __future__ import annotations
@@ -163,15 +164,10 @@ def match(
     codes = {weight: code for code, weight in enumerate(norms)}
     mine, theirs = bundles(runs[0], codes, old_signature), bundles(runs[1], codes, new_signature)
     old_buckets, new_buckets = _buckets(mine), _buckets(theirs)
-    continued = np.full(new.count, -1, dtype=np.int64)
-    crowded = []
-    for kind, members in old_buckets.items():
-        places = new_buckets.get(kind, members[:0])
-        continued[places[: len(members)]] = members[: len(places)]
-        if len(members) > len(places):
-            crowded.append(int(members[0]))
-            if mine.size[members[0]] > 1:
-                raise _torn(runs, norms, int(members[0]))
+    continued, crowded = _in_order(new.count, old_buckets, new_buckets)
+    for first in crowded:
+        if mine.size[first] > 1:
+            raise _torn(runs, norms, first)
     if crowded:
         alone = _alone(mine, old_buckets), _alone(theirs, new_buckets)
         _Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
@@ -193,6 +189,25 @@ def match(
     apart(new, list(grown), continued, laid)
     ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
     return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
+
+
+def _in_order(
+    count: int, old_buckets: Mapping[int, IntArray], new_buckets: Mapping[int, IntArray]
+) -> tuple[IntArray, list[int]]:
+    """Return which bundle each of the new ones continues, of each signature in order.
+
+    Returns:
+        For each of ``count`` channels, the first of a new bundle, the first of the old one, else
+        -1; and one of each signature of which there are too few new ones.
+    """
+    continued = np.full(count, -1, dtype=np.int64)
+    crowded = []
+    for kind, members in old_buckets.items():
+        places = new_buckets.get(kind, members[:0])
+        continued[places[: len(members)]] = members[: len(places)]
+        if len(members) > len(places):
+            crowded.append(int(members[0]))
+    return continued, crowded
 
 
 def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
