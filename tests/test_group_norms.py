@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fxgrow
+from fxgrow.analysis import analyse
 from fxgrow.errors import PlanError
+from fxgrow.plan.bundles import bundles
+from fxgrow.plan.laid import Laid, apart
+from fxgrow.trace import trace
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 told = pytest.mark.filterwarnings("ignore:group norms get new groups")
@@ -151,7 +156,7 @@ def test_groups_of_convolutions_and_of_norms_fit_into_each_other(
     block = preserved(model, width, where="all", grouped=grouped).model[1]
     count = 8 if width == "2x" else 6
     inside = groups == 8 and grouped == "width"  # a new group would be of two of the convolution's
-    assert block.norm2.num_groups == (4 if inside else count)
+    assert (block.norm2.num_groups, block.norm2.num_channels) == (4 if inside else count, 4 * count)
     assert block.conv2.groups == (groups if grouped == "width" else groups * count // 4)
 
 
@@ -163,6 +168,27 @@ def test_twins_that_read_other_channels_are_read_by_zeros() -> None:
     grown = preserved(model, "2x", grouped="count").model  # a lone new group, read by two
     assert grown[1].num_groups == 2
     assert grown[3].weight[:, 4:].eq(0).all()
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_twins_part_where_what_they_depend_on_does(bundled: bool) -> None:
+    layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 3, 1)
+    channels = analyse(trace(nn.Sequential(*layers))).channels
+    grown = [i for i, axis in enumerate(channels.axes) if axis.tensor == "1.weight"]
+    read, written = (
+        channels.of_axis(i) for i in sorted(grown, key=lambda i: -channels.axes[i].groups)
+    )
+    continued = np.arange(channels.count)
+    continued[[*read[4:], *written[4:]]] = -1  # two new groups, each of two channels
+    laid = Laid.empty(bundles(channels, {}, np.zeros(channels.count, dtype=np.uint64)))
+    if bundled:
+        laid.bundles.first[read[[5, 7]]] = read[[4, 6]]
+    laid.draw[read[4:]], laid.sign[read[4:]] = [0, 1, 0, 2], [1, 0, -1, 0]
+    laid.draw[written[4:]], laid.sign[written[4:]] = [3, 4, 3, 4], [1, 1, -1, -1]
+    laid.drawn = 5
+    apart(channels, grown, continued, laid)
+    assert laid.sign[written].tolist() == [0] * 8
+    assert laid.sign[read[4:]].tolist() == ([0] * 4 if bundled else [1, 0, -1, 0])
 
 
 def test_one_group_stays_one_and_groups_of_one_channel_stay_so() -> None:
@@ -185,7 +211,9 @@ def test_zeros_are_not_normalised() -> None:
     model = network(partial(nn.GroupNorm, 4))
     with pytest.raises(PlanError, match="gradients would be multiplied by 316"):
         fxgrow.widen(model, "1.5x", IMAGE, pairing="zero_z")
-    assert preserved(model, "2x", pairing="zero_z").model[1].norm2.num_groups == 4  # copies
+    model = stirred(nn.Sequential(nn.Conv2d(3, 6, 1), nn.GELU(), nn.Conv2d(6, 3, 1), model))
+    norm = preserved(model, "2x", pairing="zero_z").model[3][1].norm2  # copies, beside zeros
+    assert (norm.num_groups, norm.num_channels) == (4, 32)
 
 
 @told
