@@ -183,7 +183,8 @@ def widen(
             it to part, and it breaks preservation.
         multiple_of: new widths are rounded up to a multiple of this.
         grouped: whether a grouped convolution grows inside each group (``width``) or by whole
-            groups (``count``).
+            groups (``count``). A group norm grows by whole groups; only under ``count`` does one
+            of a single group, and one whose groups could hold the copies that a pairing makes.
         seed: of the new weights; each tensor draws from (seed, its name) alone.
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.

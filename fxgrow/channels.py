@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,20 @@ from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.space import Axis, Fill, IntArray, LabelSpace, Role, components
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
+
+
+class Mixer(NamedTuple):
+    """An operation whose result depends on a set of channels as a whole.
+
+    Attributes:
+        channels: the channel of each position, -1 for what is none.
+        place: where it ran.
+        norm: the weight of a group norm, whose groups are sets by themselves; "" for others.
+    """
+
+    channels: IntArray
+    place: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,7 @@ class Channels:
         pins: reason by channel.
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         channel_of_label: the channel of each label, -1 where it has none.
-        mixers: for each operation whose result depends on a set of channels as a whole: these
-            channels (-1 for what is none) and the place.
+        mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, with the reasons of ``pins``.
@@ -55,7 +68,7 @@ class Channels:
     pins: dict[int, str]
     convolution_groups: dict[str, int]
     channel_of_label: IntArray
-    mixers: tuple[tuple[IntArray, str], ...]
+    mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, str], ...]
@@ -74,6 +87,11 @@ class Channels:
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
         return self.channel[self.start[axis] : self.start[axis + 1]]
+
+    def of_norm(self, weight: str) -> IntArray:
+        """Return the channels that each group of a group norm is over; shape (groups, size)."""
+        places = [(axis.tensor, axis.dim) for axis in self.axes]
+        return self.of_axis(places.index((weight, 0))).reshape(self.norm_groups[weight], -1)
 
     @cached_property
     def deeds(self) -> tuple[tuple[str, IntArray], ...]:
@@ -183,9 +201,9 @@ def resolve(space: LabelSpace) -> Channels:
     )
 
 
-def _mixers(space: LabelSpace, channel_of_label: IntArray) -> Iterator[tuple[IntArray, str]]:
+def _mixers(space: LabelSpace, channel_of_label: IntArray) -> Iterator[Mixer]:
     """Yield what mixes several channels: a norm inside a head mixes the positions of one."""
-    for labels, place in space.mixers:
+    for labels, place, norm in space.mixers:
         members = channel_of_label[labels]
         if len(members) == 1 or members[0] < 0 or bool((members != members[0]).any()):
-            yield members, place
+            yield Mixer(members, place, norm)

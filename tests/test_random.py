@@ -167,9 +167,10 @@ def _piece(draw: Draw, width: int, depth: int) -> tuple[nn.Module, int]:
         return nn.Conv2d(width, width, 3, padding=1, groups=width), width
     if kind == "norm":
         norms = [
-            nn.BatchNorm2d(width), nn.BatchNorm2d(width, affine=False), nn.GroupNorm(1, width),
-            nn.GroupNorm(width, width), nn.InstanceNorm2d(width, affine=True),
-            ChannelsLast(nn.LayerNorm(width)), ChannelsLast(nn.RMSNorm(width)),
+            nn.BatchNorm2d(width), nn.BatchNorm2d(width, affine=False),
+            *(nn.GroupNorm(groups, width) for groups in range(1, width + 1) if width % groups == 0),
+            nn.InstanceNorm2d(width, affine=True), ChannelsLast(nn.LayerNorm(width)),
+            ChannelsLast(nn.RMSNorm(width)),
         ]  # fmt: skip
         return draw(st.sampled_from(norms)), width
     if kind == "activation":

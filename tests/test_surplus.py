@@ -295,3 +295,33 @@ def test_a_reader_that_also_reads_something_else_takes_no_factor() -> None:
 
     with pytest.raises(PlanError, match="η cannot be taken up"):
         fxgrow.widen(Shared(), "+3", data().float())
+
+
+@pytest.mark.parametrize("width", ["1.5x", "+1", "+5"])
+def test_a_depthwise_bias_behind_a_layer_norm_is_not_zero(width: str) -> None:
+    class Depthwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+            self.kernel, self.last = nn.Conv1d(6, 6, 3, groups=6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.first(x)).transpose(1, 2)
+            return self.last(self.kernel(y).transpose(1, 2))
+
+    torch.manual_seed(0)
+    model = Depthwise().double()
+    grown = fxgrow.widen(model, width, torch.randn(2, 5, 4, dtype=torch.float64))
+    assert grown.report.verification.verdict == "preserved"
+
+
+def test_groups_of_a_convolution_do_not_write_the_mean_of_all() -> None:
+    class ChannelsLast(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), ChannelsLast(4), nn.Conv1d(4, 3, 1))
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    with pytest.raises(PlanError, match="convolution at 0 changes the mean of channels"):
+        fxgrow.widen(model.double(), "1.5x", x)
+    assert fxgrow.widen(model, "2x", x).report.verification.verdict == "preserved"

@@ -126,7 +126,8 @@ Grouped = Annotated[
     str,
     typer.Option(
         metavar="width|count",
-        help="Grouped convolutions grow inside each group (width) or by whole groups (count).",
+        help="Grouped convolutions grow inside each group (width) or by whole groups (count). "
+        "Group norms grow by whole groups, those of one group under count alone.",
         rich_help_panel=_GROWTH,
     ),
 ]

@@ -28,6 +28,7 @@ SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
     "__getitem__": (1, 2, ()),
     "layer_norm": (1, 2, ("normalized_shape",)),
     "rms_norm": (1, 2, ("normalized_shape",)),
+    "group_norm": (1, 2, ("num_groups",)),
     "pad": (1, 2, ("pad",)),
     "zeros": (0, None, ("size",)),
     "ones": (0, None, ("size",)),

@@ -59,7 +59,7 @@ class LabelSpace:
         default_factory=dict
     )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, str]] = field(default_factory=list)
-    mixers: list[tuple[IntArray, str]] = field(default_factory=list)
+    mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
     company: list[Union] = field(default_factory=list)  # those of the unions that are company
@@ -156,12 +156,13 @@ class LabelSpace:
         if len(ids):
             self.pins.append((ids, reason))
 
-    def mix(self, labels: Tensor, place: str) -> None:
+    def mix(self, labels: Tensor, place: str, norm: str = "") -> None:
         """Record that an operation's result depends on all of these channels together.
 
-        It does not change if every one of them is copied the same number of times.
+        It does not change if every one of them is copied the same number of times; that of a group
+        norm, whose weight is ``norm``, neither if they are joined by whole groups of others.
         """
-        self.mixers.append((labels.numpy().ravel().copy(), place))
+        self.mixers.append((labels.numpy().ravel().copy(), place, norm))
 
     def note(self, deed: str, layer: Layer) -> None:
         """Record that an operation altered the values of these channels."""

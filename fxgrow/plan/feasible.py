@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from fxgrow.analysis import Analysis
@@ -131,17 +132,35 @@ class Attempts:
     def make(self, widths: Mapping[str, int]) -> Feasible:
         """Return what comes of some widths; those that no count allows are refused.
 
+        Group norms get new groups, unless the pairing copies or writes zeros, which they would
+        normalise; where that cannot be, they keep their numbers of groups if whole copies fit.
+
         Raises:
             TraceError, PlanError: the network does not run, or a channel has no place.
         """
+        layout = self.pairing(1, 1, "")
+        copying = bool(layout.copies) or layout.silent
+        try:
+            return self._make(widths, copying=copying)
+        except (TraceError, PlanError):
+            if copying or not self.analysis.channels.norm_groups or self.grouped == "count":
+                raise
+            with suppress(TraceError, PlanError):
+                return self._make(widths, copying=True)
+            raise
+
+    def _make(self, widths: Mapping[str, int], *, copying: bool) -> Feasible:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            mixed = mixed_groups(analysis, widths, self.surplus)
+            sizes = new_sizes(
+                analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
+                copying=copying,
+            )  # fmt: skip
+            mixed = mixed_groups(analysis, sizes.widths, self.surplus, sizes.norm_groups)
             eta, unsettled = settle(
                 analysis.tape, mixed.surplus, self.with_eps, scale_writers=self.scale_writers
             )
-            sizes = new_sizes(analysis.channels, analysis.groups, widths, self.shapes, self.grouped)
             silent, mute = self.silent(widths, mixed)
             problems = mute | mixed.problems | unsettled | self._copied_groups(sizes, mixed)
             problems |= {refusal.name: refusal.reason for refusal in sizes.refused}

@@ -277,7 +277,9 @@ def written(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
         bias = None if position is None else op.args[position]
         parts = [value for value in (*weights, bias) if isinstance(value, Value)]
         whole = all(flow.is_whole(flow.analysis.channels.of_axis(axis)) for axis in axes)
-        if (whole or flow.holds == "zero") and all(flow.of(v).holds == flow.holds for v in parts):
+        apart = op.name == "convolution" and op.args[8] > 1  # its groups read different channels
+        sums = whole and not apart
+        if (sums or flow.holds == "zero") and all(flow.of(v).holds == flow.holds for v in parts):
             flow.filled.update(axes)
             flow.fill(bias)
             return State(flow.holds)
@@ -287,16 +289,18 @@ def written(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
         return states[0]  # another dim is contracted, without a bias
     nothing = None if len(carriers) < len(op.inputs) else _zero_times(flow, op, passing, states)
     if nothing is not None:  # a depthwise kernel and its bias accompany them, or it is of heads
-        for value in weights:
-            if value is not op.args[1]:
-                flow.fill(value)
+        biases = [value for value in weights if value is not op.args[1]]
+        if biases and flow.holds != "zero":
+            return lost(flow, op)
+        for value in biases:
+            flow.fill(value)
         return nothing
     return next((state for state in states if state.why), lost(flow, op))
 
 
 @SURPLUS_RULES.register(
     "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit",
-    "aten._native_batch_norm_legit_no_training",
+    "aten._native_batch_norm_legit_no_training", "aten.native_group_norm",
 )  # fmt: skip
 def batch_norm(flow: SurplusFlow, op: Operation, carriers: list[Value]) -> State:
     """A channel of zeros has variance zero, and gradients are divided by its root."""

@@ -39,10 +39,12 @@ class Growth:
     Attributes:
         ratio: by label, the new number of channels over the old one.
         channel: by label, its channel.
+        norm_groups: new number of groups of each group norm that gets new ones, by its weight.
     """
 
     ratio: npt.NDArray[np.float64]
     channel: npt.NDArray[np.int64]
+    norm_groups: Mapping[str, int] = field(default_factory=dict)
 
     def size(self, value: Value, dim: int, stop: int | None = None) -> int:
         """Return the new size of a value along a dim, or of its first ``stop`` positions there."""
@@ -64,13 +66,19 @@ class Growth:
         return tuple(self.size(value, dim) for dim in range(len(value.shape)))
 
 
-def growth_of(now: Channels, analysed: Channels, ratio_of_channel: Sequence[float]) -> Growth:
+def growth_of(
+    now: Channels,
+    analysed: Channels,
+    ratio_of_channel: Sequence[float],
+    norm_groups: Mapping[str, int],
+) -> Growth:
     """Return the growth of a run's labels.
 
     Args:
         now: the channels of that run.
         analysed: those of the analysis, whose groups the widths are for.
         ratio_of_channel: for each channel of the analysis, new width over old.
+        norm_groups: new number of groups of each group norm that gets new ones, by its weight.
     """
     index = {(axis.tensor, axis.dim): i for i, axis in enumerate(analysed.axes)}
     ratios = np.asarray([*ratio_of_channel, 1.0])
@@ -82,7 +90,7 @@ def growth_of(now: Channels, analysed: Channels, ratio_of_channel: Sequence[floa
         if len(rows) == found.size:
             mine = now.of_axis(axis)
             by_channel[mine] = np.maximum(by_channel[mine], ratios[rows])
-    return Growth(by_channel[now.channel_of_label], now.channel_of_label)
+    return Growth(by_channel[now.channel_of_label], now.channel_of_label, norm_groups)
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,14 @@ def _normalized(call: SizedCall, growth: Growth) -> Sizes:
     """The sizes of the last dims."""
     count = len(call.argument(1, "normalized_shape"))
     return growth.shape(call.inputs[0])[-count:]
+
+
+@WANTED.register("group_norm")
+def _groups(call: SizedCall, growth: Growth) -> Sizes:
+    """The number of groups."""
+    weight = call.argument(2, "weight")
+    name = weight.parameter if isinstance(weight, Value) else ""
+    return (growth.norm_groups.get(name, call.argument(1, "num_groups")),)
 
 
 class Repairer(TorchFunctionMode):

@@ -4,15 +4,16 @@ A channel's signature is the multiset of (axis, convolution group) it touches. E
 matched to a new one of the same signature, in order; what remains of the new ones are the new
 channels. No operation needs code of its own for this, and nothing assumes that new channels come
 last: behind a split or a shuffle they do not. Where a signature has too few new channels, one that
-is read by more layers serves too.
+is read by more layers serves too. The channels of a group of a group norm that gets new ones are
+matched as one.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import networkx as nx
@@ -24,6 +25,10 @@ from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Pairing, drawing, replicate
+from fxgrow.plan.bundles import Bundles, bundles
+from fxgrow.plan.hashes import mix
+from fxgrow.plan.laid import Laid, apart
+from fxgrow.plan.norms import with_new_groups
 
 _DEED = -1  # stands for an axis where something is done to a channel
 
@@ -76,9 +81,9 @@ def _signatures(
         fresh = max((int(inside.max()) + 1 - old + 1) // 2, 1)
         group[rows] = np.where(inside < old, inside, old + (inside - old) % fresh)
     codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row]
-    mixed = _mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
+    mixed = mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
     total = np.zeros(channels.count, dtype=np.uint64)
-    np.add.at(total, channels.channel, _mix(mixed + treatment[channels.label_of_row]))
+    np.add.at(total, channels.channel, mix(mixed + treatment[channels.label_of_row]))
     for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
         members = channels.channel_of_label[labels]
         total[members[members >= 0]] += _code_of(deed)  # once for each channel
@@ -119,15 +124,6 @@ def _deeds(old: Channels, new: Channels) -> tuple[list[str], list[str]]:
     return numbered, numbered
 
 
-def _mix(values: HashArray) -> HashArray:
-    """Return well-mixed 64-bit hashes (the splitmix64 finaliser), so that their sums differ."""
-    z: HashArray = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: HashArray = z ^ (z >> np.uint64(31))
-    return mixed
-
-
 def match(
     old: Channels,
     new: Channels,
@@ -147,6 +143,8 @@ def match(
     Raises:
         PlanError: some old channel has no place in the new network.
     """
+    norms, runs = with_new_groups(old, new), (old, new)
+    old, new = _without(old, norms), _without(new, norms)
     keys = {(axis.tensor, axis.dim): code for code, axis in enumerate(old.axes)}
     if {(axis.tensor, axis.dim) for axis in new.axes} != set(keys):
         raise PlanError("the network computes with other tensors at its new sizes.")
@@ -162,45 +160,54 @@ def match(
     old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds, treatments[0])
     new_signature = _signatures(new, new_codes, grown, new_deeds, treatments[1])
 
-    # Channels of one signature side by side, each in order of first use.
-    old_buckets, new_buckets = _buckets(old_signature), _buckets(new_signature)
-    continued = np.full(new.count, -1, dtype=np.int64)
+    # Bundles of one signature side by side, each in order of first use.
+    codes = {weight: code for code, weight in enumerate(norms)}
+    mine, theirs = bundles(runs[0], codes, old_signature), bundles(runs[1], codes, new_signature)
+    old_buckets, new_buckets = _buckets(mine), _buckets(theirs)
+    continued, crowded = _in_order(new.count, old_buckets, new_buckets)
+    for first in crowded:
+        if mine.size[first] > 1:
+            raise _torn(runs, norms, first)
+    if crowded:
+        alone = _alone(mine, old_buckets), _alone(theirs, new_buckets)
+        _Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
+    laid = Laid.empty(theirs)
+    for members in new_buckets.values():
+        fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
+        kept = np.sort(continued[taken])
+        continued[theirs.members(taken)] = mine.members(continued[taken])
+        if not len(fresh):
+            continue
+        whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
+        times = copies.get(int(kept[0]), 0) if len(kept) else 0
+        if times:
+            laid.surplus[fresh[(times - 1) * len(kept) :]] = True
+            laid.copy[fresh[: (times - 1) * len(kept)]] = np.tile(kept, times - 1)
+            fresh = fresh[(times - 1) * len(kept) :]
+        chosen = replicate if whole else drawing(pairing) if times else pairing
+        laid.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
+    apart(new, list(grown), continued, laid)
+    ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
+    return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
+
+
+def _in_order(
+    count: int, old_buckets: Mapping[int, IntArray], new_buckets: Mapping[int, IntArray]
+) -> tuple[IntArray, list[int]]:
+    """Return which bundle each of the new ones continues, of each signature in order.
+
+    Returns:
+        For each of ``count`` channels, the first of a new bundle, the first of the old one, else
+        -1; and one of each signature of which there are too few new ones.
+    """
+    continued = np.full(count, -1, dtype=np.int64)
     crowded = []
     for kind, members in old_buckets.items():
         places = new_buckets.get(kind, members[:0])
         continued[places[: len(members)]] = members[: len(places)]
         if len(members) > len(places):
             crowded.append(int(members[0]))
-    if crowded:
-        relations = _Kinds(old, new, new_codes, old_buckets, new_buckets, (old_deeds, new_deeds))
-        relations.rehouse(continued, crowded)
-    draw = np.full(new.count, -1, dtype=np.int64)
-    sign = np.zeros(new.count, dtype=np.int64)
-    copy = np.full(new.count, -1, dtype=np.int64)
-    surplus = np.zeros(new.count, dtype=bool)
-    drawn = 0
-    for members in new_buckets.values():
-        fresh = members[continued[members] < 0]
-        if not len(fresh):
-            continue
-        kept = np.sort(continued[members[continued[members] >= 0]])
-        whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
-        times = copies.get(int(kept[0]), 0) if len(kept) else 0
-        if times:
-            surplus[fresh[(times - 1) * len(kept) :]] = True
-            copy[fresh[: (times - 1) * len(kept)]] = np.tile(kept, times - 1)
-            fresh = fresh[(times - 1) * len(kept) :]
-        chosen = replicate if whole else drawing(pairing) if times else pairing
-        layout = chosen(len(fresh), len(kept), _name(old, int(kept[0])) if len(kept) else "")
-        if layout.copies:
-            copy[fresh] = kept[list(layout.copies)]
-        else:
-            draw[fresh] = np.asarray(layout.draws) + drawn
-            sign[fresh] = layout.column_signs
-            surplus[fresh] |= layout.silent
-            drawn += max(layout.draws) + 1
-    ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
-    return Matching(continued, draw, sign, copy, surplus, *ranks)
+    return continued, crowded
 
 
 def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
@@ -213,12 +220,48 @@ def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
     deeds = [f"{place} {deed}" for place, (deed, _) in enumerate(channels.deeds)]
     treatment = _treatment(channels, deeds)
     signature = _signatures(channels, range(len(channels.axes)), {}, deeds, treatment)
-    return list(_buckets(signature).values()), channels.ranks(treatment)
+    return list(_buckets(bundles(channels, {}, signature)).values()), channels.ranks(treatment)
 
 
-def _name(channels: Channels, channel: int) -> str:
-    """Return a name for a channel: the first position of a parameter that carries it."""
-    row = int(np.argmax(channels.channel == channel))
+def _without(channels: Channels, norms: Mapping[str, int]) -> Channels:
+    """Return channels whose signatures do not tell in which groups of some norms they are."""
+    if not norms:
+        return channels
+    left = {name: n for name, n in channels.norm_groups.items() if name not in norms}
+    return replace(channels, norm_groups=left)
+
+
+def _torn(runs: tuple[Channels, Channels], norms: Iterable[str], channel: int) -> PlanError:
+    """Return the error for a group of a norm where no new group has the same channels."""
+    old, _ = runs
+    norm = layer_of(next(name for name in norms if channel in old.of_norm(name)))
+    rows = np.flatnonzero(old.channel == channel)
+    codes = np.unique(old.axis_of_row[rows]).tolist()
+    return PlanError(
+        f"at this width, groups of {norm} would be made of other channels than now, because what "
+        f"else these channels pass lays them out otherwise{_told_groups(runs, codes)}.",
+        name=layer_of(old.axes[codes[0]].tensor),
+        way_out="Try a width at which the groups of all these layers fit, or grouped count.",
+    )
+
+
+def _told_groups(runs: tuple[Channels, Channels], codes: Iterable[int]) -> str:
+    """Return the numbers of groups of the grouped convolutions among some axes, as told."""
+    tensors = dict.fromkeys(runs[0].axes[code].tensor for code in codes)
+    counts = {name: [run.convolution_groups.get(name, 1) for run in runs] for name in tensors}
+    told = [
+        f"{layer_of(name)} has {before} groups, and {after} then"
+        for name, (before, after) in counts.items()
+        if before > 1 or after > 1
+    ]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _name(channels: Channels, some: IntArray) -> str:
+    """Return a name for channels: the first position of a parameter that carries the first."""
+    if not len(some):
+        return ""
+    row = int(np.argmax(channels.channel == some[0]))
     axis = channels.axes[int(channels.axis_of_row[row])]
     return f"{axis.tensor} {axis.dim} {int(channels.position_of_row[row])}"
 
@@ -296,22 +339,10 @@ class _Kinds:
         lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
         return PlanError(
             f"at this width, channels of {layers[codes[0]]} would have no place in the widened "
-            f"network: {count} too few{lead}{self._told_groups(codes)}.",
+            f"network: {count} too few{lead}{_told_groups((self.old, self.new), codes)}.",
             name=layers[codes[0]],
             way_out="Try a somewhat larger width.",
         )
-
-    def _told_groups(self, codes: Sequence[int]) -> str:
-        """Return the numbers of groups of the grouped convolutions among some axes, as told."""
-        tensors = dict.fromkeys(self.old.axes[code].tensor for code in codes)
-        runs = self.old, self.new
-        counts = {name: [r.convolution_groups.get(name, 1) for r in runs] for name in tensors}
-        told = [
-            f"{layer_of(name)} has {before} groups, and {after} then"
-            for name, (before, after) in counts.items()
-            if before > 1 or after > 1
-        ]
-        return f" ({'; '.join(told)})" if told else ""
 
     def _first_touches(
         self,
@@ -341,8 +372,14 @@ def _touches(
     return touches
 
 
-def _buckets(signature: HashArray) -> dict[int, IntArray]:
-    """Return the channels of each signature, ascending."""
-    order = np.argsort(signature, kind="stable")
-    kinds, first = np.unique(signature[order], return_index=True)
-    return dict(zip(kinds.tolist(), np.split(order, first[1:]), strict=True))
+def _buckets(found: Bundles) -> dict[int, IntArray]:
+    """Return the bundles of each signature, ascending."""
+    firsts = np.flatnonzero(found.first == np.arange(len(found.first)))
+    order = firsts[np.argsort(found.signature[firsts], kind="stable")]
+    kinds, begins = np.unique(found.signature[order], return_index=True)
+    return dict(zip(kinds.tolist(), np.split(order, begins[1:]), strict=True))
+
+
+def _alone(found: Bundles, buckets: Mapping[int, IntArray]) -> dict[int, IntArray]:
+    """Return those of some buckets whose bundles are one channel each."""
+    return {kind: members for kind, members in buckets.items() if found.size[members[0]] == 1}

@@ -3,12 +3,12 @@
 LayerNorm, RMSNorm and GroupNorm compute statistics of a set of channels. If every channel of the
 set is copied the same number of times, mean and variance stay what they were, in train mode as in
 eval mode and whatever lies between writer and norm, and nothing else has to change. For other
-widths see :mod:`fxgrow.plan.surplus`.
+widths see :mod:`fxgrow.plan.surplus`, and for new groups of a GroupNorm :mod:`fxgrow.plan.norms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,7 @@ def mixed_groups(
     analysis: Analysis,
     widths: Mapping[str, int],
     surplus_of: Callable[[ChannelGroup, int], Surplus],
+    extended: Collection[str],
 ) -> Mixed:
     """Return how the growing groups on which some mixer depends can grow.
 
@@ -60,12 +61,15 @@ def mixed_groups(
         widths: wanted width by group name.
         surplus_of: returns how a group grows to a width that is no multiple of its present one,
             or raises an error that says why it cannot.
+        extended: the weights of group norms that get new groups, which ask for nothing.
     """
     groups = analysis.groups
     group_of = group_of_channel(analysis.channels, groups)
     copied: dict[str, IntArray] = {}
     found = Mixed(np.zeros(0, dtype=np.int64))
-    for members, place in analysis.channels.mixers:
+    for members, place, norm in analysis.channels.mixers:
+        if norm in extended:
+            continue
         touched = np.unique(group_of[members]).tolist()
         growing = [groups[i] for i in touched if i >= 0 and groups[i].name in widths]
         ratios = {

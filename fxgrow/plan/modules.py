@@ -28,7 +28,8 @@ def follows(*classes: type[nn.Module]) -> Callable[[Follow], Follow]:
     """Return a decorator that registers what attributes repeat which sizes.
 
     The function gets the module, the new shapes of its own tensors by local name, and the new
-    ``groups`` of its convolution (None if unchanged); it returns the attributes' new values.
+    number of groups of its convolution or group norm (None if unchanged); it returns the
+    attributes' new values.
 
     Raises:
         ValueError: a class is registered already.
@@ -84,9 +85,9 @@ def layer_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribu
 
 @follows(nn.GroupNorm)
 def group_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``num_channels``."""
-    del module, groups
-    return {"num_channels": next(shape[0] for shape in shapes.values())}
+    """``num_channels`` and ``num_groups``."""
+    count = groups if groups is not None else int(module.num_groups)  # type: ignore[arg-type]
+    return {"num_channels": next(shape[0] for shape in shapes.values()), "num_groups": count}
 
 
 @follows(nn.MultiheadAttention)
@@ -135,14 +136,15 @@ def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
 
 
 def attribute_edits(
-    model: nn.Module, new_shapes: Shapes, convolution_groups: Mapping[str, int]
+    model: nn.Module, new_shapes: Shapes, new_groups: Mapping[str, int]
 ) -> Iterator[ModuleEdit]:
     """Yield the attribute edits that go with new tensor shapes.
 
     Args:
         model: the network, at its old sizes.
         new_shapes: new shape by fully qualified name, of the tensors that change.
-        convolution_groups: new ``groups`` by name of a grouped convolution's weight.
+        new_groups: new number of groups by name of a grouped convolution's or a group norm's
+            weight.
     """
     for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
         try:
@@ -156,7 +158,7 @@ def attribute_edits(
             local: tuple(new_shapes.get(f"{owner}.{name}", tuple(tensor.shape)))
             for local, name, tensor in _own_tensors(module)
         }
-        groups = convolution_groups.get(f"{owner}.weight")
+        groups = new_groups.get(f"{owner}.weight")
         for attribute, after in follow(module, shapes, groups).items():
             before = getattr(module, attribute, after)
             if before != after:

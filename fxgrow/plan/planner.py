@@ -18,6 +18,7 @@ from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS, cancels, drawing, seeded
 from fxgrow.plan.edits import axis_edits
 from fxgrow.plan.feasible import Attempts, Feasible, feasible
+from fxgrow.plan.norms import warnings_of
 from fxgrow.plan.resize import Sizes
 from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
 from fxgrow.plan.surgery import Absorption, AxisEdit, ModuleEdit, Multiplier, NormGain, TensorEdit
@@ -109,6 +110,7 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
             f"code fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
             f"{len(resized.sizes) - 1} more)"
         )
+    warnings += warnings_of(analysis.channels.norm_groups, sizes.norm_groups)
     aliases = aliases_of(tensors)
     groups = tuple(
         _group_plan(
@@ -118,7 +120,7 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
             sizes,
             factors,
             flow,
-            *_layout(request, group, found),
+            *_layout(analysis, request, group, found),
         )
         for group in analysis.groups
         if group.name in sizes.widths
@@ -297,13 +299,17 @@ def _group_plan(
     )
 
 
-def _layout(request: Request, group: ChannelGroup, found: Feasible) -> tuple[str, str]:
+def _layout(
+    analysis: Analysis, request: Request, group: ChannelGroup, found: Feasible
+) -> tuple[str, str]:
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
         return "replicate", "whole copies, for a norm over all its channels"
     surplus = found.surplus.get(group.name)
     if surplus is None:
-        return request.pairing, ""
+        touched = {analysis.channels.axes[axis].tensor for axis in group.axes}
+        norm = next((weight for weight in found.sizes.norm_groups if weight in touched), "")
+        return request.pairing, f"whole new groups, for {layer_of(norm)}" if norm else ""
     own = PAIRINGS[request.pairing]
     eta = math.sqrt(surplus.ratio)
     held = "the mean of the old channels" if surplus.holds == "mean" else "zero"

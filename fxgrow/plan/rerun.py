@@ -14,7 +14,7 @@ from fxgrow.apply import set_attributes
 from fxgrow.channels import Channels, resolve
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.graph import check_sizes
-from fxgrow.groups import group_of_channel
+from fxgrow.groups import group_of_channel, layer_of
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, named_tensors, no_watch
 from fxgrow.labels.tape import Tape
@@ -64,7 +64,8 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
         TraceError: the network does not run at these sizes.
     """
     standin = analysis.traced.standin
-    follow = tuple(attribute_edits(standin, sizes.shapes, sizes.convolution_groups))
+    counts = sizes.convolution_groups | sizes.norm_groups
+    follow = tuple(attribute_edits(standin, sizes.shapes, counts))
     found = _found(analysis, sizes, follow)
     if found.sizes:  # they were found with the attributes as they are
         return found
@@ -77,6 +78,7 @@ def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> 
     try:
         found = _run(analysis.traced, sizes, follow)
         _check_positions(analysis.tape, found.tape)
+        _check_norms(sizes, found.channels)
     except TraceError as error:
         failure = error
     else:
@@ -129,12 +131,27 @@ def _check_positions(old: Tape, new: Tape) -> None:
                 )
 
 
+def _check_norms(sizes: Sizes, channels: Channels) -> None:
+    """Return if every group norm that should have new groups has them.
+
+    Raises:
+        TraceError: the code says another number.
+    """
+    for weight, count in sizes.norm_groups.items():
+        if channels.norm_groups[weight] != count:
+            raise TraceError(
+                f"the code of {layer_of(weight)} fixes {channels.norm_groups[weight]} groups of a "
+                f"group norm, where {count} are needed",
+                name=layer_of(weight),
+            )
+
+
 def _growth(analysis: Analysis, sizes: Sizes, run: SizedRun) -> Growth:
     """Return how wide the values of an old run become."""
     group_of = group_of_channel(analysis.channels, analysis.groups)
     ratios = [sizes.widths.get(group.name, group.width) / group.width for group in analysis.groups]
     by_channel = [1.0 if group < 0 else ratios[group] for group in group_of[:-1]]
-    return growth_of(run.channels, analysis.channels, by_channel)
+    return growth_of(run.channels, analysis.channels, by_channel, sizes.norm_groups)
 
 
 def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:

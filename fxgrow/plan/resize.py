@@ -9,7 +9,7 @@ and which one less, the run at the new sizes shows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from fxgrow.channels import Channels
 from fxgrow.groups import ChannelGroup, group_of_channel
+from fxgrow.plan.norms import new_norm_groups
 from fxgrow.plan.schema import Grouped, Refusal
 from fxgrow.plan.widths import nearest_widths
 
@@ -31,12 +32,14 @@ class Sizes:
             changes, by its weight.
         widths: new width of each group that grows, by name.
         refused: groups that cannot have the width that was asked for.
+        norm_groups: new number of groups of every group norm that gets new ones, by its weight.
     """
 
     shapes: dict[str, tuple[int, ...]]
     convolution_groups: dict[str, int]
     widths: dict[str, int]
     refused: tuple[Refusal, ...]
+    norm_groups: dict[str, int] = field(default_factory=dict)
 
 
 def new_sizes(
@@ -45,6 +48,8 @@ def new_sizes(
     widths: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     grouped: Grouped,
+    *,
+    copying: bool = False,
 ) -> Sizes:
     """Return the sizes that follow from new widths; what is impossible is refused and left out.
 
@@ -54,14 +59,19 @@ def new_sizes(
         widths: wanted width by group name.
         shapes: present shape by tensor name.
         grouped: whether a grouped convolution grows inside each group or by whole groups.
+        copying: whether group norms keep their numbers of groups where whole copies fit.
     """
     wanted = dict(widths)
     refused: dict[str, str] = {}
     while True:
         sizes, problems = _attempt(channels, groups, wanted, shapes, grouped)
+        norms, misfits = new_norm_groups(
+            channels, groups, wanted, sizes[0], grouped, copying=copying
+        )
+        problems = misfits | problems
         if not problems:
             found = tuple(Refusal(name, reason) for name, reason in refused.items())
-            return Sizes(sizes[0], sizes[1], wanted, found)
+            return Sizes(sizes[0], sizes[1], wanted, found, norms)
         for name, reason in problems.items():
             refused[name] = reason
             del wanted[name]

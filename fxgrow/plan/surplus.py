@@ -54,10 +54,13 @@ def follow_surplus(analysis: Analysis, group: ChannelGroup) -> SurplusFlow:
     """
     mine = set(group.channels.tolist())
     places = [
-        place
-        for members, place in analysis.channels.mixers
-        if not mine.isdisjoint(members.tolist())
+        mixer.place
+        for mixer in analysis.channels.mixers
+        if not mine.isdisjoint(mixer.channels.tolist())
     ]
+    group_norm = next((place for place in places if place.startswith("aten.native_group_norm")), "")
+    if group_norm:
+        raise PlanError(f"{group_norm} is no LayerNorm or RMSNorm")
     layer_norms = any(place.startswith("aten.native_layer_norm") for place in places)
     flow = SurplusFlow(analysis, group, "mean" if layer_norms else "zero")
     flow.run()

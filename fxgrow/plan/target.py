@@ -16,6 +16,7 @@ from fxgrow.plan.eta import settle
 from fxgrow.plan.feasible import Attempts, Feasible
 from fxgrow.plan.match import match
 from fxgrow.plan.mixers import mixed_groups
+from fxgrow.plan.norms import with_new_groups
 from fxgrow.plan.rerun import Resized
 from fxgrow.plan.resize import Sizes
 
@@ -64,7 +65,8 @@ def towards(
                     f"cannot grow: {group.reason}.",
                     name=group.name,
                 )
-    mixed = mixed_groups(analysis, widths, attempts.surplus)
+    extended = with_new_groups(analysis.channels, new)
+    mixed = mixed_groups(analysis, widths, attempts.surplus, extended)
     eta, unsettled = settle(
         analysis.tape, mixed.surplus, attempts.with_eps, scale_writers=attempts.scale_writers
     )

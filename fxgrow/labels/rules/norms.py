@@ -79,7 +79,7 @@ def group_norm(step: Step) -> tuple[Layers, ...]:
             return step.give_up("a group norm without a weight, whose groups cannot be told")
         if named:
             step.space.norm_groups[named] = groups
-        step.space.mix(channels, step.place)
+        step.space.mix(channels, step.place, named)
         step.accompany(weight, channels, "one")
         step.accompany(bias, channels, "zero")
     shape = step.outputs[0].shape
