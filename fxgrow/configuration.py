@@ -124,7 +124,7 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
     Raises:
         SourceError: no fields give these widths; the first tensor in the way is named.
     """
-    if any(step.sizes or step.multipliers for step in plan.steps):
+    if any(step.makes_graphs for step in plan.steps):
         raise _refusal("the grown model's code differs from that of its class", "", plan)
     old: Config = dict(architecture.arguments["config"])  # type: ignore[call-overload]
     search = _Search(architecture.name, _Wanted(grown, plan))

@@ -87,7 +87,8 @@ def deepen(
         model: any module; it is not touched.
         blocks: for each stage, how many blocks there are to be: ``"+2"`` (more), ``"2x"`` or
             ``"6"`` (in all). A stage is a list of modules (``"layer3"``: new ones come at its end)
-            or a module in one (``"layer3.1"``: new ones come after it).
+            or a module in one (``"layer3.1"``: new ones come after it). So is a run of blocks that
+            are attributes of a module, each of which gets what the one before gives.
         example_inputs: as for :func:`fxgrow.widen`.
         method: how a new block becomes the identity. ``r2deeper``: the last two layers of each
             branch are [V; V] and [Z, −Z]. ``zero_last``: the last parameter of each branch is zero.
@@ -105,7 +106,9 @@ def deepen(
         progress: called with the name of each step as it begins.
 
     Returns:
-        The grown network, of the class of ``model``, the plan and the report.
+        The grown network, the plan and the report. The network is of the class of ``model``, but a
+        module whose code calls the blocks of a run by their names becomes a
+        :class:`torch.fx.GraphModule`.
 
     Raises:
         TraceError: the network cannot be followed.

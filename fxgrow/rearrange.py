@@ -1,4 +1,4 @@
-"""Put new modules into lists of modules, and carry names across: no tensor is made here."""
+"""Put new modules into modules, and carry names across: no tensor is made here."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fxgrow.calls import with_calls
 from fxgrow.errors import PlanError
+from fxgrow.graph import with_part
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.surgery import Rearrangement
 from fxgrow.standin import stand_in
 
 
 def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.Module:
-    """Return a view of a model with other modules in some of its lists.
+    """Return a view of a model with other modules in some of its modules.
 
     Args:
         model: the model; not touched. The view shares all that it keeps.
-        rearrangements: an inner list before one that holds it.
+        rearrangements: in any order; none is in a module that another one renames.
 
     Returns:
         The model itself if nothing is rearranged. New modules have tensors on the meta device.
 
     Raises:
-        PlanError: the model has no such list, or no such module in it.
+        PlanError: the model has no such module, or none of such a name in it, or the new ones
+            cannot be called in its graph.
     """
     held = _held(model) if rearrangements else {}
     for edit in rearrangements:
         path = edit.container.split(".") if edit.container else []
-        model = _with_children(model, path, edit, held)
+        old, model = model, _with_children(model, path, edit, held)
+        if edit.caller is not None:
+            part = with_calls(
+                old.get_submodule(edit.caller), model.get_submodule(edit.caller), edit
+            )
+            model = with_part(model, edit.caller, part)  # every module on the path is the view's
     return model
 
 
@@ -49,7 +57,7 @@ def _held(model: nn.Module) -> dict[int, object]:
 def _with_children(
     module: nn.Module, path: Sequence[str], edit: Rearrangement, held: Mapping[int, object]
 ) -> nn.Module:
-    """Return a copy of a module that shares everything but what lies on the path to the list."""
+    """Return a copy of a module that shares all but what lies on the path to the container."""
     missing = next((n for n in [*path[:1]] if n not in module._modules), "") or next(
         (
             child.source
@@ -95,11 +103,13 @@ def new_names(
     found = [(name, name, False) for name in names]
     for edit in rearrangements:
         prefix = f"{edit.container}." if edit.container else ""
+        held = {child.source for child in edit.children}
+        own: list[tuple[str, str, bool]] = []  # tensors of the container itself
         children: dict[str, list[tuple[str, str, bool]]] = {}
         for entry in found:
             if entry[0].startswith(prefix):
                 local = entry[0].removeprefix(prefix).partition(".")[0]
-                children.setdefault(local, []).append(entry)
+                (children.setdefault(local, []) if local in held else own).append(entry)
         moved = [
             (
                 f"{prefix}{child.name}{name.removeprefix(prefix + child.source)}",
@@ -111,7 +121,7 @@ def new_names(
         ]
         first = next((i for i, e in enumerate(found) if e[0].startswith(prefix)), len(found))
         rest = [entry for entry in found if not entry[0].startswith(prefix)]
-        found = [*rest[:first], *moved, *rest[first:]]
+        found = [*rest[:first], *own, *moved, *rest[first:]]
     return found
 
 

@@ -17,7 +17,7 @@ LAYERS = (
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
     "plan.surgery", "plan.schema", "graph", "analysis", "scope", "coupling", "gains",
-    "rearrange", "layout", "apply", "plan", "datadriven",
+    "calls", "rearrange", "layout", "apply", "plan", "datadriven",
     "composition", "expectation", "verification", "measure", "report",
     "uninitialised", "huggingface", "architectures", "recognition", "checkpoint",
     "api", "conversion", "calibration", "deepening", "kernels", "optimizer",

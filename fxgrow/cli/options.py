@@ -83,7 +83,9 @@ Stages = Annotated[
         "--stage",
         metavar="NAME",
         help="A list of blocks, such as layer3: new ones come at its end; or a block, such as "
-        "layer3.1: new ones come after it. Repeatable.",
+        "layer3.1: new ones come after it. Blocks may also be attributes of a module, each of "
+        "which gets what the one before gives (block3, or the module that holds them). "
+        "Repeatable.",
         rich_help_panel=_GROWTH,
     ),
 ]

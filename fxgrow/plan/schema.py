@@ -179,7 +179,7 @@ class Plan:
         fxgrow, schema: versions.
         submodules: where not the whole network was followed: the parts that were, whose inputs
             the above are, one after the other.
-        rearrangements: lists of modules that get new ones.
+        rearrangements: modules that get new ones among those that they hold.
         blocks: every block that is inserted.
         kernels: every layer whose kernel grows.
         after: plans that are carried out first, oldest first; this one is for what they make.
@@ -223,6 +223,12 @@ class Plan:
         """The parts that were followed, or the whole network as the only one."""
         whole = Scope("", self.inputs, self.inputs_inferred, self.tracer)
         return self.submodules or (whole,)
+
+    @property
+    def makes_graphs(self) -> bool:
+        """Whether this plan puts graphs in place of code, without what is carried out before it."""
+        calls = any(edit.caller is not None for edit in self.rearrangements)
+        return bool(self.sizes or self.multipliers or calls)
 
     @property
     def changes(self) -> tuple[GroupPlan | BlockPlan | KernelPlan, ...]:

@@ -1,10 +1,9 @@
-"""Stages: lists of modules that hold blocks of one structure, and how they are numbered."""
+"""Stages: blocks of one structure, one after the other, and how they are numbered."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,12 +20,12 @@ _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)")
 
 @dataclass(frozen=True)
 class Stage:
-    """A list of modules, and the block in it after which new ones are put.
+    """Modules one after the other, and the one after which new ones are put.
 
     Attributes:
         key: what the user called it.
-        container: fully qualified name of the list.
-        names: of all its modules, in order.
+        container: fully qualified name of the module that holds them.
+        names: of all modules in a list; of the blocks of a run, as they follow one another.
         after: place of the block after which new ones come.
         count: how many come.
     """
@@ -38,44 +37,18 @@ class Stage:
     count: int
 
     def child(self, place: int) -> str:
-        """Return the fully qualified name of a module in the list."""
+        """Return the fully qualified name of one of the modules."""
         return child_of(self.container, self.names[place])
 
 
 def child_of(container: str, name: str) -> str:
-    """Return the fully qualified name of a module in a list.
+    """Return the fully qualified name of a module in another.
 
     Example:
         >>> child_of("layer1", "0"), child_of("", "0")
         ('layer1.0', '0')
     """
     return f"{container}.{name}" if container else name
-
-
-def find_stage(model: nn.Module, key: str, blocks: str) -> Stage:
-    """Return the stage that a key names.
-
-    Args:
-        model: the network.
-        key: name of a list of modules, or of one in such a list.
-        blocks: how many there are to be: ``"+2"``, ``"2x"`` or ``"6"``.
-
-    Raises:
-        PlanError: there is no such list or module, or the number cannot be read.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    container, _, local = key.rpartition(".")
-    if isinstance(modules.get(key), LISTS) and len(modules[key]._modules) > 0:
-        container, names = key, tuple(modules[key]._modules)
-        after = len(names) - 1
-    elif local and isinstance(modules.get(container), LISTS) and key in modules:
-        names = tuple(modules[container]._modules)
-        after = names.index(local)
-    else:
-        raise _unknown(model, key, modules)
-    children = [modules[child_of(container, name)] for name in names]
-    alike = [place for place, child in enumerate(children) if type(child) is type(children[after])]
-    return Stage(key, container, names, after, new_blocks(blocks, len(alike), key))
 
 
 def new_blocks(blocks: str, old: int, name: str = "") -> int:
@@ -111,38 +84,6 @@ def new_blocks(blocks: str, old: int, name: str = "") -> int:
             way_out=_FORMS,
         )
     return asked - old
-
-
-def stages(model: nn.Module) -> Iterator[str]:
-    """Yield the names of all lists that hold several modules of one class with weights."""
-    for name, module in model.named_modules():
-        if not isinstance(module, LISTS):
-            continue
-        kinds = [type(child) for child in module._modules.values() if _has_layers(child)]
-        if kinds and all(kind is kinds[0] for kind in kinds):
-            yield name
-
-
-def _has_layers(module: nn.Module | None) -> bool:
-    """Return whether a module holds other modules that have parameters: whether it is a block."""
-    return module is not None and any(
-        any(True for _ in inner.parameters(recurse=False)) for inner in module.children()
-    )
-
-
-def _unknown(model: nn.Module, key: str, modules: Mapping[str, nn.Module]) -> PlanError:
-    """Return the error for a key that names neither a list nor a module in one."""
-    if key in modules:
-        kind = type(modules[key]).__name__
-        message = f"{key} is a {kind}, no list of blocks and no block in one."
-    else:
-        message = f"there is no stage {key!r}."
-    known = list(stages(model))
-    near = difflib.get_close_matches(key, [name for name in modules if name], n=3, cutoff=0.4)
-    hints = [f"Near it: {', '.join(near)}."] if near and key not in modules else []
-    shown = ", ".join(name or "the network itself" for name in known[:8])
-    hints += [f"Stages: {shown}{' and others' if len(known) > 8 else ''}."] if known else []
-    return PlanError(message, name=key, way_out=" ".join(hints))
 
 
 def structure(module: nn.Module) -> tuple[object, ...]:
@@ -262,7 +203,31 @@ def _numbered(name: str, stage: Stage) -> tuple[str, int]:
     return match["stem"], int(match["number"])
 
 
-def rearrangement(stage: Stage, likes: Sequence[int]) -> Rearrangement:
-    """Return the list of a stage with new modules in it; see :func:`inserted`."""
-    children = (Child(name, source, new) for name, source, new in inserted(stage, likes))
-    return Rearrangement(stage.container, tuple(children))
+def rearrangement(stage: Stage, likes: Sequence[int], children: Iterable[str]) -> Rearrangement:
+    """Return the module that holds a stage with new modules in it; see :func:`inserted`.
+
+    Args:
+        stage: where the new ones come.
+        likes: for each new one, the place of the module it is a copy of.
+        children: the names of all modules that the container holds.
+
+    Raises:
+        PlanError: there is no plain name for a new module.
+    """
+    made = [Child(name, source, new) for name, source, new in inserted(stage, likes)]
+    kept = {child.source: child for child in made if not child.new}
+    found = []
+    for name in children:
+        found.append(kept.get(name, Child(name, name)))
+        if name == stage.names[stage.after]:
+            found += [child for child in made if child.new]
+    names = [child.name for child in found]
+    taken = next((name for name in names if names.count(name) > 1), "")
+    if taken:
+        raise PlanError(
+            f"a block after {stage.child(stage.after)} would be called {taken}, as another module "
+            f"of {stage.container or 'the network'} is.",
+            name=stage.key,
+            way_out="Give that module another name.",
+        )
+    return Rearrangement(stage.container, tuple(found))

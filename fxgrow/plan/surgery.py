@@ -106,7 +106,7 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class Child:
-    """A module in a list of modules.
+    """A module that another one holds.
 
     Attributes:
         name: its name there, after the surgery.
@@ -121,16 +121,19 @@ class Child:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """Other modules in a list of modules: new ones among the old, which may change their names.
+    """Other modules in a module: new ones among the old, which may change their names.
 
     Attributes:
-        container: fully qualified name of the list (``nn.Sequential``, ``nn.ModuleList``,
-            ``nn.ModuleDict``).
-        children: all its modules, in order.
+        container: fully qualified name of the module that holds them (an ``nn.Sequential``, or any
+            other).
+        children: all its modules, in order. What a new one gets is what the one before it gives.
+        caller: the module in whose fx graph each new one is called after the one before it; it
+            becomes a GraphModule. None where the code calls whatever the container holds.
     """
 
     container: str
     children: tuple[Child, ...]
+    caller: str | None = None
 
 
 @dataclass(frozen=True)
