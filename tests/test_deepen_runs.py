@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,8 @@ def test_blocks_after_a_new_one_in_the_middle_are_renumbered():
     for before, after in (("block1", "block1"), ("block2", "block3"), ("block3", "block4")):
         assert torch.equal(new[f"{after}.conv1.weight"], old[f"{before}.conv1.weight"])
     assert [block.name for block in grown.plan.blocks] == ["block2"]
+    calls = [node for node in grown.model.graph.nodes if node.op == "call_module"]
+    assert all(node.name == node.target for node in calls)
 
 
 def test_the_module_that_holds_a_run_can_be_named():
@@ -260,6 +263,7 @@ def test_a_plan_is_data_and_serves_a_state_dict():
     again = fxgrow.Plan.from_json(plan.to_json())
     assert again == plan
     assert again.rearrangements[0].caller == ""
+    assert again.makes_graphs
     grown = again.apply(net)
     assert max_rel(net(X), grown(X)) <= 1e-10
     weights = apply_to_state_dict(again, net.state_dict())
@@ -341,6 +345,33 @@ def test_the_command_writes_a_file_that_loads(tmp_path):
     assert torch.equal(state["exp_avg"], saved[place]["exp_avg"])
 
 
+def test_a_number_of_blocks_that_the_code_states_does_not_go_into_a_graph():
+    net = seeded(Named)
+    net.config, net.num_blocks = SimpleNamespace(num_blocks=3), 3
+    grown = deepened(net, {"block3": "+1"})
+    assert_kept(net, grown)
+    assert not grown.plan.modules
+
+
+def test_stages_of_one_structure_are_a_run_themselves():
+    class Isotropic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s1, self.s2 = Stage(2), Stage(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.s2(self.s1(x))
+
+    net = seeded(Isotropic)
+    grown = deepened(net, {"s2": "+1"})
+    assert_kept(net, grown)
+    assert [(block.name, block.like) for block in grown.plan.blocks] == [("s3", "s2")]
+    grown = fxgrow.deepen(net, {"s1.b1": "+1", "s2.b2": "+1"}, X)
+    assert_kept(net, grown)
+    with pytest.raises(fxgrow.PlanError, match="or in one another"):
+        plan_deepening(net, {"s2": "+1", "s1.b1": "+1"}, X)
+
+
 # ── what is no run, or cannot be called ────────────────────────────────────────────────────────
 
 
@@ -416,6 +447,37 @@ def test_code_that_no_graph_can_stand_for_is_refused():
         assert "nn.ModuleList that the code iterates over" in caught.value.way_out
 
 
+def test_blocks_side_by_side_are_refused():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(PlainBlock(4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                y = block(x)
+            return y
+
+    with pytest.raises(fxgrow.PlanError, match=r"does not call blocks\.1 on what blocks\.0 gives"):
+        plan_deepening(seeded(Last), {"blocks.0": "+1"}, X)
+
+
+def test_a_list_that_code_counts_is_refused():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(PlainBlock(4), PlainBlock(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in self.blocks:
+                x = F.relu(x)
+            return self.blocks(x)
+
+    with pytest.raises(fxgrow.PlanError, match="the rest of the network computes") as caught:
+        plan_deepening(seeded(Counting), {"blocks": "+1"}, X)
+    assert caught.value.message.endswith("or by their number.")
+
+
 class Late(nn.Module):
     """Blocks of which the second needs what is computed from what the first gives."""
 
@@ -480,12 +542,12 @@ def test_several_runs_in_one_module_are_told_apart():
     assert_kept(net, deepened(once.model, {"0.b1": "+1"}))
 
 
-def test_a_list_beside_a_run_stays_a_list():
+def test_what_calls_its_children_keeps_its_class_beside_a_graph():
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.block1, self.block2 = PlainBlock(4), PlainBlock(4)
-            self.tail = nn.Sequential(PlainBlock(4), PlainBlock(4))
+            self.tail = Stage(2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.tail(self.block2(self.block1(x)))
@@ -495,4 +557,5 @@ def test_a_list_beside_a_run_stays_a_list():
         grown = deepened(net, blocks)
         assert_kept(net, grown)
         assert {e.container: e.caller for e in grown.plan.rearrangements} == {"": "", "tail": None}
-        assert (len(grown.model.tail), hasattr(grown.model, "block3")) == (4, True)
+        assert type(grown.model.tail) is Stage
+        assert children(grown.model) == ["block1", "block2", "block3", "tail"]

@@ -14,7 +14,7 @@ from itertools import pairwise
 from torch import nn
 
 from fxgrow.errors import PlanError
-from fxgrow.plan.passing import Recording, any_inside, record
+from fxgrow.plan.passing import Recording, record
 from fxgrow.plan.stages import LISTS, Stage, child_of, new_blocks, structure
 from fxgrow.trace import Traced
 
@@ -179,21 +179,19 @@ def stages(model: nn.Module, before: Recording) -> Iterator[str]:
         model: the network.
         before: a run of the network in which all modules were watched.
     """
-    blocks: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, LISTS):
             kinds = [type(child) for child in module._modules.values() if _has_layers(child)]
             if kinds and all(kind is kinds[0] for kind in kinds):
                 yield name
-        elif not any_inside(name, blocks):
-            runs = [
-                chain
-                for chain in chains(model, name, before)
-                if _has_layers(module._modules[chain[0]]) and _are_alike(model, name, chain)
-            ]
-            for chain in runs:
-                blocks += [child_of(name, block) for block in chain]
-                yield name if name and len(runs) == 1 else child_of(name, chain[-1])
+            continue
+        runs = [
+            chain
+            for chain in chains(model, name, before)
+            if _has_layers(module._modules[chain[0]]) and _are_alike(model, name, chain)
+        ]
+        for chain in runs:
+            yield name if name and len(runs) == 1 else child_of(name, chain[-1])
 
 
 def _has_layers(module: nn.Module | None) -> bool:
