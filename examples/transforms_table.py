@@ -2,7 +2,8 @@
 
 The rows are methods, the columns those of Table 1 of R2R and some more. Every cell is the result
 of growing a small network in float64 and looking at what came out; nothing is taken from a paper.
-Ways of widening are tried on a chain of linear layers, ways of deepening on residual blocks.
+Ways of widening are tried on a chain of linear layers, ways of deepening on residual blocks, or, if
+they are for plain chains, on that chain without modules around its layers.
 To add a row, register a function that grows a network:
 
     @method("mine")
@@ -52,14 +53,25 @@ class Block(nn.Module):
         y = self.last_norm(self.second(y))
         return x + y if self.residual else self.activation(y)
 
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Return what it runs one after the other, if it is no residual block."""
+        first = (self.first, self.norm, self.activation, self.dropout)
+        return (*first, self.second, self.last_norm, copy.deepcopy(self.activation))
+
 
 def network(
-    activation: str, *, norm: bool = False, dropout: float = 0.0, residual: bool = False
+    activation: str,
+    *,
+    norm: bool = False,
+    dropout: float = 0.0,
+    residual: bool = False,
+    flat: bool = False,
 ) -> nn.Module:
-    """Return a stem, a stage of two blocks and a head, in float64, the same at each call."""
+    """Return a stem, a stage of two blocks (or of their layers) and a head, always the same."""
     torch.manual_seed(0)
-    made = ACTIVATIONS[activation]()
-    stage = nn.Sequential(*(Block(made, norm, dropout, residual) for _ in range(2)))
+    blocks = [Block(ACTIVATIONS[activation](), norm, dropout, residual) for _ in range(2)]
+    layers = [layer for block in blocks for layer in block.layers()]
+    stage = nn.Sequential(*(layers if flat else blocks))
     model = nn.Sequential()
     model.add_module("stem", nn.Linear(3, WIDTH))
     model.add_module("stage", stage)
@@ -80,12 +92,14 @@ class Method:
         grow: takes a network, inputs, an amount (optional) and further options of fxgrow.
         widens: whether it adds channels, so that their number may be odd.
         residual: whether it is measured on residual blocks; the default is a plain chain.
+        flat: whether the layers of the chain are the modules of one nn.Sequential.
         noisy: whether it takes ``split_noise``.
     """
 
     grow: Callable[..., Grown]
     widens: bool = True
     residual: bool = False
+    flat: bool = False
     noisy: bool = False
 
     def on(self, model: nn.Module, *amount: str, **options: object) -> Grown | None:
@@ -109,12 +123,16 @@ class Method:
 
     def subject(self, **options: float) -> nn.Module:
         """Return a network that it can grow."""
-        return network(self.activation, residual=self.residual, **options)  # type: ignore[arg-type]
+        return _network(self, self.activation, **options)
+
+
+def _network(way: Method, activation: str, **options: float) -> nn.Module:
+    return network(activation, residual=way.residual, flat=way.flat, **options)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _plainly(way: Method, activation: str) -> tuple[nn.Module, Grown | None]:
-    model = network(activation, residual=way.residual)
+    model = _network(way, activation)
     return model, way.on(model)
 
 
@@ -147,14 +165,15 @@ _widening("`replicate_random`", pairing="replicate_random", noisy=True)
 _widening("`random`", preset="random")
 
 
-def _deepening(name: str) -> None:
-    @method(f"`{name}`", widens=False, residual=True)
+def _deepening(name: str, **subject: bool) -> None:
+    @method(f"`{name}`", widens=False, **subject)
     def deepen(model: nn.Module, inputs: Tensor, amount: str = "+1", **options: object) -> Grown:
         return fxgrow.deepen(model, {"stage": amount}, inputs, method=name, **options)  # type: ignore[arg-type]
 
 
-_deepening("r2deeper")
-_deepening("zero_last")
+_deepening("r2deeper", residual=True)
+_deepening("zero_last", residual=True)
+_deepening("net2deeper", flat=True)
 
 
 def difference(before: nn.Module, after: nn.Module, *, train: bool = False) -> float:
@@ -188,8 +207,9 @@ def function_kept(way: Method) -> dict[str, str]:
     normed, dropping = way.subject(norm=True), way.subject(dropout=0.5)
     wider_normed, wider = way.on(normed), way.on(dropping)
     for part in (dropping, wider.model if wider else None):
-        for block in part.get_submodule("stage").children() if part else ():
-            block.dropout = SharedMask()
+        for name, module in [*part.named_modules()] if part else ():
+            if isinstance(module, nn.Dropout):
+                part.set_submodule(name, SharedMask())
     return {
         "eval": kept(*way.plainly()),
         "eval, BatchNorm": kept(normed, wider_normed),
@@ -292,7 +312,7 @@ def parting(way: Method, **options: object) -> str:
 
 
 def residual_connections(way: Method) -> str:
-    """Return whether residual streams are kept, and grow where the method widens."""
+    """Return whether a network of residual blocks is kept, whose streams grow if it widens."""
     model = network(way.activation, residual=True)
     stream = {"where": "stream", "include": ["stem"]} if way.widens else {}
     return kept(model, way.on(model, **stream))
