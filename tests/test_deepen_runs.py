@@ -422,6 +422,18 @@ def test_what_uses_a_block_twice_uses_the_new_one_twice():
     assert len(next(n for n in grown.model.graph.nodes if n.target == "block2").users) == 2
 
 
+def test_what_a_graph_says_before_it_fails_is_not_shown(capfd):
+    class Collecting(Named):
+        def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+            seen = [] if seen is None else seen  # a tracer takes it for given
+            seen.append(x)
+            return super().forward(x)
+
+    with pytest.raises(fxgrow.PlanError, match=r"a graph: the network does not run with blocks"):
+        plan_deepening(seeded(Collecting), {"block3": "+1"}, X)
+    assert capfd.readouterr().err == ""
+
+
 def test_code_that_no_graph_can_stand_for_is_refused():
     class Branching(Named):
         def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Nothing is known here of what the blocks hold: the network runs with them on met
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -187,7 +189,8 @@ class Insertion:
             PlanError: the network does not run with the new blocks.
         """
         try:
-            return record(deeper, self.watched)
+            with contextlib.redirect_stderr(io.StringIO()):  # a GraphModule prints what fails in it
+                return record(deeper, self.watched)
         except Exception as error:  # a user's forward may raise anything
             raise PlanError(
                 f"the network does not run with blocks inserted into "

@@ -14,7 +14,7 @@ from itertools import pairwise
 from torch import nn
 
 from fxgrow.errors import PlanError
-from fxgrow.plan.passing import Recording, record
+from fxgrow.plan.passing import Recording, is_inside, record
 from fxgrow.plan.stages import LISTS, Stage, child_of, new_blocks, structure
 from fxgrow.trace import Traced
 
@@ -86,12 +86,12 @@ def _find_run(traced: Traced, key: str, before: Recording) -> tuple[str, Chain, 
     def repeats(name: str) -> bool:
         passage = before.passages[name][0]
         same = passage.inputs[0].shape == passage.outputs[0].shape
-        return same and _has_layers(model.get_submodule(name))
+        return same and any(True for _ in model.get_submodule(name).children())
 
     for chain in beside:
-        if _are_alike(model, container, chain):
+        if _alike(model, container, chain):
             return container, chain, chain.index(local)
-    found = [chain for chain in inside if _are_alike(model, key, chain)]
+    found = [chain for chain in inside if _alike(model, key, chain)]
     if not found and beside and repeats(key):
         return container, beside[0], beside[0].index(local)
     found = found or [chain for chain in inside if repeats(child_of(key, chain[-1]))]
@@ -143,10 +143,11 @@ def _with_parameters(model: nn.Module, container: str) -> dict[str, nn.Module]:
     return {n: m for n, m in children if m is not None and any(True for _ in m.parameters())}
 
 
-def _are_alike(model: nn.Module, container: str, chain: Chain) -> bool:
-    """Return whether some modules of a chain have one structure."""
-    found = {structure(model.get_submodule(child_of(container, name))) for name in chain}
-    return len(found) < len(chain)
+def _alike(model: nn.Module, container: str, chain: Chain) -> list[str]:
+    """Return those modules of a chain that have the structure of another one in it."""
+    found = {name: structure(model.get_submodule(child_of(container, name))) for name in chain}
+    counts = Counter(found.values())
+    return [name for name in chain if counts[found[name]] > 1]
 
 
 def _obstacle(model: nn.Module, key: str, before: Recording) -> str:
@@ -156,7 +157,7 @@ def _obstacle(model: nn.Module, key: str, before: Recording) -> str:
         (child_of(owner, a), child_of(owner, b))
         for owner in (container, key)
         for a, b in pairwise(_with_parameters(model, owner))
-        if (owner == key or local in (a, b)) and _are_alike(model, owner, (a, b))
+        if (owner == key or local in (a, b)) and _alike(model, owner, (a, b))
     ]
     if not pairs:
         return (
@@ -173,12 +174,17 @@ def _obstacle(model: nn.Module, key: str, before: Recording) -> str:
 
 
 def stages(model: nn.Module, before: Recording) -> Iterator[str]:
-    """Yield the names of all lists of modules of one class with weights, and of all runs.
+    """Yield the names of all lists of modules of one class with weights, and of residual runs.
 
     Args:
         model: the network.
         before: a run of the network in which all modules were watched.
     """
+    sums = {
+        op.module
+        for op in before.tape.operations
+        if op.name == "add" and not any(value.is_weight for value in op.inputs)
+    }
     for name, module in model.named_modules():
         if isinstance(module, LISTS):
             kinds = [type(child) for child in module._modules.values() if _has_layers(child)]
@@ -186,12 +192,12 @@ def stages(model: nn.Module, before: Recording) -> Iterator[str]:
                 yield name
             continue
         runs = [
-            chain
-            for chain in chains(model, name, before)
-            if _has_layers(module._modules[chain[0]]) and _are_alike(model, name, chain)
+            alike for chain in chains(model, name, before) if (alike := _alike(model, name, chain))
         ]
-        for chain in runs:
-            yield name if name and len(runs) == 1 else child_of(name, chain[-1])
+        for alike in runs:
+            last = child_of(name, alike[-1])
+            if any(is_inside(place, last) for place in sums):
+                yield name if name and len(runs) == 1 else last
 
 
 def _has_layers(module: nn.Module | None) -> bool:
