@@ -124,8 +124,9 @@ def apply_to_module(
             :func:`grow_tensor`.
 
     Returns:
-        A module of the same class, or a :class:`torch.fx.GraphModule` where the plan inserts
-        multipliers. Flags, hooks, ties, dtypes and devices are those of ``model``.
+        A module of the same class, or a :class:`torch.fx.GraphModule` where the plan changes what
+        code says (see :attr:`Plan.makes_graphs`). Flags, hooks, ties, dtypes and devices are those
+        of ``model``.
 
     Raises:
         PlanError: the plan is for another network.

@@ -10,6 +10,7 @@ import difflib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import pairwise
+from typing import TypeAlias
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from fxgrow.plan.passing import Recording, is_inside, record
 from fxgrow.plan.stages import LISTS, Stage, child_of, new_blocks, structure
 from fxgrow.trace import Traced
 
-Chain = tuple[str, ...]  # names in their container, each of which follows the one before
+Chain: TypeAlias = tuple[str, ...]  # names in their container, each of which follows the one before
 
 
 def around(model: nn.Module, keys: Collection[str]) -> list[str]:
@@ -85,7 +86,8 @@ def _find_run(traced: Traced, key: str, before: Recording) -> tuple[str, Chain, 
 
     def repeats(name: str) -> bool:
         passage = before.passages[name][0]
-        same = passage.inputs[0].shape == passage.outputs[0].shape
+        taken, given = passage.inputs[:1], passage.outputs[:1]
+        same = [value.shape for value in taken] == [value.shape for value in given]
         return same and any(True for _ in model.get_submodule(name).children())
 
     for chain in beside:
