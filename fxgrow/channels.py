@@ -167,7 +167,8 @@ def resolve(space: LabelSpace) -> Channels:
     kept = [
         (axis, space.roles.get(index, "carrier"), space.fills.get(index, "copy"))
         for index, axis in enumerate(space.axes)
-        if index in space.roles or bool(joined[axis.start : axis.start + axis.size].any())
+        if axis.tensor
+        and (index in space.roles or bool(joined[axis.start : axis.start + axis.size].any()))
     ]
     sizes = [axis.size for axis, _, _ in kept]
     start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -300,12 +300,13 @@ class _Search:
 
     def _chain(self, graph: nx.Graph, path: list[int], end: str) -> Chain:
         labels = [label for label in path if label > 0]
+        owned = [_has_station(self._channels, label) for label in labels]
         places = [
             graph.edges[pair]["place"] if graph.has_edge(*pair) else ONE_PARAMETER
             for pair in itertools.pairwise(labels)
         ]
-        stations = (_station(self._channels, label) for label in labels)
-        return Chain(tuple(stations), tuple(places), end)
+        stations = (_station(self._channels, label) for label in itertools.compress(labels, owned))
+        return Chain(tuple(stations), tuple(itertools.compress(places, owned[1:])), end)
 
 
 def union_graph(channels: Channels, wanted: IntArray) -> nx.Graph:
@@ -333,6 +334,11 @@ def union_graph(channels: Channels, wanted: IntArray) -> nx.Graph:
 def _labels_of(channels: Channels, axis: int) -> IntArray:
     found = channels.axes[axis]
     return np.arange(found.start, found.start + found.size, dtype=np.int64)
+
+
+def _has_station(channels: Channels, label: int) -> bool:
+    """Return whether a label is of a parameter's axis, and not of a place in activations."""
+    return any(axis.start <= label < axis.start + axis.size for axis in channels.axes)
 
 
 def _station(channels: Channels, label: int) -> Station:

@@ -197,7 +197,7 @@ class Traced:
         """Return whether some parameter with an axis to label took no part in the run."""
         tensors = named_tensors(self.standin)
         own = named_tensors(self.target) if self.module else tensors
-        used = {id(tensors[axis.tensor]) for axis in space.axes}
+        used = {id(tensors[axis.tensor]) for axis in space.axes if axis.tensor}
         return any(
             id(tensor) not in used and isinstance(tensor, nn.Parameter) and max(tensor.shape) > 1
             for tensor in own.values()
@@ -212,7 +212,7 @@ class Traced:
         inside = f"{self.module}."
         outside = {id(t): name for name, t in tensors.items() if not name.startswith(inside)}
         for axis in space.axes:
-            other = outside.get(id(tensors[axis.tensor]))
+            other = outside.get(id(tensors[axis.tensor])) if axis.tensor else None
             if other is not None:
                 labels = torch.arange(axis.start, axis.start + axis.size)
                 space.pin(labels, f"{other} is the same tensor, outside of {self.module}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Axis:
     """A parameter or buffer axis with a label for each position.
 
     Attributes:
-        tensor: fully qualified name of the parameter or buffer.
+        tensor: fully qualified name of the parameter or buffer; "" for places in activations.
         dim: the dim of that tensor.
         groups: for a grouped convolution, the axis is read as (groups, size // groups); the input
             axis of its weight then has ``groups * weight.shape[1]`` positions.
@@ -71,6 +72,7 @@ class LabelSpace:
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
+    _passing: list[range] = field(default_factory=list)  # labels of places in activations
     _numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
     def reserve(self, count: int) -> None:
@@ -91,6 +93,26 @@ class LabelSpace:
         if found.start + size > self._numbers.numel():
             self.reserve(self._next)
         return self._numbers[found.start : found.start + size]
+
+    def places(self, labels: Tensor, pieces: Sequence[int]) -> Tensor:
+        """Return labels of their own for places that hold some channels several times.
+
+        Whoever reads the places has a row for each, and so the rows of one channel are told apart
+        by the piece that they come from.
+
+        Args:
+            labels: shape ``(places,)``; 0 where there is no channel.
+            pieces: how many places each piece has, in order.
+        """
+        start = self._next
+        own = self.axis("", start, labels.numel())
+        own = torch.where(labels == 0, 0, own)
+        self.unify(labels, own)
+        self._passing.append(range(start, self._next))  # from here on, what meets them is theirs
+        ends = list(itertools.accumulate(pieces, initial=0))
+        for piece, (first, last) in enumerate(itertools.pairwise(ends)):
+            self.note(f"piece {piece}", own[first:last])
+        return own
 
     def _run(self, labels: Tensor) -> tuple[int, int] | None:
         """Return first label and number of what is a run of successive labels, as an axis is.
@@ -146,7 +168,10 @@ class LabelSpace:
                 return
             first, second = first[different], second[different]
         self.unions.append((first, second, self.place))
-        if company:
+        at_places = any(int(x[0]) in own for own in self._passing for x in (first, second))
+        if at_places:  # what has an entry for each place tells them apart from here on
+            self._passing += [range(run[0], sum(run)) for run in runs if run]
+        if company or at_places:
             self.company.append(self.unions[-1])
 
     def pin(self, labels: Tensor, reason: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
+from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
 from fxgrow.labels.rules.step import Step, rule
 
 
@@ -34,8 +35,14 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
         sizes = [
             max(piece.shape[d] for piece in pieces) if d != dim else -1 for d in range(len(shape))
         ]
-        joined = torch.cat([piece.expand(sizes) for piece in pieces], dim)
-        out.append(compact(joined.expand(shape)))
+        joined = compact(torch.cat([piece.expand(sizes) for piece in pieces], dim).expand(shape))
+        if support(joined) == {dim}:
+            line = core(joined, (dim,)).reshape(-1)
+            known = line[line > 0]
+            if len(np.unique(known.numpy())) < len(known):
+                own = step.space.places(line, [tensor.shape[dim] for tensor in tensors])
+                joined = along(own, dim, shape)
+        out.append(joined)
     return (tuple(out),)
 
 
