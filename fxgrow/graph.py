@@ -78,8 +78,8 @@ def _as_graph(
     return graph_module(model, graph)
 
 
-def operand_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> fx.Node | None:
-    """Return the input of ``consumer`` that carries what ``producer`` computed, or None.
+def operands_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> list[fx.Node]:
+    """Return the inputs of ``consumer`` that carry what ``producer`` computed.
 
     Args:
         producer: a node.
@@ -87,13 +87,14 @@ def operand_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> fx.N
         active: names of the nodes that compute something; between the two may lie others, which
             pass on what they get (dropout in eval mode).
     """
+    found = []
     for operand in consumer.all_input_nodes:
         node = operand
         while node.name not in active and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         if node is producer:
-            return operand
-    return None
+            found.append(operand)
+    return found
 
 
 def open_graph(model: nn.Module) -> fx.Graph:

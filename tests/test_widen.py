@@ -232,6 +232,35 @@ def test_compensation_restores_the_function_and_keeps_the_weights(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+class Thrice(nn.Module):
+    """The same channels three times side by side, once behind a norm that takes the gain up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.parts = nn.ModuleList([nn.BatchNorm2d(4), nn.Identity(), nn.Identity()])
+        self.last = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x))
+        x = torch.cat([part(x) for part in self.parts], 1)
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_gain_that_reaches_a_concatenation_twice_is_taken_twice(compensate: bool) -> None:
+    torch.manual_seed(0)
+    grown = fxgrow.widen(
+        Thrice().double(),
+        "2x",
+        torch.randn(2, 3, 8, 8, dtype=torch.float64),
+        rescaling="default_vt",
+        compensate=compensate,
+    )
+    verdict = "preserved" if compensate else "as predicted"
+    assert grown.report.verification.verdict == verdict
+
+
 def test_gain_before_a_function_that_is_not_homogeneous_is_announced() -> None:
     model = PlainResNet(activation=nn.functional.gelu).double()
     grown = fxgrow.widen(model, "2x", rescaling="vt_constraint_new_shape")

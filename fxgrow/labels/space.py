@@ -228,7 +228,7 @@ class LabelSpace:
             both = (whole != 0) & (part != 0)
             self.unions.append((whole[both], part[both], place))
         self.shared = [item for item in self.shared if _fills(roots[item[0]], item[2])]
-        return components(self._next, self.unions) if settled else roots
+        return components(self._next, self.unions[-len(settled) :], roots) if settled else roots
 
     def pinned(self, roots: IntArray) -> tuple[tuple[IntArray, str], ...]:
         """Return the labels that cannot change with the reasons, in the order of their weight."""
@@ -246,13 +246,15 @@ class LabelSpace:
                 yield ids[ids > 0], reason
 
 
-def components(count: int, unions: Sequence[Union]) -> IntArray:
+def components(count: int, unions: Sequence[Union], known: IntArray | None = None) -> IntArray:
     """Return, for each of ``count`` labels, the smallest that some unions join it with.
+
+    What other unions gave is ``known``, if they are to count too.
 
     Connected components by hooking and pointer jumping: a logarithmic number of passes over the
     unions, none of them a Python loop over channels.
     """
-    parent = np.arange(count, dtype=np.int64)
+    parent = np.arange(count, dtype=np.int64) if known is None else known.copy()
     if not unions:
         return parent
     left = np.concatenate([a for a, _, _ in unions]).astype(np.int64)

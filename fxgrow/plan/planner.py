@@ -12,7 +12,7 @@ from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
 from fxgrow.errors import PlanError
 from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
-from fxgrow.graph import operand_from
+from fxgrow.graph import operands_from
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS, cancels, drawing, seeded
@@ -356,11 +356,12 @@ def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
                 "inside a part of the network without a graph.",
                 way_out="Use --rescaling none.",
             )
-        end = operand_from(nodes[producer], nodes[consumer], set(names))
-        if end is None:
+        ends = operands_from(nodes[producer], nodes[consumer], set(names))
+        if not ends:
             raise PlanError(f"the graph has no edge from {producer} to {consumer}.", name=producer)
         module = analysis.traced.module
-        found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
+        for end in ends:
+            found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
     return tuple(found.values())
 
 

@@ -71,7 +71,7 @@ class Step:
         if support(layer) <= kept:
             return core(layer, kept)
         found = narrowed(layer, kept)
-        whole = core(layer, support(layer) | kept)
+        whole = core(layer, support(layer))
         self.space.unify(found.expand_as(whole), whole)
         return found
 
