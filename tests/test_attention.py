@@ -166,3 +166,31 @@ def test_a_norm_of_vectors_that_are_no_heads_grows_with_them() -> None:
     grown = fxgrow.widen(net, "2x", x)
     assert max_rel(net(x), grown.model(x)) < 1e-12
     assert grown.model.get_parameter("norm.weight").shape == (12,)
+
+
+class GatedHeads(nn.Module):
+    """As many heads as the gate behind them has channels, which could be taken for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.into, self.qkv, self.out = nn.Linear(4, 6), nn.Linear(6, 18), nn.Linear(6, 6)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        shape = (n, length, 3, self.heads, -1)
+        q, k, v = self.qkv(self.into(x)).view(shape).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        value, gate = self.out(mixed).chunk(2, -1)
+        return self.last(value * torch.sigmoid(gate))  # type: ignore[no-any-return]
+
+
+def test_a_number_of_heads_stays_where_only_a_gate_as_wide_grows() -> None:
+    torch.manual_seed(0)
+    net, x = GatedHeads().double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, {"out": "2x"}, x)
+    assert [group.name for group in grown.plan.groups] == ["out"]
+    assert (grown.model.heads, grown.model.out.out_features) == (3, 12)
+    both = fxgrow.widen(net, "2x", x)
+    assert (both.model.heads, both.model.qkv.out_features) == (6, 36)

@@ -69,8 +69,27 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
     found = _found(analysis, sizes, follow)
     if found.sizes:  # they were found with the attributes as they are
         return found
-    more = head_edits(standin, analysis.groups, sizes.widths, found.modules)
+    more = tuple(head_edits(standin, analysis.groups, sizes.widths, found.modules))
+    if more and not _is_unread(analysis, sizes, found, more):
+        more = tuple(edit for edit in more if _is_unread(analysis, sizes, found, (edit,)))
     return replace(found, modules=(*found.modules, *more))
+
+
+def _is_unread(
+    analysis: Analysis, sizes: Sizes, found: Resized, more: tuple[ModuleEdit, ...]
+) -> bool:
+    """Return whether the network computes the same with some more attributes changed."""
+    try:
+        again = _run(analysis.traced, sizes, (*found.modules, *more))
+    except TraceError:
+        return False
+    return _computed(again) == _computed(found)
+
+
+def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Return the shapes of all that a run computed, and what it did with which numbers."""
+    values = (value for op in run.tape.operations for value in op.outputs)
+    return [value.shape for value in values], [deed for deed, _ in run.channels.noted]
 
 
 def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
