@@ -170,7 +170,8 @@ class LabelSpace:
         self.unions.append((first, second, self.place))
         at_places = any(int(x[0]) in own for own in self._passing for x in (first, second))
         if at_places:  # what has an entry for each place tells them apart from here on
-            self._passing += [range(run[0], sum(run)) for run in runs if run]
+            in_order = (x for x in (first, second) if (np.diff(x) == 1).all())
+            self._passing += [range(int(x[0]), int(x[-1]) + 1) for x in in_order]
         if company or at_places:
             self.company.append(self.unions[-1])
 
