@@ -140,3 +140,12 @@ def test_a_wider_shuffler_computes_the_same(train: bool) -> None:
 def test_a_network_that_computes_with_other_tensors_is_refused() -> None:
     with pytest.raises(PlanError, match="other tensors"):
         match(two_readers(4, [0]), resolve(LabelSpace()), v_zero, np.zeros(0, dtype=np.int64))
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_new_groups_behind_shuffles_that_order_each_group_anew_are_refused(groups: int) -> None:
+    shuffles = (nn.ChannelShuffle(groups), nn.ChannelShuffle(groups))
+    grouped = nn.Conv2d(6, 4, 1, groups=2)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), *shuffles, grouped, nn.Conv2d(4, 2, 1))
+    with pytest.raises(PlanError):
+        widen(net, "2x", torch.randn(2, 3, 5, 5), grouped="count")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels import Channels
+from fxgrow.errors import PlanError
 from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Layout, Pairing
 from fxgrow.plan.bundles import Bundles
@@ -76,6 +77,32 @@ class Laid:
         self.sign[members] = np.asarray(layout.column_signs)[:, None]
         self.surplus[members] |= layout.silent
         self.drawn += int(draws.max()) + 1
+
+
+def check_order(old: Channels, new: Channels, grown: Sequence[int], continued: IntArray) -> None:
+    """Return if old groups of convolutions that get new ones find their channels in their order.
+
+    Their columns stay where they are; a shuffle before them may ask for something else.
+
+    Args:
+        old: the channels at the old sizes.
+        new: those at the new ones.
+        grown: the new axes of grouped convolutions that get new groups.
+        continued: the old channel that each new one continues, or -1.
+
+    Raises:
+        PlanError: they do not.
+    """
+    places = {(axis.tensor, axis.dim): place for place, axis in enumerate(old.axes)}
+    for axis in (new.axes[place] for place in grown if new.axes[place].groups > 1):
+        count = old.convolution_groups[axis.tensor]
+        before = old.of_axis(places[axis.tensor, axis.dim]).reshape(count, -1)
+        now = continued[new.of_axis(new.axes.index(axis))].reshape(axis.groups, -1)[:count]
+        if not np.array_equal(before, now):
+            raise PlanError(
+                f"at this width, the groups of {axis.tensor} would not find what they read in the "
+                "order of their columns."
+            )
 
 
 def apart(channels: Channels, grown: Sequence[int], continued: IntArray, laid: Laid) -> None:

@@ -27,7 +27,7 @@ from fxgrow.labels.space import IntArray
 from fxgrow.pairing import Pairing, drawing, replicate
 from fxgrow.plan.bundles import Bundles, bundles
 from fxgrow.plan.hashes import mix
-from fxgrow.plan.laid import Laid, apart
+from fxgrow.plan.laid import Laid, apart, check_order
 from fxgrow.plan.norms import with_new_groups
 
 _DEED = -1  # stands for an axis where something is done to a channel
@@ -186,6 +186,7 @@ def match(
             fresh = fresh[(times - 1) * len(kept) :]
         chosen = replicate if whole else drawing(pairing) if times else pairing
         laid.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
+    check_order(old, new, list(grown), continued)
     apart(new, list(grown), continued, laid)
     ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
     return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
