@@ -136,7 +136,8 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    every = (module._buffers for module in model.modules())
+    held = [(buffers, dict(buffers)) for buffers in every if buffers]
     try:
         yield
     finally:

@@ -53,17 +53,19 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": torch.device("cpu")}
         elif func is torch.ops.aten._to_copy.default:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        return self.run(func, args, kwargs, tensors)
+        result = run_on_meta(func, args, kwargs, tensors)
+        self.ran(func, args, kwargs, tensors, result)
+        return result
 
-    def run(
+    def ran(
         self,
         func: OpOverload,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         operands: Sequence[Tensor],
-    ) -> Any:
-        """Run one operation on what it is given; ``operands`` are the tensors in that."""
-        return run_on_meta(func, args, kwargs, operands)
+        result: object,
+    ) -> None:
+        """Take note of an operation that ran; ``operands`` are the tensors that it was given."""
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Take note that a constant is stood in for by a meta tensor, from now on."""
@@ -107,18 +109,6 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
 
-    def run(
-        self,
-        func: OpOverload,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        operands: Sequence[Tensor],
-    ) -> Any:
-        """Run one operation, label its outputs, append it to the tape."""
-        result = run_on_meta(func, args, kwargs, operands)
-        self._record(func, args, kwargs, operands, result)
-        return result
-
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
@@ -150,7 +140,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._alive.append(tensor)
         return value
 
-    def _record(
+    def ran(
         self,
         func: OpOverload,
         args: tuple[Any, ...],
@@ -158,6 +148,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         operands: Sequence[Tensor],
         result: object,
     ) -> None:
+        """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
         inputs = tuple([self.value(tensor) for tensor in operands])

@@ -93,11 +93,14 @@ def check_order(old: Channels, new: Channels, grown: Sequence[int], continued: I
     Raises:
         PlanError: they do not.
     """
-    places = {(axis.tensor, axis.dim): place for place, axis in enumerate(old.axes)}
-    for axis in (new.axes[place] for place in grown if new.axes[place].groups > 1):
+    places = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
+    for place in grown:
+        axis = new.axes[place]
+        if axis.groups == 1:
+            continue
         count = old.convolution_groups[axis.tensor]
         before = old.of_axis(places[axis.tensor, axis.dim]).reshape(count, -1)
-        now = continued[new.of_axis(new.axes.index(axis))].reshape(axis.groups, -1)[:count]
+        now = continued[new.of_axis(place)].reshape(axis.groups, -1)[:count]
         if not np.array_equal(before, now):
             raise PlanError(
                 f"at this width, the groups of {axis.tensor} would not find what they read in the "
