@@ -18,9 +18,9 @@ import torch
 
 from fxgrow.channels import Channels
 from fxgrow.groups import ChannelGroup, group_of_channel, layer_of
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import FACTORIES, operator_name
-from fxgrow.labels.space import IntArray
 from fxgrow.labels.tape import Operation, Tape
 
 Skip = Literal["identity", "projection", "slice/pad"]

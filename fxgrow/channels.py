@@ -15,8 +15,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fxgrow.labels.forest import IntArray, components
 from fxgrow.labels.layers import Layer, core, support
-from fxgrow.labels.space import Axis, Fill, IntArray, LabelSpace, Role, components
+from fxgrow.labels.rows import Rows, rows_of
+from fxgrow.labels.space import Axis, Fill, LabelSpace, Role
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -53,10 +55,10 @@ class Channels:
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, with the reasons of ``pins``.
-        company: those of the unions that are company: a parameter with an entry for each row.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
         noted: for each operation that altered values, in order, what it did and to which labels.
+        first_labels: the first label of each axis, of those without a channel too.
     """
 
     axes: tuple[Axis, ...]
@@ -73,7 +75,7 @@ class Channels:
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, str], ...]
     noted: tuple[tuple[str, Layer], ...] = ()
-    company: tuple[tuple[IntArray, IntArray, str], ...] = ()
+    first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
@@ -99,9 +101,10 @@ class Channels:
         return tuple((deed, core(x, support(x)).numpy().ravel()) for deed, x in self.noted)
 
     @cached_property
-    def row_of_label(self) -> IntArray:
-        """For each label, the smallest of those that accompany one row of activations."""
-        return components(len(self.channel_of_label), self.company)
+    def rows(self) -> Rows:
+        """Which labels belong to one row of their channel."""
+        channel = components(len(self.channel_of_label), self.unions)
+        return rows_of(self.first_labels, channel, self.unions)
 
     @cached_property
     def axis_of_row(self) -> IntArray:
@@ -141,11 +144,12 @@ class Channels:
         """Return, for each row, how many rows of the same axis and channel come before it.
 
         Args:
-            treatment: for each label a number that tells what is done to it; of one channel, rows
-                that are treated alike come together, as the two halves of a gate do.
+            treatment: for each label a number that tells what is done to its row; of one channel,
+                rows that are treated alike come together, as the two halves of a gate do.
         """
-        treated = treatment[self.label_of_row]
-        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
+        row, treated = self.rows.of_label[self.label_of_row], treatment[self.label_of_row]
+        above = self.rows.above[row]
+        order = np.lexsort((row, above, treated, self.channel, self.axis_of_row))
         axis, channel = self.axis_of_row[order], self.channel[order]
         fresh = np.ones(len(order), dtype=bool)
         fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
@@ -198,7 +202,7 @@ def resolve(space: LabelSpace) -> Channels:
         unions=tuple(space.unions),
         pinned=pinned,
         noted=tuple(space.deeds),
-        company=tuple(space.company),
+        first_labels=np.asarray([axis.start for axis in space.axes], dtype=np.int64),
     )
 
 

@@ -22,10 +22,11 @@ from fxgrow.analysis import Analysis
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup, Kind, group_of_channel, layer_of
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import place_of
 from fxgrow.labels.remedies import remedy_for
-from fxgrow.labels.space import IntArray, Role
+from fxgrow.labels.space import Role
 
 ONE_PARAMETER = "one parameter"  # the place of a link between two positions of one axis
 _SHOWN = 12

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels import Channels
-from fxgrow.labels.space import Axis, IntArray
+from fxgrow.labels.forest import IntArray
+from fxgrow.labels.space import Axis
 
 Kind = Literal["hidden", "stream", "pinned"]
 

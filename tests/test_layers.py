@@ -544,35 +544,3 @@ def test_a_buffer_that_forward_replaces_is_no_part_of_the_plan() -> None:
     assert net.places.shape == (1,)
     net(data(2, 5, 4))
     check_preserved(net, data(2, 7, 4))
-
-
-class Branches(nn.Module):
-    """The same channels, treated in three ways, side by side, shuffled, and read."""
-
-    def __init__(self, groups: int, reader: nn.Module) -> None:
-        super().__init__()
-        self.into, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.residual = nn.Conv2d(4, 4, 1)
-        self.groups, self.reader = groups, reader
-        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        x = torch.cat([self.norm(x), torch.tanh(x), x + self.residual(x)], 1)
-        return self.reader(F.channel_shuffle(x, self.groups)).mean((2, 3))
-
-
-READERS = {
-    "a convolution": lambda: nn.Conv2d(12, 2, 1),
-    "a grouped one": lambda: nn.Conv2d(12, 2, 1, groups=2),
-    "a depthwise one": lambda: nn.Sequential(nn.Conv2d(12, 12, 1, groups=12), nn.Conv2d(12, 2, 1)),
-}
-
-
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("groups", [2, 3, 4])
-def test_branches_of_the_same_channels_are_told_apart_behind_a_shuffle(
-    groups: int, reader: str
-) -> None:
-    net = made(lambda: Branches(groups, READERS[reader]()))
-    check_preserved(net, data(2, 3, 6, 6), "+4", where="all")

@@ -126,9 +126,7 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
         if any(padded):
             _fill_padding(step, operands, cluster, padded)
         first, *others = (layer for layer in cluster if layer is not None)
-        labelled = [w for w, layer in zip(weights, cluster, strict=True) if layer is not None]
-        merge = functools.partial(_merge, step, company=labelled.count(False) < 2)
-        merged = functools.reduce(merge, others, first)
+        merged = functools.reduce(functools.partial(_merge, step), others, first)
         free = set(support(merged))
         for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
             if own is None and step.value(tensor).is_uniform:
@@ -168,7 +166,7 @@ def _as_small(layer: Layer, tensor: Tensor) -> Layer:
     return layer
 
 
-def _merge(step: Step, left: Layer, right: Layer, *, company: bool) -> Layer:
+def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     """Unify two layers element by element and return one that stands for both."""
     dims = support(left) | support(right)
     a, b = core(left, dims), core(right, dims)
@@ -180,7 +178,7 @@ def _merge(step: Step, left: Layer, right: Layer, *, company: bool) -> Layer:
         whole, part = (a, b) if larger is left else (b, a)
         step.space.share(whole, part, sorted(support(smaller)))
         return larger.expand(left.shape)
-    step.space.unify(a, b, company=company)
+    step.space.unify(a, b)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
         step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxgrow.labels.forest import Forest, IntArray, Union
 from fxgrow.labels.layers import Layer
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
-Union: TypeAlias = tuple[IntArray, IntArray, str]  # labels, labels, place
 Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
 
@@ -63,7 +61,6 @@ class LabelSpace:
     mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
     heads: list[tuple[IntArray, str]] = field(default_factory=list)
-    company: list[Union] = field(default_factory=list)  # those of the unions that are company
     deeds: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
@@ -72,7 +69,8 @@ class LabelSpace:
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
-    _passing: list[range] = field(default_factory=list)  # labels of places in activations
+    _forest: Forest = field(default_factory=Forest)
+    _known: int = 0  # number of unions that the forest knows of
     _numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
     def reserve(self, count: int) -> None:
@@ -108,7 +106,6 @@ class LabelSpace:
         own = self.axis("", start, labels.numel())
         own = torch.where(labels == 0, 0, own)
         self.unify(labels, own)
-        self._passing.append(range(start, self._next))  # from here on, what meets them is theirs
         ends = list(itertools.accumulate(pieces, initial=0))
         for piece, (first, last) in enumerate(itertools.pairwise(ends)):
             self.note(f"piece {piece}", own[first:last])
@@ -149,15 +146,18 @@ class LabelSpace:
                 self.pins.append((tied, reason))
             self.fills.setdefault(owner, fill)
 
-    def unify(self, left: Tensor, right: Tensor, *, company: bool = False) -> None:
+    def unify(self, left: Tensor, right: Tensor) -> None:
         """Record that the channels ``left[i]`` and ``right[i]`` are one. Zeros say nothing.
 
         Args:
             left: labels, any shape.
             right: labels of the same number of elements, in the same order.
-            company: one of them is a parameter with an entry for each row of the other (a bias),
-                so that what is done to one is done to the other.
+
+        Raises:
+            ValueError: they are not as many, which some operations do not check on meta tensors.
         """
+        if left.numel() != right.numel():
+            raise ValueError(f"{left.numel()} channels meet {right.numel()} in {self.place}")
         runs = self._run(left), self._run(right)
         if None not in runs and runs[0] == runs[1]:
             return
@@ -168,12 +168,6 @@ class LabelSpace:
                 return
             first, second = first[different], second[different]
         self.unions.append((first, second, self.place))
-        at_places = any(int(x[0]) in own for own in self._passing for x in (first, second))
-        if at_places:  # what has an entry for each place tells them apart from here on
-            in_order = (x for x in (first, second) if (np.diff(x) == 1).all())
-            self._passing += [range(int(x[0]), int(x[-1]) + 1) for x in in_order]
-        if company or at_places:
-            self.company.append(self.unions[-1])
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Record that the channels of ``labels`` cannot change, and why."""
@@ -223,13 +217,25 @@ class LabelSpace:
 
     def roots(self) -> IntArray:
         """Return, for each label, the smallest label of its channel; shape ``(labels + 1,)``."""
-        roots = components(self._next, self.unions)
+        roots = self._joined().roots()
         settled = [item for item in self.shared if not _fills(roots[item[0]], item[2])]
         for whole, part, _, place in settled:
             both = (whole != 0) & (part != 0)
             self.unions.append((whole[both], part[both], place))
         self.shared = [item for item in self.shared if _fills(roots[item[0]], item[2])]
-        return components(self._next, self.unions[-len(settled) :], roots) if settled else roots
+        return self._joined().roots() if settled else roots
+
+    def is_twice(self, labels: Tensor) -> bool:
+        """Return whether some labels are one channel, as far as operations have told by now."""
+        found = np.sort(self._joined().find(labels[labels > 0].numpy()))
+        return bool((found[1:] == found[:-1]).any())
+
+    def _joined(self) -> Forest:
+        """Return the channels of the unions so far."""
+        self._forest.grow(self._next)
+        self._forest.join(self.unions[self._known :])
+        self._known = len(self.unions)
+        return self._forest
 
     def pinned(self, roots: IntArray) -> tuple[tuple[IntArray, str], ...]:
         """Return the labels that cannot change with the reasons, in the order of their weight."""
@@ -245,33 +251,6 @@ class LabelSpace:
         for ids, reason in self.heads:
             if len(np.unique(roots[ids])) == 1:
                 yield ids[ids > 0], reason
-
-
-def components(count: int, unions: Sequence[Union], known: IntArray | None = None) -> IntArray:
-    """Return, for each of ``count`` labels, the smallest that some unions join it with.
-
-    What other unions gave is ``known``, if they are to count too.
-
-    Connected components by hooking and pointer jumping: a logarithmic number of passes over the
-    unions, none of them a Python loop over channels.
-    """
-    parent = np.arange(count, dtype=np.int64) if known is None else known.copy()
-    if not unions:
-        return parent
-    left = np.concatenate([a for a, _, _ in unions]).astype(np.int64)
-    right = np.concatenate([b for _, b, _ in unions]).astype(np.int64)
-    while True:
-        a, b = parent[left], parent[right]
-        open_edges = a != b
-        if not open_edges.any():
-            return parent
-        left, right, a, b = left[open_edges], right[open_edges], a[open_edges], b[open_edges]
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-        while True:
-            jumped = parent[parent]
-            if np.array_equal(jumped, parent):
-                break
-            parent = jumped
 
 
 def _fills(channels: IntArray, dims: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxgrow.channels import Channels, HashArray
-from fxgrow.labels.space import IntArray, components
+from fxgrow.labels.forest import IntArray, components
 from fxgrow.plan.hashes import mix
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
-from fxgrow.labels.space import Fill, IntArray, Role
+from fxgrow.labels.forest import IntArray
+from fxgrow.labels.space import Fill, Role
 from fxgrow.plan.match import Matching
 from fxgrow.plan.silence import Silence
 from fxgrow.plan.surgery import AxisEdit, Run, RunKind

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.groups import ChannelGroup, layer_of
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.forest import IntArray
 from fxgrow.pairing import Pairing
 from fxgrow.plan.eta import Eta, settle
 from fxgrow.plan.held import SurplusFlow

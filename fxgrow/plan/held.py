@@ -18,9 +18,9 @@ import numpy.typing as npt
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import Layer, core, cover, support
 from fxgrow.labels.operators import MOVEMENTS, aten, operator_name
-from fxgrow.labels.space import IntArray
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.plan.probe import at_zero
 from fxgrow.registry import Registry

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.forest import IntArray
 from fxgrow.pairing import Layout, Pairing
 from fxgrow.plan.bundles import Bundles
 from fxgrow.plan.hashes import mix

@@ -11,26 +11,25 @@ matched as one.
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels import Channels, HashArray
 from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.forest import IntArray
 from fxgrow.pairing import Pairing, drawing, replicate
 from fxgrow.plan.bundles import Bundles, bundles
 from fxgrow.plan.hashes import mix
 from fxgrow.plan.laid import Laid, apart, check_order
 from fxgrow.plan.norms import with_new_groups
+from fxgrow.plan.rehousing import Kinds, told_groups
 
-_DEED = -1  # stands for an axis where something is done to a channel
+_LEVELS = 3  # of rows that repeat rows that repeat rows
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,17 @@ def _signatures(
     return total
 
 
-def _treatment(channels: Channels, deeds: Sequence[str]) -> HashArray:
-    """Return, for each label, a hash of what was done to it; shape ``(labels + 1,)``."""
-    total = np.zeros(len(channels.channel_of_label), dtype=np.uint64)
+def _treatment(channels: Channels, axis_codes: Sequence[int], deeds: Sequence[str]) -> HashArray:
+    """Return, for each label, a hash of its row's axes and what was done to it; one per label."""
+    row, above = channels.rows.of_label, channels.rows.above
+    total = np.zeros(len(row), dtype=np.uint64)
+    codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row] + np.uint64(1)
+    np.add.at(total, row[channels.label_of_row], mix(codes))
     for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
-        total[channels.row_of_label[labels]] += _code_of(deed)  # once for each row
-    return total[channels.row_of_label]
+        total[row[labels]] += _code_of(deed)  # once for each row
+    for _ in range(_LEVELS):  # rows that repeat others are told apart as these are
+        total = mix(total + mix(total[above]))
+    return total[row]
 
 
 def _code_of(deed: str) -> int:
@@ -156,7 +160,10 @@ def match(
         and before < new.convolution_groups.get(axis.tensor, 0)
     }
     old_deeds, new_deeds = _deeds(old, new)
-    treatments = _treatment(old, old_deeds), _treatment(new, new_deeds)
+    treatments = (
+        _treatment(old, range(len(old.axes)), old_deeds),
+        _treatment(new, new_codes, new_deeds),
+    )
     old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds, treatments[0])
     new_signature = _signatures(new, new_codes, grown, new_deeds, treatments[1])
 
@@ -170,7 +177,7 @@ def match(
             raise _torn(runs, norms, first)
     if crowded:
         alone = _alone(mine, old_buckets), _alone(theirs, new_buckets)
-        _Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
+        Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
     laid = Laid.empty(theirs)
     for members in new_buckets.values():
         fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
@@ -219,7 +226,7 @@ def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
         and channel: rows of the same place correspond.
     """
     deeds = [f"{place} {deed}" for place, (deed, _) in enumerate(channels.deeds)]
-    treatment = _treatment(channels, deeds)
+    treatment = _treatment(channels, range(len(channels.axes)), deeds)
     signature = _signatures(channels, range(len(channels.axes)), {}, deeds, treatment)
     return list(_buckets(bundles(channels, {}, signature)).values()), channels.ranks(treatment)
 
@@ -240,22 +247,10 @@ def _torn(runs: tuple[Channels, Channels], norms: Iterable[str], channel: int) -
     codes = np.unique(old.axis_of_row[rows]).tolist()
     return PlanError(
         f"at this width, groups of {norm} would be made of other channels than now, because what "
-        f"else these channels pass lays them out otherwise{_told_groups(runs, codes)}.",
+        f"else these channels pass lays them out otherwise{told_groups(runs, codes)}.",
         name=layer_of(old.axes[codes[0]].tensor),
         way_out="Try a width at which the groups of all these layers fit, or grouped count.",
     )
-
-
-def _told_groups(runs: tuple[Channels, Channels], codes: Iterable[int]) -> str:
-    """Return the numbers of groups of the grouped convolutions among some axes, as told."""
-    tensors = dict.fromkeys(runs[0].axes[code].tensor for code in codes)
-    counts = {name: [run.convolution_groups.get(name, 1) for run in runs] for name in tensors}
-    told = [
-        f"{layer_of(name)} has {before} groups, and {after} then"
-        for name, (before, after) in counts.items()
-        if before > 1 or after > 1
-    ]
-    return f" ({'; '.join(told)})" if told else ""
 
 
 def _name(channels: Channels, some: IntArray) -> str:
@@ -265,112 +260,6 @@ def _name(channels: Channels, some: IntArray) -> str:
     row = int(np.argmax(channels.channel == some[0]))
     axis = channels.axes[int(channels.axis_of_row[row])]
     return f"{axis.tensor} {axis.dim} {int(channels.position_of_row[row])}"
-
-
-@dataclass(frozen=True)
-class _Kinds:
-    """Channels by signature, where some signature has fewer new channels than old ones.
-
-    An old channel may then continue as a new one that touches all it touches, and more besides:
-    the extra readers get zero columns, so that any carriers on the way to them are free.
-    """
-
-    old: Channels
-    new: Channels
-    new_codes: Sequence[int]
-    old_buckets: dict[int, IntArray]
-    new_buckets: dict[int, IntArray]
-    deeds: tuple[list[str], list[str]]
-
-    def rehouse(self, continued: IntArray, crowded: Sequence[int]) -> None:
-        """Assign anew, in place, the channels that share their writers with the crowded ones.
-
-        As many as possible keep a place of their own signature: a minimum-cost flow over
-        signatures, in which any other place costs one.
-
-        Raises:
-            PlanError: there is no place for some channel.
-        """
-        codes = range(len(self.old.axes))
-        wanted = self._first_touches(self.old, codes, self.old_buckets, self.deeds[0])
-        offered = self._first_touches(self.new, self.new_codes, self.new_buckets, self.deeds[1])
-        writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
-        touched = _touches(self.old, range(len(self.old.axes)), crowded)
-        concerned = {code for touch in touched.values() for code, _ in touch} & writers
-        flow = nx.DiGraph()
-        total = 0
-        for kind, touch in wanted.items():
-            if {code for code, _ in touch} & concerned:
-                total += len(self.old_buckets[kind])
-                flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
-        movers = list(flow)
-        for kind, touch in offered.items():
-            if not {code for code, _ in touch} & concerned:
-                continue
-            flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
-            for _, other in movers:
-                extra = {code for code, _ in touch - wanted[other]}
-                if extra == {_DEED}:  # it is not led elsewhere, but something more is done to it
-                    continue
-                if not wanted[other] - touch and not extra & writers:
-                    flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
-        flow.add_node("all", demand=total)
-        for node in movers:  # to have no place costs more than all moves together
-            flow.add_edge(node, "all", weight=total + 1)
-        found = nx.min_cost_flow(flow)
-        homeless = {kind: count for _, kind in movers if (count := found["old", kind].pop("all"))}
-        if homeless:
-            first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
-            raise self._refusal(wanted[first], homeless[first])
-        moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
-        continued[np.isin(continued, moved)] = -1
-        free = {kind: list(self.new_buckets[kind]) for kind in offered}
-        for node in movers:
-            members = list(self.old_buckets[node[1]])
-            for (_, kind), count in sorted(found[node].items(), key=lambda to: to[0][1] != node[1]):
-                for member in members[:count]:
-                    continued[free[kind].pop(0)] = member
-                members = members[count:]
-
-    def _refusal(self, touch: Counter[tuple[int, int]], count: int) -> PlanError:
-        """Return the error for ``count`` channels that touch this and have no place."""
-        codes = sorted({code for code, _ in touch} - {_DEED})
-        layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
-        readers = [layers[code] for code in codes if self.old.roles[code] == "reader"]
-        lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
-        return PlanError(
-            f"at this width, channels of {layers[codes[0]]} would have no place in the widened "
-            f"network: {count} too few{lead}{_told_groups((self.old, self.new), codes)}.",
-            name=layers[codes[0]],
-            way_out="Try a somewhat larger width.",
-        )
-
-    def _first_touches(
-        self,
-        channels: Channels,
-        codes: Sequence[int],
-        buckets: dict[int, IntArray],
-        deeds: Sequence[str],
-    ) -> dict[int, Counter[tuple[int, int]]]:
-        """Return what the channels of each signature touch, and what is done to them."""
-        firsts = {int(members[0]): kind for kind, members in buckets.items()}
-        touches = _touches(channels, codes, list(firsts))
-        for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
-            done_to = channels.channel_of_label[labels]
-            for channel in set(done_to.tolist()) & touches.keys():
-                touches[channel][_DEED, zlib.crc32(deed.encode())] += 1
-        return {firsts[channel]: touch for channel, touch in touches.items()}
-
-
-def _touches(
-    channels: Channels, axis_codes: Sequence[int], wanted: Sequence[int]
-) -> dict[int, Counter[tuple[int, int]]]:
-    """Return the (axis code, convolution group) pairs that some channels touch."""
-    touches: dict[int, Counter[tuple[int, int]]] = {channel: Counter() for channel in wanted}
-    for row in np.flatnonzero(np.isin(channels.channel, wanted)).tolist():
-        code = axis_codes[int(channels.axis_of_row[row])]
-        touches[int(channels.channel[row])][code, int(channels.group_of_row[row])] += 1
-    return touches
 
 
 def _buckets(found: Bundles) -> dict[int, IntArray]:

@@ -16,7 +16,7 @@ import numpy as np
 from fxgrow.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.groups import ChannelGroup, group_of_channel
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.forest import IntArray
 from fxgrow.plan.surplus import Surplus
 
 

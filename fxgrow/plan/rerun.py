@@ -190,6 +190,8 @@ def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit,
         try:
             found = _run(analysis.traced, sizes, edits, watch)
         except TraceError:
+            if not watch.repairs and chosen:
+                break  # it is of the guesses that it does not run, which nobody asked for
             if not watch.repairs:
                 raise
         else:

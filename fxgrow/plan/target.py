@@ -10,8 +10,8 @@ import numpy as np
 from fxgrow.analysis import Analysis
 from fxgrow.channels import Channels
 from fxgrow.errors import PlanError
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.propagate import named_tensors
-from fxgrow.labels.space import IntArray
 from fxgrow.plan.eta import settle
 from fxgrow.plan.feasible import Attempts, Feasible
 from fxgrow.plan.match import match

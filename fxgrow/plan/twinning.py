@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from fxgrow.labels.space import IntArray
+from fxgrow.labels.forest import IntArray
 from fxgrow.pairing import vv_z_negz
 from fxgrow.plan.edits import MINUS, NEW, OLD, ZERO, as_runs
 from fxgrow.plan.match import kinds

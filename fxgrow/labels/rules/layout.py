@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +37,7 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
         joined = compact(torch.cat([piece.expand(sizes) for piece in pieces], dim).expand(shape))
         if support(joined) == {dim}:
             line = core(joined, (dim,)).reshape(-1)
-            known = line[line > 0]
-            if len(np.unique(known.numpy())) < len(known):
+            if step.space.is_twice(line):
                 own = step.space.places(line, [tensor.shape[dim] for tensor in tensors])
                 joined = along(own, dim, shape)
         out.append(joined)

@@ -34,7 +34,7 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     outgoing = step.line(weight, rows)
     if depthwise:
         if outgoing is not None and incoming is not None:
-            step.space.unify(outgoing, incoming, company=True)
+            step.space.unify(outgoing, incoming)
             step.space.mark(outgoing, "carrier")
     else:
         if groups > 1:

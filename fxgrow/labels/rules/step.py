@@ -132,7 +132,7 @@ class Step:
             return
         line = self.line(vector, vector.ndim - 1)
         if line is not None:
-            self.space.unify(line, channels, company=True)
+            self.space.unify(line, channels)
             self.space.mark(line, "carrier", fill)
         elif vector.shape[-1] > 1:
             self.space.fix(channels, (0,), f"combined with a vector of fixed width ({self.place})")
