@@ -60,9 +60,42 @@ class Halves(nn.Module):
 
 
 class Gate(nn.Module):
+    """One half times the other, as it is or between 0 and 1."""
+
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.alike = alike
+
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)
-        return a * torch.sigmoid(b)
+        return a * (b if self.alike else torch.sigmoid(b))
+
+
+class Sum(nn.Module):
+    """Several modules on the same input, added up."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(part(x) for part in self.parts)  # type: ignore[return-value]
+
+
+class Folded(nn.Module):
+    """A linear layer over the channels of 2x2 pixels, side by side."""
+
+    def __init__(self, width: int, out: int, before: bool) -> None:
+        super().__init__()
+        self.before = before  # whether the pixels come before the channels
+        self.linear = nn.Linear(4 * width, 4 * out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2)
+        order = (0, 2, 4, 3, 5, 1) if self.before else (0, 2, 4, 1, 3, 5)
+        x = self.linear(x.permute(order).flatten(3))
+        return F.pixel_shuffle(x.permute(0, 3, 1, 2), 2)
 
 
 class Squeeze(nn.Module):
@@ -150,8 +183,9 @@ def pieces(draw: Draw, width: int, depth: int, out: int | None = None) -> tuple[
 @st.composite
 def _piece(draw: Draw, width: int, depth: int) -> tuple[nn.Module, int]:
     kinds = ["conv", "conv", "norm", "activation", "depthwise", "squeeze", "scale", "prelu", "last"]
+    kinds += ["folded"] + (["again"] if width < 6 else [])
     if depth:
-        kinds += ["residual", "residual", "concat", "twice", "attention", "deconv"]
+        kinds += ["residual", "residual", "concat", "sum", "twice", "attention", "deconv"]
     if width % 2 == 0:
         kinds += ["shuffle", "gate", "grouped"] + (["halves"] if depth else [])
     kind = draw(st.sampled_from(kinds))
@@ -184,9 +218,17 @@ def _piece(draw: Draw, width: int, depth: int) -> tuple[nn.Module, int]:
     if kind == "last":
         return ChannelsLast(nn.Linear(width, new)), new
     if kind == "shuffle":
-        return Shuffle(2), width
+        return Shuffle(draw(st.sampled_from([g for g in (2, 3, 4) if width % g == 0]))), width
     if kind == "gate":
-        return Gate(), width // 2
+        return Gate(draw(st.booleans())), width // 2
+    if kind == "folded":
+        return Folded(width, new, draw(st.booleans())), new
+    if kind == "sum":
+        parts = [draw(pieces(width, depth - 1, new))[0] for _ in range(draw(st.integers(2, 3)))]
+        return Sum(*parts), new
+    if kind == "again":
+        parts = [_treatment(draw, width) for _ in range(draw(st.integers(2, 4)))]
+        return Concat(*parts), width * len(parts)
     if kind == "halves":
         return Halves(draw(pieces(width // 2, depth - 1, width // 2))[0]), width
     if kind == "twice":
@@ -199,6 +241,13 @@ def _piece(draw: Draw, width: int, depth: int) -> tuple[nn.Module, int]:
     first, a = draw(pieces(width, depth - 1))
     second, b = draw(pieces(width, depth - 1))
     return Concat(first, second, nn.Identity()), a + b + width
+
+
+def _treatment(draw: Draw, width: int) -> nn.Module:
+    """Return what leaves the channels the ones that they are."""
+    treatments = (nn.Identity, nn.Tanh, lambda: nn.BatchNorm2d(width), lambda: Scale(width, False))
+    depthwise = lambda: nn.Conv2d(width, width, 1, groups=width)  # noqa: E731
+    return draw(st.sampled_from([*treatments, depthwise]))()  # type: ignore[operator]
 
 
 @st.composite

@@ -149,7 +149,15 @@ def test_channels_that_are_not_as_many_as_a_layer_reads_are_refused() -> None:
     net = made(lambda: nn.Sequential(*layers, nn.Linear(2, 3)))
     (refusal,) = fxgrow.widen(net, "2x", data(2, 3, 5, 5)).plan.refused
     assert refusal.name == "0"
-    assert "2 channels meet 4 in aten.convolution at 2" in refusal.reason
+    assert "a convolution of 2 channels gets 4" in refusal.reason
+
+
+def test_a_width_of_one_behind_a_gate_is_refused() -> None:
+    """It has no label, because it could be broadcast."""
+    gate, up = Calls(lambda x: torch.mul(*x.chunk(2, 1))), nn.ConvTranspose2d(1, 2, 3)
+    net = made(lambda: nn.Sequential(nn.Conv2d(3, 2, 3), gate, up, nn.Conv2d(2, 2, 1)))
+    (refusal,) = fxgrow.widen(net, "2x", data(2, 3, 5, 5)).plan.refused
+    assert refusal.name == "0"
 
 
 def test_sizes_in_code_are_told_and_not_the_guesses_at_where_they_come_from() -> None:

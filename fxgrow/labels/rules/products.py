@@ -14,6 +14,9 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     x, weight, bias = step.args[:3]
     transposed, groups = bool(step.args[6]), int(step.args[8])
     kernel = step.value(weight)
+    taken = weight.shape[0] if transposed else groups * weight.shape[1]
+    if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
+        raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
     if not kernel.is_weight:
         return step.give_up("a convolution whose kernel is computed from data")
     depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
