@@ -23,7 +23,15 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TraceError
 from fxgrow.inputs import inputs_in_training, nothing_fits, possible_inputs
-from fxgrow.labels.propagate import OnMeta, Place, Watch, named_tensors, no_watch, propagate
+from fxgrow.labels.propagate import (
+    OnMeta,
+    Place,
+    Watch,
+    named_tensors,
+    no_watch,
+    propagate,
+    zero_buffers,
+)
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Arguments, Tape, arguments_of, call, tensors_in
 from fxgrow.standin import first_line, keeping_buffers, stand_in
@@ -42,6 +50,7 @@ class Traced:
         inferred: whether the inputs are inferred from the first layer.
         module: the submodule that is followed, by its fully qualified name; "" for the whole. Names
             of tensors and modules are those in the whole all the same.
+        zeros: buffers that no state_dict holds and that are zeros; they may change width.
         at: during a run, returns the fx node and the module that are running; after a failure,
             those that failed.
     """
@@ -50,6 +59,7 @@ class Traced:
     inputs: Arguments
     inferred: bool
     module: str = ""
+    zeros: frozenset[str] = frozenset()
     at: Callable[[], Place] = lambda: ("", "")
 
     @cached_property
@@ -155,7 +165,9 @@ class Traced:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
             with keeping_buffers(self.standin):
-                space, tape = propagate(run, self.standin, self.inputs, place=self.at, watch=watch)
+                space, tape = propagate(
+                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros
+                )
                 complete = not self._unused(space) or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)
@@ -178,7 +190,8 @@ class Traced:
     def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         try:
-            propagate(self.target.train(), self.standin, self.inputs, space=space, watch=watch)
+            target = self.target.train()
+            propagate(target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros)
         except Exception as error:
             if not self.inferred:
                 raise TraceError(
@@ -281,9 +294,9 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
         TraceError: the model cannot be copied.
     """
     standin = stand_in(model).eval()
-    if example_inputs is not None:
-        return Traced(standin, _on_meta(example_inputs), False, module)
-    return Traced(standin, (), True, module)
+    inferred = example_inputs is None
+    inputs = () if inferred else _on_meta(example_inputs)
+    return Traced(standin, inputs, inferred, module, zero_buffers(model))
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.analysis import analyse
+from fxgrow.apply import apply_to_state_dict
 from fxgrow.trace import trace
 
 
@@ -194,3 +195,44 @@ def test_a_number_of_heads_stays_where_only_a_gate_as_wide_grows() -> None:
     assert (grown.model.heads, grown.model.out.out_features) == (3, 12)
     both = fxgrow.widen(net, "2x", x)
     assert (both.model.heads, both.model.qkv.out_features) == (6, 36)
+
+
+class KeysWithoutBias(nn.Module):
+    """The bias of the keys is a constant that no state_dict holds."""
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.heads = 2
+        self.qkv, self.out = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.query, self.value = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("key", constant, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.query, self.key, self.value])
+        q, k, v = nn.functional.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        heads = [y.unflatten(-1, (self.heads, 4)).transpose(1, 2) for y in (q, k, v)]
+        mixed = nn.functional.scaled_dot_product_attention(*heads)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rescaling", ["none", "default_vt"])
+def test_a_constant_of_zeros_grows_with_its_heads(rescaling: str) -> None:
+    torch.manual_seed(0)
+    net = Encoder(KeysWithoutBias(torch.zeros(8))).double().eval()
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x, rescaling=rescaling, include=["attention.qkv"])
+    assert grown.model.get_submodule("attention").heads == 4
+    assert grown.model.get_buffer("attention.key").tolist() == [0.0] * 16
+    assert "attention.key" not in grown.model.state_dict()
+    assert grown.report.verification.verdict in ("preserved", "as predicted")
+    assert (max_rel(net(x), grown.model(x)) < 1e-12) == (rescaling == "none")
+    held = apply_to_state_dict(grown.plan, net.state_dict())
+    assert held.keys() == net.state_dict().keys()
+    assert all(torch.equal(held[name], x) for name, x in grown.model.state_dict().items())
+
+
+def test_other_constants_that_no_state_dict_holds_keep_their_width() -> None:
+    """At another width the class would compute others, and nobody knows which."""
+    net = Encoder(KeysWithoutBias(torch.linspace(0, 1, 8))).double().eval()
+    with pytest.raises(fxgrow.PlanError, match="attention"):
+        fxgrow.widen(net, "2x", torch.randn(2, 6, 3).double(), include=["attention.qkv"])

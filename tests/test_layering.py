@@ -16,7 +16,7 @@ LAYERS = (
     "version", "errors", "registry",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.surgery", "plan.schema", "graph", "analysis", "scope", "coupling", "gains",
+    "plan.surgery", "plan.schema", "graph", "analysis", "scope", "coupling", "gain_flow", "gains",
     "calls", "rearrange", "layout", "apply", "plan", "datadriven",
     "composition", "expectation", "verification", "measure", "report",
     "uninitialised", "huggingface", "architectures", "recognition", "checkpoint",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.rules import RULES, Step
 from fxgrow.labels.shapes import run_on_meta
-from fxgrow.labels.space import LabelSpace
+from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.tape import Arguments, Operation, Tape, Value, call, map_tensors, tensors_in
 from fxgrow.labels.writes import written_back
 
@@ -93,6 +93,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         named: parameters and buffers by fully qualified name; tied ones under their first name.
         space: where labels are made and unified.
         place: returns the fx node and the module that are running.
+        zeros: names of those that are zeros by definition, and so are new entries of theirs.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         named: Mapping[str, Tensor],
         space: LabelSpace,
         place: Callable[[], Place] = lambda: ("", ""),
+        zeros: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.space = space
+        self._zeros = zeros
         self.tape = Tape()
         self._place = place
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
@@ -120,8 +123,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             name = self._names.get(id(tensor), "")
             layers: Layers = ()
             if name:
+                fill: Fill | None = "copy" if name in self._zeros else None
                 layers = tuple(
-                    along(self.space.axis(name, dim, size), dim, tensor.shape)
+                    along(self.space.axis(name, dim, size, fill=fill), dim, tensor.shape)
                     for dim, size in enumerate(tensor.shape)
                     if size > 1  # a width of one may be broadcast
                 )
@@ -256,16 +260,30 @@ def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += [(f"{prefix}{local}.", child) for local, child in children if child is not None]
 
 
-def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return :func:`named_tensors` without buffers that no state_dict holds.
+def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return :func:`named_tensors` without buffers that no state_dict holds, but for some.
 
     Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
     """
     found = named_tensors(model)
+    for name in _fleeting(model):
+        if name not in besides:
+            found.pop(name, None)
+    return found
+
+
+def zero_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
+    found = named_tensors(model)
+    held = ((name, found[name]) for name in _fleeting(model) if name in found)
+    return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
+
+
+def _fleeting(model: nn.Module) -> Iterator[str]:
+    """Yield the names of buffers that no state_dict holds."""
     for prefix, module in _prefixed_modules(model):
         for local in module._non_persistent_buffers_set:
-            found.pop(prefix + local, None)
-    return found
+            yield prefix + local
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -282,6 +300,7 @@ def propagate(
     place: Callable[[], Place] = lambda: ("", ""),
     space: LabelSpace | None = None,
     watch: Watch = no_watch,
+    zeros: Collection[str] = (),
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -293,14 +312,16 @@ def propagate(
         space: of an earlier run of the same network, to which this one adds.
         watch: given the labeller's ``value``, returns a context for the run: something that sees
             the calls from above (:class:`fxgrow.labels.sizes.Recorder`).
+        zeros: names of buffers that no state_dict holds and that are labelled all the same; see
+            :func:`zero_buffers`.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
     """
     space = LabelSpace() if space is None else space
-    named = lasting_tensors(model)
+    named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place)
+    labeller = Labeller(named, space, place, zeros)
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)

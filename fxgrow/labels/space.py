@@ -78,8 +78,13 @@ class LabelSpace:
         if self._next + count > self._numbers.numel():  # what was given out before stays as it is
             self._numbers = torch.arange(self._next + count, dtype=torch.int32)
 
-    def axis(self, tensor: str, dim: int, size: int, groups: int = 1) -> Tensor:
-        """Return the labels of an axis, shape ``(size,)``, the same at each call."""
+    def axis(
+        self, tensor: str, dim: int, size: int, groups: int = 1, fill: Fill | None = None
+    ) -> Tensor:
+        """Return the labels of an axis, shape ``(size,)``, the same at each call.
+
+        How its new entries begin is ``fill``, if that is known whatever the axis is used for.
+        """
         key = (tensor, dim, groups)
         index = self._index.get(key)
         if index is None:
@@ -87,6 +92,8 @@ class LabelSpace:
             self.axes.append(Axis(tensor, dim, groups, self._next, size))
             self._starts.append(self._next)
             self._next += size
+            if fill is not None:
+                self.fills[index] = fill
         found = self.axes[index]
         if found.start + size > self._numbers.numel():
             self.reserve(self._next)

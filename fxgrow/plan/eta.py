@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fxgrow.gains import GainFlow, propagate_gains
+from fxgrow.gain_flow import GainFlow
+from fxgrow.gains import propagate_gains
 from fxgrow.labels.tape import Tape
 from fxgrow.plan.surplus import Surplus
 

@@ -113,6 +113,7 @@ def record(traced: Traced, modules: Collection[str], *, training: bool = False) 
                 traced.inputs,
                 place=lambda: ("", stack[-1] if stack else ""),
                 watch=watch,
+                zeros=traced.zeros,
             )
     finally:
         traced.standin.eval()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fxgrow.analysis import Analysis
 from fxgrow.apply import fingerprint
 from fxgrow.errors import PlanError
-from fxgrow.gains import Absorbed, GainFlow, Mismatch, propagate_gains
+from fxgrow.gain_flow import Absorbed, GainFlow, Mismatch
+from fxgrow.gains import propagate_gains
 from fxgrow.graph import operands_from
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
