@@ -144,12 +144,10 @@ class Channels:
         """Return, for each row, how many rows of the same axis and channel come before it.
 
         Args:
-            treatment: for each label a number that tells what is done to its row; of one channel,
-                rows that are treated alike come together, as the two halves of a gate do.
+            treatment: for each label a number that tells its row from others of its channel.
         """
-        row, treated = self.rows.of_label[self.label_of_row], treatment[self.label_of_row]
-        above = self.rows.above[row]
-        order = np.lexsort((row, above, treated, self.channel, self.axis_of_row))
+        treated = treatment[self.label_of_row]
+        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
         axis, channel = self.axis_of_row[order], self.channel[order]
         fresh = np.ones(len(order), dtype=bool)
         fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])

@@ -196,9 +196,9 @@ def failure(
     residual = max(r.residual.max_rel for r in (found.eval, found.train) if r is not None)
     native = max(r.native.max_rel for r in (found.eval, found.train) if r is not None)
     return VerificationError(
-        f"the grown network does not compute what was predicted: it is off by {residual:.3g} "
-        f"in float64 and {native:.3g} as saved (relative to the largest output). The first part "
-        f"that breaks is {guilty}.",
+        f"the grown network does not compute what was predicted: it is off by {residual:.3g} in "
+        f"float64, and as saved it differs from the old one by {native:.3g} (relative to the "
+        f"largest output). The first part that breaks is {guilty}.",
         name=guilty,
         way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
     )

@@ -235,3 +235,17 @@ def test_shuffled_channels_find_their_places(order: list[int], width: int) -> No
     example = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     grown = fxgrow.widen(model, "2x", example)
     assert grown.report.verification.verdict == "preserved"
+
+
+def test_a_convolution_to_one_channel_passes_what_lies_in_the_batch() -> None:
+    class Pieces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.conv, self.out = nn.Linear(3, 5), nn.Conv2d(7, 1, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pieces = self.into(x).view(-1, 1, 1, 1).expand(-1, 7, 3, 3)
+            return self.out(self.conv(pieces).view(len(x), -1))
+
+    channels = channels_of(Pieces(), (4, 3))
+    assert axis(channels, "into.weight", 0) == axis(channels, "out.weight", 1)

@@ -38,8 +38,9 @@ def test_what_repeats_rows_makes_more_of_them() -> None:
     space.unify(one[:, None].expand(2, 3).contiguous(), columns)
     channels = resolve(space)
     assert channels.rows.of_label[columns.numpy()].tolist() == columns.tolist()
-    assert channels.rows.above[columns.numpy()].tolist() == one.repeat_interleave(3).tolist()
-    assert channels.rows.above[one.numpy()].tolist() == one.tolist()
+    ((left, right, _),) = channels.rows.meetings
+    assert left.tolist() == one.repeat_interleave(3).tolist()
+    assert right.tolist() == columns.tolist()
     assert channels.of_axis(0).tolist() == [0, 0, 0, 1, 1, 1]
     assert len(np.unique(channels.ranks(np.zeros(100, dtype=np.uint64))[:6])) == 3
 

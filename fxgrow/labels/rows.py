@@ -2,9 +2,9 @@
 
 Two halves of a gate, the positions of a head and the places of a flattened map are rows of one
 channel. Row by row they run through other axes beside their own: the biases, and whatever is added
-to them. An operation that brings rows of one axis together (the gate itself) says no more than that
-they are one channel; every other tells which row of one axis belongs to which of another. One that
-repeats rows (a flatten, each at many positions) makes more rows, below those that it repeats.
+to them. An operation that brings rows of one axis together (the gate itself, or a flatten, which
+has each row at many positions) says no more than that they are one channel; every other tells which
+row of one axis belongs to which of another.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Rows:
 
     Attributes:
         of_label: for each label its row.
-        above: for each row the one that it repeats, or itself; of what is no row, itself.
+        meetings: where rows of one channel that are not one met: both sides and the place.
     """
 
     of_label: IntArray
-    above: IntArray
+    meetings: tuple[Union, ...] = ()
 
 
 def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Rows:
@@ -47,30 +47,28 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
     several = np.zeros(len(channel), dtype=bool)
     several[channel[order][1:][again]] = True
     several = several[channel]
-    row, above = np.where(several, everything, channel), everything.copy()
+    row = np.where(several, everything, channel)
     if not again.any():
-        return Rows(row, above)
+        return Rows(row)
+    meetings: list[Union] = []
     # The labels of each channel that has several rows, side by side.
     labels = order[several[order]]
     begins = np.searchsorted(channel[labels], np.arange(len(channel) + 1))
-    for left, right, _ in unions:
+    for left, right, place in unions:
         wanted = several[left]
         if not wanted.any():
             continue
         left, right = left[wanted], right[wanted]
         members = labels[_ranges(begins, np.unique(channel[left]))]
-        kept, place = np.unique(row[members], return_inverse=True)
+        kept, index = np.unique(row[members], return_inverse=True)
         pairs = (np.searchsorted(kept, row[left]), np.searchsorted(kept, row[right]), "")
-        joined = components(len(kept), [pairs])[place]
-        if not _has_twice(joined * (len(starts) + 1) + axis[members]):
+        joined = components(len(kept), [pairs])[index]
+        keys = np.sort(joined * (len(starts) + 1) + axis[members])
+        if (keys[1:] == keys[:-1]).any():
+            meetings.append((left, right, place))
+        else:
             row[members] = kept[joined]
-        elif _has_twice(row[left]) != _has_twice(row[right]):
-            one, many = (left, right) if _has_twice(row[left]) else (right, left)
-            lowest = (above[many] == many) & ~np.isin(many, above[above != everything])
-            above[many[lowest]] = one[lowest]
-    told = above != everything
-    above[row[told]] = row[above[told]]
-    return Rows(row, above)
+    return Rows(row, tuple((row[left], row[right], place) for left, right, place in meetings))
 
 
 def _ranges(begins: IntArray, some: IntArray) -> npt.NDArray[np.int64]:
@@ -78,8 +76,3 @@ def _ranges(begins: IntArray, some: IntArray) -> npt.NDArray[np.int64]:
     lengths = begins[some + 1] - begins[some]
     skipped: IntArray = np.repeat(begins[some] - np.cumsum(lengths) + lengths, lengths)
     return skipped + np.arange(len(skipped))
-
-
-def _has_twice(numbers: IntArray) -> bool:
-    ordered = np.sort(numbers)
-    return bool((ordered[1:] == ordered[:-1]).any())

@@ -27,9 +27,8 @@ from fxgrow.plan.bundles import Bundles, bundles
 from fxgrow.plan.hashes import mix
 from fxgrow.plan.laid import Laid, apart, check_order
 from fxgrow.plan.norms import with_new_groups
+from fxgrow.plan.refinement import told_apart
 from fxgrow.plan.rehousing import Kinds, told_groups
-
-_LEVELS = 3  # of rows that repeat rows that repeat rows
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,14 @@ def _signatures(
 
 def _treatment(channels: Channels, axis_codes: Sequence[int], deeds: Sequence[str]) -> HashArray:
     """Return, for each label, a hash of its row's axes and what was done to it; one per label."""
-    row, above = channels.rows.of_label, channels.rows.above
+    row = channels.rows.of_label
     total = np.zeros(len(row), dtype=np.uint64)
     codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row] + np.uint64(1)
     np.add.at(total, row[channels.label_of_row], mix(codes))
     for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
         total[row[labels]] += _code_of(deed)  # once for each row
-    for _ in range(_LEVELS):  # rows that repeat others are told apart as these are
-        total = mix(total + mix(total[above]))
-    return total[row]
+    meetings = channels.rows.meetings if deeds else ()  # other operations bring others together
+    return told_apart(total, meetings, channels.channel_of_label)[row]
 
 
 def _code_of(deed: str) -> int:

@@ -56,7 +56,7 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     if bias is not None and outgoing is not None:
         step.accompany(bias, outgoing, "draw")
     shape = step.outputs[0].shape
-    out = [kept.expand(shape) for kept in beside if support(kept) == {0}]
+    out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
     if outgoing is not None:
         out.append(along(outgoing, 1, shape))
     return (tuple(out),)
