@@ -165,15 +165,16 @@ def agree(flow: GainFlow, op: Operation) -> Gain:
             return gains[0]
         common = Gain()
         joins, verdict = "a constant that no attribute holds", "no"
+    for value in op.inputs:
+        if value.is_weight and not flow.follow(value, common):
+            own = flow.scale_of(value)  # what it has taken where it is used as well
+            if not same(own, common.scale):
+                common, joins = Gain(own, common.sources), "a constant or shared parameter"
     for value, gain in zip(data, gains, strict=True):
         if not same(gain.scale, common.scale):
             where = f" at {op.module}" if op.module else ""
             why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
             flow.part(op, value, Gain(gain.scale / common.scale, gain.sources), verdict, why)
-    for value in op.inputs:
-        if value.is_weight and not flow.follow(value, common) and common.scale != 1.0:
-            flow.part(op, data[0], common, "scaled", "scaled where a constant is added")
-            return Gain()
     return common
 
 

@@ -544,3 +544,29 @@ def test_a_buffer_that_forward_replaces_is_no_part_of_the_plan() -> None:
     assert net.places.shape == (1,)
     net(data(2, 5, 4))
     check_preserved(net, data(2, 7, 4))
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_shared_bias_takes_one_gain(image: bool) -> None:
+    """Where it has taken another, what it is added to is scaled."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.up = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            layer = nn.Conv2d(4, 4, 1) if image else nn.Linear(4, 4)
+            self.layer, self.norm, self.out = layer, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(self.into(x))
+            for _ in range(2):
+                inner = self.layer(x) if image else self.layer(x.movedim(1, 3)).movedim(3, 1)
+                x = torch.relu(self.norm(inner))
+            return self.out(x)
+
+    net = made(Again)
+    nn.init.normal_(net.norm.running_mean)
+    options = {"rescaling": "default_vt", "include": ["into"]}
+    grown = fxgrow.widen(net, "2x", data(2, 3, 5, 5), **options)
+    assert grown.report.verification.verdict == "as predicted"
+    assert grown.report.verification.eval.residual.max_rel < 1e-12

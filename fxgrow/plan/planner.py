@@ -13,16 +13,16 @@ from fxgrow.apply import fingerprint
 from fxgrow.errors import PlanError
 from fxgrow.gain_flow import Absorbed, GainFlow, Mismatch
 from fxgrow.gains import propagate_gains
-from fxgrow.graph import operands_from
 from fxgrow.groups import ChannelGroup, layer_of
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.pairing import PAIRINGS, cancels, drawing, seeded
 from fxgrow.plan.edits import axis_edits
 from fxgrow.plan.feasible import Attempts, Feasible, feasible
 from fxgrow.plan.norms import warnings_of
+from fxgrow.plan.prediction import multipliers
 from fxgrow.plan.resize import Sizes
 from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
-from fxgrow.plan.surgery import Absorption, AxisEdit, ModuleEdit, Multiplier, NormGain, TensorEdit
+from fxgrow.plan.surgery import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
 from fxgrow.plan.widths import select
 from fxgrow.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
 from fxgrow.version import __version__
@@ -126,7 +126,7 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         for group in analysis.groups
         if group.name in sizes.widths
     )
-    prediction = _multipliers(analysis, flow)
+    prediction = multipliers(analysis, flow)
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
@@ -335,35 +335,6 @@ def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tupl
     if request.compensate:
         return "exact", f"compensated by a multiplier ({reasons})"
     return ("no" if any(m.verdict == "no" for m in mismatches) else "scaled"), reasons
-
-
-def _multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
-    """Return the mismatches as multipliers on edges of the fx graph.
-
-    Raises:
-        PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
-            no graph.
-    """
-    names = analysis.nodes
-    graph = analysis.traced.graph if names else None
-    nodes = {node.name: node for node in graph.nodes} if graph else {}
-    found: dict[tuple[str, str], Multiplier] = {}
-    for mismatch in flow.mismatches:
-        producer = names[mismatch.producer] if names and mismatch.producer >= 0 else ""
-        consumer = names[mismatch.consumer] if names and mismatch.consumer >= 0 else "output"
-        if not producer or producer == consumer:
-            raise PlanError(
-                f"what this rescaling does to the output cannot be predicted: {mismatch.reason}, "
-                "inside a part of the network without a graph.",
-                way_out="Use --rescaling none.",
-            )
-        ends = operands_from(nodes[producer], nodes[consumer], set(names))
-        if not ends:
-            raise PlanError(f"the graph has no edge from {producer} to {consumer}.", name=producer)
-        module = analysis.traced.module
-        for end in ends:
-            found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
-    return tuple(found.values())
 
 
 def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
