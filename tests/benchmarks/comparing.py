@@ -106,7 +106,9 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
     return (type(module), shapes) if shapes else ()
 
 
-def compared(model: nn.Module, plan: Plan, most_batches: int = 2) -> Comparison:
+def compared(
+    model: nn.Module, plan: Plan, most_batches: int = 2, example_inputs: object = None
+) -> Comparison:
     """Return how far a network in float64 is from what a plan makes of it.
 
     Where only parts of it were followed, these are compared, and so is the whole: a detector, on
@@ -116,13 +118,14 @@ def compared(model: nn.Module, plan: Plan, most_batches: int = 2) -> Comparison:
         model: the network; its running statistics move, and the sizes it resizes images to.
         plan: made for it.
         most_batches: to compare on; for 0, parts are not compared by themselves, but in the whole.
+        example_inputs: inputs of the whole; None takes those of the plan.
     """
     inputs: dict[str, Sequence[Arguments]] = {}
     for scope in plan.scopes:
         part = model.get_submodule(scope.module)
         if scope.module and not most_batches:
             continue
-        found = batches_for(part, scope.inputs, scope.inputs_inferred)
+        found = batches_for(part, scope.inputs, scope.inputs_inferred, example_inputs)
         most = max(1, most_batches)
         inputs[scope.module] = [map_tensors(_smaller, batch) for batch in found[:most]]
     if "" not in inputs:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/coverage.py [--family video] [--width 2x] [ARCH …]
     python tests/benchmarks/coverage.py --family timm [NAME …]
+    python tests/benchmarks/coverage.py --family transformers [NAME …]
 
 Each network of a family gets random weights in float64 and mild random norms, so that a hundred
 layers neither explode nor die out; it is widened and compared with the original in eval mode and
@@ -34,7 +35,7 @@ import timm
 import torch
 import torchvision
 from comparing import abridged, compared, filled
-from torch import nn
+from torch import Tensor, nn
 
 from fxgrow.analysis import Analysis
 from fxgrow.architectures import Architecture
@@ -44,7 +45,9 @@ from fxgrow.plan.parts import plan_parts
 from fxgrow.plan.schema import Plan, Request
 from fxgrow.scope import follow
 
-FAMILIES = ("classification", "segmentation", "video", "detection", "optical_flow", "timm")
+FAMILIES = (
+    "classification", "segmentation", "video", "detection", "optical_flow", "timm", "transformers",
+)  # fmt: skip
 COLUMNS = (
     "network",
     "where",
@@ -60,21 +63,27 @@ COLUMNS = (
 )
 
 
-def network(name: str, options: argparse.Namespace, device: str) -> tuple[nn.Module, str]:
-    """Return a network without weights, and what was left out of it."""
+def network(
+    name: str, options: argparse.Namespace, device: str
+) -> tuple[nn.Module, dict[str, Tensor] | None, str]:
+    """Return a network, inputs if they are not to be inferred, and what was left out of it."""
+    if options.family == "transformers":
+        import hugging_face
+
+        return *hugging_face.build(name), ""
     library = "timm" if options.family == "timm" else "torchvision"
     model = Architecture(f"{library}:{name}").build(device).eval()
     left_out, total = abridged(model) if options.abridged else (0, 0)
-    return model, f"{total - left_out} of {total} blocks: " if left_out else ""
+    return model, None, f"{total - left_out} of {total} blocks: " if left_out else ""
 
 
 def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yield the rows of one network; whatever goes wrong is told in it."""
     row: dict[str, object] = {"network": name}
     try:
-        model, left_out = network(name, options, "meta")
+        model, inputs, left_out = network(name, options, "meta")
         start, cpu = time.perf_counter(), time.process_time()
-        parts, _ = follow(model)
+        parts, _ = follow(model, inputs)
         row["s"] = f"{time.perf_counter() - start:.2f}"
         cpu = time.process_time() - cpu
         row["ratio"] = peer_ratio(name, cpu) if options.torch_pruning else ""
@@ -92,7 +101,9 @@ def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, object]]:
             size = plan.parameters[1]
             own["compared on"] = f"not ({size / 1e6:.0f} M parameters)"
             if size <= options.max_parameters:
-                found = compared(filled(network(name, options, "cpu")[0]), plan, options.batches)
+                model = network(name, options, "cpu")[0]
+                model = model if inputs else filled(model)
+                found = compared(model, plan, options.batches, inputs)
                 own["max_rel eval"] = f"{found.evaluated:.1e}"
                 own["max_rel train"] = f"{found.trained:.1e}"
                 own["compared on"] = f"{left_out}{found.inputs}"
@@ -153,6 +164,10 @@ def names(family: str) -> Iterable[str]:
     """Return the networks of a family."""
     if family == "timm":
         return timm_representatives()
+    if family == "transformers":
+        import hugging_face
+
+        return [*hugging_face.CORE, *hugging_face.EXTRAS]
     module = torchvision.models
     if family != "classification":
         module = getattr(torchvision.models, family)
