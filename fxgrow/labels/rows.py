@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fxgrow.labels.forest import IntArray, Union, components
+from fxgrow.labels.forest import Forest, IntArray, Union, components
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,36 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
         unions: the calls that made these channels, in order. One that would join two rows of one
             axis joins none.
     """
-    everything = np.arange(len(channel))
-    axis = np.searchsorted(starts, everything, side="right")
+    axis = np.searchsorted(starts, np.arange(len(channel)), side="right")
     order = np.lexsort((axis, channel))
     again = (np.diff(channel[order]) == 0) & (np.diff(axis[order]) == 0)
+    if not again.any():
+        return Rows(channel)
     several = np.zeros(len(channel), dtype=bool)
     several[channel[order][1:][again]] = True
     several = several[channel]
-    row = np.where(several, everything, channel)
-    if not again.any():
-        return Rows(row)
-    meetings: list[Union] = []
-    # The labels of each channel that has several rows, side by side.
-    labels = order[several[order]]
-    begins = np.searchsorted(channel[labels], np.arange(len(channel) + 1))
+    # Labels of which their channel has more on the same axis, those of each channel side by side.
+    crowded = order[np.append(again, False) | np.append(False, again)]
+    begins = np.searchsorted(channel[crowded], np.arange(len(channel) + 1))
+    forest, meetings = Forest(len(channel)), list[Union]()
     for left, right, place in unions:
         wanted = several[left]
-        if not wanted.any():
+        one, other = forest.find(left[wanted]), forest.find(right[wanted])
+        apart = one != other
+        if not apart.any():
             continue
-        left, right = left[wanted], right[wanted]
-        members = labels[_ranges(begins, np.unique(channel[left]))]
-        kept, index = np.unique(row[members], return_inverse=True)
-        pairs = (np.searchsorted(kept, row[left]), np.searchsorted(kept, row[right]), "")
-        joined = components(len(kept), [pairs])[index]
-        keys = np.sort(joined * (len(starts) + 1) + axis[members])
+        members = crowded[_ranges(begins, np.unique(channel[one[apart]]))]
+        rows, index = np.unique([one, other], return_inverse=True)
+        joined = rows[components(len(rows), [(*index.reshape(2, -1), "")])]
+        before = forest.find(members)
+        found = np.minimum(np.searchsorted(rows, before), len(rows) - 1)
+        after = np.where(rows[found] == before, joined[found], before)
+        keys = np.sort(after * (len(starts) + 1) + axis[members])
         if (keys[1:] == keys[:-1]).any():
-            meetings.append((left, right, place))
+            meetings.append((left[wanted], right[wanted], place))
         else:
-            row[members] = kept[joined]
+            forest.join([(one, other, "")])
+    row = np.where(several, forest.roots(), channel)
     return Rows(row, tuple((row[left], row[right], place) for left, right, place in meetings))
 
 

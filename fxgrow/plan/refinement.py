@@ -38,6 +38,10 @@ def told_apart(known: HashArray, meetings: Sequence[Union], channel: IntArray) -
     codes = np.repeat(np.asarray(places, dtype=np.uint64), sizes) << np.uint64(1)
     rows, found = np.unique(ends, return_inverse=True)
     left, right = found.reshape(2, -1)
+    once = np.lexsort((codes, right, left))  # train mode repeats what eval mode brings together
+    new = np.ones(len(once), dtype=bool)
+    new[1:] = sum(np.diff(x[once]) != 0 for x in (left, right, codes)) > 0
+    left, right, codes = (x[once[new]] for x in (left, right, codes))
     colour, of = known[rows], channel[rows]
     active = np.ones(len(rows), dtype=bool)
     while True:
