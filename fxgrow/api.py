@@ -292,6 +292,8 @@ def require_exact(made: Plan) -> None:
                 name=part.name,
                 way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
             )
+    if made.preserves != "exact":
+        raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

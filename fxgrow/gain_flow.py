@@ -92,6 +92,7 @@ class GainFlow:
     norms: dict[str, Gain] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
     _gains: dict[int, Gain] = field(default_factory=dict)
+    _whose: dict[str, frozenset[str]] = field(default_factory=dict)  # sources of the vectors' gains
 
     def of(self, value: Value) -> Gain:
         """Return the gain of a value."""
@@ -118,6 +119,8 @@ class GainFlow:
         if self.factors.keys() & vector.origins or not all(same(x, gain.scale) for x in taken):
             return False
         self.vectors |= dict.fromkeys(vector.origins, gain.scale)
+        for name in vector.origins:
+            self._whose.setdefault(name, gain.sources)
         return True
 
     def undo(self, weight: object, gain: Gain) -> Gain:
@@ -131,12 +134,14 @@ class GainFlow:
         taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
         return gain.times(Gain(taken, frozenset(weight.origins)))
 
-    def scale_of(self, vector: object) -> float:
-        """Return the scale that a parameter has taken already; 1 if it is none."""
+    def taken_by(self, vector: object) -> Gain:
+        """Return the gain that a parameter has taken already; that of one if it is none."""
         if not (isinstance(vector, Value) and len(vector.origins) == 1):
-            return 1.0
+            return Gain()
         name = vector.origins[0]
-        return self.of(vector).scale if name in self.factors else self.vectors.get(name, 1.0)
+        if name in self.factors:
+            return self.of(vector)
+        return Gain(self.vectors.get(name, 1.0), self._whose.get(name, frozenset()))
 
     def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
         """Record a mismatch on the edge from ``value`` to ``op``."""

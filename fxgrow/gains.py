@@ -102,10 +102,13 @@ def _with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: obj
     if bias is None or flow.follow(bias, gain):
         return gain
     # The sum is what the old one would be for an input times gain / own, all of it times own.
-    own = Gain(flow.scale_of(bias), gain.sources)
+    taken = flow.taken_by(bias)
+    sources = gain.sources | taken.sources
     why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
-    flow.part(op, x, Gain(gain.scale / own.scale, gain.sources), "no", why)
-    return own
+    if not same(taken.scale, 1.0):
+        why += f", having taken one of {taken.scale:.6g} where it is used as well"
+    flow.part(op, x, Gain(gain.scale / taken.scale, sources), "no", why)
+    return Gain(taken.scale, sources)
 
 
 @GAIN_RULES.register("aten.mm", "aten.bmm", "aten.mul", "aten.baddbmm")
@@ -167,14 +170,16 @@ def agree(flow: GainFlow, op: Operation) -> Gain:
         joins, verdict = "a constant that no attribute holds", "no"
     for value in op.inputs:
         if value.is_weight and not flow.follow(value, common):
-            own = flow.scale_of(value)  # what it has taken where it is used as well
-            if not same(own, common.scale):
-                common, joins = Gain(own, common.sources), "a constant or shared parameter"
+            taken = flow.taken_by(value)  # where it is used as well
+            if not same(taken.scale, common.scale):
+                common = Gain(taken.scale, common.sources | taken.sources)
+                joins = "a constant or shared parameter"
     for value, gain in zip(data, gains, strict=True):
         if not same(gain.scale, common.scale):
             where = f" at {op.module}" if op.module else ""
             why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
-            flow.part(op, value, Gain(gain.scale / common.scale, gain.sources), verdict, why)
+            sources = gain.sources | common.sources
+            flow.part(op, value, Gain(gain.scale / common.scale, sources), verdict, why)
     return common
 
 

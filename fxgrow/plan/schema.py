@@ -237,9 +237,13 @@ class Plan:
 
     @property
     def preserves(self) -> Verdict:
-        """The worst verdict of any group, block or kernel: ``exact``, ``scaled`` or ``no``."""
-        parts = (part for step in self.steps for part in step.changes)
-        found = {part.preserves for part in parts}
+        """The worst verdict of any group, block or kernel: ``exact``, ``scaled`` or ``no``.
+
+        What is predicted to change is never ``exact``, whoever makes it change.
+        """
+        found = {part.preserves for step in self.steps for part in step.changes}
+        if found <= {"exact"} and any(step.prediction for step in self.steps):
+            return "scaled"
         return "no" if "no" in found else "scaled" if "scaled" in found else "exact"
 
     def to_dict(self) -> dict[str, Any]:
