@@ -64,7 +64,8 @@ def target_architecture(
 
     Args:
         spec: a ``config.json`` or the directory of one, or as for
-            :func:`~fxgrow.architectures.parse_architecture`.
+            :func:`~fxgrow.architectures.parse_architecture`. A configuration that names no class
+            means that of the source, if it is of the same ``model_type``.
         source: what is converted, whose arguments count where there are no others; None if it is
             not known.
         arguments: keyword arguments for the builder.
@@ -82,6 +83,13 @@ def target_architecture(
         raise SourceError(
             f"the configuration {path} cannot be read: {error}.", name=spec
         ) from error
+    known = source.arguments.get("config") if source is not None else None
+    if (
+        isinstance(known, Mapping)
+        and not config.get("architectures")
+        and known.get("model_type") == config.get("model_type")
+    ):
+        config = {**config, "architectures": known.get("architectures")}
     return architecture_of(path.parent, config)
 
 

@@ -272,3 +272,27 @@ def test_heads_that_the_configuration_forbids_are_refused(tmp_path):
     with pytest.raises(fxgrow.VerificationError, match="it computes something else") as caught:
         write_grown(opened, grown, tmp_path / "out")
     assert "model.safetensors" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bert", {"intermediate_size": 48}),
+        ("llama", {"num_hidden_layers": 3, "intermediate_size": 40, "hidden_size": 32,
+                   "num_attention_heads": 8, "num_key_value_heads": 4}),
+    ],
+)  # fmt: skip
+def test_a_directory_becomes_that_of_a_larger_configuration(tmp_path, name, changes):
+    path, out = directory(tmp_path, name), tmp_path / "out"
+    config = json.loads((path / "config.json").read_text()) | changes
+    config.pop("architectures")  # a configuration alone is of no class: that of the source is meant
+    (tmp_path / "larger.json").write_text(json.dumps(config))
+    command = ["convert", str(path), "--to", str(tmp_path / "larger.json"), "-o", str(out)]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    kind = getattr(transformers, CORE[name][0])
+    small, large = (kind.from_pretrained(p).double().eval() for p in (path, out))
+    assert changes.items() <= large.config.to_dict().items()
+    inputs = CORE[name][2]()
+    before, after = (first_output(model, inputs) for model in (small, large))
+    assert max_rel(before, after) < 1e-6  # the weights are in float32
