@@ -203,7 +203,7 @@ def batch_norm(flow: GainFlow, op: Operation) -> Gain:
     """Running statistics take the gain up exactly, if there are any."""
     _, weight, _, mean, variance = op.args[:5]
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
-    layer = layer_of(next((name for name in names if name), op.module))
+    layer = layer_of(next(filter(None, names), "")) or op.module
     gain, eps = flow.of(op.args[0]), float(op.args[-1])
     if not _takes_up(flow, op, layer, gain):
         return Gain()
@@ -233,13 +233,16 @@ def layer_norm(flow: GainFlow, op: Operation) -> Gain:
 
 def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
     """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
-    first = flow.norms.setdefault(layer, gain)
-    if not same(first.scale, gain.scale):
+    if layer not in flow.norms:
+        flow.norms[layer] = gain
+        return gain.scale != 1.0
+    absorbed = flow.absorbed.get(layer)  # None too if it was not able to
+    taken = absorbed.gain if absorbed is not None else 1.0
+    if not same(taken, gain.scale):
         why = f"{layer} is used twice, with different gains"
-        ratio = Gain(gain.scale / first.scale, gain.sources | first.sources)
-        flow.part(op, op.args[0], ratio, "no", why)
-        return False
-    return gain.scale != 1.0 and layer not in flow.absorbed
+        sources = gain.sources | flow.norms[layer].sources
+        flow.part(op, op.args[0], Gain(gain.scale / taken, sources), "no", why)
+    return False
 
 
 def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: Gain) -> None:

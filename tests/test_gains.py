@@ -1,0 +1,98 @@
+"""Gains that meet in a parameter or a norm that is used twice: predicted, and told of whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_layers import data, made
+from torch import Tensor, nn
+
+import fxgrow
+from fxgrow.api import require_exact
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_shared_bias_takes_one_gain(image: bool) -> None:
+    """Where it has taken another, what it is added to is scaled."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.up = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            layer = nn.Conv2d(4, 4, 1) if image else nn.Linear(4, 4)
+            self.layer, self.norm, self.out = layer, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(self.into(x))
+            for _ in range(2):
+                inner = self.layer(x) if image else self.layer(x.movedim(1, 3)).movedim(3, 1)
+                x = torch.relu(self.norm(inner))
+            return self.out(x)
+
+    net = made(Again)
+    nn.init.normal_(net.norm.running_mean)
+    options = {"rescaling": "default_vt", "include": ["into"]}
+    grown = fxgrow.widen(net, "2x", data(2, 3, 5, 5), **options)
+    assert grown.report.verification.verdict == "as predicted"
+    assert grown.report.verification.eval.residual.max_rel < 1e-12
+    (group,) = grown.plan.groups
+    assert (group.name, group.preserves) == ("into", "no")
+    with pytest.raises(fxgrow.NotPreservedError, match="into"):
+        fxgrow.widen(net, "2x", data(2, 3, 5, 5), strict=True, **options)
+
+
+def test_whoever_gave_a_shared_bias_its_gain_is_named() -> None:
+    """The second gain is one, and has no source of its own."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.up = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.shared, self.head = nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(self.into(x))
+            for norm in self.norms:
+                x = torch.relu(norm(self.shared(x)))
+            return self.head(x)
+
+    options = {"rescaling": "default_vt", "include": ["into"]}
+    grown = fxgrow.widen(made(Again), "2x", data(2, 3, 5, 5), **options)
+    (group,) = grown.plan.groups
+    assert (group.name, group.preserves) == ("into", "no")
+    assert "the bias of shared cannot take a gain of 1, having taken one of 0.7" in group.reason
+    bare = replace(grown.plan, groups=(replace(group, preserves="exact"),))
+    assert bare.preserves == "scaled"  # something is predicted, whoever does it
+    with pytest.raises(fxgrow.NotPreservedError, match="would change"):
+        require_exact(bare)
+
+
+@pytest.mark.filterwarnings("ignore:.* becomes")
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_shared_norm_of_the_sample_takes_one_gain_up(affine: bool) -> None:
+    norm = nn.Sequential(nn.InstanceNorm2d(5, affine=affine))
+
+    def again(gained: bool) -> nn.Module:
+        class Again(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.into, self.up, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), norm
+                self.head = nn.Conv2d(5, 2, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.norm(self.up(self.into(x)))
+                return self.head(self.norm(torch.tanh(x)) if gained else x)
+
+        return made(Again)
+
+    options = {"rescaling": "default_vt", "include": ["into"]}
+    once = fxgrow.widen(again(False), "2x", data(2, 3, 5, 5), **options)
+    assert once.plan.preserves == "exact"
+    (edit,) = (edit for edit in once.plan.modules if edit.attribute == "eps")
+    assert (edit.module, edit.after) == ("norm.0", pytest.approx(0.5e-5))
+    twice = fxgrow.widen(again(True), "2x", data(2, 3, 5, 5), **options)
+    assert twice.plan.groups[0].reason == "norm.0 is used twice, with different gains"
+    assert twice.report.verification.eval.residual.max_rel < 1e-12
