@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fxgrow.labels.forest import IntArray, components
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.rows import Rows, rows_of
 from fxgrow.labels.space import Axis, Fill, LabelSpace, Role
@@ -103,8 +103,13 @@ class Channels:
     @cached_property
     def rows(self) -> Rows:
         """Which labels belong to one row of their channel."""
-        channel = components(len(self.channel_of_label), self.unions)
-        return rows_of(self.first_labels, channel, self.unions)
+        smallest = np.arange(len(self.channel_of_label))
+        labels = np.flatnonzero(self.channel_of_label >= 0)
+        _, first, channel = np.unique(
+            self.channel_of_label[labels], return_index=True, return_inverse=True
+        )
+        smallest[labels] = labels[first][channel]
+        return rows_of(self.first_labels, smallest, self.unions)
 
     @cached_property
     def axis_of_row(self) -> IntArray:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.channels import Channels, resolve
+from fxgrow.labels.forest import distinct
 from fxgrow.labels.layers import along, compact, core, cover, line, support
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.rules import RULES, rule
@@ -71,6 +72,12 @@ def test_roots_are_connected_components(edges: list[tuple[int, int]]) -> None:
     graph.add_edges_from(edges)
     for component in nx.connected_components(graph):
         assert {int(root) for root in roots[sorted(component)]} == {min(component) + 1}
+
+
+@given(st.lists(st.integers(0, 1 << 40), max_size=60), st.integers(1, 3))
+def test_distinct_numbers_are_each_found_once(numbers: list[int], times: int) -> None:
+    found = distinct(np.asarray(numbers * times, dtype=np.int64))
+    assert sorted(found.tolist()) == sorted(set(numbers))
 
 
 def test_roles_belong_to_axes_and_the_first_stays() -> None:

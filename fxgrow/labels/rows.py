@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fxgrow.labels.forest import Forest, IntArray, Union, components
+from fxgrow.labels.forest import Forest, IntArray, Union, components, distinct
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
     forest, meetings = Forest(len(channel)), list[Union]()
     for left, right, place in unions:
         wanted = several[left]
-        one, other = forest.find(left[wanted]), forest.find(right[wanted])
+        pairs = distinct(left[wanted].astype(np.int64) * len(channel) + right[wanted])
+        left, right = pairs // len(channel), pairs % len(channel)
+        one, other = forest.find(left), forest.find(right)
         apart = one != other
         if not apart.any():
             continue
@@ -66,7 +68,7 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
         after = np.where(rows[found] == before, joined[found], before)
         keys = np.sort(after * (len(starts) + 1) + axis[members])
         if (keys[1:] == keys[:-1]).any():
-            meetings.append((left[wanted], right[wanted], place))
+            meetings.append((left, right, place))
         else:
             forest.join([(one, other, "")])
     row = np.where(several, forest.roots(), channel)
