@@ -130,6 +130,23 @@ def test_a_channel_whose_rows_part_otherwise_is_refused() -> None:
         fxgrow.widen(made(build), "2x", data(2, 3, 6, 6), where="all", include=["into"])
 
 
+def test_a_norm_that_wants_copies_refuses_channels_that_are_copies_of_none() -> None:
+    """Two channels are shuffled in place; of four, the shuffle adds the inner two to each other."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return x + y + F.channel_shuffle(y, 2)
+
+    net = made(lambda: nn.Sequential(nn.Conv2d(3, 2, 3), Inner(), nn.Conv2d(2, 2, 1)))
+    with pytest.raises(fxgrow.PlanError, match="copies of none"):
+        fxgrow.widen(net, "2x", data(2, 3, 5, 5), where="all")
+
+
 def test_channels_that_are_not_as_many_as_a_layer_reads_are_refused() -> None:
     """A transposed convolution takes any number of them on meta tensors."""
     space = LabelSpace()

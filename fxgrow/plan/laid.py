@@ -108,6 +108,38 @@ def check_order(old: Channels, new: Channels, grown: Sequence[int], continued: I
             )
 
 
+def check_copies(
+    old: Channels, new: Channels, copied: IntArray, continued: IntArray, copy: IntArray
+) -> None:
+    """Return if every channel that can only be copied is, as often as all others of its norm.
+
+    Args:
+        old: the channels at the old sizes.
+        new: those at the new ones.
+        copied: old channels that can only be copied, and not in part.
+        continued: the old channel that each new one continues, or -1.
+        copy: the old channel that each new one copies, or -1.
+
+    Raises:
+        PlanError: a norm over them would change.
+    """
+    if not len(copied) or len(old.mixers) != len(new.mixers):
+        return
+    origin = np.append(np.where(continued >= 0, continued, copy), -1)
+    for before, after in zip(old.mixers, new.mixers, strict=True):
+        was = before.channels[before.channels >= 0]
+        if not np.isin(was, copied).any():
+            continue
+        is_now = origin[after.channels[after.channels >= 0]]
+        counts = [np.bincount(x[x >= 0], minlength=old.count) for x in (was, is_now)]
+        if (is_now < 0).any() or (counts[1] * len(was) != counts[0] * len(is_now)).any():
+            raise PlanError(
+                "at this width, what else the channels pass makes new ones that are copies of "
+                f"none, or not of all alike, and {before.place} would notice.",
+                way_out="Try a multiple of the width.",
+            )
+
+
 def apart(channels: Channels, grown: Sequence[int], continued: IntArray, laid: Laid) -> None:
     """Have twins read by zeros whose values may differ, in place.
 

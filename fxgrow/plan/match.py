@@ -25,7 +25,7 @@ from fxgrow.labels.forest import IntArray
 from fxgrow.pairing import Pairing, drawing, replicate
 from fxgrow.plan.bundles import Bundles, bundles
 from fxgrow.plan.hashes import mix
-from fxgrow.plan.laid import Laid, apart, check_order
+from fxgrow.plan.laid import Laid, apart, check_copies, check_order
 from fxgrow.plan.norms import with_new_groups
 from fxgrow.plan.refinement import told_apart
 from fxgrow.plan.rehousing import Kinds, told_groups
@@ -192,6 +192,8 @@ def match(
         chosen = replicate if whole else drawing(pairing) if times else pairing
         laid.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
     check_order(old, new, list(grown), continued)
+    whole_alone = copied[~np.isin(copied, list(copies))]
+    check_copies(old, new, whole_alone, continued, laid.copy)
     apart(new, list(grown), continued, laid)
     ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
     return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
