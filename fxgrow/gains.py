@@ -164,8 +164,9 @@ def agree(flow: GainFlow, op: Operation) -> Gain:
     joins = "another path"
     verdict: Verdict = "scaled"
     if offset and op.name in ("add", "sub"):
-        if len(data) == 1 and _eps_follows(flow, op, gains[0]):
-            return gains[0]
+        followed = _eps_follows(flow, op, gains[0]) if len(data) == 1 else None
+        if followed is not None:
+            return followed
         common = Gain()
         joins, verdict = "a constant that no attribute holds", "no"
     for value in op.inputs:
@@ -233,16 +234,26 @@ def layer_norm(flow: GainFlow, op: Operation) -> Gain:
 
 def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
     """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
-    if layer not in flow.norms:
-        flow.norms[layer] = gain
+    taken = _taken_before(flow, layer, gain)
+    if taken is None:
         return gain.scale != 1.0
-    absorbed = flow.absorbed.get(layer)  # None too if it was not able to
-    taken = absorbed.gain if absorbed is not None else 1.0
-    if not same(taken, gain.scale):
-        why = f"{layer} is used twice, with different gains"
-        sources = gain.sources | flow.norms[layer].sources
-        flow.part(op, op.args[0], Gain(gain.scale / taken, sources), "no", why)
+    if not same(taken.scale, gain.scale):
+        ratio = Gain(gain.scale / taken.scale, gain.sources | taken.sources)
+        flow.part(op, op.args[0], ratio, "no", f"{layer} is used twice, with different gains")
     return False
+
+
+def _taken_before(flow: GainFlow, layer: str, gain: Gain) -> Gain | None:
+    """Return what a norm took up where it was used before, or None at its first use.
+
+    It took up nothing if the first gain was one, or if it has nothing to absorb a gain with.
+    """
+    first = flow.norms.get(layer)
+    if first is None:
+        flow.norms[layer] = gain
+        return None
+    absorbed = flow.absorbed.get(layer)
+    return Gain(1.0 if absorbed is None else absorbed.gain, first.sources)
 
 
 def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: Gain) -> None:
@@ -261,14 +272,23 @@ def _eps_of(flow: GainFlow, layer: str, eps: float) -> str:
     return next((name for name, v in flow.with_eps.get(layer, {}).items() if v == eps), "")
 
 
-def _eps_follows(flow: GainFlow, op: Operation, gain: Gain) -> bool:
-    """Let the eps that an RMSNorm adds to its mean of squares take the gain s² of these."""
+def _eps_follows(flow: GainFlow, op: Operation, gain: Gain) -> Gain | None:
+    """Let the eps that an RMSNorm adds to its mean of squares take the gain s² of these.
+
+    Returns:
+        The gain of the sum, or None if what is added is no eps.
+    """
     eps, attribute = op.args[1], _eps_of(flow, op.module, float(op.args[1]))
-    if gain.scale == 1.0 or not attribute:
-        return False
-    s = math.sqrt(gain.scale)
-    norm = Absorbed(op.module, s, eps, gain.sources, attribute=attribute)
-    if not same(flow.absorbed.setdefault(op.module, norm).gain, s):
-        why = f"{op.module} is used twice, with different gains"
-        flow.part(op, op.inputs[0], gain, "no", why)
-    return True
+    if not attribute:
+        return None
+    root = Gain(math.sqrt(gain.scale), gain.sources)
+    taken = _taken_before(flow, op.module, root)
+    if taken is None and root.scale != 1.0:
+        norm = Absorbed(op.module, root.scale, eps, gain.sources, attribute=attribute)
+        flow.absorbed[op.module] = norm
+    if taken is None or same(taken.scale, root.scale):
+        return gain
+    own = Gain(taken.scale**2, gain.sources | taken.sources)
+    why = f"{op.module} is used twice, with different gains"
+    flow.part(op, op.inputs[0], Gain(gain.scale / own.scale, own.sources), "no", why)
+    return own

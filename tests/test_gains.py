@@ -96,3 +96,36 @@ def test_a_shared_norm_of_the_sample_takes_one_gain_up(affine: bool) -> None:
     twice = fxgrow.widen(again(True), "2x", data(2, 3, 5, 5), **options)
     assert twice.plan.groups[0].reason == "norm.0 is used twice, with different gains"
     assert twice.report.verification.eval.residual.max_rel < 1e-12
+
+
+class RootMeanSquare(nn.Module):
+    """An RMSNorm written out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(width) + 0.5), 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@pytest.mark.filterwarnings("ignore:.* becomes")
+@pytest.mark.parametrize("gained", ["first", "second"])
+def test_a_written_out_norm_that_is_used_twice_takes_up_its_first_gain(gained: str) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.up, self.other = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(3, 5)
+            self.norm, self.head = RootMeanSquare(5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ways = (lambda: self.up(self.into(x)), lambda: self.other(x))
+            one, two = (self.norm(way()) for way in (ways if gained == "first" else ways[::-1]))
+            return self.head(one + 2 * two)
+
+    options = {"rescaling": "default_vt", "include": ["into"]}
+    grown = fxgrow.widen(made(Again), "2x", data(4, 3), **options)
+    assert "norm is used twice, with different gains" in grown.plan.groups[0].reason
+    assert grown.report.verification.verdict == "as predicted"
+    assert grown.report.verification.eval.residual.max_rel < 1e-12
+    assert any(edit.attribute == "eps" for edit in grown.plan.modules) == (gained == "first")
