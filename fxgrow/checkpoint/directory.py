@@ -16,10 +16,9 @@ from fxgrow.checkpoint.formats import (
     FORMATS,
     Contents,
     FileFormat,
-    refuse_damaged,
-    refuse_source,
     sniff,
 )
+from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
 
 CONFIG = "config.json"
 _SINGLE = "model.safetensors"

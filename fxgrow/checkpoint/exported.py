@@ -29,8 +29,8 @@ from fxgrow.checkpoint.formats import (
     Contents,
     FileFormat,
     members,
-    refuse_damaged,
 )
+from fxgrow.checkpoint.reading import refuse_damaged
 from fxgrow.errors import SourceError
 from fxgrow.labels.tape import Arguments
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
+from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
 from fxgrow.checkpoint.unpickling import load_pickled
 from fxgrow.errors import SourceError
 from fxgrow.labels.tape import Arguments
@@ -197,23 +198,3 @@ def _refuse_unknown(path: Path, head: bytes) -> NoReturn:
     printable = all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
     what = "a text file" if printable else "of an unknown format"
     refuse_source(path, f"is {what}, not {_KINDS}", save_again)
-
-
-def refuse_damaged(path: Path, reason: str, error: Exception) -> NoReturn:
-    """Refuse a file that cannot be read to its end.
-
-    Raises:
-        SourceError: always.
-    """
-    short = " ".join(reason.split()) or type(error).__name__
-    way_out = "Copy or download it again."
-    refuse_source(path, f"is truncated or damaged: {short}", way_out, error)
-
-
-def refuse_source(path: Path, what: str, way_out: str, cause: Exception | None = None) -> NoReturn:
-    """Refuse a file, saying what it is and what to do.
-
-    Raises:
-        SourceError: always.
-    """
-    raise SourceError(f"{path} {what}.", name=str(path), way_out=way_out) from cause

@@ -20,10 +20,9 @@ from fxgrow.checkpoint.formats import (
     Contents,
     FileFormat,
     Shards,
-    refuse_damaged,
-    refuse_source,
     sniff,
 )
+from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
 from fxgrow.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
