@@ -61,8 +61,8 @@ class _Program(FileFormat):
     suffixes = (".pt2",)
 
     def sniff(self, path: Path, head: bytes) -> bool:
-        marks = ("/archive_format", "/models/model.json", "serialized_exported_program.json")
-        return any(member.endswith(marks) for member in members(path, head))
+        marks = {"archive_format", "models/model.json", "serialized_exported_program.json"}
+        return not marks.isdisjoint(members(path, head))
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
         if not trust_pickle:

@@ -8,21 +8,22 @@ their own: :mod:`.tensors` (safetensors, in one file or in shards), :mod:`.direc
 
 from __future__ import annotations
 
-import zipfile
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
-from fxgrow.checkpoint.unpickling import load_pickled
+from fxgrow.checkpoint.archive import MAGIC, read_archive
+from fxgrow.checkpoint.reading import AGAIN, FileReader, refuse_source
+from fxgrow.checkpoint.unpickling import LEGACY_MAGIC, load_pickled
 from fxgrow.errors import SourceError
 from fxgrow.labels.tape import Arguments
 from fxgrow.registry import Registry
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 64
 _KINDS = "a torch.save file (.pt, .pth), a safetensors file or a torch.export program (.pt2)"
 
@@ -101,7 +102,7 @@ def sniff(path: Path) -> FileFormat:
     Raises:
         SourceError: the file is missing, empty, truncated, or of no known format.
     """
-    head = b"" if path.is_dir() else _read_head(path)
+    head = b"" if os.path.isdir(path) else _read_head(path)
     for name in FORMATS:
         if FORMATS[name].sniff(path, head):
             return FORMATS[name]
@@ -118,7 +119,7 @@ class _TorchScript(FileFormat):
     name = "torchscript"
 
     def sniff(self, path: Path, head: bytes) -> bool:
-        return any(member.endswith("/constants.pkl") for member in members(path, head))
+        return "constants.pkl" in members(path, head)
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
         raise SourceError(
@@ -137,7 +138,7 @@ class _Torch(FileFormat):
     _zip: ClassVar[bool] = True
 
     def sniff(self, path: Path, head: bytes) -> bool:
-        return any(m.count("/") == 1 and m.endswith("/data.pkl") for m in members(path, head))
+        return "data.pkl" in members(path, head)
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
         return Contents(load_pickled(path, trust_pickle=trust_pickle))
@@ -154,7 +155,7 @@ class _TorchLegacy(_Torch):
     _zip = False
 
     def sniff(self, path: Path, head: bytes) -> bool:
-        return head.startswith(_LEGACY_MAGIC)
+        return head.startswith(LEGACY_MAGIC)
 
 
 for _format in (_TorchScript(), _Torch(), _TorchLegacy()):
@@ -162,36 +163,31 @@ for _format in (_TorchScript(), _Torch(), _TorchLegacy()):
 
 
 def _read_head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except FileNotFoundError as error:
-        refuse_source(path, "does not exist", "Check the path.", error)
-    except OSError as error:
-        refuse_source(path, f"cannot be read: {error.strerror}", "Check its permissions.", error)
-    if not head:
-        refuse_source(path, "is empty", "Copy or download it again.")
-    return head
+    with FileReader(path) as file:
+        if not file.size:
+            refuse_source(path, "is empty", AGAIN)
+        return file.read(0, min(_HEAD, file.size))
 
 
-def members(path: Path, head: bytes) -> list[str]:
-    """Return the names in a zip archive; none if the file is no zip."""
-    if not head.startswith(b"PK\x03\x04"):
-        return []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except Exception as error:  # zipfile does not wrap what a damaged table makes it raise
-        refuse_damaged(path, "its table of contents cannot be read", error)
+def members(path: Path, head: bytes) -> Collection[str]:
+    """Return the names in an archive, without its folder's; none if the file is no archive.
+
+    Raises:
+        SourceError: it is one that readers may read in different ways.
+    """
+    if not head.startswith(MAGIC):
+        return ()
+    with FileReader(path) as file:
+        return read_archive(file).members.keys()
 
 
 def _refuse_unknown(path: Path, head: bytes) -> NoReturn:
-    if path.is_dir():
+    if os.path.isdir(path):
         refuse_source(path, "is a directory without weights", f"Name a file: {_KINDS}.")
     save_again = "Save it with torch.save(model.state_dict(), 'model.pt')."
     if head.startswith(b"version https://git-lfs"):
         refuse_source(path, "is a Git LFS pointer, not the file itself", "Run: git lfs pull.")
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(MAGIC):
         refuse_source(path, "is a zip archive that torch.save did not write", save_again)
     if head[:1] == b"\x80":
         refuse_source(path, "is a pickle that torch.save did not write", save_again)

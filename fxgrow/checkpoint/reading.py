@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fxgrow.errors import FxgrowError, SourceError
 
@@ -23,7 +23,58 @@ _TEXT_LIMIT = 256 << 20  # bytes; the index of the largest published model has 1
 _DEPTH = 100  # of nested JSON; a configuration has about 5, a torch.export graph 20
 
 
-class FileReader:
+class Readable(Protocol):
+    """Bytes that are read by ranges: of a file or of a part of one.
+
+    Attributes:
+        path: the file, for messages.
+        size: how many there are.
+    """
+
+    path: Path
+    size: int
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill a buffer of bytes from ``start`` on.
+
+        Raises:
+            SourceError: there are not as many.
+        """
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return a range of bytes.
+
+        Raises:
+            SourceError: there are not as many.
+        """
+        if not 0 <= start <= start + length <= self.size:
+            refuse_damaged(self.path, "it ends too early")
+        found = bytearray(length)
+        self.read_into(start, memoryview(found))
+        return bytes(found)
+
+
+class FilePart(Readable):
+    """A part of what is read.
+
+    Args:
+        whole: what it is a part of.
+        start: where it begins.
+        length: its bytes.
+    """
+
+    def __init__(self, whole: Readable, start: int, length: int) -> None:
+        self.path, self.size = whole.path, length
+        self._whole, self._start = whole, start
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill a buffer; see :class:`Readable`."""
+        if start + len(buffer) > self.size:
+            refuse_damaged(self.path, "a part of it ends too early")
+        self._whole.read_into(self._start + start, buffer)
+
+
+class FileReader(Readable):
     """A regular file that is open for reading.
 
     Args:
@@ -67,18 +118,6 @@ class FileReader:
         before, after = ((s.st_size, s.st_mtime_ns) for s in (self._first, last))
         if before != after:
             refuse_source(self.path, "changed while it was read", "Wait until it is complete.")
-
-    def read(self, start: int, length: int) -> bytes:
-        """Return a range of bytes.
-
-        Raises:
-            SourceError: the file ends before it.
-        """
-        if length > self.size:
-            refuse_damaged(self.path, "it ends too early")
-        found = bytearray(length)
-        self.read_into(start, memoryview(found))
-        return bytes(found)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill a buffer of bytes with what the file holds from ``start`` on.

@@ -1,103 +1,48 @@
-"""Load pickled checkpoints and modules without running the code they name.
+"""Load what ``torch.save`` wrote without running code that the file names.
 
-A pickle is a program: its GLOBAL opcode names any importable object, REDUCE calls it. PyTorch's
-weights-only unpickler refuses every name that is not on its list, and fxgrow extends that list for
-the time of one load by those names of *this* file that are harmless:
-
-- ``nn.Module`` subclasses defined in ``torch.nn.modules``, ``torch.nn.parallel.data_parallel``,
-  ``torchvision.models`` and ``torchvision.ops``. Only modules below these packages are ever
-  imported, and what is found must be a class that was defined there. ``GraphModule`` and
-  ``ScriptModule`` subclasses are left out: they compile code that they are given.
-- A few plain classes and pure functions that torch's and torchvision's own modules hold as
-  attributes (``functools.partial`` in ViT, box coders in detection, activations in transformers).
-- ``argparse.Namespace``, which the usual training scripts save as ``args``: it is a bag of
-  attributes. Numpy *scalars* (``best_acc``): not by numpy's own constructors, whose handling of
-  crafted dtypes is memory-unsafe, but by two stand-ins below that know plain numbers only.
-
-Because REDUCE calls an allowed object with arguments of the attacker's choice, and BUILD sets any
-attribute of an allowed class, each entry must be harmless for *all* arguments and attributes. For
-the constructors of layers that holds: they allocate tensors, and the callables they may be given
-(``norm_layer``) can only come from the same list; ``getattr`` is not on it. The same is true of
-hooks and of a replaced ``forward``. What remains is memory use, and names: ``torch.fx`` writes the
-names of submodules and parameters into Python source, so names that could end a string literal
-there are refused after loading.
+A file is read by :class:`~fxgrow.checkpoint.pickles.Machine` with the words of
+:mod:`fxgrow.checkpoint.harmless`; torch's own unpickler is used with ``--trust-pickle`` alone,
+because its list of harmless names has functions that set attributes of anything they are given.
 """
 
 from __future__ import annotations
 
-import _compat_pickle
-import importlib
-import pickle
-import pickletools
-import re
+import functools
+import struct
+import sys
 import warnings
-import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
+from fxgrow.checkpoint import archive as archives
+from fxgrow.checkpoint import harmless
+from fxgrow.checkpoint.pickles import (
+    DamagedError,
+    Machine,
+    PickleError,
+    UnknownNameError,
+    check_shape,
+)
+from fxgrow.checkpoint.reading import (
+    FileReader,
+    Readable,
+    reading,
+    refuse_damaged,
+    refuse_source,
+)
+from fxgrow.checkpoint.storages import Storage, read_storage
 from fxgrow.errors import SourceError
 
-_MODULE_PACKAGES = (
-    "torch.nn.modules.",
-    "torch.nn.parallel.data_parallel.",
-    "torchvision.models.",
-    "torchvision.ops.",
-)
-_HARMLESS = frozenset(
-    {
-        "argparse.Namespace",
-        "functools.partial",
-        "torch._C._nn.gelu",
-        "torch.nn.functional.gelu",
-        "torch.nn.functional.relu",
-        "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
-        "torchvision.models.detection._utils.BoxCoder",
-        "torchvision.models.detection._utils.BoxLinearCoder",
-        "torchvision.models.detection._utils.Matcher",
-        "torchvision.models.detection._utils.SSDMatcher",
-        "torchvision.models.optical_flow.raft._pass_through_h",
-        "torchvision.ops.boxes.box_iou",
-    }
-)
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _TRUST = "If you trust the file, pass --trust-pickle, which executes whatever code it holds."
-_SAFE_NAME = re.compile(r"[^'\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]*")
-# The pickles of a legacy file before its storages: magic number, protocol, system, object, keys.
-_LEGACY_PICKLES = 5
-
-
-class _NumpyDtype:
-    """Stands in for ``numpy.dtype`` while unpickling: a plain number's type, and nothing else."""
-
-    def __init__(self, code: object, *_: object) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[biufc][0-9]{1,2}|\?", code):
-            raise pickle.UnpicklingError(f"{code!r} is not the dtype of a plain number")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if len(state) > 1 and state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-    def __reduce__(self) -> Any:
-        return self.dtype.__reduce__()  # saved again, it is numpy's own
-
-
-def _numpy_scalar(dtype: object, data: object) -> Any:
-    """Stand in for ``numpy._core.multiarray.scalar``: one plain number from its bytes."""
-    if not isinstance(dtype, _NumpyDtype) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
-    return np.frombuffer(data, dtype.dtype, count=1)[0]
-
-
-_STAND_INS: dict[str, Any] = {
-    "numpy.dtype": _NumpyDtype,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-}
+_MOST_PICKLED = 256 << 20  # bytes of a pickle without its tensors
+_ALIASED = 16  # times the bytes that a file holds may be shown by its tensors, plus the next
+_SMALL = 1 << 28  # bytes
 
 
 def load_pickled(path: Path, *, trust_pickle: bool = False) -> object:
@@ -114,132 +59,192 @@ def load_pickled(path: Path, *, trust_pickle: bool = False) -> object:
         SourceError: the file is damaged, or asks for a class or function that is not known to be
             harmless; that one is named, and nothing of it is run.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about protocols and moved classes; errors say the rest
+    with FileReader(path) as file:
+        if trust_pickle:
+            return _load_trusted(path)
+        return load_untrusted(file)
+
+
+def load_untrusted(file: Readable) -> object:
+    """Load what ``torch.save`` wrote into a file or a part of one, running nothing of it.
+
+    Raises:
+        SourceError: as for :func:`load_pickled`.
+    """
+    is_zip = file.size >= 4 and file.read(0, 4) == archives.MAGIC
+    with reading(file.path):
         try:
-            if trust_pickle:
-                return torch.load(path, map_location="cpu", weights_only=False)
-            with torch.serialization.safe_globals(_allowed(path)):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except SourceError:
-            raise
-        except Exception as error:  # a crafted or damaged pickle may raise anything
-            _refuse(path, error, trust_pickle)
-    _check_names(path, loaded)
+            loaded = (_load_zip if is_zip else _load_legacy)(file)
+            _check(loaded, file.size)
+        except PickleError as error:
+            _refuse(file.path, error)
     return loaded
 
 
-def _allowed(path: Path) -> list[Any]:
-    """Return (object, name) for each harmless global that the file asks for."""
-    found = ((name, _resolve(name)) for name in sorted(_requested(path)))
-    return [(entry, name) for name, entry in found if entry is not None]
+def _load_trusted(path: Path) -> object:
+    """Load a file by Python's own unpickler."""
+    with warnings.catch_warnings(), reading(path):
+        warnings.simplefilter("ignore")  # about protocols and moved classes; errors say the rest
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise SourceError(
+                f"{path} needs code that cannot be imported here: {error}.",
+                name=str(path),
+                way_out="Run fxgrow where that code is importable, or save the state_dict.",
+            ) from error
 
 
-def _requested(path: Path) -> set[str]:
-    """Return the ``module.name`` of every GLOBAL in the file, without executing anything."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = [n for n in archive.namelist() if n.count("/") == 1]
-            pickles = [archive.read(n) for n in members if n.endswith("/data.pkl")]
-        return {name for data in pickles for name in _globals(data)}
-    with path.open("rb") as file:
-        return {name for _ in range(_LEGACY_PICKLES) for name in _globals(file)}
+class _Words:
+    """The vocabulary of one file; see :class:`~fxgrow.checkpoint.pickles.Vocabulary`.
+
+    Args:
+        load: returns the memory of a tensor by its key: (key, dtype, number of entries).
+    """
+
+    def __init__(self, load: Any = None) -> None:
+        self._load = load
+
+    def find(self, module: str, name: str) -> object:
+        return harmless.resolve(module, name)
+
+    def is_class(self, value: object) -> bool:
+        return harmless.is_class(value)
+
+    def build(self, instance: Any, state: object) -> None:
+        harmless.build(instance, state)
+
+    def load_persistent(self, identity: object) -> object:
+        plain = type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage"
+        if not plain or self._load is None:
+            raise PickleError("something outside of the pickle that is no memory of a tensor")
+        _, dtype, key, _, count = identity[:5]  # type: ignore[index]
+        if not isinstance(dtype, torch.dtype) or type(key) is not str or type(count) is not int:
+            raise PickleError("the memory of a tensor without type, name or size")
+        return self._load(key, dtype, count)
 
 
-def _globals(pickled: Any) -> list[str]:
-    names = []
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            # Python 2's names, as protocol 2 writes them and the unpickler translates them.
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-            module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-            names.append(f"{module}.{name}")
-    return names
+def _load_zip(file: Readable) -> object:
+    """Load a file of torch's zip format."""
+    archive = archives.read_archive(file)
+    pickled = archive.part(file, "data.pkl")
+    if pickled.size > _MOST_PICKLED:
+        refuse_source(file.path, "has a pickle of more than 256 MB", "Save the state_dict alone.")
+    swapped = _is_swapped(
+        archive.read(file, "byteorder") if "byteorder" in archive.members else b""
+    )
+
+    @functools.cache
+    def load(key: str) -> Tensor:
+        memory = archive.part(file, f"data/{key}")
+        return read_storage(memory, 0, memory.size)
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Storage:
+        data = load(key)
+        if data.nbytes != count * dtype.itemsize:
+            raise PickleError(f"data/{key} has another size than the pickle says")
+        return _storage(data, dtype, swapped)
+
+    return Machine(pickled.read(0, pickled.size), _Words(functools.cache(storage))).load()
 
 
-def _resolve(full: str) -> Any:
-    """Return the harmless object called ``full``, or None if it is not known to be harmless."""
-    if full in _STAND_INS:
-        return _STAND_INS[full]
-    module_name, _, name = full.rpartition(".")
-    listed = full in _HARMLESS
-    if not listed and not full.startswith(_MODULE_PACKAGES):
-        return None
-    try:
-        entry: Any = getattr(importlib.import_module(module_name), name, None)
-    except ImportError:
-        return None  # another version's layout; the load names it
-    if listed:
-        return entry
-    if not isinstance(entry, type) or not issubclass(entry, nn.Module):
-        return None
-    if issubclass(entry, (torch.fx.GraphModule, torch.jit.ScriptModule)):
-        return None
-    return entry if (entry.__module__, entry.__qualname__) == (module_name, name) else None
+def _load_legacy(file: Readable) -> object:
+    """Load a file of the format before PyTorch 1.6: five pickles, then the memory of tensors.
+
+    The pickles are a magic number, a version, the system, the object and the keys of its memory.
+    """
+    data = file.read(0, min(file.size, _MOST_PICKLED))
+    if not data.startswith(LEGACY_MAGIC):
+        refuse_damaged(file.path, "it does not begin as torch.save begins files")
+    wanted: OrderedDict[str, tuple[torch.dtype, int, Tensor]] = OrderedDict()
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Storage:
+        if not 0 <= count * dtype.itemsize <= file.size:
+            raise PickleError("the memory of a tensor that is larger than the file")
+        known = wanted.setdefault(
+            key, (dtype, count, torch.empty(max(0, count) * dtype.itemsize, dtype=torch.uint8))
+        )
+        if known[:2] != (dtype, count):
+            raise PickleError("the memory of a tensor under two sizes")
+        return Storage(known[2], dtype)
+
+    position, found = 0, []
+    for index in range(5):
+        machine = Machine(data, _Words(storage if index == 3 else None), position)
+        found.append(machine.load())
+        position = machine.position
+    system, loaded, keys = found[2:]
+    swapped = isinstance(system, dict) and _is_swapped(
+        b"little" if system.get("little_endian", True) else b"big"
+    )
+    if type(keys) is not list or sorted(map(str, keys)) != sorted(wanted):
+        raise PickleError("the memory of other tensors than the pickle asks for")
+    for key in keys:
+        dtype, count, memory = wanted[key]
+        if struct.unpack("<q", file.read(position, 8)) != (count,):
+            refuse_damaged(file.path, f"the tensor {key} has another size than the pickle says")
+        memory.copy_(_storage(read_storage(file, position + 8, memory.nbytes), dtype, swapped).data)
+        position += 8 + memory.nbytes
+    if position != file.size:
+        refuse_damaged(file.path, "there is more behind its end")
+    return loaded
 
 
-def _refuse(path: Path, error: Exception, trusted: bool) -> NoReturn:
-    reason = re.sub(r"^\[.*?\] \. ", "", " ".join(str(error).split()))  # C++'s file and line
-    unknown = re.search(r"GLOBAL (\S+)", reason)
-    if isinstance(error, pickle.UnpicklingError) and unknown:
+def _is_swapped(order: bytes) -> bool:
+    """Return whether numbers are in another order of bytes than this machine's."""
+    if order not in (b"", b"little", b"big"):
+        raise PickleError("a byteorder that is neither little nor big")
+    return (order or b"little") != sys.byteorder.encode()
+
+
+def _storage(data: Tensor, dtype: torch.dtype, swapped: bool) -> Storage:
+    """Return memory with its bytes in this machine's order."""
+    if swapped and dtype.itemsize > 1:
+        memory: Any = data.untyped_storage()
+        memory.byteswap(dtype)
+    return Storage(data, dtype)
+
+
+def _check(loaded: object, held: int) -> None:
+    """Return if what a pickle built is data all through, and of a bounded size.
+
+    Args:
+        loaded: the object.
+        held: the bytes of the file.
+
+    Raises:
+        PickleError: it is not.
+    """
+    left = _ALIASED * held + _SMALL
+
+    def children(item: object) -> Iterator[object]:
+        nonlocal left
+        if isinstance(item, Tensor) and not item.is_meta and item.layout is torch.strided:
+            left -= item.nbytes
+            if left < 0:
+                raise PickleError("its tensors are many times larger than what it holds of them")
+        return harmless.children(item)
+
+    check_shape(loaded, children)
+
+
+def _refuse(path: Path, error: PickleError) -> NoReturn:
+    """Refuse a pickle that asks for more than plain data, or is none.
+
+    Raises:
+        SourceError: always.
+    """
+    if isinstance(error, DamagedError):
+        refuse_damaged(path, str(error), error)
+    if isinstance(error, UnknownNameError):
         raise SourceError(
-            f"{path} asks for {unknown[1]}, which is not on the list of harmless classes, so it "
+            f"{path} asks for {error.name}, which is not on the list of harmless classes, so it "
             "was not loaded.",
-            name=unknown[1],
+            name=error.name,
             way_out=_TRUST,
         ) from error
-    if trusted and isinstance(error, (ImportError, AttributeError)):
-        raise SourceError(
-            f"{path} needs code that cannot be imported here: {reason}.",
-            name=str(path),
-            way_out="Run fxgrow where that code is importable, or save the state_dict instead.",
-        ) from error
-    if isinstance(error, pickle.UnpicklingError) and re.search("operand|persistent", reason):
-        raise SourceError(
-            f"{path} is written in a way that cannot be loaded safely (another pickle protocol, or "
-            "a module in the format of before PyTorch 1.6).",
-            name=str(path),
-            way_out=f"Save it again with a plain torch.save. {_TRUST}",
-        ) from error
     raise SourceError(
-        f"{path} is truncated or damaged: {reason.split('. ')[0] or type(error).__name__}.",
+        f"{path} was not loaded, because it holds more than plain data: {error}.",
         name=str(path),
-        way_out="Copy or download it again.",
+        way_out=f"Save it again with a plain torch.save, or the state_dict alone. {_TRUST}",
     ) from error
-
-
-def _check_names(path: Path, loaded: object) -> None:
-    """Refuse modules with names that would leave a string literal in generated source."""
-    for module in _modules_in(loaded):
-        try:
-            tables = [
-                table
-                for child in module.modules()
-                for table in (child._modules, child._parameters, child._buffers)
-            ]
-        except (AttributeError, TypeError) as error:
-            _refuse(path, error, trusted=False)
-        for name in (name for table in tables for name in table):
-            if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
-                raise SourceError(
-                    f"{path} holds a module with a part called {name!r}, which is no name.",
-                    name=str(path),
-                    way_out=_TRUST,
-                )
-
-
-def _modules_in(loaded: object) -> Iterator[nn.Module]:
-    """Yield the modules in nested dicts, lists and tuples; a pickle may make these circular."""
-    pending, seen = [loaded], set()
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            yield item
-        elif isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            pending.extend(item)
