@@ -164,7 +164,7 @@ def _read_record(source: Source) -> Mapping[str, Any] | None:
     if RECORD_KEY in source._contents.header:
         try:
             record = json.loads(source._contents.header[RECORD_KEY])
-        except ValueError:
+        except (ValueError, RecursionError):
             record = "damaged"
     elif source.kind == "checkpoint" and isinstance(saved, Mapping):
         record = saved.get(RECORD_KEY)

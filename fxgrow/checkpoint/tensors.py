@@ -22,7 +22,8 @@ from fxgrow.checkpoint.formats import (
     Shards,
     sniff,
 )
-from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
+from fxgrow.checkpoint.headers import read_tensors
+from fxgrow.checkpoint.reading import FileReader, refuse_damaged, refuse_source
 from fxgrow.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
@@ -38,16 +39,8 @@ class _Safetensors(FileFormat):
         return len(head) > 8 and head[7:9] == b"\x00{"  # a header's length in 8 bytes, then JSON
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        import safetensors
-
-        try:
-            # The tensors are mapped from the file: memory is taken for what is looked at.
-            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                header = dict(file.metadata() or {})
-                names = list(file.keys())
-                tensors = OrderedDict((name, file.get_tensor(name)) for name in names)
-        except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-            refuse_damaged(path, str(error), error)
+        with FileReader(path) as file:
+            tensors, header = read_tensors(file)
         return Contents(_unpacked(tensors, header), header)
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -140,8 +133,8 @@ def _unpacked(
             del header[name]
     try:
         metadata = json.loads(header.get(_METADATA, "null"))
-    except ValueError:
-        metadata = None
+    except (ValueError, RecursionError):
+        metadata = None  # a text of somebody else's
     if isinstance(metadata, dict):
         del header[_METADATA]
         vars(tensors)[_METADATA] = OrderedDict(metadata)

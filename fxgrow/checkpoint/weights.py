@@ -303,10 +303,16 @@ def _locate(keys: Keys, stored: Mapping[str, object]) -> Location:
         bare_metadata = OrderedDict(
             (_unwrapped(f"{path}."[len(prefix) :]).rstrip("."), value)
             for path, value in metadata.items()
-            if path != RECORD_KEY and f"{path}.".startswith(prefix)
+            if path != RECORD_KEY and f"{path}.".startswith(prefix) and _is_version(value)
         )
         vars(state_dict)["_metadata"] = bare_metadata
     return Location(keys, stored, state_dict, bare_names, prefix)
+
+
+def _is_version(value: object) -> bool:
+    """Return whether a part of a state_dict's metadata is as modules of torch write it."""
+    version = value.get("version") if isinstance(value, Mapping) else ""
+    return version is None or isinstance(version, int)
 
 
 def _prefix(names: list[str]) -> str:
