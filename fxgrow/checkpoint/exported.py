@@ -1,19 +1,13 @@
 """``torch.export`` programs (``.pt2``): a graph of operations with its weights.
 
-``torch.export.load`` unpickles, evaluates expressions and generates code, so an archive is looked
-at first. It is loaded unasked only if it holds plain tensors, known members, names that are names,
-expressions that are arithmetic, and operations of ATen; that leaves nothing that could run code of
-the file's own. Anything else needs ``--trust-pickle``.
+What is loaded unasked is an archive of what :mod:`fxgrow.checkpoint.programs` checked; anything
+else needs ``--trust-pickle``.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,30 +24,10 @@ from fxgrow.checkpoint.formats import (
     FileFormat,
     members,
 )
-from fxgrow.checkpoint.reading import refuse_damaged
+from fxgrow.checkpoint.programs import NAME, checked_program
+from fxgrow.checkpoint.reading import FileReader, reading
 from fxgrow.errors import SourceError
 from fxgrow.labels.tape import Arguments
-
-_MEMBERS = re.compile(
-    r"models/model\.json|archive_format|archive_version|byteorder|\.data/\w+|extra/[\w.]+"
-    r"|data/sample_inputs/model\.pt|data/(weights/weight|constants/tensor)_\d+"
-    r"|data/(weights/model_weights|constants/model_constants)_config\.json"
-)
-_NAME = re.compile(r"[\w.+:-]*")
-_TARGET = re.compile(
-    r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|torch\.sym_\w+|math\.\w+"
-    r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge)"
-)
-_EXPRESSION = re.compile(
-    r"([-+*/(),=<> .]|\d+|'[a-z]+\d*'|\b[suz]\d+\b|\b(Symbol|Integer|Float|Rational|Add|Mul|Pow|Max"
-    r"|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|positive|nonnegative|integer|True|False)\b)*"
-)
-# Texts that are kept or shown, and neither evaluated nor written into code. fxgrow does not run
-# the guards, which are code.
-_TEXTS = frozenset(
-    {"stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "from_node", "custom",
-     "in_spec", "out_spec", "as_string", "guards_code"}
-)  # fmt: skip
 
 
 class _Program(FileFormat):
@@ -65,20 +39,24 @@ class _Program(FileFormat):
         return not marks.isdisjoint(members(path, head))
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        if not trust_pickle:
-            _check(path)
-        try:
-            with _quiet():
-                program = torch.export.load(path)
+        with FileReader(path) as file:
+            archive = path if trust_pickle else checked_program(file)
+            with reading(path), _quiet():
+                program = torch.export.load(archive)
                 module = program.module(check_guards=False)
-        except Exception as error:  # a damaged or crafted archive may raise anything
-            refuse_damaged(path, str(error), error)
         return Contents(module, inputs=_inputs(program), dynamic=_dynamic(program))
 
     def write(self, contents: Contents, path: Path) -> None:
         module = contents.data
         if not isinstance(module, nn.Module) or contents.inputs is None:
             raise ValueError("a program is exported from a module and its inputs")
+        for name in module.state_dict():
+            if not NAME.fullmatch(name):
+                raise SourceError(
+                    f"a program cannot hold a parameter called {name!r}.",
+                    name=name,
+                    way_out="Write its weights: -o model.pt or -o model.safetensors.",
+                )
         with _quiet():
             torch.export.save(_exported(module, contents.inputs, contents.dynamic), path)
 
@@ -144,63 +122,6 @@ def _dynamic(program: ExportedProgram) -> tuple[frozenset[int], ...]:
         frozenset(dim for dim, size in enumerate(value.shape) if not isinstance(size, int))
         for value in values
         if isinstance(value, Tensor)
-    )
-
-
-def _check(path: Path) -> None:
-    """Return if loading an archive can run nothing but what torch itself defines.
-
-    Raises:
-        SourceError: it might; the first part that is not plain is named.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for full in archive.namelist():
-            member = full.partition("/")[2]
-            if not _MEMBERS.fullmatch(member):
-                _refuse(path, f"the member {full!r}")
-            if member.endswith(".json"):
-                problem = next(_problems(_json(path, archive.read(full))), "")
-                if problem:
-                    _refuse(path, problem)
-            elif member.endswith(".pt"):
-                try:
-                    torch.load(io.BytesIO(archive.read(full)), weights_only=True)
-                except Exception as error:
-                    _refuse(path, f"example inputs that are no plain tensors ({error})")
-
-
-def _json(path: Path, data: bytes) -> object:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        refuse_damaged(path, str(error), error)
-
-
-def _problems(item: object, key: str = "") -> Iterator[str]:
-    """Yield what is not plain in the JSON of an archive, by where it stands."""
-    if isinstance(item, Mapping):
-        for name, value in item.items():
-            if not _NAME.fullmatch(name):
-                yield f"the name {name!r}"
-            yield from _problems(value, name)
-    elif isinstance(item, list):
-        for value in item:
-            yield from _problems(value, key)
-    elif key == "use_pickle" and item:
-        yield "a pickled tensor"
-    elif isinstance(item, str) and key not in _TEXTS:
-        known = {"target": _TARGET, "expr_str": _EXPRESSION}.get(key, _NAME)
-        if not known.fullmatch(item):
-            kind = {"target": "operation", "expr_str": "expression"}.get(key, "name")
-            yield f"the {kind} {item!r}"
-
-
-def _refuse(path: Path, what: str) -> None:
-    raise SourceError(
-        f"{path} is a torch.export program with {' '.join(what.split())[:200]}, which loading it "
-        "might execute, so it was not loaded.",
-        name=str(path),
-        way_out="If you trust the file, pass --trust-pickle, which executes whatever it holds.",
     )
 
 
