@@ -16,6 +16,7 @@ from fxgrow.apply import apply_to_module, check_source
 from fxgrow.composition import following, grown_by
 from fxgrow.datadriven import DataDriven
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
+from fxgrow.exclusive import exclusive
 from fxgrow.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.measure import failure, measure, variance
@@ -53,6 +54,7 @@ def silent(step: str) -> None:
     del step
 
 
+@exclusive
 def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
     """Find the channel groups, residual blocks and pins of a network.
 
@@ -71,6 +73,7 @@ def inspect(model: nn.Module, example_inputs: object = None, *, module: str = ""
     return Inspection(*follow(model, example_inputs, module))
 
 
+@exclusive
 def plan(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
@@ -134,6 +137,7 @@ def plan(
     return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
 
 
+@exclusive
 def widen(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
@@ -229,6 +233,7 @@ def widen(
     )
 
 
+@exclusive
 def carry_out(
     made: Plan,
     model: nn.Module,
@@ -259,6 +264,8 @@ def carry_out(
     check_source(made.steps[0], named_tensors(model))
     if strict:
         require_exact(made)
+    if verify:
+        require_values(model)
     fill = init_of_plan(made.request.init) if init is None else find_init(init)
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
@@ -275,7 +282,7 @@ def carry_out(
     if isinstance(fill, NamedInit):
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
-        warnings.warn(text, FxgrowWarning, stacklevel=3)
+        warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
 
 
@@ -294,6 +301,21 @@ def require_exact(made: Plan) -> None:
             )
     if made.preserves != "exact":
         raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
+
+
+def require_values(model: nn.Module) -> None:
+    """Return if a network has values, so that it can be measured.
+
+    Raises:
+        PlanError: a tensor of it is on the meta device.
+    """
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise PlanError(
+                f"{name} has a shape but no values (device meta), so nothing can be verified.",
+                name=name,
+                way_out="Load weights into the model first, or grow its shapes: verify=False.",
+            )
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

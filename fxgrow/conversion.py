@@ -12,6 +12,7 @@ from fxgrow.api import Grown, Progress, check_tensors, silent
 from fxgrow.apply import apply_to_state_dict, check_source
 from fxgrow.architectures import Architecture, larger_relative, relatives
 from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError
+from fxgrow.exclusive import exclusive
 from fxgrow.init import Init, find_init, init_name
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
@@ -26,6 +27,7 @@ from fxgrow.standin import float64_copy, stand_in
 from fxgrow.verification import Case, Verification, judge, notes_on
 
 
+@exclusive
 def convert(
     model: nn.Module,
     target: nn.Module | str,

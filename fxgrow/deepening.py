@@ -12,6 +12,7 @@ from fxgrow.api import Grown, Progress, carry_out, check_tensors, silent
 from fxgrow.calibration import calibrate_, new_norms
 from fxgrow.composition import following, grown_by
 from fxgrow.errors import PlanError
+from fxgrow.exclusive import exclusive
 from fxgrow.init import Init, find_init, init_name
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.plan.deepening import plan_blocks
@@ -63,6 +64,7 @@ def plan_deepening(
 _NET2DEEPER = 'Leave calibration out, or use method="net2deeper".'
 
 
+@exclusive
 def deepen(
     model: nn.Module,
     blocks: Mapping[str, str],

@@ -6,14 +6,14 @@ float32 rounds there whatever the dtype of its weights. Neither says anything ab
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxgrow.labels.tape import tensors_in
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,7 +25,8 @@ class Expectation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     the draw they are the identity, whether a module, a function or an attention kernel does them.
 
     Args:
-        exact: casts to a lower precision than float64 give float64.
+        exact: casts to a lower precision than float64 give float64, and so do constants that a
+            forward makes without naming a dtype.
 
     Attributes:
         casts: whether there were such casts.
@@ -51,6 +52,8 @@ class Expectation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         result = func(*args, **kwargs)
+        if self._exact and _is_constant(func, args, kwargs, result):
+            result = result.double()
         mean = _mean(func, args)
         if isinstance(mean, Tensor):
             return result.copy_(mean)
@@ -66,12 +69,11 @@ def _mean(func: OpOverload, args: tuple[Any, ...]) -> Tensor | float | None:
     return 0.5 if name in ("rand", "rand_like") else None
 
 
-@contextlib.contextmanager
-def float64_by_default() -> Iterator[None]:
-    """Make float64 the dtype of new tensors for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _is_constant(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object
+) -> bool:
+    """Return whether a result is a new tensor of the dtype that is the default for all threads."""
+    if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype():
+        return False
+    made = func is torch.ops.aten.lift_fresh.default or not tensors_in((args, kwargs))
+    return made and kwargs.get("dtype") is None

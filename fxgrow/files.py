@@ -28,6 +28,7 @@ from fxgrow.checkpoint.saving import output_format
 from fxgrow.checkpoint.writing import write_file
 from fxgrow.configuration import grown_config
 from fxgrow.errors import SourceError
+from fxgrow.exclusive import exclusive
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments
@@ -76,6 +77,7 @@ class Opened:
         self.architecture, self.converted = architecture, True
 
 
+@exclusive
 def open_model(
     path: str | Path,
     *,
@@ -130,6 +132,7 @@ def load(
     return opened.model
 
 
+@exclusive
 def write_grown(
     opened: Opened,
     grown: Grown,
@@ -236,6 +239,7 @@ def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Argume
     return batches_for(model, plan.inputs, plan.inputs_inferred, example_inputs)[0]
 
 
+@exclusive
 def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     """Write a model grown in Python, so that :func:`load` gives it back.
 

@@ -10,6 +10,7 @@ from torch import nn
 from fxgrow.api import Grown, Progress, carry_out, check_tensors, globs, silent
 from fxgrow.composition import following, grown_by
 from fxgrow.errors import PlanError
+from fxgrow.exclusive import exclusive
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.plan.kernels import plan_kernels
 from fxgrow.plan.schema import Plan, Request
@@ -48,6 +49,7 @@ def plan(
     return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
 
 
+@exclusive
 def morph_kernel(
     model: nn.Module,
     size: str | Mapping[str, str],

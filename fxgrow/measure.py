@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxgrow.analysis import analyse
 from fxgrow.apply import apply_to_module, grow_float64
 from fxgrow.errors import FxgrowError, PlanError, VerificationError
+from fxgrow.exclusive import exclusive
 from fxgrow.graph import insert_multipliers
 from fxgrow.init import Init
 from fxgrow.inputs import arranged, batches_for
@@ -227,10 +228,20 @@ def _inputs(model: nn.Module, scope: Scope, example_inputs: object) -> object:
 
 
 def variance(tensor: Tensor) -> float:
-    """Return the unbiased variance of a weight, computed in float64; 0 for one element."""
+    """Return the unbiased variance of a weight, computed in float64; 0 for one element.
+
+    Raises:
+        PlanError: the weight is on the meta device.
+    """
+    if tensor.is_meta:
+        raise PlanError(
+            "this rescaling asks for the variance of weights that have no values (device meta).",
+            way_out="Load weights into the model first, or use default_vt.",
+        )
     return float(tensor.detach().double().var()) if tensor.numel() > 1 else 0.0
 
 
+@exclusive
 def verify(
     before: nn.Module, after: nn.Module, example_inputs: object = None, module: str = ""
 ) -> Verification:

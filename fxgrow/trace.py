@@ -7,6 +7,7 @@ module tree with every parameter and buffer on the meta device. The user's model
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -303,7 +304,37 @@ def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))
 
 
-class OpenTracer(fx.Tracer):
+class ThreadTracer(fx.Tracer):
+    """A tracer that leaves other threads alone.
+
+    While it traces, ``torch.fx`` patches what calls any module and looks up its parts. A module
+    that another thread runs meanwhile is called as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a module, and make it a part of the graph if it is this thread's."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return a part of a module, as a value of the graph if it is looked up in this thread."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class OpenTracer(ThreadTracer):
     """A tracer for which buffers are values, as parameters are, and no constants."""
 
     proxy_buffer_attributes = True
@@ -316,7 +347,7 @@ def symbolic_trace(standin: nn.Module) -> fx.Graph:
         try:
             return OpenTracer().trace(standin)
         except Exception:
-            return fx.Tracer().trace(standin)
+            return ThreadTracer().trace(standin)
 
 
 def _on_meta(example_inputs: object) -> Arguments:

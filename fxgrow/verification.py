@@ -25,7 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.expectation import Expectation, float64_by_default
+from fxgrow.expectation import Expectation
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments, call, tensors_in
 from fxgrow.layout import regroup
@@ -158,14 +158,13 @@ def judge(
         result = ModeResult()
         for batch in batches:
             exact = pytree.tree_map_only(Tensor, _to_double, batch)
-            with float64_by_default():
-                before = _run(case.exact_before, exact, mode, exactly)
-                after = _run(case.exact_after, exact, mode, exactly)
+            before = _run(case.exact_before, exact, mode, exactly)
+            after = _run(case.exact_after, exact, mode, exactly)
             predicted = before
             if case.reference is not case.exact_before or norms:
                 for buffer, value in statistics:  # a run in train mode has moved them
                     buffer.copy_(value)
-                with _absorbing(case.reference, norms), float64_by_default():
+                with _absorbing(case.reference, norms):
                     predicted = _run(case.reference, exact, mode, exactly)
             if exact_is_native and not exactly.casts:
                 old, new = before, after

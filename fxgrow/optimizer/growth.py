@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxgrow.errors import FxgrowWarning, PlanError
+from fxgrow.exclusive import exclusive
 from fxgrow.labels.propagate import named_tensors
+from fxgrow.labels.tape import tensors_in
 from fxgrow.optimizer.order import names_by_group
 from fxgrow.optimizer.steps import Member, grow_groups, grow_states
 from fxgrow.plan.schema import Plan
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from fxgrow.api import Grown
 
 
+@exclusive
 def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> None:
     """Let an optimizer go on with a grown network, in place.
 
@@ -29,13 +32,14 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
 
     Args:
         optimizer: any of torch's but LBFGS, or another that keeps such buffers; it must hold
-            parameters of ``model``.
+            parameters of ``model``, in its groups alone.
         model: the network that was grown.
         grown: what it became: the result of :func:`fxgrow.widen`, :func:`fxgrow.deepen` or
             another growth.
 
     Raises:
-        PlanError: the optimizer holds no parameter of the model; nothing is changed.
+        PlanError: the optimizer holds no parameter of the model, or keeps parameters where they
+            cannot be exchanged (LBFGS); nothing is changed.
 
     Example:
         >>> import torch, fxgrow
@@ -57,6 +61,7 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
             "the optimizer holds no parameter of the model.",
             way_out="Give the model that it trains, as it was before it grew.",
         )
+    _check_places(optimizer, held)
     new = dict(grown.model.named_parameters(remove_duplicate=False))
     for index, parameter in enumerate(held):
         if parameter not in names:
@@ -77,6 +82,25 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
         group["params"][:] = [new[name] for name, _ in members]
     for note in notes:
         warnings.warn(f"the optimizer: {note}", FxgrowWarning, stacklevel=2)
+
+
+def _check_places(optimizer: Optimizer, held: Sequence[Tensor]) -> None:
+    """Return if an optimizer keeps its parameters nowhere but in its groups and states.
+
+    Raises:
+        PlanError: it has a list of its own, of which it would go on to change the old ones.
+    """
+    ids = {id(parameter) for parameter in held}
+    for attribute, value in vars(optimizer).items():
+        if attribute in ("param_groups", "state", "defaults"):
+            continue
+        if any(id(tensor) in ids for tensor in tensors_in(value)):
+            kind = type(optimizer).__name__
+            raise PlanError(
+                f"{kind} keeps the parameters in {attribute} too, so it cannot go on with others.",
+                name=kind,
+                way_out=f"Make a new one: torch.optim.{kind}(grown.model.parameters()).",
+            )
 
 
 def grow_state_dict(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.apply import grow_float64
-from fxgrow.expectation import Expectation, float64_by_default
+from fxgrow.expectation import Expectation
 from fxgrow.inputs import batches_for
 from fxgrow.labels.tape import Arguments, call, map_tensors, tensors_in
 from fxgrow.plan.schema import Plan
@@ -166,7 +166,7 @@ def _outputs(network: nn.Module, arguments: Arguments) -> list[Tensor]:
     What is drawn at random all the same (detectors sample boxes to learn) is drawn alike each time.
     """
     torch.manual_seed(0)
-    with torch.no_grad(), float64_by_default(), Expectation(exact=True):
+    with torch.no_grad(), Expectation(exact=True):
         outputs = [*tensors_in(call(network, arguments))]
     return [tensor for tensor in outputs if tensor.is_floating_point() and tensor.numel()]
 
