@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.checkpoint.formats import Contents, sniff
+from fxgrow.checkpoint.reading import reading
 from fxgrow.checkpoint.weights import RECORD_KEY, Location, bare_module, find_locations
 from fxgrow.errors import SourceError
 from fxgrow.labels.tape import Arguments
@@ -89,14 +90,8 @@ def load_source(path: str | Path, *, trust_pickle: bool = False) -> Source:
     file_format = sniff(path)
     contents = file_format.read(path, trust_pickle=trust_pickle)
     saved = contents.data
-    try:
+    with reading(path):
         found = find_locations(saved)
-    except (AttributeError, TypeError, KeyError, RuntimeError) as error:  # a crafted module
-        raise SourceError(
-            f"{path} holds a module that has no state_dict: {error}.",
-            name=str(path),
-            way_out="Save the model again.",
-        ) from error
     if not found:
         raise SourceError(
             f"{path} holds no weights but {_describe(saved)}.",

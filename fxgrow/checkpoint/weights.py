@@ -39,6 +39,7 @@ _PREFERRED = (
     "ema_state_dict",
 )
 _DEPTH = 3
+_MOST_ENTRIES = 3_000_000
 
 
 @dataclass
@@ -82,12 +83,15 @@ def find_locations(saved: object) -> list[Location]:
     Returns:
         One location for each: layers first, then in order of preference of their names, then as
         saved.
+
+    Raises:
+        ValueError: there are too many places to look at.
     """
 
     def rank(location: Location) -> tuple[bool, int, list[int]]:
         return not location.is_of_layers, len(location.keys), _rank(location.keys)
 
-    return sorted(_search(saved, ()), key=rank)
+    return sorted(_search(saved, (), [_MOST_ENTRIES]), key=rank)
 
 
 def bare_names(names: Sequence[str]) -> list[str]:
@@ -225,30 +229,40 @@ def replaced(saved: object, replacements: Mapping[Keys, object], keys: Keys = ()
     return _like(saved, changed)
 
 
-def with_optimizers(saved: object, change: OptimizerChange, keys: Keys = ()) -> object:
+def with_optimizers(saved: object, change: OptimizerChange) -> object:
     """Exchange whatever looks like an optimizer's state_dict, three levels down.
 
     Args:
         saved: nested dicts and lists; left alone.
         change: given such a state_dict and its dotted place, returns what takes its place.
-        keys: the way to ``saved``.
 
     Returns:
         A copy of the dicts and lists around optimizers, and all else as it is.
     """
+    return _exchanged(saved, change, (), {})
+
+
+def _exchanged(
+    saved: object, change: OptimizerChange, keys: Keys, done: dict[tuple[int, int], object]
+) -> object:
+    """Return a part with its optimizers exchanged; ``done`` holds those parts that are known."""
+    place = (id(saved), len(keys))
     if len(keys) > _DEPTH:
         return saved
-    if isinstance(saved, dict):
-        if is_optimizer(saved):
-            return _like(saved, change(saved, ".".join(keys)))
-        changed = {k: with_optimizers(v, change, (*keys, str(k))) for k, v in saved.items()}
-        return _like(saved, changed) if any(changed[k] is not saved[k] for k in saved) else saved
-    if type(saved) in (list, tuple):
-        items = cast("list[object] | tuple[object, ...]", saved)
-        done = [with_optimizers(v, change, (*keys, str(i))) for i, v in enumerate(items)]
-        is_same = all(new is old for new, old in zip(done, items, strict=True))
-        return saved if is_same else type(items)(done)
-    return saved
+    if place not in done:
+        done[place] = saved
+        if isinstance(saved, dict) and is_optimizer(saved):
+            done[place] = _like(saved, change(saved, ".".join(keys)))
+        elif isinstance(saved, dict):
+            changed = {k: _exchanged(v, change, (*keys, str(k)), done) for k, v in saved.items()}
+            if any(changed[k] is not saved[k] for k in saved):
+                done[place] = _like(saved, changed)
+        elif type(saved) in (list, tuple):
+            items = cast("list[object] | tuple[object, ...]", saved)
+            new = [_exchanged(v, change, (*keys, str(i)), done) for i, v in enumerate(items)]
+            if any(one is not other for one, other in zip(new, items, strict=True)):
+                done[place] = type(items)(new)
+    return done[place]
 
 
 def is_optimizer(saved: Mapping[Any, object]) -> bool:
@@ -256,16 +270,20 @@ def is_optimizer(saved: Mapping[Any, object]) -> bool:
     return "param_groups" in saved and isinstance(saved.get("state"), dict)
 
 
-def _search(saved: object, keys: Keys) -> Iterator[Location]:
+def _search(saved: object, keys: Keys, left: list[int]) -> Iterator[Location]:
+    """Yield the places with weights in an object; ``left`` counts the entries to look at."""
     if isinstance(saved, nn.Module):
         yield Location(keys, saved, _tensors_of(bare_module(saved)))
     elif isinstance(saved, Mapping):
+        left[0] -= len(saved)  # the same dict may stand in many places
+        if left[0] < 0:
+            raise ValueError("its dicts have too many entries")
         if _is_state_dict(saved):
             yield _locate(keys, saved)
         elif len(keys) < _DEPTH and not is_optimizer(saved):
             for key, value in saved.items():
                 if isinstance(key, str):
-                    yield from _search(value, (*keys, key))
+                    yield from _search(value, (*keys, key), left)
 
 
 def _tensors_of(module: nn.Module) -> OrderedDict[str, Tensor]:
