@@ -56,10 +56,19 @@ def is_counter(value: object) -> bool:
 
 
 def shape_of(state: State) -> Shape | None:
-    """Return the shape of the parameter that a state is for, or None if it does not tell."""
+    """Return the shape of the parameter that a state is for, or None if it does not tell.
+
+    Raises:
+        PlanError: what it tells is incomplete.
+    """
     shapes = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
     known = next((key for key in shapes if key in BUFFERS and not is_counter(shapes[key])), None)
-    return None if known is None else tuple(BUFFERS[known](shapes, known).values.shape)
+    if known is None:
+        return None
+    try:
+        return tuple(BUFFERS[known](shapes, known).values.shape)
+    except (IndexError, KeyError, RuntimeError) as error:
+        raise PlanError(f"{known} lacks what belongs to it", name=known) from error
 
 
 @BUFFERS.register("grad_avg", "prev")

@@ -55,17 +55,29 @@ def names_by_group(saved: Mapping[str, Any], parameters: Mapping[str, Shape]) ->
     return _assigned(shapes, parameters)
 
 
-def _check_form(groups: object, states: Mapping[object, object]) -> None:
+def _check_form(groups: Any, states: Mapping[object, object]) -> None:
     """Return if groups and states have the form in which torch's optimizers save them.
 
     Raises:
         PlanError: they have another.
     """
     plain = isinstance(groups, list) and all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
+        isinstance(group, Mapping) and _are_keys(group.get("params")) for group in groups
     )
-    if not plain or not all(isinstance(state, Mapping) for state in states.values()):
+    known = plain and all(
+        "param_names" not in group
+        or (_are_keys(group["param_names"]) and len(group["param_names"]) == len(group["params"]))
+        for group in groups
+    )
+    if not known or not all(isinstance(state, Mapping) for state in states.values()):
         raise PlanError("it is not in the form of torch's optimizers")
+
+
+def _are_keys(items: object) -> bool:
+    """Return whether these are numbers or names of parameters, each once."""
+    if not isinstance(items, list) or not all(isinstance(item, (int, str)) for item in items):
+        return False
+    return len(set(items)) == len(items)
 
 
 def _as_named(named: Sequence[Sequence[str]], parameters: Mapping[str, Shape]) -> list[list[str]]:

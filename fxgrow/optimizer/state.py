@@ -69,10 +69,14 @@ def _buffer(state: State, key: str, edit: TensorEdit) -> Buffer:
     """
     if key not in BUFFERS or not isinstance(state[key], Tensor):
         raise PlanError(f"{key} is of no known kind", name=key)
-    buffer = BUFFERS[key](state, key)
-    if tuple(buffer.values.shape) != edit.shape:
+    shapes = {name: value.to("meta") for name, value in state.items() if isinstance(value, Tensor)}
+    try:  # on shapes first: factors of a file's may be those of a far larger matrix
+        shape = tuple(BUFFERS[key](shapes, key).values.shape)
+    except (IndexError, KeyError, RuntimeError) as error:
+        raise PlanError(f"{key} lacks what belongs to it", name=key) from error
+    if shape != edit.shape:
         raise PlanError(f"{key} has another shape than the parameter", name=key)
-    return buffer
+    return BUFFERS[key](state, key)
 
 
 def _mean(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
