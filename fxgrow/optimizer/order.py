@@ -65,9 +65,11 @@ def _check_form(groups: Any, states: Mapping[object, object]) -> None:
         isinstance(group, Mapping) and _are_keys(group.get("params")) for group in groups
     )
     known = plain and all(
-        "param_names" not in group
-        or (_are_keys(group["param_names"]) and len(group["param_names"]) == len(group["params"]))
+        isinstance(names, list)
+        and len(names) == len(group["params"])
+        and all(isinstance(name, (int, str)) for name in names)
         for group in groups
+        for names in [group.get("param_names", group["params"])]
     )
     if not known or not all(isinstance(state, Mapping) for state in states.values()):
         raise PlanError("it is not in the form of torch's optimizers")
