@@ -24,6 +24,7 @@ from fxgrow.apply import apply_to_state_dict, reshaped
 from fxgrow.architectures import Architecture, parse_architecture
 from fxgrow.checkpoint import Source, load_source, save_source
 from fxgrow.checkpoint.formats import Contents
+from fxgrow.checkpoint.reading import naming
 from fxgrow.checkpoint.saving import output_format
 from fxgrow.checkpoint.writing import write_file
 from fxgrow.configuration import grown_config
@@ -99,19 +100,20 @@ def open_model(
     Raises:
         SourceError: the file cannot be read, or no architecture fits its weights.
     """
-    source = load_source(path, trust_pickle=trust_pickle)
-    notes = list(source.warnings)
-    if source.model is not None:
-        return Opened(source, source.model, None, (), notes, source.inputs)
-    if source.config is not None and arch is None:
-        architecture = architecture_of(source.path, source.config)
-        model, source, more = open_pretrained(source, architecture)
-        return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
-    architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
-    model = rebuild(architecture, plans)
-    _put_weights(model, source, architecture)
-    inputs = example_inputs(model) if is_pretrained(architecture) else None
-    return Opened(source, model, architecture, plans, notes, inputs)
+    with naming(Path(path)):
+        source = load_source(path, trust_pickle=trust_pickle)
+        notes = list(source.warnings)
+        if source.model is not None:
+            return Opened(source, source.model, None, (), notes, source.inputs)
+        if source.config is not None and arch is None:
+            architecture = architecture_of(source.path, source.config)
+            model, source, more = open_pretrained(source, architecture)
+            return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
+        architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
+        model = rebuild(architecture, plans)
+        _put_weights(model, source, architecture)
+        inputs = example_inputs(model) if is_pretrained(architecture) else None
+        return Opened(source, model, architecture, plans, notes, inputs)
 
 
 def load(

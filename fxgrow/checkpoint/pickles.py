@@ -233,7 +233,11 @@ class Machine:
         self._given += sum(len(item) for item in arguments if isinstance(item, _SIZED))
         if self._given > 4 * len(self._data) + _SMALL:
             raise PickleError("it copies the same data again and again")
-        self._push_made(function.function(*arguments))
+        try:
+            made = function.function(*arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PickleError(f"{function.name} of arguments that it does not take") from error
+        self._push_made(made)
 
     def _new(self) -> None:
         arguments, kind = self._stack.pop(), self._stack.pop()
@@ -371,6 +375,7 @@ _STEPS: dict[int, Callable[[Machine], object]] = {
         "e": lambda m: m._append(m._since_mark()),  # APPENDS
         "s": lambda m: m._set_items([m._stack.pop(-2), m._stack.pop()]),  # SETITEM
         "u": lambda m: m._set_items(m._since_mark()),  # SETITEMS
+        "\x91": lambda m: m._push(frozenset(map(plain_key, m._since_mark()))),  # FROZENSET
         "\x90": lambda m: m._add_items(m._since_mark()),  # ADDITEMS
         "h": lambda m: m._get(m._number("<B")),  # BINGET
         "j": lambda m: m._get(m._number("<I")),  # LONG_BINGET

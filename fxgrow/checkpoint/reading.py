@@ -214,6 +214,24 @@ def reading(path: Path) -> Iterator[None]:
         refuse_damaged(path, f"{type(error).__name__}: {error}", error)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every error name the file that it is about.
+
+    Raises:
+        FxgrowError: what the code inside raised; other errors become a :class:`SourceError`, as
+            under :func:`reading`.
+    """
+    try:
+        with reading(path):
+            yield
+    except FxgrowError as error:
+        if str(path) in error.message:
+            raise
+        told = f"{path}: {error.message}"
+        raise type(error)(told, name=error.name, way_out=error.way_out) from error
+
+
 def refuse_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
     """Refuse a file that the system does not let us read.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.checkpoint.pickles import PickleError
-from fxgrow.checkpoint.reading import Readable
+from fxgrow.checkpoint.reading import Readable, refuse_damaged
 
 _MOST_DIMS = 64
 
@@ -28,7 +28,13 @@ class Storage:
 
 
 def read_storage(file: Readable, start: int, nbytes: int) -> Tensor:
-    """Return a range of a file as a tensor of bytes."""
+    """Return a range of a file as a tensor of bytes.
+
+    Raises:
+        SourceError: the file ends before that.
+    """
+    if start + nbytes > file.size:  # before memory is taken for it
+        refuse_damaged(file.path, "it ends too early")
     data = torch.empty(nbytes, dtype=torch.uint8)
     if nbytes:
         file.read_into(start, memoryview(data.numpy()))  # type: ignore[arg-type]

@@ -1,0 +1,538 @@
+"""Makers of hostile files: pickles by opcodes, archives with tricks, headers, programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fxgrow.checkpoint.rebuilding import CALLS
+
+LINEAR = ("torch.nn.modules.linear", "Linear")
+
+# ── pickles, by opcodes ─────────────────────────────────────────────────────────────────────────
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    data = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def plain(value: object) -> bytes:
+    """Return the opcodes of plain data, without the frame around them."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def many(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def called(function: bytes, *arguments: bytes) -> bytes:
+    return function + many(*arguments) + b"R"
+
+
+def instance(kind: tuple[str, str], *state: tuple[str, bytes]) -> bytes:
+    """Return the opcodes of an empty instance that gets attributes."""
+    made = named(*kind) + b")\x81"
+    return made + table(*state) + b"b" if state else made
+
+
+def table(*items: tuple[str, bytes]) -> bytes:
+    return b"}(" + b"".join(text(key) + value for key, value in items) + b"u"
+
+
+def module(*extra: tuple[str, bytes], kind: tuple[str, str] = LINEAR, **parts: bytes) -> bytes:
+    """Return the opcodes of a module with parts and further attributes."""
+    tables = {"_parameters": b"}", "_buffers": b"}", "_modules": b"}", "training": b"\x89", **parts}
+    return instance(kind, *tables.items(), *extra)
+
+
+def storage(key: str = "0", count: int = 4, kind: str = "FloatStorage") -> bytes:
+    parts = text("storage"), named("torch", kind), text(key), text("cpu"), plain(count)
+    return many(*parts) + b"Q"
+
+
+def tensor(size: object = (4,), stride: object = (1,), offset: object = 0, **of: object) -> bytes:
+    rebuild = named("torch._utils", "_rebuild_tensor_v2")
+    hooks = called(named("collections", "OrderedDict"))
+    arguments = storage(**of), plain(offset), plain(size), plain(stride), b"\x89", hooks  # type: ignore[arg-type]
+    return called(rebuild, *arguments)
+
+
+def parameter(data: bytes) -> bytes:
+    return called(named("torch._utils", "_rebuild_parameter"), data, b"\x89", b"}")
+
+
+def repeated(code: bytes, count: int, before: bytes = b"", after: bytes = b"") -> bytes:
+    return before + code * count + after
+
+
+GELU = named("torch.nn.functional", "gelu")
+PARTIAL = called(named("functools", "partial"), named(*LINEAR))
+# Parts of modules that torch or fxgrow call by their names.
+METHODS = (
+    "forward", "modules", "named_modules", "parameters", "named_parameters", "buffers", "children",
+    "named_children", "state_dict", "load_state_dict", "train", "eval", "get_submodule", "to",
+    "register_module", "extra_repr", "_call_impl", "_apply", "double", "get_extra_state",
+    "_save_to_state_dict", "__call__", "__class__", "__deepcopy__", "__reduce_ex__",
+    "__getstate__", "__dict__", "__bool__",
+)  # fmt: skip
+
+
+def pickles() -> Iterator[tuple[str, bytes]]:
+    """Yield pickles that ask for more than plain data, or are none, with what they are."""
+    arguments = {
+        "nothing": (),
+        "numbers": (plain(10**18), plain(-1)),
+        "functions": (GELU, PARTIAL),
+        "nests": (plain([[[[1]]]]), plain({"a": (1, None)}), plain("x" * 99)),
+        "itself": (named("torch._utils", "_rebuild_tensor_v2"),),
+        "tensors": (tensor(), tensor(), tensor()),
+        "seven": (plain(2**62),) * 7,
+    }
+    for name in CALLS:
+        head, _, tail = name.rpartition(".")
+        head = {"builtins": "__builtin__"}.get(head, head)
+        for kind, given in arguments.items():
+            yield f"{name} of {kind}", plain({"w": 1}) + called(named(head, tail), *given) + b"0"
+    for method in METHODS:
+        yield f"a module whose {method} is a partial", module((method, PARTIAL))
+        yield f"a module whose {method} is a number", module((method, plain(1)))
+    for hooks in (name for name in vars(nn.Module()) if "hook" in name):
+        value = table(("1", GELU)) if "is_full" not in hooks else GELU
+        yield f"a module with {hooks}", module((hooks, value))
+    for name in ('a"b', "a\\", "a\nb", "a.b", "", "\u2028", "a" + chr(0)):
+        yield f"a part called {name!r}", module(_modules=table((name, module())))
+        yield f"a parameter called {name!r}", module(_parameters=table((name, parameter(tensor()))))
+    for kind in (LINEAR, ("torch.nn.modules.module", "Module"), ("torch", "Tensor")):
+        yield f"attributes of {kind}", named(*kind) + table(("forward", GELU)) + b"b"
+        yield f"items of {kind}", named(*kind) + text("forward") + GELU + b"s"
+        yield f"{kind} called", called(named(*kind), plain(10**6), plain(10**6))
+        yield f"{kind} made with arguments", named(*kind) + many(plain(9), plain(9)) + b"\x81"
+    for function in (GELU, named("torchvision.models.optical_flow.raft", "_pass_through_h")):
+        yield "a function that is called", called(function, named(*LINEAR))
+        yield "attributes of a function", function + table(("__code__", plain(1))) + b"b"
+    for full in (
+        "os system", "builtins eval", "__builtin__ getattr", "builtins __import__", "torch load",
+        "torch.fx.graph_module reduce_graph_module", "collections defaultdict",
+        "torch.nn.modules.module _global_forward_hooks", "torch.hub load", "nt system",
+        "torch.nn.modules.module register_module_forward_hook",
+        "torchvision.models get_model", "torchvision.models._api get_model", "operator attrgetter",
+        "torch.nn.modules.lazy torch", "torch.storage _load_from_bytes", "copyreg _reconstructor",
+        "torchvision.models.feature_extraction DualGraphModule", "subprocess Popen", "io open",
+        "torch.nn.modules.linear Linear.forward", "torch.nn.modules.no_such X",
+        "torch.utils.checkpoint checkpoint", "types FunctionType", "importlib import_module",
+    ):  # fmt: skip
+        head, tail = full.split()
+        yield f"{full} by name", named(head, tail)
+        yield f"{full} by names on the stack", text(head) + text(tail) + b"\x93"
+        yield f"{full} called", called(named(head, tail), plain("touch flag"))
+    loop = b"]q\x00h\x00a"
+    yield "a list in itself", loop
+    yield "a dict in itself", b"}q\x00" + text("a") + b"h\x00s"
+    yield "a module in itself", (
+        named(*LINEAR) + b")\x81q\x00" + table(
+            ("_parameters", b"}"), ("_buffers", b"}"), ("_modules", table(("a", b"h\x00"))),
+        ) + b"b"
+    )  # fmt: skip
+    yield "a thousand lists in one another", repeated(b"a", 999, b"]" * 1000)
+    yield (
+        "a thousand modules in one another",
+        repeated(b"", 0, b"".join(module(_modules=b"}")[:-1] for _ in range(2)), b"b" * 2),
+    )
+    yield "tuples that double", plain(1) + b"2\x86" * 60
+    yield "a key that doubles", b"}" + plain(1) + b"2\x86" * 60 + plain(1) + b"s"
+    yield "a key that is a tensor", b"}" + tensor() + plain(1) + b"s"
+    yield "four million steps", b"]" + b"N0" * 2_000_000
+    yield (
+        "thirty huge bytearrays",
+        b"".join(called(named("__builtin__", "bytearray"), plain(10**9)) for _ in range(30)),
+    )
+    yield (
+        "a text that is copied again and again",
+        text("x" * 10**6)
+        + b"q\x00"
+        + b"".join(
+            called(named("_codecs", "encode"), b"h\x00", text("latin1")) for _ in range(3000)
+        ),
+    )
+    yield "a number of many digits", b"L" + b"9" * 100_000 + b"L\n"
+    yield "a text longer than the file", b"X" + struct.pack("<I", 2**31) + b"x"
+    yield "bytes longer than the file", b"\x8e" + struct.pack("<Q", 2**62) + b"x"
+    yield "a memo that is not there", b"h\x07"
+    extension = b"\x84\x01\x00\x00\x00"
+    for code in (b"i", b"o", b"\x82\x01", extension, b"P0\n", b"\x92", b"\x97", b"\x98"):
+        yield f"the opcode {code!r}", plain(1) + plain(2) + code
+    yield "an end without a stack", b"."
+    yield "a mark that stays open", b"((("
+    yield "nothing", b""
+    sizes = {
+        "beyond its memory": {"size": (5,)},
+        "of a huge size": {"size": (2**40, 2**40), "stride": (0, 0)},
+        "that is one number a trillion times": {"size": (10**12,), "stride": (0,)},
+        "before its memory": {"offset": -1},
+        "with steps back": {"stride": (-1,)},
+        "of sixty-five dims": {"size": (1,) * 65, "stride": (1,) * 65},
+        "without a shape": {"size": None},
+        "of texts": {"size": ("4",)},
+        "of truths": {"size": (True,)},
+        "of two shapes": {"stride": (1, 1)},
+        "of a member that is not there": {"key": "7"},
+        "of a member outside": {"key": "../0"},
+        "of another count": {"count": 10**9},
+        "of a negative count": {"count": -1},
+        "of no dtype": {"kind": "Linear"},
+    }  # fmt: skip
+    for what, options in sizes.items():
+        yield f"a tensor {what}", table(("w", tensor(**options)))  # type: ignore[arg-type]
+    metadata = called(named("collections", "OrderedDict"))
+    yield "a state_dict whose items is a partial", metadata + table(("items", PARTIAL)) + b"b"
+    yield (
+        "a recurrent module of many layers",
+        module(
+            ("num_layers", plain(10**9)),
+            ("_all_weights", plain([[1]])),
+            ("bidirectional", plain(True)),
+            ("bias", plain(True)),
+            kind=("torch.nn.modules.rnn", "LSTM"),
+        ),
+    )
+    large = many(named(*LINEAR), b")", table(("in_features", plain(10**9))), b"N")
+    yield "a partial of large numbers", PARTIAL + large + b"b"
+    yield (
+        "a partial with arguments",
+        called(named("functools", "partial"), named("collections", "OrderedDict"), plain([])),
+    )
+
+
+def saved(pickled: bytes, memory: bytes = bytes(16), **members: bytes) -> bytes:
+    """Return a file of torch's format around a pickle, whose one tensor may have four numbers."""
+    parts = {
+        "data.pkl": b"\x80\x02" + pickled + b".",
+        "byteorder": b"little",
+        "data/0": memory,
+        "version": b"3\n",
+        **members,
+    }
+    return zipped({f"archive/{name}": data for name, data in parts.items()})
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data, method)
+    return held.getvalue()
+
+
+# ── archives ────────────────────────────────────────────────────────────────────────────────────
+
+
+def weights() -> bytes:
+    held = io.BytesIO()
+    torch.save({"0.weight": torch.ones(4, 4), "0.bias": torch.zeros(4)}, held)
+    return held.getvalue()
+
+
+def _end(data: bytes) -> tuple[int, int, int, int]:
+    """Return where the end record of a small archive lies, and what it says."""
+    end = data.rindex(b"PK\x05\x06")
+    count, size, start = struct.unpack("<HII", data[end + 10 : end + 20])
+    return end, count, size, start
+
+
+def archives() -> Iterator[tuple[str, bytes]]:
+    """Yield archives that readers may read in different ways, or not to their end."""
+    good = saved(table(("w", tensor())))
+    end, count, size, start = _end(good)
+    directory, tail = good[start:end], good[end:]
+
+    def record(**change: int) -> bytes:
+        values = {"disk": 0, "first": 0, "here": count, "count": count}
+        values |= {"size": size, "start": start, **change}
+        return b"PK\x05\x06" + struct.pack("<HHHHIIH", *values.values(), change.get("comment", 0))
+
+    yield "two directories", good[:end] + directory + tail
+    yield "bytes behind the end", good + b"\x00"
+    yield "an archive behind the end", good + good
+    yield "bytes before the beginning", b"PK\x03\x04" + good
+    yield "a comment", good[:-2] + b"\x04\x00text"
+    yield "bytes before the directory", good[:start] + b"evil" + directory + record(start=start + 4)
+    yield "a directory of another size", good[:end] + record(size=size - 1)
+    yield "a directory elsewhere", good[:end] + record(start=0)
+    yield "more members than it says", good[:end] + record(here=count - 1, count=count - 1)
+    yield "fewer members than it says", good[:end] + record(here=count + 1, count=count + 1)
+    yield "a number of disks", good[:end] + record(disk=1)
+    yield "a million members", good[:end] + record(here=65535, count=65535)
+    yield "a cut end", good[:-5]
+    yield "a cut directory", good[: start + 10]
+    yield "half of it", good[: len(good) // 2]
+    yield "its first bytes", good[:30]
+    for name in ("../x", "/x", "a//b", "a/./b", "archive\\x", "archive/a\nb", "flat"):
+        yield f"a member called {name!r}", zipped({"archive/data.pkl": b"\x80\x02N.", name: b"1"})
+    yield "two folders", zipped({"a/data.pkl": b"\x80\x02N.", "b/data.pkl": b"\x80\x02N."})
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for data in (b"\x80\x02N.", b"\x80\x02}."):
+            archive.filelist[:] = archive.filelist  # zipfile only warns of a second of that name
+            info = zipfile.ZipInfo("archive/data.pkl" if data[2:3] == b"N" else "archive/data.pkm")
+            archive.writestr(info, data)
+    yield "two members of one name", held.getvalue().replace(b"data.pkm", b"data.pkl")
+    yield "a zip bomb", zipped({"archive/data.pkl": bytes(2 * 10**8)}, zipfile.ZIP_DEFLATED)
+    of_one = {"archive/data.pkl": b"\x80\x02" + table(("w", tensor())) + b"."}
+    yield (
+        "a compressed tensor",
+        zipped({**of_one, "archive/data/0": bytes(16)}, zipfile.ZIP_DEFLATED),
+    )
+    for what, offset, value in (
+        ("an encrypted member", 8, b"\x01\x00"),
+        ("a member compressed by LZMA", 10, b"\x0e\x00"),
+        ("a member of another size", 24, b"\xff\x00\x00\x00"),
+        ("a member that lies in another", 42, struct.pack("<I", 5)),
+        ("a member behind the file", 42, struct.pack("<I", 2**31)),
+        ("a member on another disk", 34, b"\x01\x00"),
+        ("a member with a long name", 28, b"\xff\xff"),
+        ("a member with extra fields", 30, b"\x04\x00"),
+    ):
+        changed = bytearray(good)
+        changed[start + offset : start + offset + len(value)] = value
+        yield what, bytes(changed)
+    changed = bytearray(good)
+    changed[30:46] = b"archive/data.pkx"
+    yield "a member that calls itself something else", bytes(changed)
+    yield "an order of bytes that is none", saved(table(("w", tensor())), byteorder=b"middle")
+    yield "no pickle", zipped({"archive/version": b"3", "archive/data/0": bytes(4)})
+    yield "a tensor that is too short", saved(table(("w", tensor())), memory=bytes(8))
+    legacy = io.BytesIO()
+    torch.save({"0.weight": torch.ones(4)}, legacy, _use_new_zipfile_serialization=False)
+    old = legacy.getvalue()
+    yield "a legacy file with more behind it", old + b"x"
+    yield "a legacy file that is cut", old[:-3]
+    yield "a legacy file without tensors", old[:120]
+    yield "a legacy file of other sizes", old[:-24] + struct.pack("<q", 2**40) + old[-16:]
+
+
+# ── safetensors ─────────────────────────────────────────────────────────────────────────────────
+
+
+def safetensors_file(header: object, data: bytes = bytes(16)) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def headers() -> Iterator[tuple[str, bytes]]:
+    """Yield safetensors files whose headers are not plain."""
+
+    def entry(**change: object) -> dict[str, object]:
+        return {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **change}
+
+    changes = {
+        "a dtype that is none": {"dtype": "F33"},
+        "a dtype that is a list": {"dtype": []},
+        "a shape of another size": {"shape": [5]},
+        "a shape that is negative": {"shape": [-4]},
+        "a shape of fractions": {"shape": [4.0]},
+        "a shape of truths": {"shape": [True, 4]},
+        "a shape of huge numbers": {"shape": [2**62, 2**62]},
+        "a shape of many dims": {"shape": [1] * 65},
+        "no shape": {"shape": None},
+        "offsets beyond the file": {"data_offsets": [0, 10**12], "shape": [25 * 10**10]},
+        "offsets before it": {"data_offsets": [-16, 0]},
+        "offsets the wrong way round": {"data_offsets": [16, 0]},
+        "a hole before it": {"data_offsets": [4, 16], "shape": [3]},
+        "bytes behind it": {"data_offsets": [0, 12], "shape": [3]},
+        "three offsets": {"data_offsets": [0, 8, 16]},
+        "another field": {"code": "import os"},
+    }
+    for what, change in changes.items():
+        yield what, safetensors_file({"w": entry(**change)})
+    yield "two tensors on one place", safetensors_file({"a": entry(), "b": entry()})
+    yield (
+        "a name that stands twice",
+        safetensors_file(
+            b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+            b'"w":{"dtype":"I32","shape":[4],"data_offsets":[0,16]}}'
+        ),
+    )
+    yield "texts that are numbers", safetensors_file({"__metadata__": {"a": 1}, "w": entry()})
+    yield "texts that are a list", safetensors_file({"__metadata__": [], "w": entry()})
+    yield "a tensor that is a number", safetensors_file({"w": 3})
+    yield "a deep header", safetensors_file(b'{"w":' + b"[" * 50_000 + b"]" * 50_000 + b"}")
+    yield "a header longer than the file", struct.pack("<Q", 10**6) + b"{}"
+    yield "a header of a terabyte", struct.pack("<Q", 10**12)[:7] + b"\x00{" + bytes(50)
+    yield "a header that is cut", safetensors_file({"w": entry()})[:40]
+    yield "a header that is no JSON", safetensors_file(b"{nonsense}")
+    yield "a number of many digits", safetensors_file(b'{"w":' + b"9" * 10_000 + b"}")
+    for what, record in _records().items():
+        yield (
+            f"a record that {what}",
+            safetensors_file({"__metadata__": {"format": "pt", "_fxgrow": record}, "w": entry()}),
+        )
+    for what, kept in {"deep": "[" * 50_000, "odd": '{"": {"version": "x"}, "w": 3}'}.items():
+        yield (
+            f"metadata that is {what}",
+            safetensors_file({"__metadata__": {"_metadata": kept}, "w": entry()}),
+        )
+
+
+def _records() -> dict[str, str]:
+    """Return records of fxgrow's that are not what it writes."""
+
+    def of(**fields: object) -> str:
+        return json.dumps({"schema": 1, "plans": [], **fields})
+
+    def resnet(**arguments: object) -> str:
+        return of(architecture={"name": "torchvision:resnet18", "arguments": arguments})
+
+    return {
+        "is deep": "[" * 50_000,
+        "is a text": '"a"',
+        "names code": of(architecture={"name": "os:system", "arguments": {}}),
+        "has no plans": of(architecture=None, plans=7),
+        "has wrong plans": of(architecture=None, plans=[7, None]),
+        "has an odd name": of(architecture={"name": ["a"], "arguments": 3}),
+        "asks for weights": resnet(weights="DEFAULT"),
+        "asks for a trillion classes": resnet(num_classes=10**12),
+    }
+
+
+# ── programs ────────────────────────────────────────────────────────────────────────────────────
+
+
+def program() -> dict[str, bytes]:
+    """Return the members of a small program."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    held = io.BytesIO()
+    batch = {0: torch.export.Dim.AUTO}
+    torch.export.save(torch.export.export(net, (torch.randn(3, 4),), dynamic_shapes=(batch,)), held)
+    with zipfile.ZipFile(held) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def programs() -> Iterator[tuple[str, bytes]]:
+    """Yield programs that torch would load by more than reading them."""
+    members = program()
+    model = next(name for name in members if name.endswith("model.json"))
+    config = next(name for name in members if name.endswith("weights_config.json"))
+    inputs = next(name for name in members if name.endswith("model.pt"))
+    folder = model.partition("/")[0]
+
+    def with_json(name: str, change: Callable[[dict], object]) -> bytes:
+        data = json.loads(members[name])
+        change(data)
+        return zipped({**members, name: json.dumps(data).encode()})
+
+    def node(change: Callable[[dict], object]) -> bytes:
+        return with_json(model, lambda data: change(data["graph_module"]["graph"]["nodes"][0]))
+
+    for target in (
+        "os.system", "torch.ops.aten.from_file.default", "torch.ops.prims.x.default", "torch.load",
+        "torch.ops.higher_order.cond", "math.__import__('os')", "_operator.attrgetter", "eval",
+        "torch.ops.aten.add.Tensor\nimport os", "torch.sym_x.__class__",
+    ):  # fmt: skip
+        yield f"the operation {target!r}", node(lambda n, t=target: n.update(target=t))
+    for name in ('x"; import os', "x\\", "a b", "a.b", "x'"):
+        yield f"the node {name!r}", node(lambda n, t=name: n.update(name=t))
+    for text_ in (
+        "__import__('os').system('touch flag')", "9**9**9**9", "Pow(9, Pow(9, 9))", "s0.__class__",
+        "Symbol('s0', evil=open('flag','w'))", "1" * 20, "(" * 1500 + ")" * 1500,
+    ):  # fmt: skip
+
+        def expression(data: dict, text_: str = text_) -> None:
+            values = data["graph_module"]["graph"]["tensor_values"].values()
+            next(iter(values))["sizes"][0] = {"as_expr": {"expr_str": text_, "hint": {"as_int": 3}}}
+
+        yield f"the expression {text_[:40]!r}", with_json(model, expression)
+    for context in ({"__enum__": True, "fqn": "antigravity:x", "name": "a"}, {"a": 1}, [[1]], 'x"'):
+        spec = {"type": "builtins.dict", "context": json.dumps(context), "children_spec": []}
+
+        def nested(data: dict, spec: dict = spec) -> None:
+            signature = data["graph_module"]["module_call_graph"][0]["signature"]
+            signature["in_spec"] = json.dumps([1, spec])
+
+        yield f"arguments nested by {context}", with_json(model, nested)
+    yield (
+        "a keyword with code",
+        with_json(
+            model,
+            lambda d: d["graph_module"]["module_call_graph"][0]["signature"].update(
+                forward_arg_names=["x=print()"]
+            ),
+        ),
+    )
+    yield (
+        "an object that is no tensor",
+        with_json(model, lambda d: d["graph_module"]["graph"].update(custom_obj_values={"a": {}})),
+    )
+    for what, change in {
+        "a pickled weight": {"use_pickle": True},
+        "a weight elsewhere": {"path_name": "../model.pt"},
+        "a weight that is an object": {"path_name": "custom_obj_0"},
+        "a weight that is not there": {"path_name": "weight_99"},
+    }.items():
+        yield what, with_json(config, lambda d, c=change: d["config"]["0.weight"].update(c))
+    odd = {"a weight of a trillion": [{"as_int": 10**12}], "a size that is none": [3]}
+    for what, sizes in odd.items():
+        yield (
+            what,
+            with_json(
+                config, lambda d, s=sizes: d["config"]["0.bias"]["tensor_meta"].update(sizes=s)
+            ),
+        )
+    for name in ("data/aotinductor/model/x.so", "executorch/x", "data/weights/model.pt",
+                 "data/constants/custom_obj_0", "models/other.json", "code/evil.py"):  # fmt: skip
+        yield f"the member {name}", zipped({**members, f"{folder}/{name}": b"x"})
+    yield (
+        "example inputs that are code",
+        zipped({**members, inputs: saved(called(named("os", "system"), plain("touch flag")))}),
+    )
+    yield "example inputs that are a module", zipped({**members, inputs: saved(module())})
+    yield "example inputs that are nothing", zipped({**members, inputs: b""})
+    for name in (model, config):
+        yield f"no JSON in {name}", zipped({**members, name: b"{"})
+        yield f"a deep {name}", zipped({**members, name: b"[" * 100_000})
+        yield f"a list in {name}", zipped({**members, name: b"[]"})
+        yield f"no {name}", zipped({n: data for n, data in members.items() if n != name})
+
+
+def classes() -> dict[type, dict[str, object]]:
+    """Return what every class of torch.nn, torch.fx, torchvision and fxgrow holds."""
+    packages = ("torch.nn", "torch._tensor", "torch.fx", "torchvision", "fxgrow", "collections")
+    counted = ("__slotnames__", "__annotations__", "next_id", "cache_hits", "cache_misses")
+    found: dict[type, dict[str, object]] = {}
+    for name, home in list(sys.modules.items()):
+        if name.startswith(packages):
+            for value in [*vars(home).values()]:
+                if issubclass(type(value), type):  # asks no object for its class
+                    held = vars(value).items()
+                    found[value] = {key: part for key, part in held if key not in counted}
+    return found
+
+
+def changed(before: dict[type, dict[str, object]]) -> list[str]:
+    """Return the parts of classes that are others than before."""
+    after = classes()
+    return [
+        f"{kind.__module__}.{kind.__qualname__}.{key}"
+        for kind, held in before.items()
+        for key in held.keys() | after[kind].keys()
+        if held.get(key) is not after[kind].get(key)
+    ]
+
+
+def write(folder: Path, data: bytes, suffix: str) -> Path:
+    path = folder / f"hostile{suffix}"
+    path.write_bytes(data)
+    return path
