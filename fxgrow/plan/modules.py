@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from fxgrow.errors import PlanError
 from fxgrow.groups import layer_of
 from fxgrow.plan.surgery import ModuleEdit
 
@@ -145,6 +146,9 @@ def attribute_edits(
         new_shapes: new shape by fully qualified name, of the tensors that change.
         new_groups: new number of groups by name of a grouped convolution's or a group norm's
             weight.
+
+    Raises:
+        PlanError: the attributes that a module has do not fit the tensors that it has.
     """
     for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
         try:
@@ -159,7 +163,15 @@ def attribute_edits(
             for local, name, tensor in _own_tensors(module)
         }
         groups = new_groups.get(f"{owner}.weight")
-        for attribute, after in follow(module, shapes, groups).items():
+        try:
+            attributes = follow(module, shapes, groups)
+        except (KeyError, StopIteration, TypeError, ZeroDivisionError) as error:
+            raise PlanError(
+                f"the attributes of {owner} ({type(module).__name__}) do not fit its weights.",
+                name=owner,
+                way_out="Build the module anew and load the weights into it.",
+            ) from error
+        for attribute, after in attributes.items():
             before = getattr(module, attribute, after)
             if before != after:
                 yield ModuleEdit(owner, attribute, before, after)
