@@ -2,8 +2,9 @@
 
 An init fills a tensor in place: ``init(tensor, reference, fan_in) -> None``. ``reference`` holds
 the layer's old weights after rescaling (None if there are none), ``fan_in`` is that of the layer
-after growth. It may draw from torch's global generator: fxgrow seeds it for each tensor from
-(seed, fully qualified name, role) and restores it, so that results depend on no order.
+after growth. What it draws by torch's functions comes from a generator that is seeded for each
+tensor from (seed, fully qualified name, role), so that results depend on no order; torch's global
+one is left alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import hashlib
 import importlib
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import PlanError
 from fxgrow.registry import Registry
@@ -180,8 +183,37 @@ def draw(
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     tensor = torch.empty(shape, dtype=dtype)
     digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        # The generator itself: torch.manual_seed would also prepare every other device.
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    with torch.no_grad(), _DrawingFrom(generator):
         law(tensor, like, fan_in)
     return tensor.to(device=like.device, dtype=like.dtype)
+
+
+class _DrawingFrom(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode in which random numbers come from a generator of its own.
+
+    The default one belongs to the whole process: other threads may draw from it meanwhile.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = generator
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation, with the generator if it takes one."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            takes_one = any(argument.name == "generator" for argument in func._schema.arguments)
+            name = f"{func._overloadname}_generator".removeprefix("default_")
+            if not takes_one and name in func.overloadpacket.overloads():
+                func, takes_one = getattr(func.overloadpacket, name), True
+            if takes_one:
+                kwargs = {**kwargs, "generator": self._generator}
+        return func(*args, **kwargs)
