@@ -31,16 +31,20 @@ def check_report_name(path: Path | None) -> None:
 def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:
     """Check that the files may be written and that none of them is another or is read from.
 
+    What runs that were killed have left beside them is removed first.
+
     Raises:
         SourceError: one of them may not.
     """
     from fxgrow.checkpoint import check_output
+    from fxgrow.checkpoint.leftovers import tidy
 
     sources = tuple(sources)
+    wanted = [path for path in paths if path is not None]
+    for folder in sorted({path.parent for path in wanted}):
+        tidy(folder)
     seen: set[Path] = set()
-    for path in paths:
-        if path is None:
-            continue
+    for path in wanted:
         for source in sources:
             check_output(path, source, force=force)
         if path.resolve() in seen:
@@ -50,15 +54,23 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
         seen.add(path.resolve())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, force: bool = True) -> None:
     """Write a text whole or not at all.
+
+    Args:
+        path: the file, which :func:`check_outputs` has looked at.
+        text: what it will hold.
+        force: overwrite a file that has come to be there since.
 
     Raises:
         SourceError: it cannot be written.
     """
     from fxgrow.checkpoint.writing import write_whole
 
-    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    def write(temporary: Path) -> None:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+    write_whole(path, write, force=force)
 
 
 def report_text(report: Report, path: Path, title: str) -> str:
