@@ -58,7 +58,7 @@ def with_calls(old: nn.Module, new: nn.Module, edit: Rearrangement) -> fx.GraphM
             last = _call_after(graph, last, like, prefix + child.name)
     _check(graph, new)
     made = graph_module(new, graph)
-    return graph_module(made, _CodeTracer().trace(made))  # its nodes are named after its modules
+    return graph_module(made, _followed(made))  # its nodes are named after its modules
 
 
 def _traced(module: nn.Module) -> fx.Graph:
@@ -72,18 +72,28 @@ def _traced(module: nn.Module) -> fx.Graph:
     for mode in (True, False):
         view = copy.copy(module)  # a tracer writes to what it traces
         vars(view)["training"] = mode
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graphs.append(_CodeTracer().trace(view))
-        except Exception as error:  # a user's forward may raise anything
-            raise PlanError(f"torch.fx cannot trace {kind}: {first_line(error)}") from error
+        graphs.append(_followed(view))
         held = {*named_tensors(module), *(name for name, _ in module.named_modules())}
         if any(node.target not in held for node in graphs[-1].find_nodes(op="get_attr")):
             raise PlanError(f"{kind} makes a constant, which would be a buffer of its graph")
     if str(graphs[0]) != str(graphs[1]):
         raise PlanError(f"the graph of {kind} differs between train and eval mode")
     return graphs[1]
+
+
+def _followed(module: nn.Module) -> fx.Graph:
+    """Return the graph of a module's code in its present mode.
+
+    Raises:
+        PlanError: it cannot be traced.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _CodeTracer().trace(module)
+    except Exception as error:  # a user's forward may raise anything
+        kind = type(module).__name__
+        raise PlanError(f"torch.fx cannot trace {kind}: {first_line(error)}") from error
 
 
 def _rename(graph: fx.Graph, prefix: str, names: dict[str, str]) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.init import Init, copy_normal, draw, init_of_plan, zeros
+from fxgrow.plan.bounds import shown
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.surgery import AxisEdit, Run, RunKind, TensorEdit
+from fxgrow.standin import first_line
 
 Lookup: TypeAlias = Callable[[str], Tensor]
 
@@ -70,12 +72,13 @@ def grow_tensor(
             those of the model that it follows.
 
     Raises:
-        PlanError: the old tensor has another shape than the plan expects.
+        PlanError: there is no such old tensor, it has another shape than the plan expects, or it
+            cannot hold what the plan makes of it.
     """
     edit, request = plan.tensors[name], plan.request
     fill = init
     if fill is None:  # on the meta device nothing is drawn, so a plan's own code is not asked for
-        old = lookup(edit.source or name)
+        old = _looked_up(lookup, edit.source or name)
         fill = copy_normal if old.is_meta else init_of_plan(request.init)
     draws = _Draws(name, request.seed, edit.fan_in, fill, request.noise, request.split_noise)
     if like is not None:
@@ -97,15 +100,48 @@ def lay_out(edit: TensorEdit, old: Tensor, fill: Init) -> Tensor:
     return _grow(edit, lambda _: old, _Draws("", 0, edit.fan_in, fill, between=fill))
 
 
+def _looked_up(lookup: Lookup, name: str) -> Tensor:
+    """Return an old tensor.
+
+    Raises:
+        PlanError: there is none of that name.
+    """
+    try:
+        return lookup(name)
+    except KeyError as error:
+        raise PlanError(
+            f"there is no tensor {shown(name)}, which the plan takes up.",
+            name=name,
+            way_out="Apply the plan to the network it was made for.",
+        ) from error
+
+
 def _grow(edit: TensorEdit, lookup: Lookup, draws: _Draws) -> Tensor:
+    """Return a tensor as an edit makes it.
+
+    Raises:
+        PlanError: it cannot be made so.
+    """
     name = draws.name
-    old = lookup(edit.source or name).detach()
+    old = _looked_up(lookup, edit.source or name).detach()
     if tuple(old.shape) != edit.shape:
         raise PlanError(
-            f"{name} has shape {tuple(old.shape)}, the plan expects {edit.shape}.",
+            f"{shown(name)} has shape {tuple(old.shape)}, the plan expects {edit.shape}.",
             name=name,
             way_out="Apply the plan to the network it was made for.",
         )
+    try:
+        return _made(edit, old, lookup, draws)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, ArithmeticError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"{shown(name)} cannot be made as the plan says: {first_line(error)}.", name=name
+        ) from error
+
+
+def _made(edit: TensorEdit, old: Tensor, lookup: Lookup, draws: _Draws) -> Tensor:
+    """Return what an edit makes of an old tensor."""
     if edit.fill == "identity":
         return identity_(old.new_zeros(edit.new_shape))
     if edit.fill == "constant":
@@ -173,7 +209,7 @@ def absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:
     gain, eps = absorption.gain, absorption.eps
     if absorption.part == "running_mean":
         return old * gain
-    shifted = lookup(absorption.variance).detach().double() + eps
+    shifted = _looked_up(lookup, absorption.variance).detach().double() + eps
     grown = gain * gain * shifted - eps
     if absorption.part == "running_var":
         return grown.clamp(min=0.0).to(old.dtype)
@@ -278,13 +314,16 @@ def _cancel_in_new_rows(tensor: Tensor, axes: tuple[AxisEdit, ...]) -> None:
         twins = [(plus[draw], at) for draw, at in _positions(reader, "minus") if draw in plus]
         table = tensor.movedim((writer.dim, reader.dim), (0, 1))
         height, width = table.shape[0] // reader.groups, table.shape[1]
-        for group in range(reader.groups):  # its rows read its own columns alone
-            rows = [[at] for _, at in _positions(writer, "new") if at // height == group]
-            columns = [(p % width, m % width) for p, m in twins if m // width == group]
-            if rows and columns:
-                index = torch.tensor(rows, device=tensor.device)
-                source, target = torch.tensor(columns, device=tensor.device).unbind(1)
-                table[index, target] = -table[index, source]
+        rows: dict[int, list[list[int]]] = {}  # by the group whose columns alone they read
+        columns: dict[int, list[tuple[int, int]]] = {}
+        for plus_at, minus_at in twins:
+            columns.setdefault(minus_at // width, []).append((plus_at % width, minus_at % width))
+        for _, at in _positions(writer, "new") if columns else ():
+            rows.setdefault(at // height, []).append([at])
+        for group in rows.keys() & columns.keys():
+            index = torch.tensor(rows[group], device=tensor.device)
+            source, target = torch.tensor(columns[group], device=tensor.device).unbind(1)
+            table[index, target] = -table[index, source]
 
 
 def _positions(edit: AxisEdit, kind: RunKind) -> Iterator[tuple[int, int]]:

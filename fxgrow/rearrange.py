@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from fxgrow.calls import with_calls
 from fxgrow.errors import PlanError
-from fxgrow.graph import with_part
+from fxgrow.graph import module_at, with_part
+from fxgrow.plan.bounds import shown
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.surgery import Rearrangement
 from fxgrow.standin import stand_in
+
+_FITTING = "Apply the plan to the network it was made for."
 
 
 def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.Module:
@@ -26,17 +29,15 @@ def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.
         The model itself if nothing is rearranged. New modules have tensors on the meta device.
 
     Raises:
-        PlanError: the model has no such module, or none of such a name in it, or the new ones
-            cannot be called in its graph.
+        PlanError: the model has no such module, or holds others there, or the new ones cannot be
+            called in its graph.
     """
     held = _held(model) if rearrangements else {}
     for edit in rearrangements:
         path = edit.container.split(".") if edit.container else []
         old, model = model, _with_children(model, path, edit, held)
         if edit.caller is not None:
-            part = with_calls(
-                old.get_submodule(edit.caller), model.get_submodule(edit.caller), edit
-            )
+            part = with_calls(module_at(old, edit.caller), module_at(model, edit.caller), edit)
             model = with_part(model, edit.caller, part)  # every module on the path is the view's
     return model
 
@@ -58,33 +59,54 @@ def _with_children(
     module: nn.Module, path: Sequence[str], edit: Rearrangement, held: Mapping[int, object]
 ) -> nn.Module:
     """Return a copy of a module that shares all but what lies on the path to the container."""
-    missing = next((n for n in [*path[:1]] if n not in module._modules), "") or next(
-        (
-            child.source
-            for child in edit.children
-            if not path and child.source not in module._modules
-        ),
-        "",
-    )
-    if missing:
-        raise PlanError(
-            f"the network has no module {edit.container}, or none called {missing} in it.",
-            name=edit.container,
-            way_out="Apply the plan to the network it was made for.",
-        )
     view = copy.copy(module)
     if path:
-        inner = module.get_submodule(path[0])
+        inner = module._modules.get(path[0])
+        if inner is None:
+            raise PlanError(
+                f"the network has no module {shown(edit.container)}.",
+                name=edit.container,
+                way_out=_FITTING,
+            )
         modules = {**module._modules, path[0]: _with_children(inner, path[1:], edit, held)}
     else:
-        modules = {
-            child.name: stand_in(module.get_submodule(child.source), shared=held)
-            if child.new
-            else module._modules[child.source]
-            for child in edit.children
-        }
+        _check_children(module, edit)
+        modules = {}
+        for child in edit.children:
+            inner = module._modules[child.source]
+            if child.new and inner is not None:
+                inner = stand_in(inner, shared=held)
+            modules[child.name] = inner
     vars(view)["_modules"] = modules
     return view
+
+
+def _check_children(module: nn.Module, edit: Rearrangement) -> None:
+    """Check that a module holds what a rearrangement says, and has room for what is new.
+
+    Raises:
+        PlanError: it does not, or has something else of a new name.
+    """
+    held = module._modules
+    for child in edit.children:
+        if child.source not in held or (child.new and held[child.source] is None):
+            raise _unfit(edit, f"it holds none called {child.source}")
+        if child.name not in held and hasattr(module, child.name):
+            raise _unfit(edit, f"it has something else that is called {child.name}")
+    kept = {child.source for child in edit.children if not child.new}
+    lost = next((name for name in held if name not in kept), None)
+    if lost is not None:
+        raise _unfit(edit, f"it holds {lost}, too")
+
+
+def _unfit(edit: Rearrangement, why: str) -> PlanError:
+    """Return the error for a module that does not hold what a rearrangement says."""
+    where = edit.container or "the network"
+    return PlanError(
+        f"the modules of {shown(where)} are not those of the plan: {shown(why)}.",
+        name=edit.container,
+        way_out=_FITTING,
+    )
 
 
 def new_names(
@@ -134,12 +156,13 @@ def names_after(names: Iterable[str], step: Plan) -> list[tuple[str, str, bool]]
     """
     if not step.names:
         return new_names(names, step.rearrangements)
-    known = set(names)
-    return [
-        (after, before or step.tensors[after].source, not before)
-        for after, before in step.names.items()
-        if (before or step.tensors[after].source) in known
-    ]
+    known, found = set(names), []
+    for after, before in step.names.items():
+        edit = step.tensors.get(step.aliases.get(after, after))
+        like = before or (edit.source if edit is not None else "")
+        if like in known:
+            found.append((after, like, not before))
+    return found
 
 
 def carried_names(names: Iterable[str], plan: Plan) -> dict[str, str]:

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "fxgrow"
 # From the bottom up; a unit may import itself and what stands before it. A package is one unit,
 # apart from a module of it that is listed by itself.
 LAYERS = (
-    "version", "errors", "registry",
+    "version", "errors", "registry", "exclusive",
     "rescaling", "pairing", "presets", "init",
     "labels", "standin", "inputs", "channels", "groups", "blocks", "trace",
-    "plan.surgery", "plan.schema", "graph", "analysis", "scope", "coupling", "gain_flow", "gains",
+    "plan.surgery", "plan.bounds", "plan.checks", "plan.schema", "graph",
+    "analysis", "scope", "coupling", "gain_flow", "gains",
     "calls", "rearrange", "layout", "apply", "plan", "datadriven",
     "composition", "expectation", "verification", "measure", "report",
     "uninitialised", "huggingface", "architectures", "recognition", "checkpoint",

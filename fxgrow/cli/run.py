@@ -13,7 +13,6 @@ import typer
 from fxgrow.cli.arguments import open_source
 from fxgrow.cli.outputs import report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, print_table
-from fxgrow.errors import SourceError
 
 if TYPE_CHECKING:
     from fxgrow.api import Grown
@@ -111,24 +110,16 @@ def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read a plan, which may be anybody's.
 
     Raises:
-        SourceError: the file cannot be read.
-        PlanError: it holds no plan.
+        SourceError: the file cannot be read, or is no JSON.
+        PlanError: it holds no plan, or one that says what no planner would say.
     """
+    from fxgrow.checkpoint.reading import read_json
     from fxgrow.plan.schema import Plan
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text"
-        raise SourceError(
-            f"the plan {path} cannot be read: {reason}.",
-            name=str(path),
-            way_out="Make one with fxgrow widen --dry-run --plan plan.json.",
-        ) from error
-    return Plan.from_json(text)
+    return Plan.from_dict(read_json(path))
 
 
 def print_report(grown: Grown) -> None:

@@ -2,7 +2,8 @@
 
 A plan says what was asked for, what happens to each channel group, and which edits turn the old
 tensors into new ones. It can be written on one machine and carried out on another, on a live
-module, a state_dict or (given names and tensors) anything else.
+module, a state_dict or (given names and tensors) anything else. What is read is checked: see
+:mod:`fxgrow.plan.checks`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fxgrow.errors import PlanError
+from fxgrow.plan.bounds import check_extent, shown
+from fxgrow.plan.checks import MOST_STEPS, check_plan
 from fxgrow.plan.surgery import (
     ModuleEdit,
     Multiplier,
@@ -29,6 +32,7 @@ SCHEMA = 1
 Where = Literal["hidden", "stream", "all"]
 Grouped = Literal["width", "count"]
 Verdict = Literal["exact", "scaled", "no"]
+GroupKind = Literal["hidden", "stream", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class GroupPlan:
 
     name: str
     width: tuple[int, int]
-    kind: str
+    kind: GroupKind
     block: str | None
     writers: tuple[str, ...]
     readers: tuple[str, ...]
@@ -187,6 +191,11 @@ class Plan:
             order, the name before, "" for a new one. Such a plan makes tensors, and no module.
     """
 
+    # Of this and of all that it is made of: nothing is converted, left over or not finite.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, str_max_length=1 << 16
+    )
+
     request: Request
     groups: tuple[GroupPlan, ...]
     refused: tuple[Refusal, ...]
@@ -260,20 +269,31 @@ class Plan:
         """Return the plan that :meth:`to_dict` described.
 
         Raises:
-            PlanError: the data is not a plan of this version; the message names the field.
+            PlanError: the data is not a plan of this version, or says what no planner would say;
+                the message names the field.
         """
+        if not isinstance(data, Mapping):
+            raise PlanError(f"a plan is a mapping of its fields, not a {type(data).__name__}.")
         found = data.get("schema")
-        if found != SCHEMA:
+        if type(found) is not int or found != SCHEMA:
             raise PlanError(
-                f"this is not a plan of schema {SCHEMA} (its schema is {found!r}).",
+                f"this is not a plan of schema {SCHEMA} (its schema is {shown(repr(found))}).",
                 way_out="Make the plan anew with this version of fxgrow.",
             )
+        check_extent(dict(data))
         try:
-            return _ADAPTER.validate_python(dict(data))
+            # As JSON it is data alone, whatever it was read from.
+            plan = _ADAPTER.validate_json(json.dumps(dict(data)))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"the plan's {field or 'text'} is wrong: {first['msg']}.") from error
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = shown(".".join(str(part) for part in first["loc"]) or "text")
+            raise PlanError(f"the plan's {place} is wrong: {shown(first['msg'])}.") from error
+        except RecursionError as error:
+            raise PlanError("the plan is nested too deeply.") from error
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan is made of other than JSON: {shown(str(error))}.") from error
+        check_plan(plan)
+        return plan
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -284,8 +304,10 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
-            raise PlanError(f"the plan is not JSON: {error}.") from error
+        except RecursionError as error:
+            raise PlanError("the plan is nested too deeply.") from error
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan is not JSON: {shown(str(error))}.") from error
         if not isinstance(data, dict):
             raise PlanError("the plan is not a JSON object.")
         return cls.from_dict(data)
@@ -298,3 +320,23 @@ class Plan:
 
 
 _ADAPTER: TypeAdapter[Plan] = TypeAdapter(Plan)
+
+
+def plans_of(record: Mapping[str, Any]) -> tuple[Plan, ...]:
+    """Return the steps that a network has been through, as a record in a file of weights tells.
+
+    Args:
+        record: its ``plans`` are a list of what :meth:`Plan.to_dict` returned, oldest first.
+
+    Raises:
+        PlanError: it holds something else, or more steps than one plan can make.
+    """
+    found = record.get("plans", ())
+    if not isinstance(found, (list, tuple)):
+        raise PlanError(f"the record's plans are a {type(found).__name__}, not a list.")
+    if len(found) > MOST_STEPS:
+        raise PlanError(f"the record has {len(found)} plans, and there can be {MOST_STEPS}.")
+    steps = tuple(step for data in found for step in Plan.from_dict(data).steps)
+    if len(steps) > MOST_STEPS:
+        raise PlanError(f"the record's plans make {len(steps)} steps, not at most {MOST_STEPS}.")
+    return steps

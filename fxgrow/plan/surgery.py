@@ -109,7 +109,8 @@ class Child:
     """A module that another one holds.
 
     Attributes:
-        name: its name there, after the surgery.
+        name: its name there, after the surgery; that of a module there, but for the number at its
+            end.
         source: the name of the old module that it is, or, if it is new, that it is a copy of.
         new: whether it is new. Its tensors then all have an edit, under their new names.
     """
@@ -140,7 +141,8 @@ class Rearrangement:
 class ModuleEdit:
     """An attribute of a module that must follow its tensors (``out_channels``, ``groups``…).
 
-    One of an object that the module holds is dotted: ``config.num_attention_heads``.
+    One of an object that the module holds is dotted: ``config.num_attention_heads``. Both values
+    are of one kind, but for the padding of a convolution, which may be told by a word.
     """
 
     module: str
