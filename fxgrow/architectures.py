@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -23,24 +23,9 @@ import torch
 from torch import nn
 
 from fxgrow.errors import SourceError
-from fxgrow.huggingface import find_class
-from fxgrow.uninitialised import build_uninitialised
+from fxgrow.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class, one_line
+from fxgrow.uninitialised import ExceededError, Limit, build_uninitialised
 
-# Arguments by which a builder would fetch weights or read files; fxgrow brings the weights itself.
-_FORBIDDEN_ARGUMENTS = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "pretrained",
-        "pretrained_backbone",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "progress",
-        "scriptable",
-        "weights",
-        "weights_backbone",
-    }
-)
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
 
@@ -52,9 +37,11 @@ class Architecture:
         name: ``"torchvision:NAME"``, ``"timm:NAME"``, ``"transformers:CLASS"`` (whose only argument
             is a ``config``) or ``"package.module:callable"``.
         arguments: keyword arguments of the builder, in JSON's types (a tuple becomes a list).
+        origin: the file that names it, which is not trusted; "" if the user does.
 
     Raises:
-        SourceError: an argument is not JSON-able, or asks the builder for pretrained weights.
+        SourceError: an argument is not JSON-able, asks the builder for pretrained weights, or is a
+            number from a file that no network has.
 
     Example:
         >>> tiny = Architecture("torchvision:resnet18", {"num_classes": 10})
@@ -66,27 +53,42 @@ class Architecture:
 
     name: str
     arguments: Mapping[str, object] = field(default_factory=dict, hash=False)
+    origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        forbidden = sorted(_FORBIDDEN_ARGUMENTS.intersection(self.arguments))
+        forbidden = sorted(FETCHING_ARGUMENTS.intersection(self.arguments))
         if forbidden:
-            raise SourceError(
-                f"the argument {forbidden[0]!r} of {self.name} is not fxgrow's to give.",
-                name=self.name,
-                way_out="Leave it out: weights come from SOURCE.",
+            raise self._refusal(
+                f"the argument {forbidden[0]!r} of {self.name} is not fxgrow's to give",
+                "Leave it out: weights come from SOURCE.",
             )
         try:
             plain = json.loads(json.dumps(dict(self.arguments)))
-        except (TypeError, ValueError) as error:
-            raise SourceError(
-                f"the arguments of {self.name} must be numbers, texts, lists or the like: {error}.",
-                name=self.name,
-                way_out="Write a function that builds the model, and name it module:function.",
+            largest = max(_whole_numbers(plain), key=abs, default=0)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._refusal(
+                f"the arguments of {self.name} must be numbers, texts, lists or the like: {error}",
+                "Write a function that builds the model, and name it module:function.",
             ) from error
+        # The fields of a config.json are looked at where they are used.
+        if self.origin and abs(largest) > LARGEST and not self.name.startswith("transformers:"):
+            raise self._refusal(
+                f"{self.name} has an argument of {one_line(str(largest), 20)}, which is no size",
+                "Name the architecture with --arch.",
+            )
         object.__setattr__(self, "arguments", plain)
 
+    def _refusal(self, what: str, way_out: str) -> SourceError:
+        """Return an error that names the file, if there is one, in one line of some length."""
+        where = f"{self.origin}: " if self.origin else ""
+        text = one_line(what, 400).rstrip(".")
+        return SourceError(f"{where}{text}.", name=self.name, way_out=way_out)
+
     def __str__(self) -> str:
-        shown = {key: "…" if isinstance(v, dict) else repr(v) for key, v in self.arguments.items()}
+        shown = {
+            key: "…" if isinstance(v, dict) else one_line(repr(v), 80)
+            for key, v in self.arguments.items()
+        }
         arguments = ", ".join(f"{key}={value}" for key, value in shown.items())
         return f"{self.name}({arguments})" if arguments else self.name
 
@@ -95,7 +97,7 @@ class Architecture:
         """Whether the name is code outside of the libraries that fxgrow knows."""
         return self.name.partition(":")[0] not in _LIBRARIES
 
-    def build(self, device: str | torch.device = "meta") -> nn.Module:
+    def build(self, device: str | torch.device = "meta", limit: Limit | None = None) -> nn.Module:
         """Build the network, in train mode and without any pretrained weights.
 
         On ``"meta"``, parameters and buffers have shapes only. On a real device the network is
@@ -105,13 +107,40 @@ class Architecture:
 
         Args:
             device: where the parameters and buffers are.
+            limit: how much building it may take; None for all that there is, or for the default if
+                a file names the architecture.
 
         Returns:
             A new module.
 
         Raises:
-            SourceError: there is no such architecture, or its builder fails.
+            SourceError: there is no such architecture, its builder fails, or it exceeds its limit.
         """
+        try:
+            built = self._build(device, Limit() if limit is None and self.origin else limit)
+        except ExceededError as error:
+            raise self._refusal(
+                f"{self.name} asks for {error}",
+                "If that is right, build the model and give it to fxgrow in Python.",
+            ) from error
+        except SourceError as error:
+            if not self.origin or self.origin in error.message:
+                raise
+            raise self._refusal(error.message, error.way_out) from error
+        except Exception as error:  # a builder is other people's code and may raise anything
+            raise self._refusal(
+                f"{self} cannot be built: {type(error).__name__}: {error}",
+                "Check what it says of that." if self.origin else "Check what --arch-arg gives.",
+            ) from error
+        if not isinstance(built, nn.Module):
+            raise self._refusal(
+                f"{self.name} returns {type(built).__name__}, not a torch.nn.Module",
+                "Name a class or a function that returns the model.",
+            )
+        return built
+
+    def _build(self, device: str | torch.device, limit: Limit | None) -> object:
+        """Return what the builder returns."""
         builder = _find_builder(self.name)
         arguments = dict(self.arguments)
         if self.name.startswith("torchvision:"):
@@ -120,36 +149,24 @@ class Architecture:
                 arguments["weights_backbone"] = None
         elif self.name.startswith("timm:"):
             arguments["pretrained"] = False
-        try:
-            built = build_uninitialised(lambda: builder(**arguments), device)
-        except SourceError:
-            raise
-        except Exception as error:  # a builder is other people's code and may raise anything
-            raise SourceError(
-                f"{self} cannot be built: {type(error).__name__}: {error}.",
-                name=self.name,
-                way_out="Check the arguments given with --arch-arg.",
-            ) from error
-        if not isinstance(built, nn.Module):
-            raise SourceError(
-                f"{self.name} returns {type(built).__name__}, not a torch.nn.Module.",
-                name=self.name,
-                way_out="Name a class or a function that returns the model.",
-            )
-        return built
+        with closed(self.name.partition(":")[0]):
+            return build_uninitialised(lambda: builder(**arguments), device, limit)
 
     def to_dict(self) -> dict[str, object]:
         """Return the architecture as JSON-able data."""
         return {"name": self.name, "arguments": dict(self.arguments)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, trust_code: bool = False) -> Architecture:
+    def from_dict(
+        cls, data: Mapping[str, Any], *, trust_code: bool = False, origin: str = "the record"
+    ) -> Architecture:
         """Make an architecture from what :meth:`to_dict` returned.
 
         Args:
             data: ``{"name": str, "arguments": dict}``.
             trust_code: accept ``package.module:callable``. Off by default, because data read from
                 a file would otherwise name any function of any module, to be called by ``build``.
+            origin: the file that the data are from; building is limited for what it says.
 
         Raises:
             SourceError: ``data`` has another form, or names user code without ``trust_code``.
@@ -157,18 +174,28 @@ class Architecture:
         name, arguments = data.get("name"), data.get("arguments", {})
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
             raise SourceError(
-                "a recorded architecture lacks its name or its arguments.",
+                f"{origin} lacks the name or the arguments of its architecture.",
+                name=origin,
                 way_out="Name the architecture with --arch.",
             )
-        found = cls(name, arguments)
-        if found.is_code and not trust_code:
+        shown = one_line(ascii(name)[1:-1], 80)
+        if name.partition(":")[0] not in _LIBRARIES and not trust_code:
             raise SourceError(
-                f"the file names {name} as its architecture, which is code outside of "
+                f"{origin} names {shown} as its architecture, which is code outside of "
                 f"{' and '.join(_LIBRARIES)}.",
                 name=name,
-                way_out=f"If you trust it, name it yourself: --arch {name}.",
+                way_out=f"If you trust it, name it yourself: --arch {shown}.",
             )
-        return found
+        return cls(name, arguments, origin)
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    """Yield the whole numbers in what JSON holds."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, int):
+        yield value
 
 
 def parse_architecture(spec: str, arguments: Mapping[str, object] = _NO_ARGUMENTS) -> Architecture:
@@ -215,7 +242,7 @@ def larger_relative(
     named = parse_architecture(spec, arguments)
     if source is None or source.name.partition(":")[0] != named.name.partition(":")[0]:
         return named
-    return Architecture(named.name, {**source.arguments, **arguments})
+    return Architecture(named.name, {**source.arguments, **arguments}, source.origin)
 
 
 def relatives(architecture: Architecture) -> list[str]:

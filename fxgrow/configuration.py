@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -23,8 +23,9 @@ from torch import nn
 
 from fxgrow.architectures import Architecture
 from fxgrow.errors import SourceError
+from fxgrow.huggingface import quiet, screened
 from fxgrow.plan.schema import Plan
-from fxgrow.pretrained import quiet
+from fxgrow.uninitialised import Limit
 
 Config: TypeAlias = dict[str, Any]
 Place: TypeAlias = tuple[str | int, ...]
@@ -126,8 +127,9 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
     """
     if any(step.makes_graphs for step in plan.steps):
         raise _refusal("the grown model's code differs from that of its class", "", plan)
-    old: Config = dict(architecture.arguments["config"])  # type: ignore[call-overload]
-    search = _Search(architecture.name, _Wanted(grown, plan))
+    config: Any = architecture.arguments["config"]  # in a record, it may say anything
+    old = screened(config).written
+    search = _Search(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
     full = search.complete(old)
     changes = search.run(full)
     if changes is None:
@@ -141,26 +143,32 @@ class _Search:
     """Builds a class with configurations and compares what comes out.
 
     Args:
-        name: the architecture's name.
+        architecture: whose class is built.
         wanted: what should come out.
+        limit: what one model may take; some fields are no widths.
 
     Attributes:
         first: what is different under the old configuration.
         nearest: what was still different where least was.
     """
 
-    def __init__(self, name: str, wanted: _Wanted) -> None:
+    def __init__(self, architecture: Architecture, wanted: _Wanted, limit: Limit) -> None:
         self.first: list[_Difference] = []
         self.nearest: list[_Difference] = []
-        self._name = name
+        self._architecture = architecture
         self._wanted = wanted
+        self._limit = limit
         self._built = 0
 
     def complete(self, config: Config) -> Config:
         """Return a configuration with all fields that it leaves at their defaults."""
-        built: Any = Architecture(self._name, {"config": config}).build()
+        built: Any = self._build(config)
         full: Config = json.loads(built.config.to_json_string(use_diff=False))
         return full
+
+    def _build(self, config: Config) -> nn.Module:
+        """Return a model on meta tensors."""
+        return replace(self._architecture, arguments={"config": config}).build(limit=self._limit)
 
     def run(self, config: Config) -> Change | None:
         """Return the fields to change, with their new values, or None if there are none.
@@ -243,7 +251,7 @@ class _Search:
         self._built += 1
         try:
             with quiet():
-                built = Architecture(self._name, {"config": config}).build()
+                built = self._build(config)
         except SourceError:  # 30 channels in 4 heads, say
             return None
         return self._wanted.differences(built), self._wanted.changed(built)

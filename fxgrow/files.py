@@ -34,7 +34,7 @@ from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments
 from fxgrow.optimizer import grow_state_dict
-from fxgrow.plan.schema import Plan
+from fxgrow.plan.schema import Plan, plans_of
 from fxgrow.pretrained import (
     architecture_of,
     example_inputs,
@@ -45,6 +45,7 @@ from fxgrow.pretrained import (
 )
 from fxgrow.rearrange import carried_names
 from fxgrow.recognition import recognise
+from fxgrow.uninitialised import Limit
 from fxgrow.version import __version__
 from fxgrow.written import check_directory, check_program
 
@@ -110,7 +111,8 @@ def open_model(
             model, source, more = open_pretrained(source, architecture)
             return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
         architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
-        model = rebuild(architecture, plans)
+        limit = Limit.of(source.state_dict) if architecture.origin else None
+        model = rebuild(architecture, plans, limit)
         _put_weights(model, source, architecture)
         inputs = example_inputs(model) if is_pretrained(architecture) else None
         return Opened(source, model, architecture, plans, notes, inputs)
@@ -295,14 +297,21 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     write_file(Contents(state_dict), out, "torch", source=None, force=force)
 
 
-def rebuild(architecture: Architecture, plans: Sequence[Plan]) -> nn.Module:
+def rebuild(
+    architecture: Architecture, plans: Sequence[Plan], limit: Limit | None = None
+) -> nn.Module:
     """Return the module that an architecture became; its weights are uninitialised.
+
+    Args:
+        architecture: what it was.
+        plans: the surgeries since, oldest first.
+        limit: how much building it may take; None as for :meth:`Architecture.build`.
 
     Raises:
         SourceError: the architecture cannot be built.
         PlanError: the plans do not fit it.
     """
-    model = architecture.build("cpu")
+    model = architecture.build("cpu", limit)
     for plan in plans:
         old = named_tensors(model)
         grown = {
@@ -320,11 +329,11 @@ def _identify(
 ) -> tuple[Architecture, tuple[Plan, ...]]:
     """Return architecture and plans: as named, as recorded, or as recognised."""
     record = source.record or {}
-    plans = tuple(Plan.from_dict(plan) for plan in record.get("plans", ()))
+    plans = plans_of(record)
     if arch is not None:
         return parse_architecture(arch, arguments), plans
     if isinstance(record.get("architecture"), Mapping):
-        return Architecture.from_dict(record["architecture"]), plans
+        return Architecture.from_dict(record["architecture"], origin=str(source.path)), plans
     return recognise(source.shapes, hint=source.path.stem), plans
 
 

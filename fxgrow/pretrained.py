@@ -7,12 +7,10 @@ code that comes with a model.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import json
-import warnings
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,19 @@ from torch import Tensor, nn
 
 from fxgrow.architectures import Architecture, larger_relative
 from fxgrow.checkpoint import Source
-from fxgrow.checkpoint.directory import CONFIG
+from fxgrow.checkpoint.directory import CONFIG, read_config
+from fxgrow.checkpoint.reading import reading, refuse_source
 from fxgrow.checkpoint.source import with_weights
 from fxgrow.errors import SourceError
+from fxgrow.huggingface import closed, one_line, screened
 from fxgrow.labels.propagate import named_tensors
+from fxgrow.uninitialised import Limit
 
 LIBRARY = "transformers"
 _NAME_IT = "Name the architecture with --arch."
 _TOKENS = 8  # in an example input
 _BATCH = 2
+_LARGEST_INPUT = 1 << 25  # elements; an image of 1024 x 1024 has a tenth
 
 
 def is_pretrained(architecture: Architecture | None) -> bool:
@@ -38,14 +40,14 @@ def is_pretrained(architecture: Architecture | None) -> bool:
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a ``config.json`` describes.
+    """Return the architecture that a ``config.json`` describes, without what would reach out of it.
 
     Args:
         path: the directory that it lies in.
         config: what it says.
 
     Raises:
-        SourceError: it names no class.
+        SourceError: it names no class, or describes what cannot be built.
     """
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
@@ -54,7 +56,14 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
             name=str(path),
             way_out=f'Add "architectures": ["BertModel"] or the like to it. Or: {_NAME_IT}',
         )
-    return Architecture(f"{LIBRARY}:{named[0]}", {"config": dict(config)})
+    file = path / CONFIG
+    with reading(file):
+        try:
+            fields = screened(config).written
+        except SourceError as error:
+            reason = error.message.rstrip(".")
+            refuse_source(file, f"describes no model to grow: {reason}", error.way_out, error)
+    return Architecture(f"{LIBRARY}:{named[0]}", {"config": fields}, str(file))
 
 
 def target_architecture(
@@ -74,14 +83,16 @@ def target_architecture(
         SourceError: there is no such architecture, or the configuration cannot be read.
     """
     path = Path(spec)
-    path = path / CONFIG if path.is_dir() else path
+    is_folder = path.is_dir()
+    path = path / CONFIG if is_folder else path
     if path.suffix != ".json":
         return larger_relative(source, spec, arguments)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_config(path, inside=is_folder)
+    except SourceError as error:
+        reason = error.message.replace(f"{path} ", "it ", 1)
         raise SourceError(
-            f"the configuration {path} cannot be read: {error}.", name=spec
+            f"the configuration {path} cannot be read: {reason}", name=spec, way_out=error.way_out
         ) from error
     known = source.arguments.get("config") if source is not None else None
     if (
@@ -108,9 +119,9 @@ def open_pretrained(
     Raises:
         SourceError: the class cannot be built, or the weights do not fit it.
     """
-    empty: Any = architecture.build()
+    empty: Any = architecture.build(limit=Limit.of(source.state_dict))
     try:
-        with quiet():
+        with closed(LIBRARY):
             model, found = type(empty).from_pretrained(
                 None, config=empty.config, state_dict=dict(source.state_dict), dtype="auto",
                 ignore_mismatched_sizes=True, output_loading_info=True,
@@ -122,20 +133,38 @@ def open_pretrained(
     for name, have, want in sorted(found["mismatched_keys"]):
         shapes = f"{name} is {list(have)} and should be {list(want)}"
         raise _misfit(source, architecture, shapes, name)
-    _keep_tensors_(model, source.state_dict)
-    notes: tuple[str, ...] = ()
+    with reading(source.path):
+        _keep_tensors_(model, source.state_dict)
+    notes = reaching(source.config or {}, source.path / CONFIG)
     if found["unexpected_keys"]:
-        names = sorted(found["unexpected_keys"])
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        notes = (f"{names[0]}{more} in {source.path} belong to no part of {architecture.name} "
-                 "and are left out",)  # fmt: skip
-    return model, with_weights(source, OrderedDict(model.state_dict())), notes
+        unknown = _listed(sorted(found["unexpected_keys"]))
+        notes.append(f"{unknown} in {source.path} belong to no part of {architecture.name} "
+                     "and are left out")  # fmt: skip
+    return model, with_weights(source, OrderedDict(model.state_dict())), tuple(notes)
+
+
+def reaching(config: Mapping[str, Any], file: Path) -> list[str]:
+    """Return what to know of fields that ask for code or files, which are left out.
+
+    Args:
+        config: what a ``config.json`` says, or the ``config`` of a recorded architecture.
+        file: where it says so.
+    """
+    dropped = screened(config).dropped
+    what = f"asks for code or files that are not taken from it: {_listed(dropped, 5)} left out"
+    return [f"{file} {what}"] if dropped else []
+
+
+def _listed(names: Sequence[str], most: int = 1) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 200) for name in names[:most]) + more
 
 
 def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
-    first = " ".join(how.strip().splitlines()[:1])
+    first = one_line(how.strip().partition("\n")[0], 400).rstrip(".")
     return SourceError(
-        f"the weights in {source.path} do not fit {architecture.name}: {first.rstrip('.')}.",
+        f"the weights in {source.path} do not fit {architecture.name}: {first}.",
         name=name,
         way_out=f"Check that {CONFIG} and the weights belong together.",
     )
@@ -177,7 +206,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     generator = torch.Generator().manual_seed(0)
     if main == "input_ids":
         size = getattr(config.get_text_config(), "vocab_size", 0) if config is not None else 0
-        if not size:
+        if not _are_sizes([size]):
             return None
         tokens = torch.randint(min(3, size - 1), size, (_BATCH, _TOKENS), generator=generator)
         if getattr(config, "is_encoder_decoder", False):
@@ -186,26 +215,15 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     if main == "pixel_values":
         size = getattr(config, "image_size", None)
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        if all(isinstance(number, int) for number in (channels, *sides)) and len(sides) == 2:
-            parameter = next(t for t in model.parameters() if t.is_floating_point())
-            image = torch.randn(_BATCH, channels, *sides, generator=generator)
+        shape = (_BATCH, getattr(config, "num_channels", 3), *sides)
+        parameter = next((t for t in model.parameters() if t.is_floating_point()), None)
+        if len(shape) == 4 and _are_sizes(shape) and parameter is not None:
+            image = torch.randn(shape, generator=generator)
             return {"pixel_values": image.to(parameter.dtype)}
     return None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers: what matters of what it says, fxgrow says."""
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def _are_sizes(numbers: Sequence[object]) -> bool:
+    """Return whether all are whole numbers above 0, and a tensor of these sizes is no large one."""
+    whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    return len(whole) == len(numbers) and math.prod(whole) <= _LARGEST_INPUT

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxgrow.checkpoint.directory import CONFIG, read_config
 from fxgrow.checkpoint.formats import FORMATS
 from fxgrow.errors import VerificationError
+from fxgrow.huggingface import closed, screened
 from fxgrow.labels.tape import Arguments, call, tensors_in
-from fxgrow.pretrained import quiet
 from fxgrow.standin import first_line, keeping_modes
 from fxgrow.verification import NATIVE_FACTOR
 
@@ -29,8 +36,10 @@ def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
     """
     kind: Any = type(grown)
     try:
-        with quiet():
-            found = kind.from_pretrained(str(path), dtype="auto", local_files_only=True)
+        with _alone(path) as folder, closed("transformers"):
+            found = kind.from_pretrained(
+                str(folder), dtype="auto", local_files_only=True, use_safetensors=True
+            )
     except Exception as error:  # whatever transformers may raise on what it cannot read
         raise _unlike(f"it cannot be read: {first_line(error)}") from error
     loaded = found.state_dict()
@@ -41,6 +50,25 @@ def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
             raise _unlike(f"{name} differs", name)
     if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
         _check_outputs(grown, found, inputs)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Yield a directory with what transformers reads of another: what lies there besides is not.
+
+    The weights are there under a second name, and the configuration without what asks for code.
+    """
+    with TemporaryDirectory(prefix=".", dir=path.parent) as name:
+        folder = Path(name)
+        used = screened(read_config(path / CONFIG)).used
+        (folder / CONFIG).write_text(json.dumps(used), encoding="utf-8")
+        for file in path.iterdir():
+            if file.name.endswith((".safetensors", ".safetensors.index.json")):
+                try:
+                    os.link(file, folder / file.name)
+                except OSError:  # not all file systems have second names
+                    shutil.copyfile(file, folder / file.name)
+        yield folder
 
 
 def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:

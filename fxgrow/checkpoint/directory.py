@@ -1,13 +1,16 @@
 """A directory with a model in it: weights, mostly a ``config.json``, and what goes with them.
 
 This is how Hugging Face libraries keep models. Which weights a directory holds is told by the names
-that these libraries use; the first of :data:`_WEIGHTS` counts.
+that these libraries use; the first of :data:`WEIGHTS` counts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,29 @@ from fxgrow.checkpoint.formats import (
     FileFormat,
     sniff,
 )
-from fxgrow.checkpoint.reading import refuse_damaged, refuse_source
+from fxgrow.checkpoint.reading import (
+    AGAIN,
+    FileReader,
+    parse_json,
+    read_bytes,
+    refuse_source,
+    refuse_unreadable,
+)
+from fxgrow.checkpoint.tensors import check_inside, read_index
 
 CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights in this or another form, and an optimizer's state: the new ones would belie them.
 _OLD = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
     "consolidated*.pth", "tf_model*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot",
     "optimizer.pt", "optimizer.bin", ".git", ".cache",
 )  # fmt: skip
+_NEVER = (".git", ".cache")  # neither read nor told of
+_CONFIG_LIMIT = 16 << 20  # bytes; with the labels of 21000 classes it has 1 MB
+_PIECE = 16 << 20  # bytes that are copied at once
 
 
 class _Directory(FileFormat):
@@ -39,13 +53,17 @@ class _Directory(FileFormat):
         return holds_model(path)
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        weights = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
+        for _ in _files(path, skipped=_NEVER):  # each is checked
+            pass
+        weights = next((path / name for name in WEIGHTS if (path / name).exists()), None)
         if weights is None:
-            names = ", ".join(_WEIGHTS)
+            names = ", ".join(WEIGHTS)
             refuse_source(path, f"has a {CONFIG} but none of {names}", "Copy the weights too.")
+        check_inside(path, weights)
         contents = sniff(weights).read(weights, trust_pickle=trust_pickle)
         contents.folder = path
-        contents.config = _read_config(path / CONFIG)
+        if os.path.lexists(path / CONFIG):
+            contents.config = read_config(path / CONFIG, inside=True)
         return contents
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -66,18 +84,15 @@ FORMATS.register(_Directory.name)(_Directory())
 
 def holds_model(path: Path) -> bool:
     """Return whether a path is a directory with weights or a model's configuration in it."""
-    return path.is_dir() and any((path / name).exists() for name in (CONFIG, *_WEIGHTS))
+    return path.is_dir() and any((path / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
 def left_out(folder: Path) -> list[str]:
     """Return what a copy of a model's directory goes without, apart from the weights it read."""
-    weights = next((name for name in _WEIGHTS if (folder / name).exists()), "")
-    shards: set[str] = set()
-    if weights.endswith(".index.json"):
-        shards = set(
-            json.loads((folder / weights).read_text(encoding="utf-8"))["weight_map"].values()
-        )
-    return [name for name in _old(folder) if name not in {weights, *shards, ".git", ".cache"}]
+    weights = next((name for name in WEIGHTS if (folder / name).exists()), "")
+    is_index = weights.endswith(".index.json")
+    shards = set(read_index(folder / weights)[0].values()) if is_index else set()
+    return [name for name in _old(folder) if name not in {weights, *shards, *_NEVER}]
 
 
 def _old(folder: Path) -> list[str]:
@@ -87,29 +102,75 @@ def _old(folder: Path) -> list[str]:
 
 
 def _copy_others(folder: Path, path: Path) -> None:
-    """Copy what goes with the weights: a tokenizer, the settings for generation, a description."""
-    old = _old(folder)
-    for entry in sorted(folder.iterdir()):
-        if entry.name in old or entry.name == CONFIG:
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, path / entry.name)
-        else:
-            shutil.copy2(entry, path / entry.name)
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    """Return a model's configuration, or None where there is none.
+    """Copy what goes with the weights: a tokenizer, the settings for generation, a description.
 
     Raises:
-        SourceError: it is no JSON object.
+        SourceError: something there is no file of the directory, or there is no room for all.
     """
-    if not path.exists():
-        return None
+    files = list(_files(folder, skipped=(*_old(folder), CONFIG)))
+    size = sum(os.stat(file).st_size for file in files)
+    if size > shutil.disk_usage(path).free:
+        what = f"holds {size} bytes beside the weights, for which there is no room"
+        refuse_source(folder, what, "Take away what does not belong to the model.")
+    for file in files:
+        copy = path / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _copy(file, copy)
+
+
+def _copy(file: Path, copy: Path) -> None:
+    """Copy what a file holds. What is zero is not written: holes stay holes."""
+    with FileReader(file) as old, copy.open("xb") as new:
+        for start in range(0, old.size, _PIECE):
+            piece = old.read(start, min(_PIECE, old.size - start))
+            if piece.strip(b"\0"):
+                new.write(piece)
+            else:
+                new.seek(len(piece), os.SEEK_CUR)
+        new.truncate(old.size)
+
+
+def _files(folder: Path, skipped: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the files in a directory and below it, sorted; no link is followed to a directory.
+
+    Args:
+        folder: the directory.
+        skipped: names in it (not below it) that are not looked at.
+
+    Raises:
+        SourceError: something is neither a directory nor a file of its own.
+    """
+    waiting = [path for path in _entries(folder) if path.name not in skipped]
+    while waiting:
+        path = waiting.pop()
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            waiting.extend(_entries(path))
+        else:
+            check_inside(folder, path)
+            yield path
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a directory, the first name last."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse_damaged(path, str(error), error)
+        return sorted(folder.iterdir(), reverse=True)
+    except OSError as error:
+        refuse_unreadable(folder, error)
+
+
+def read_config(path: Path, *, inside: bool = False) -> dict[str, Any]:
+    """Return what a model's configuration says.
+
+    Args:
+        path: the file.
+        inside: whether it belongs to a directory, and may not be a link out of it.
+
+    Raises:
+        SourceError: it cannot be read, or is no JSON object.
+    """
+    if inside and os.path.lexists(path):
+        check_inside(path.parent, path)
+    config = parse_json(read_bytes(path, _CONFIG_LIMIT), path)
     if not isinstance(config, dict):
-        refuse_source(path, "is not a JSON object", "Copy or download it again.")
+        refuse_source(path, "is not a JSON object", AGAIN)
     return config

@@ -8,6 +8,8 @@ does), and the versions that ``load_state_dict`` asks for under ``_metadata``.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,12 +25,20 @@ from fxgrow.checkpoint.formats import (
     sniff,
 )
 from fxgrow.checkpoint.headers import read_tensors
-from fxgrow.checkpoint.reading import FileReader, refuse_damaged, refuse_source
+from fxgrow.checkpoint.reading import (
+    AGAIN,
+    FileReader,
+    parse_json,
+    read_bytes,
+    refuse_source,
+)
 from fxgrow.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
 _SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+_INDICES = ".index.json"  # of any format
+_INDEX_LIMIT = 64 << 20  # bytes; the index of the largest published model has 10 MB
 
 
 class _Safetensors(FileFormat):
@@ -65,18 +75,21 @@ class _Sharded(FileFormat):
 
     def read(self, path: Path, *, trust_pickle: bool) -> Contents:
         places, metadata = read_index(path)
+        names: dict[str, list[str]] = {}
+        for name, shard in places.items():
+            names.setdefault(shard, []).append(name)
         tensors: OrderedDict[str, Tensor] = OrderedDict()
         header: dict[str, str] = {}
         limit = 0
-        for shard in dict.fromkeys(places.values()):
+        for shard in names:
             contents = _read_shard(path, path.with_name(shard), trust_pickle=trust_pickle)
             found = cast("OrderedDict[str, Tensor]", contents.data)
-            for name in places:
-                if places[name] == shard and name not in found:
+            for name in names[shard]:
+                if name not in found:
                     refuse_source(
                         path,
-                        f"says that {name} is in {shard}, where it is not",
-                        f"Copy or download {shard} and the index again.",
+                        f"says that {_shown(name)} is in {_shown(shard)}, where it is not",
+                        "Copy or download it and the index again.",
                     )
             limit = max(limit, sum(tensor.nbytes for tensor in found.values()))
             tensors.update(found)
@@ -147,22 +160,72 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     Raises:
         SourceError: it is no index, or names files outside of its directory.
     """
-    again = "Copy or download it again."
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse_damaged(path, str(error), error)
+    index = parse_json(read_bytes(path, _INDEX_LIMIT), path)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places:
-        refuse_source(path, "has no weight_map, so it is no index of weights", again)
+        refuse_source(path, "has no weight_map, so it is no index of weights", AGAIN)
+    first: dict[str, str] = {}
     for name, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            refuse_source(path, f"says that {name} is in {shard!r}, which is no file's name", again)
+        first.setdefault(shard if isinstance(shard, str) else "", name)
+    for shard, name in first.items():
+        if not _is_name(shard) or shard.endswith(_INDICES):
+            what = "no file's name" if not _is_name(shard) else "an index itself"
+            shown = _shown(places[name])
+            refuse_source(path, f"says that {_shown(name)} is in '{shown}', which is {what}", AGAIN)
     metadata = index.get("metadata")
     kept = dict(metadata) if isinstance(metadata, dict) else {}
     for size in ("total_size", "total_parameters"):  # no longer true of other weights
         kept.pop(size, None)
     return places, kept
+
+
+def _is_name(name: str) -> bool:
+    """Return whether a text is a file's name on any system, without a directory."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _shown(value: object) -> str:
+    """Return a name for a message: in one line, and not all of a long one."""
+    text = ascii(value)[1:-1] if isinstance(value, str) else ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Check that what lies in a directory is a file of its own.
+
+    A link may lead to another file of the directory or, in the cache of the Hugging Face Hub, to
+    one among the blobs of the same model.
+
+    Args:
+        folder: the directory.
+        path: something in it or below it.
+
+    Raises:
+        SourceError: it is a directory or no regular file, or a link to anything else.
+    """
+    what = f"holds '{_shown(os.path.relpath(path, folder))}', which"
+    try:
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISLNK(mode):
+            if not stat.S_ISREG(mode):
+                kind = "a directory" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+                refuse_source(folder, f"{what} is {kind}, not a file", "Take it away.")
+            return
+        target = path.resolve(strict=True)
+        places = _own_places(folder.resolve(strict=True))
+        if not any(place in target.parents for place in places):
+            refuse_source(folder, f"{what} is a link out of it", "Put a copy of the file there.")
+        if not stat.S_ISREG(os.lstat(target).st_mode):
+            refuse_source(folder, f"{what} is a link to no file", "Put a copy of the file there.")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        refuse_source(folder, f"{what} cannot be followed", "Put a copy of the file there.", error)
+
+
+def _own_places(folder: Path) -> list[Path]:
+    """Return where the files of a directory may lie, if its path has no links in it."""
+    entry = folder.parent.parent
+    is_cached = folder.parent.name == "snapshots" and entry.name.startswith("models--")
+    return [folder, entry / "blobs"] if is_cached else [folder]
 
 
 def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
@@ -171,13 +234,16 @@ def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
     Raises:
         SourceError: it is missing, damaged, or holds no tensors by name.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         refuse_source(
-            index, f"needs {path.name}, which is not beside it", "Copy or download that file too."
+            index,
+            f"needs {_shown(path.name)}, which is not beside it",
+            "Copy or download that file too.",
         )
+    check_inside(path.parent, path)
     contents = sniff(path).read(path, trust_pickle=trust_pickle)
     if not isinstance(contents.data, Mapping):
-        refuse_source(path, "holds no tensors by name", "Copy or download it again.")
+        refuse_source(path, "holds no tensors by name", AGAIN)
     items = contents.data.items()
     found = OrderedDict((name, value) for name, value in items if isinstance(value, Tensor))
     if metadata := getattr(contents.data, _METADATA, None):
