@@ -124,7 +124,7 @@ def convert(
             split_noise=split_noise, name=architecture.name, progress=run.steps,
         )  # fmt: skip
         if dry_run:
-            tell_plan(run, made, plan, strict=False)
+            tell_plan(run, made, plan, strict=False, force=force)
             return
         grown = convert_by(
             made, opened.model, target, inputs, init=init, verify=not no_verify,

@@ -77,7 +77,7 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         inputs = inputs_of(shapes, opened)
         made = make(opened.model, inputs, first, run.steps)
         if settings.dry_run:
-            tell_plan(run, made, settings.plan, strict=settings.strict)
+            tell_plan(run, made, settings.plan, strict=settings.strict, force=settings.force)
             return
         grown = carry_out(
             made, opened.model, inputs, init=init, strict=settings.strict,

@@ -54,7 +54,7 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
         seen.add(path.resolve())
 
 
-def write_text(path: Path, text: str, *, force: bool = True) -> None:
+def write_text(path: Path, text: str, *, force: bool) -> None:
     """Write a text whole or not at all.
 
     Args:

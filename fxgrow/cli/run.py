@@ -69,10 +69,10 @@ class Outputs:
         for text in write_grown(opened, grown, self.out, inputs=inputs, force=force):
             run.notices.warn(text)
         if self.plan is not None:
-            write_text(self.plan, grown.plan.to_json())
+            write_text(self.plan, grown.plan.to_json(), force=force)
         if self.report is not None:
             title = f"{opened.source.path} → {self.out}"
-            write_text(self.report, report_text(grown.report, self.report, title))
+            write_text(self.report, report_text(grown.report, self.report, title), force=force)
 
     def tell(self, opened: Opened) -> None:
         """Say what was written and how to load it."""
@@ -90,7 +90,7 @@ class Outputs:
         typer.echo(f"load it with fxgrow.load({str(self.out)!r}{own})")
 
 
-def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool) -> None:
+def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool, force: bool) -> None:
     """Show a plan and write it, instead of carrying it out.
 
     Raises:
@@ -104,7 +104,7 @@ def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool) -> None:
     for text in made.warnings:
         run.notices.warn(text)
     if out is not None:
-        write_text(out, made.to_json())
+        write_text(out, made.to_json(), force=force)
     print_table(plan_table(made))
     typer.echo(f"\nwrote {out} (the plan)" if out is not None else "\nnothing was written")
 
@@ -116,10 +116,11 @@ def read_plan(path: Path) -> Plan:
         SourceError: the file cannot be read, or is no JSON.
         PlanError: it holds no plan, or one that says what no planner would say.
     """
-    from fxgrow.checkpoint.reading import read_json
+    from fxgrow.checkpoint.reading import naming, read_json
     from fxgrow.plan.schema import Plan
 
-    return Plan.from_dict(read_json(path))
+    with naming(path):
+        return Plan.from_dict(read_json(path))
 
 
 def print_report(grown: Grown) -> None:
