@@ -322,7 +322,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return warnings on tensors, and refuse those that cannot be computed with.
 
     Raises:
-        PlanError: a tensor is quantized.
+        PlanError: a tensor is quantized, or of a dtype without arithmetic.
     """
     notes = []
     for name, tensor in tensors.items():
@@ -334,6 +334,12 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
             )
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
+        if tensor.dtype.itemsize < 2:
+            raise PlanError(
+                f"{name} is {tensor.dtype}, which has no arithmetic.",
+                name=name,
+                way_out="Widen the float network, then round it again.",
+            )
         # A finite sum has finite terms; an infinite one may have overflowed.
         if not math.isfinite(tensor.detach().sum()) and not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"

@@ -13,7 +13,7 @@ from fxgrow.apply import apply_to_state_dict, check_source
 from fxgrow.architectures import Architecture, larger_relative, relatives
 from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError
 from fxgrow.exclusive import exclusive
-from fxgrow.init import Init, find_init, init_name
+from fxgrow.init import Init, find_init, init_name, init_of_plan
 from fxgrow.inputs import batches_for
 from fxgrow.labels.propagate import named_tensors
 from fxgrow.measure import judged_modes, told
@@ -158,7 +158,7 @@ def convert_by(
         VerificationError: the new network does not compute what the old one does.
     """
     check_source(made, named_tensors(model))
-    chosen = find_init(made.request.init if init is None else init)
+    chosen = init_of_plan(made.request.init) if init is None else find_init(init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)
     verification = Verification("skipped")

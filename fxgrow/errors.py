@@ -40,6 +40,10 @@ class TraceError(FxgrowError):
     """A model whose computation could not be followed."""
 
 
+class TooLargeError(TraceError):
+    """A run that would need more memory than any comparison should."""
+
+
 class UnsupportedOperationError(FxgrowError):
     """An operation that cannot be reasoned about where the request needs it to be."""
 

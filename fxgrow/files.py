@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.api import Grown
-from fxgrow.apply import apply_to_state_dict, reshaped
+from fxgrow.apply import apply_to_state_dict, remade
 from fxgrow.architectures import Architecture, parse_architecture
 from fxgrow.checkpoint import Source, load_source, save_source
 from fxgrow.checkpoint.formats import Contents
@@ -31,9 +30,9 @@ from fxgrow.configuration import grown_config
 from fxgrow.errors import SourceError
 from fxgrow.exclusive import exclusive
 from fxgrow.inputs import batches_for
-from fxgrow.labels.propagate import named_tensors
 from fxgrow.labels.tape import Arguments
 from fxgrow.optimizer import grow_state_dict
+from fxgrow.plan.checks import MOST_STEPS
 from fxgrow.plan.schema import Plan, plans_of
 from fxgrow.pretrained import (
     architecture_of,
@@ -313,14 +312,7 @@ def rebuild(
     """
     model = architecture.build("cpu", limit)
     for plan in plans:
-        old = named_tensors(model)
-        grown = {
-            name: old[edit.source].clone()  # a copy may be of a constant that no file holds
-            if edit.source and not edit.axes and not edit.fill
-            else torch.empty(edit.new_shape, dtype=old[edit.source or name].dtype)
-            for name, edit in plan.tensors.items()
-        }
-        model = reshaped(plan, model, grown)
+        model = remade(plan, model)
     return model.eval()
 
 
@@ -383,6 +375,16 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 def _record(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Return what is written beside weights.
+
+    Raises:
+        SourceError: the network has been through more than a record can hold.
+    """
+    if len(plans) > MOST_STEPS:
+        raise SourceError(
+            f"this network has grown {len(plans)} times, and a record holds {MOST_STEPS}.",
+            way_out="Convert it to an architecture of its size: fxgrow convert.",
+        )
     return {
         "schema": RECORD_SCHEMA,
         "fxgrow": __version__,

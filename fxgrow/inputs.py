@@ -94,7 +94,7 @@ def _candidates(network: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
         yield torch.empty(2, 16, dtype=torch.long, device="meta")
     elif isinstance(weight, Tensor):
         channels = getattr(layer, "in_channels", None)
-        if isinstance(channels, int):
+        if isinstance(channels, int) and channels > 0:
             spatial = _SPATIAL_SIZES.get(weight.ndim - 2, ())
             if channels > _IMAGE_CHANNELS and weight.ndim == 4:
                 spatial = (*_FEATURE_SIZES, *spatial)
@@ -147,7 +147,8 @@ def _first_layer(standin: nn.Module, graph: GetGraph) -> tuple[str, nn.Module]:
     """
     weighted = (found for found in standin.named_modules() if _has_weight(found[1]))
     name, first = next(weighted, ("", standin))
-    if 0 < getattr(first, "in_channels", 0) <= _IMAGE_CHANNELS:
+    channels = getattr(first, "in_channels", 0)
+    if isinstance(channels, int) and 0 < channels <= _IMAGE_CHANNELS:
         return name, first
     nodes = getattr(graph(), "nodes", ())
     names = (str(node.target) for node in nodes if node.op == "call_module")

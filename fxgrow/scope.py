@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import difflib
 import gc
-import math
 from collections.abc import Iterator
 
 from torch import nn
 
 from fxgrow.analysis import Analysis, analyse
-from fxgrow.errors import TraceError
+from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.trace import trace
 
-_MOST_ENTRIES = 2**30  # of a tensor; 8 GB in float64
 _MOST_PARTS = 32  # that are tried before the search is given up
 
 
@@ -45,6 +43,8 @@ def follow(
         return (_analysed(model, example_inputs, module),), ()
     try:
         return (_analysed(model, example_inputs),), ()
+    except TooLargeError:
+        raise
     except TraceError as error:
         found = _parts(model) if example_inputs is None else ()
         if not found:
@@ -69,32 +69,10 @@ def _analysed(model: nn.Module, example_inputs: object = None, module: str = "")
     collects = gc.isenabled()
     gc.disable()
     try:
-        found = analyse(trace(model, example_inputs, module))
+        return analyse(trace(model, example_inputs, module))
     finally:
         if collects:
             gc.enable()
-    _check_sizes(found)
-    return found
-
-
-def _check_sizes(found: Analysis) -> None:
-    """Return if a run on real numbers would fit into some machine's memory.
-
-    Following needs no memory for values, so that it gets by where nothing else would.
-
-    Raises:
-        TraceError: an operation makes a tensor that is too large.
-    """
-    for op in found.tape.operations:
-        for value in op.outputs:
-            if math.prod(value.shape) > _MOST_ENTRIES:
-                shape = "x".join(map(str, value.shape))
-                raise TraceError(
-                    f"on these inputs, {op.name} at {op.module or 'the outermost module'} makes a "
-                    f"tensor of {shape}, which no run could hold.",
-                    name=op.module,
-                    way_out="Give smaller example inputs.",
-                )
 
 
 def check_module(model: nn.Module, module: str) -> None:

@@ -22,9 +22,10 @@ from torch.nn.modules.module import (
 )
 from torch.utils import _pytree as pytree
 
-from fxgrow.errors import TraceError
+from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.labels.propagate import (
+    MOST_ENTRIES,
     OnMeta,
     Place,
     Watch,
@@ -38,6 +39,7 @@ from fxgrow.labels.tape import Arguments, Tape, arguments_of, call, tensors_in
 from fxgrow.standin import first_line, keeping_buffers, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
+_MOST_INFERRED = 2**25  # entries of a tensor on small inputs of our own
 
 
 @dataclass
@@ -123,12 +125,17 @@ class Traced:
         if not self.inferred:
             return self.label()
         problem = "the first layer is of no known kind"
-        for arguments in possible_inputs(self.target, self._get_graph):
-            self.inputs = arguments
-            try:
-                return self.label()
-            except TraceError as error:
-                problem = first_line(error.__cause__ or error)
+        try:
+            for arguments in possible_inputs(self.target, self._get_graph):
+                self.inputs = arguments
+                try:
+                    return self.label()
+                except TooLargeError:
+                    raise
+                except TraceError as error:
+                    problem = first_line(error.__cause__ or error)
+        except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
+            problem = first_line(error)  # a layer says something of its sizes that cannot be
         raise nothing_fits(self.target, self._get_graph, problem)
 
     def _get_graph(self) -> fx.Graph | None:
@@ -167,8 +174,9 @@ class Traced:
         try:
             with keeping_buffers(self.standin):
                 space, tape = propagate(
-                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros
-                )
+                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
+                    most=_MOST_INFERRED if self.inferred else MOST_ENTRIES,
+                )  # fmt: skip
                 complete = not self._unused(space) or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)

@@ -152,6 +152,22 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         "a thousand modules in one another",
         repeated(b"", 0, b"".join(module(_modules=b"}")[:-1] for _ in range(2)), b"b" * 2),
     )
+    doubled = module()
+    for _ in range(30):
+        doubled += b"q\x05" + b"0" + module(_modules=table(("a", b"h\x05"), ("b", b"h\x05")))
+    yield "a module that is held a billion times", doubled
+    names = b"".join(text(f"m{index}") + b"h\x05" for index in range(30_000))
+    yield (
+        "one module under many names",
+        module() + b"q\x050" + module(_modules=b"}(" + names + b"u"),
+    )
+    yield (
+        "one state_dict under many names",
+        table(("a.b", tensor()))
+        + b"q\x050"
+        + b"}("
+        + (b"".join(text(f"k{index}") + b"h\x05" for index in range(200)) + b"u"),
+    )
     yield "tuples that double", plain(1) + b"2\x86" * 60
     yield "a key that doubles", b"}" + plain(1) + b"2\x86" * 60 + plain(1) + b"s"
     yield "a key that is a tensor", b"}" + tensor() + plain(1) + b"s"

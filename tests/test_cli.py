@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, squeezenet1_1
 from typer.testing import CliRunner, Result
 
 import fxgrow
@@ -489,3 +490,32 @@ def test_morph_kernel_writes_a_file_that_loads_and_computes_the_same(source):
 def test_kernels_that_cannot_be_had_are_refused_in_one_line(source, arguments, message):
     assert message in refused(run("morph-kernel", source, *arguments, *SHAPE))
     assert files_in(source.parent) == ["model.pt"]
+
+
+def test_an_output_that_cannot_be_printed_does_not_make_a_written_one_a_failure(tmp_path):
+    torch.save(squeezenet1_1(num_classes=4).state_dict(), tmp_path / "m.pt")
+    command = [sys.executable, "-m", "fxgrow", "widen", "m.pt", "--width", "2x", "--no-verify"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "-o", "full.pt"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, (tmp_path / "full.pt").exists()) == (0, True)
+    assert "full.pt was written, but not its report" in done.stderr
+    closed = f"exec {shlex.join([*command, '-o', 'closed.pt'])} >&-"
+    done = subprocess.run(
+        ["bash", "-c", closed], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, (tmp_path / "closed.pt").exists()) == (0, True)
+
+
+def test_arguments_of_apply_that_are_swapped_are_told(tmp_path):
+    torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "m.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "fxgrow", "apply", "m.pt", "plan.json", "-o", "o.pt"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert (
+        done.stderr == "error: m.pt holds weights, not a plan. The plan comes first: PLAN SOURCE.\n"
+    )

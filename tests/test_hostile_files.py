@@ -114,6 +114,21 @@ def test_the_command_refuses_hostile_files_with_one_line_and_little_memory(tmp_p
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    "large", [torch.nn.Upsample(scale_factor=3000), torch.nn.AdaptiveAvgPool2d(30_000)], ids=repr
+)
+def test_a_run_that_would_fill_the_machine_is_refused_before_it_is_followed(tmp_path, large):
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), large, torch.nn.Conv2d(4, 2, 1)), path)
+    start = time.monotonic()
+    opened = fxgrow.open_model(path)
+    with pytest.raises(
+        fxgrow.TraceError, match=r"at 1 makes a tensor of .* smaller example inputs"
+    ):
+        fxgrow.inspect(opened.model)
+    assert time.monotonic() - start < SECONDS
+
+
 # ── files that are none ─────────────────────────────────────────────────────────────────────────
 
 

@@ -11,8 +11,8 @@ out here as Python's own unpickler does; those that touch the world go through a
 - everything else (INST, OBJ, EXT, NEWOBJ with arguments) is an error.
 
 Keys of dicts and members of sets are plain, so that hashing them runs nothing and takes no time.
-What is built has a bounded number of objects and, in the end, a bounded depth and no cycles, so
-that whoever walks through it comes to an end.
+What is built has a bounded number of objects; :mod:`fxgrow.checkpoint.extent` says whether whoever
+walks through it comes to an end.
 
 Source: Python's ``pickletools``, which documents every opcode.
 """
@@ -22,16 +22,16 @@ from __future__ import annotations
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 MOST_STEPS = 3_000_000  # opcodes; a torchvision module with all its settings has 50,000
-MOST_LEVELS = 200  # of containers and objects in one another; torchvision's modules have 30
 _NEWEST = 5
-_SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
+SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _SIZED = (str, bytes, bytearray, list, tuple, dict)
 _SMALL = 1 << 16
+_LONGEST_NUMBER = 64  # bytes; states of random generators have 16
 _MAPPINGS = frozenset((dict, OrderedDict, Counter))
 
 
@@ -158,7 +158,10 @@ class Machine:
         self._stack.append(self._take(self._number(form)))
 
     def _whole(self, form: str) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number(form)), "little", signed=True))
+        data = self._take(self._number(form))
+        if len(data) > _LONGEST_NUMBER:
+            raise PickleError(f"a whole number of {len(data)} bytes")
+        self._stack.append(int.from_bytes(data, "little", signed=True))
 
     # ── building ─────────────────────────────────────────────────────────────────────────────
 
@@ -267,7 +270,7 @@ def plain_key(key: Any) -> Any:
         PickleError: it is not.
     """
     items = key if type(key) is tuple else (key,)
-    if len(items) > 16 or not all(type(item) in _SCALARS for item in items):
+    if len(items) > 16 or not all(type(item) in SCALARS for item in items):
         raise PickleError("a key that is no plain number or text")
     return key
 
@@ -281,58 +284,6 @@ def _told(value: object) -> str:
         if isinstance(value, type)
         else (f"a {type(value).__name__}")
     )
-
-
-def check_shape(root: object, children: Callable[[Any], Iterator[object]]) -> None:
-    """Return if nested objects come to an end: no cycles, and no more than ``MOST_LEVELS`` levels.
-
-    Args:
-        root: the outermost object.
-        children: yields what an object holds; nothing for what holds nothing.
-
-    Raises:
-        PickleError: they do not.
-
-    Complexity: linear in the number of objects and of references.
-    """
-    heights: dict[int, int] = {}  # of what is known to the end
-    path = [_Visit(root, children(root))]
-    on_path = {id(root)}
-    while path:
-        visit = path[-1]
-        for child in visit.rest:
-            if type(child) in _SCALARS:
-                continue
-            if id(child) in on_path:
-                raise PickleError("it holds itself")
-            if id(child) not in heights:
-                path.append(_Visit(child, children(child)))
-                on_path.add(id(child))
-                break
-            visit.height = max(visit.height, 1 + heights[id(child)])
-        else:
-            path.pop()
-            on_path.discard(id(visit.item))
-            heights[id(visit.item)] = visit.height
-            if path:
-                path[-1].height = max(path[-1].height, 1 + visit.height)
-        if len(path) > MOST_LEVELS or visit.height > MOST_LEVELS:
-            raise PickleError(f"it is nested more than {MOST_LEVELS} levels deep")
-
-
-@dataclass
-class _Visit:
-    """An object whose children are being looked at.
-
-    Attributes:
-        item: the object.
-        rest: its children that were not looked at.
-        height: the number of levels below it, as far as is known.
-    """
-
-    item: object
-    rest: Iterator[object]
-    height: int = 0
 
 
 _STOP = ord(".")

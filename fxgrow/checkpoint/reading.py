@@ -215,21 +215,31 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let every error name the file that it is about.
+def about(path: Path) -> Iterator[None]:
+    """Let every error raised on purpose name the file that it is about.
 
     Raises:
-        FxgrowError: what the code inside raised; other errors become a :class:`SourceError`, as
-            under :func:`reading`.
+        FxgrowError: what the code inside raised.
     """
     try:
-        with reading(path):
-            yield
+        yield
     except FxgrowError as error:
         if str(path) in error.message:
             raise
         told = f"{path}: {error.message}"
         raise type(error)(told, name=error.name, way_out=error.way_out) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every error name the file that was read, whatever it is: :func:`about` what it reads.
+
+    Raises:
+        FxgrowError: what the code inside raised; other errors become a :class:`SourceError`, as
+            under :func:`reading`.
+    """
+    with about(path), reading(path):
+        yield
 
 
 def refuse_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:

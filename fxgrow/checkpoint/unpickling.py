@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxgrow.checkpoint import archive as archives
 from fxgrow.checkpoint import harmless
+from fxgrow.checkpoint.extent import check_shape
 from fxgrow.checkpoint.pickles import (
+    MOST_STEPS,
     DamagedError,
     Machine,
     PickleError,
     UnknownNameError,
-    check_shape,
 )
 from fxgrow.checkpoint.reading import (
     FileReader,
@@ -41,8 +42,9 @@ from fxgrow.errors import SourceError
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _TRUST = "If you trust the file, pass --trust-pickle, which executes whatever code it holds."
 _MOST_PICKLED = 256 << 20  # bytes of a pickle without its tensors
-_ALIASED = 16  # times the bytes that a file holds may be shown by its tensors, plus the next
-_SMALL = 1 << 28  # bytes
+_ALIASED = 4  # times the bytes that a file holds may be shown by its tensors, plus the next
+_SMALL = 1 << 25  # bytes
+_MOST_MODULES = 20_000  # under all their names; the largest published networks have 5,000
 
 
 def load_pickled(path: Path, *, trust_pickle: bool = False) -> object:
@@ -82,7 +84,10 @@ def load_untrusted(file: Readable) -> object:
 
 
 def _load_trusted(path: Path) -> object:
-    """Load a file by Python's own unpickler."""
+    """Load a file by Python's own unpickler, which imports from where the user stands too."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # a console script does not look there
     with warnings.catch_warnings(), reading(path):
         warnings.simplefilter("ignore")  # about protocols and moved classes; errors say the rest
         try:
@@ -225,7 +230,10 @@ def _check(loaded: object, held: int) -> None:
                 raise PickleError("its tensors are many times larger than what it holds of them")
         return harmless.children(item)
 
-    check_shape(loaded, children)
+    def weight(item: object) -> int:
+        return MOST_STEPS // _MOST_MODULES if isinstance(item, nn.Module) else 1
+
+    check_shape(loaded, children, weight)
 
 
 def _refuse(path: Path, error: PickleError) -> NoReturn:

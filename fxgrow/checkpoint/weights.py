@@ -7,6 +7,7 @@ often a second time as a moving average. A :class:`Location` remembers one such 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ _PREFERRED = (
 )
 _DEPTH = 3
 _MOST_ENTRIES = 3_000_000
+_MOST_PLACES = 64  # with weights, optimizers among them
 
 
 @dataclass
@@ -91,7 +93,10 @@ def find_locations(saved: object) -> list[Location]:
     def rank(location: Location) -> tuple[bool, int, list[int]]:
         return not location.is_of_layers, len(location.keys), _rank(location.keys)
 
-    return sorted(_search(saved, (), [_MOST_ENTRIES]), key=rank)
+    found = list(itertools.islice(_search(saved, (), [_MOST_ENTRIES]), _MOST_PLACES + 1))
+    if len(found) > _MOST_PLACES:
+        raise ValueError(f"it has weights in more than {_MOST_PLACES} places")
+    return sorted(found, key=rank)
 
 
 def bare_names(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -21,6 +22,9 @@ def main() -> None:
     A signal that asks it to end does so as an exception, so that nothing is left behind; the exit
     code is 128 and its number.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we came
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 to the end
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack α
@@ -37,6 +41,7 @@ def main() -> None:
     except (SystemExit, KeyboardInterrupt) as error:
         done = isinstance(error, SystemExit) and not error.code
         if codes and not done:  # libraries turn what is raised amid their work into other errors
+            print_error(f"stopped by {signal.Signals(codes[0] - 128).name}.")
             raise SystemExit(codes[0]) from error
         raise
     finally:

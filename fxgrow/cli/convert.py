@@ -10,7 +10,7 @@ from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, print_report, tell_plan
+from fxgrow.cli.run import Outputs, Run, show, tell_plan
 from fxgrow.cli.terminal import print_table
 from fxgrow.errors import SourceError
 
@@ -104,6 +104,7 @@ def convert(
         from fxgrow.architectures import parse_arguments
         from fxgrow.checkpoint import default_output
         from fxgrow.checkpoint.formats import sniff
+        from fxgrow.checkpoint.reading import about
         from fxgrow.conversion import convert_by, plan_for_target
         from fxgrow.pretrained import target_architecture
 
@@ -119,21 +120,22 @@ def convert(
         architecture = target_architecture(to, opened.architecture, parse_arguments(to_arg or ()))
         target = architecture.build("cpu").eval()
         inputs = inputs_of(shapes, opened)
-        made = plan_for_target(
-            opened.model, target, inputs, pairing or "vv_z_negz", init, seed,
-            split_noise=split_noise, name=architecture.name, progress=run.steps,
-        )  # fmt: skip
+        with about(source):
+            made = plan_for_target(
+                opened.model, target, inputs, pairing or "vv_z_negz", init, seed,
+                split_noise=split_noise, name=architecture.name, progress=run.steps,
+            )  # fmt: skip
         if dry_run:
             tell_plan(run, made, plan, strict=False, force=force)
             return
-        grown = convert_by(
-            made, opened.model, target, inputs, init=init, verify=not no_verify,
-            progress=run.steps,
-        )  # fmt: skip
+        with about(source):
+            grown = convert_by(
+                made, opened.model, target, inputs, init=init, verify=not no_verify,
+                progress=run.steps,
+            )  # fmt: skip
         opened.become(architecture)
         files.write(run, opened, grown, inputs, force=force)
-    print_report(grown)
-    files.tell(opened)
+    show(files, opened, grown)
 
 
 def _list(run: Run, opened: Opened) -> None:

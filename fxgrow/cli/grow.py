@@ -9,7 +9,7 @@ from fxgrow.cli.arguments import inputs_of, parse_shapes, parse_widths, plan_lab
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, grow
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, print_report, read_plan
+from fxgrow.cli.run import Outputs, Run, read_plan, show
 from fxgrow.cli.terminal import Steps
 from fxgrow.presets import settings
 
@@ -104,6 +104,7 @@ def apply(
         from fxgrow.api import carry_out
         from fxgrow.checkpoint import default_output
         from fxgrow.checkpoint.formats import sniff
+        from fxgrow.checkpoint.reading import about
 
         made = read_plan(plan)
         sniff(source)
@@ -111,10 +112,10 @@ def apply(
         check_outputs((files.out, report), [source, plan], force=force)
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         inputs = inputs_of(shapes, opened)
-        grown = carry_out(
-            made, opened.model, inputs, init=init, strict=strict, verify=not no_verify,
-            progress=run.steps,
-        )  # fmt: skip
+        with about(source):
+            grown = carry_out(
+                made, opened.model, inputs, init=init, strict=strict, verify=not no_verify,
+                progress=run.steps,
+            )  # fmt: skip
         files.write(run, opened, grown, inputs, force=force)
-    print_report(grown)
-    files.tell(opened)
+    show(files, opened, grown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, print_report, read_plan, tell_plan
+from fxgrow.cli.run import Outputs, Run, read_plan, show, tell_plan
 from fxgrow.cli.terminal import Steps
 from fxgrow.errors import SourceError
 
@@ -62,6 +62,7 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         from fxgrow.api import carry_out
         from fxgrow.checkpoint import default_output
         from fxgrow.checkpoint.formats import sniff
+        from fxgrow.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
         sniff(source)  # a missing source is a better reason to stop than its output
@@ -75,14 +76,15 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
             source, settings.arch, settings.arch_arg, trust_pickle=settings.trust_pickle
         )
         inputs = inputs_of(shapes, opened)
-        made = make(opened.model, inputs, first, run.steps)
+        with about(source):
+            made = make(opened.model, inputs, first, run.steps)
         if settings.dry_run:
             tell_plan(run, made, settings.plan, strict=settings.strict, force=settings.force)
             return
-        grown = carry_out(
-            made, opened.model, inputs, init=init, strict=settings.strict,
-            verify=not settings.no_verify, progress=run.steps,
-        )  # fmt: skip
+        with about(source):
+            grown = carry_out(
+                made, opened.model, inputs, init=init, strict=settings.strict,
+                verify=not settings.no_verify, progress=run.steps,
+            )  # fmt: skip
         files.write(run, opened, grown, inputs, force=settings.force)
-    print_report(grown)
-    files.tell(opened)
+    show(files, opened, grown)

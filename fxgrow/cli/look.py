@@ -41,6 +41,7 @@ def inspect(
     shapes = parse_shapes(input_shape or ())
     with Run() as run:
         from fxgrow.api import inspect as inspect_model
+        from fxgrow.checkpoint.reading import about
         from fxgrow.report.data import plain
         from fxgrow.report.inspection import inspection_table
         from fxgrow.report.tables import terminal_width
@@ -48,8 +49,9 @@ def inspect(
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("following the channels")
         inputs = inputs_of(shapes, opened)
-        found = inspect_model(opened.model, inputs, module=module)
-        explanation = None if why is None else found.why(why)
+        with about(source):
+            found = inspect_model(opened.model, inputs, module=module)
+            explanation = None if why is None else found.why(why)
     if as_json:
         data = found.to_dict() if explanation is None else plain(explanation)
         typer.echo(json.dumps(data, indent=1))
@@ -80,6 +82,7 @@ def verify(
     """
     shapes = parse_shapes(input_shape or ())
     with Run() as run:
+        from fxgrow.checkpoint.reading import about
         from fxgrow.measure import verify as verify_models
         from fxgrow.report.data import plain
         from fxgrow.report.tables import verification_table
@@ -88,7 +91,8 @@ def verify(
         other = run.open(after, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("comparing")
         inputs = inputs_of(shapes, opened)
-        found = verify_models(opened.model, other.model, inputs, module)
+        with about(before):
+            found = verify_models(opened.model, other.model, inputs, module)
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:

@@ -68,7 +68,7 @@ def write_text(path: Path, text: str, *, force: bool) -> None:
     from fxgrow.checkpoint.writing import write_whole
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     write_whole(path, write, force=force)
 

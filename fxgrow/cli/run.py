@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ import typer
 
 from fxgrow.cli.arguments import open_source
 from fxgrow.cli.outputs import report_text, write_text
-from fxgrow.cli.terminal import Notices, Steps, print_table
+from fxgrow.cli.terminal import Notices, Steps, discard_output, print_table, print_warning
+from fxgrow.errors import SourceError
 
 if TYPE_CHECKING:
     from fxgrow.api import Grown
@@ -116,11 +118,36 @@ def read_plan(path: Path) -> Plan:
         SourceError: the file cannot be read, or is no JSON.
         PlanError: it holds no plan, or one that says what no planner would say.
     """
-    from fxgrow.checkpoint.reading import naming, read_json
+    from fxgrow.checkpoint.reading import naming, read_json, refuse_source
     from fxgrow.plan.schema import Plan
 
+    if _is_weights(path):
+        refuse_source(path, "holds weights, not a plan", "The plan comes first: PLAN SOURCE.")
     with naming(path):
         return Plan.from_dict(read_json(path))
+
+
+def _is_weights(path: Path) -> bool:
+    """Return whether a file is of a format that weights are in."""
+    from fxgrow.checkpoint.formats import sniff
+
+    try:
+        return bool(sniff(path))
+    except SourceError:
+        return False  # it is none, or cannot be read, which reading it will tell
+
+
+def show(files: Outputs, opened: Opened, grown: Grown) -> None:
+    """Print the report, and say what was written; a warning if that cannot be printed any more."""
+    try:
+        print_report(grown)
+        files.tell(opened)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        print_warning(f"{files.out} was written, but not its report: {error.strerror}.")
 
 
 def print_report(grown: Grown) -> None:

@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+_LONGEST = 2000  # characters of a message
 PATIENCE = 1.0  # seconds before a step is worth showing
 
 
 def print_error(text: str) -> None:
     """Print an error as one line."""
     typer.echo(f"error: {_one_line(text)}", err=True)
+
+
+def print_warning(text: str) -> None:
+    """Print a warning as one line."""
+    typer.echo(f"warning: {_one_line(text)}", err=True)
+
+
+def discard_output() -> None:
+    """Let what is still to be printed go nowhere: Python would complain about it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_table(renderable: RenderableType) -> None:
@@ -144,9 +156,13 @@ def errors_in_one_line(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
-        # What is still buffered has nowhere to go; Python would complain about it at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+        raise typer.Exit(1) from error
+    except OSError as error:
+        if debug:
+            raise
+        discard_output()
+        print_error(f"{error.filename or 'the output'} cannot be used: {error.strerror or error}.")
         raise typer.Exit(1) from error
     except Exception as error:
         if debug or isinstance(error, (typer.Exit, typer.Abort)) or _is_usage(error):
@@ -169,4 +185,7 @@ def _described(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Return a text in one line, without what a terminal would act on."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)

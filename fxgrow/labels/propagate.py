@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
@@ -21,6 +22,8 @@ from fxgrow.labels.tape import Arguments, Operation, Tape, Value, call, map_tens
 from fxgrow.labels.writes import written_back
 
 Place = tuple[str, str]  # fx node, module
+# Entries of one tensor: 1 GB in float64. Following needs no memory for values, and comparing does.
+MOST_ENTRIES = 2**27
 Watch: TypeAlias = Callable[[Callable[[Tensor], Value]], AbstractContextManager[object]]
 
 
@@ -94,6 +97,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         space: where labels are made and unified.
         place: returns the fx node and the module that are running.
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
+        most: entries that a tensor may have.
     """
 
     def __init__(
@@ -102,8 +106,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         space: LabelSpace,
         place: Callable[[], Place] = lambda: ("", ""),
         zeros: Collection[str] = (),
+        most: int = MOST_ENTRIES,
     ) -> None:
         super().__init__()
+        self._most = most
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
@@ -155,6 +161,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
+        for output in outputs:  # before anything is made of that size
+            if output.numel() > self._most:
+                raise _too_large(func, module, output)
         inputs = tuple([self.value(tensor) for tensor in operands])
         where = self.space.place = place_of(func, node, module)
         traits = traits_of(func)
@@ -292,6 +301,17 @@ def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]
     return nullcontext()
 
 
+def _too_large(func: OpOverload, module: str, output: Tensor) -> TooLargeError:
+    """Return the refusal of an operation that makes a tensor of too many entries."""
+    shape = "x".join(map(str, output.shape))
+    return TooLargeError(
+        f"on these inputs, {operator_name(func)} at {module or 'the outermost module'} makes a "
+        f"tensor of {shape}, too large to be compared.",
+        name=module,
+        way_out="Give smaller example inputs.",
+    )
+
+
 def propagate(
     run: Callable[..., Any],
     model: nn.Module,
@@ -301,6 +321,7 @@ def propagate(
     space: LabelSpace | None = None,
     watch: Watch = no_watch,
     zeros: Collection[str] = (),
+    most: int = MOST_ENTRIES,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -314,14 +335,18 @@ def propagate(
             the calls from above (:class:`fxgrow.labels.sizes.Recorder`).
         zeros: names of buffers that no state_dict holds and that are labelled all the same; see
             :func:`zero_buffers`.
+        most: entries that a tensor may have.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
+
+    Raises:
+        TooLargeError: an operation makes a larger tensor.
     """
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros)
+    labeller = Labeller(named, space, place, zeros, most)
     with torch.no_grad(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)

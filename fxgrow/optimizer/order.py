@@ -18,6 +18,7 @@ from fxgrow.optimizer.buffers import Shape, shape_of
 
 Place: TypeAlias = tuple[int, ...]  # how many parameters of each group have been assigned
 _LEFT_OUT = -1
+_MOST_GROUPS = 2000  # one for each parameter is usual
 _WIDEST = 1000  # places that are kept at once: beyond, the shapes hardly tell
 
 
@@ -111,6 +112,10 @@ def _assigned(
         PlanError: there is none, or more than one.
     """
     spare = len(parameters) - sum(map(len, shapes))
+    if spare < 0:
+        raise PlanError("the shapes of its state are not those of the model's parameters")
+    if len(shapes) > _MOST_GROUPS:
+        raise _several()
     start: Place = (0,) * len(shapes)
     ways: dict[Place, _Way] = {start: _Way(1, start, _LEFT_OUT)}
     steps = []

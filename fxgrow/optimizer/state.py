@@ -54,9 +54,12 @@ def grow_state(edit: TensorEdit, state: State, lookup: Lookup) -> dict[str, obje
             continue
         buffer = _buffer(state, key, edit)
         fill: Init = zeros if buffer.fresh == "zero" else _mean
-        values = buffer.values * _power(factor, -buffer.degree, buffer.values)
-        values = lay_out(layout, values, fill)
-        values *= _power(share, buffer.degree, values)
+        try:
+            values = buffer.values * _power(factor, -buffer.degree, buffer.values)
+            values = lay_out(layout, values, fill)
+            values *= _power(share, buffer.degree, values)
+        except (NotImplementedError, RuntimeError) as error:  # of a dtype without arithmetic
+            raise PlanError(f"{key} is {buffer.values.dtype}, which has no arithmetic") from error
         grown[key] = buffer.stored(values)
     return grown
 
