@@ -188,6 +188,8 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operations += 1
         if func is torch.ops.aten.unbind.int:  # iterating over a tensor makes all of them at once
             self._operations += args[0].shape[args[1] if len(args) > 1 else 0]
+        if func is torch.ops.aten.linspace.default:  # a schedule, which becomes a list
+            self._operations += args[2]
         if self._operations > self._limit.operations:
             self._stop(f"more than {self._limit.operations} operations")
         size = _filled(func, args, kwargs)

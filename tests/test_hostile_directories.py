@@ -877,6 +877,7 @@ HUNGRY: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "operations": (lambda m: [torch.ones(1) for _ in range(10**4)], "operations"),
     "items": (lambda m: [x.item() for x in torch.arange(10**5)], "operations"),
     "views": (lambda m: torch.arange(10**5).unbind(), "operations"),
+    "a schedule": (lambda m: torch.linspace(0, 1, 10**6).tolist(), "operations"),
     "time": (forever, r"more than 0\.3 s;"),
     "memory": (heap, "more than 64 MiB"),
 }

@@ -129,6 +129,12 @@ def test_a_run_that_would_fill_the_machine_is_refused_before_it_is_followed(tmp_
     assert time.monotonic() - start < SECONDS
 
 
+def test_weights_may_be_larger_than_what_a_run_makes():
+    vgg = torch.nn.Sequential(torch.nn.Linear(9000, 9000, device="meta"), torch.nn.ReLU())
+    groups = fxgrow.inspect(torch.nn.Sequential(vgg, torch.nn.Linear(9000, 2, device="meta")))
+    assert len(groups.to_dict()["groups"]) == 2
+
+
 # ── files that are none ─────────────────────────────────────────────────────────────────────────
 
 

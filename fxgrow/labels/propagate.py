@@ -161,8 +161,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
-        for output in outputs:  # before anything is made of that size
-            if output.numel() > self._most:
+        for output in outputs:  # before anything is made of that size; weights may be larger
+            if output.numel() > self._most and _is_larger(output, operands):
                 raise _too_large(func, module, output)
         inputs = tuple([self.value(tensor) for tensor in operands])
         where = self.space.place = place_of(func, node, module)
@@ -299,6 +299,11 @@ def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]
     """Watch nothing."""
     del value
     return nullcontext()
+
+
+def _is_larger(output: Tensor, operands: Sequence[Tensor]) -> bool:
+    """Return whether a tensor has more entries than any that it was made of."""
+    return all(output.numel() > operand.numel() for operand in operands)
 
 
 def _too_large(func: OpOverload, module: str, output: Tensor) -> TooLargeError:
