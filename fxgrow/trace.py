@@ -39,7 +39,7 @@ from fxgrow.labels.tape import Arguments, Tape, arguments_of, call, tensors_in
 from fxgrow.standin import first_line, keeping_buffers, stand_in
 
 Tracer = Literal["torch.fx", "dispatch"]
-_MOST_INFERRED = 2**25  # entries of a tensor on small inputs of our own
+_MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
 
 
 @dataclass
