@@ -39,6 +39,7 @@ from fxgrow.pretrained import (
     example_inputs,
     is_pretrained,
     open_pretrained,
+    reaching,
     stored,
     untied,
 )
@@ -113,8 +114,10 @@ def open_model(
         limit = Limit.of(source.state_dict) if architecture.origin else None
         model = rebuild(architecture, plans, limit)
         _put_weights(model, source, architecture)
-        inputs = example_inputs(model) if is_pretrained(architecture) else None
-        return Opened(source, model, architecture, plans, notes, inputs)
+        if not is_pretrained(architecture):
+            return Opened(source, model, architecture, plans, notes)
+        notes += reaching(architecture.arguments["config"], source.path)  # type: ignore[arg-type]
+        return Opened(source, model, architecture, plans, notes, example_inputs(model))
 
 
 def load(
