@@ -91,3 +91,21 @@ def test_an_optimizer_with_a_list_of_its_own_is_refused_before_anything_changes(
         fxgrow.grow_optimizer_(optimizer, model, grown)
     assert all(map(torch.equal, before, optimizer.param_groups[0]["params"]))
     optimizer.step(lambda: model(torch.ones(1, 4)).sum())
+
+
+def test_weights_without_arithmetic_are_refused_by_name():
+    model = small_resnet().eval()
+    name, weight = next(iter(model.named_parameters()))
+    owner, _, local = name.rpartition(".")
+    eighth = nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    setattr(model.get_submodule(owner), local, eighth)
+    with pytest.raises(fxgrow.PlanError, match=f"{name} is torch.float8_e4m3fn, which has no"):
+        fxgrow.widen(model, "2x", data())
+
+
+def test_more_groups_of_an_optimizer_than_parameters_are_given_up_at_once():
+    from fxgrow.optimizer.order import names_by_group
+
+    groups = [{"params": [index]} for index in range(40_000)]
+    with pytest.raises(fxgrow.PlanError, match="are not those of the model's parameters"):
+        names_by_group({"state": {}, "param_groups": groups}, {"weight": (2, 2)})
