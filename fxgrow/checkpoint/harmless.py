@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import _compat_pickle
-import argparse
 import functools
 import importlib
 from collections import Counter, OrderedDict
@@ -62,7 +61,7 @@ _STORAGES = {
     "ComplexDouble": "cdouble",
     "Untyped": "uint8",
 }
-_SETTINGS = (torch.dtype, torch.layout, torch.memory_format)
+_SETTINGS = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)
 
 
 def resolve(module: str, name: str) -> object:
@@ -92,7 +91,7 @@ def _setting(module: str, name: str) -> object:
     if name == "Tensor":
         return Tensor
     value: object = vars(torch).get(name)
-    if isinstance(value, _SETTINGS) or type(value).__name__ == "qscheme":
+    if isinstance(value, _SETTINGS):
         return value
     stem = name.removesuffix("Storage")
     dtype = vars(torch).get(_STORAGES.get(stem, stem.lower())) if stem != name else None
@@ -160,7 +159,7 @@ def children(item: Any) -> Iterator[object]:
         yield from item
     elif isinstance(item, (Call, Storage)):
         raise PickleError(f"it holds {getattr(item, 'name', 'the memory of a tensor')}")
-    elif isinstance(item, (nn.Module, argparse.Namespace)) or is_class(kind):
+    elif is_class(kind):  # nothing else was made that has attributes
         if isinstance(item, nn.Module):
             check_parts(item)
         yield vars(item)

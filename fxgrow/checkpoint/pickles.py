@@ -32,7 +32,9 @@ SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _SIZED = (str, bytes, bytearray, list, tuple, dict)
 _SMALL = 1 << 16
 _LONGEST_NUMBER = 64  # bytes; states of random generators have 16
-_MAPPINGS = frozenset((dict, OrderedDict, Counter))
+_MAPPINGS: frozenset[type] = frozenset((dict, OrderedDict, Counter))
+_LISTS: frozenset[type] = frozenset((list,))
+_SETS: frozenset[type] = frozenset((set,))
 
 
 class PickleError(pickle.UnpicklingError):
@@ -195,7 +197,7 @@ class Machine:
         self._stack.append(items)
 
     def _append(self, items: list[Any]) -> None:
-        self._own(self._stack[-1], frozenset((list,))).extend(items)
+        self._own(self._stack[-1], _LISTS).extend(items)
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._own(self._stack[-1], _MAPPINGS)
@@ -205,7 +207,7 @@ class Machine:
             target[plain_key(key)] = value
 
     def _add_items(self, items: list[Any]) -> None:
-        self._own(self._stack[-1], frozenset((set,))).update(map(plain_key, items))
+        self._own(self._stack[-1], _SETS).update(map(plain_key, items))
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
@@ -279,11 +281,7 @@ def _told(value: object) -> str:
     """Return what a value is called in messages."""
     if isinstance(value, Call):
         return value.name
-    return (
-        getattr(value, "__name__", type(value).__name__)
-        if isinstance(value, type)
-        else (f"a {type(value).__name__}")
-    )
+    return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 _STOP = ord(".")

@@ -62,7 +62,7 @@ class Notices:
         line = _one_line(text)
         if line not in self._seen:
             self._seen.add(line)
-            typer.echo(f"warning: {line}", err=True)
+            print_warning(text)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -61,14 +61,24 @@ def shape_of(state: State) -> Shape | None:
     Raises:
         PlanError: what it tells is incomplete.
     """
+    named = (key for key in state if key in BUFFERS and isinstance(state[key], Tensor))
+    known = next((key for key in named if not is_counter(state[key])), None)
+    return None if known is None else shape_by(state, known)
+
+
+def shape_by(state: State, name: str) -> Shape:
+    """Return the shape of the parameter that one buffer tells, without making its numbers.
+
+    Factors in a file may be those of a far larger matrix.
+
+    Raises:
+        PlanError: what belongs to the buffer is missing.
+    """
     shapes = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
-    known = next((key for key in shapes if key in BUFFERS and not is_counter(shapes[key])), None)
-    if known is None:
-        return None
     try:
-        return tuple(BUFFERS[known](shapes, known).values.shape)
+        return tuple(BUFFERS[name](shapes, name).values.shape)
     except (IndexError, KeyError, RuntimeError) as error:
-        raise PlanError(f"{known} lacks what belongs to it", name=known) from error
+        raise PlanError(f"{name} lacks what belongs to it", name=name) from error
 
 
 @BUFFERS.register("grad_avg", "prev")

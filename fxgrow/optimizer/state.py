@@ -31,7 +31,7 @@ from torch import Tensor
 from fxgrow.errors import PlanError
 from fxgrow.init import Init, zeros
 from fxgrow.layout import Lookup, absorbed, lay_out
-from fxgrow.optimizer.buffers import BUFFERS, Buffer, State, is_counter
+from fxgrow.optimizer.buffers import BUFFERS, Buffer, State, is_counter, shape_by
 from fxgrow.plan.surgery import Run, TensorEdit
 
 
@@ -72,12 +72,7 @@ def _buffer(state: State, key: str, edit: TensorEdit) -> Buffer:
     """
     if key not in BUFFERS or not isinstance(state[key], Tensor):
         raise PlanError(f"{key} is of no known kind", name=key)
-    shapes = {name: value.to("meta") for name, value in state.items() if isinstance(value, Tensor)}
-    try:  # on shapes first: factors of a file's may be those of a far larger matrix
-        shape = tuple(BUFFERS[key](shapes, key).values.shape)
-    except (IndexError, KeyError, RuntimeError) as error:
-        raise PlanError(f"{key} lacks what belongs to it", name=key) from error
-    if shape != edit.shape:
+    if shape_by(state, key) != edit.shape:
         raise PlanError(f"{key} has another shape than the parameter", name=key)
     return BUFFERS[key](state, key)
 
