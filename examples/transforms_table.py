@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.api import Grown
+from fxgrow.api.widen import Grown
 
 WIDTH, HIDDEN, STEPS = 4, 6, 100
 TOLERANCE = 1e-10  # of max |difference| / max |output|, in float64

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from fxgrow.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fxgrow.api import Grown as Grown
-    from fxgrow.api import inspect as inspect
-    from fxgrow.api import widen as widen
-    from fxgrow.conversion import convert as convert
-    from fxgrow.datadriven import GradMax as GradMax
-    from fxgrow.datadriven import Tiny as Tiny
-    from fxgrow.deepening import deepen as deepen
+    from fxgrow.api.convert import convert as convert
+    from fxgrow.api.deepen import deepen as deepen
+    from fxgrow.api.kernels import morph_kernel as morph_kernel
+    from fxgrow.api.report.data import Inspection as Inspection
+    from fxgrow.api.report.data import Report as Report
+    from fxgrow.api.widen import Grown as Grown
+    from fxgrow.api.widen import inspect as inspect
+    from fxgrow.api.widen import widen as widen
     from fxgrow.errors import FxgrowError as FxgrowError
     from fxgrow.errors import FxgrowWarning as FxgrowWarning
     from fxgrow.errors import NotPreservedError as NotPreservedError
@@ -32,23 +33,22 @@ if TYPE_CHECKING:
     from fxgrow.errors import TraceError as TraceError
     from fxgrow.errors import UnsupportedOperationError as UnsupportedOperationError
     from fxgrow.errors import VerificationError as VerificationError
-    from fxgrow.files import load as load
-    from fxgrow.files import open_model as open_model
-    from fxgrow.files import save as save
-    from fxgrow.files import write_grown as write_grown
-    from fxgrow.kernels import morph_kernel as morph_kernel
-    from fxgrow.measure import verify as verify
-    from fxgrow.optimizer.growth import grow_optimizer_ as grow_optimizer_
-    from fxgrow.pairing import apply_pairing as apply_pairing
+    from fxgrow.files.models import load as load
+    from fxgrow.files.models import open_model as open_model
+    from fxgrow.files.models import save as save
+    from fxgrow.files.models import write_grown as write_grown
+    from fxgrow.files.optimizer.growth import grow_optimizer_ as grow_optimizer_
+    from fxgrow.grow.data import GradMax as GradMax
+    from fxgrow.grow.data import Tiny as Tiny
+    from fxgrow.plan.pairing import apply_pairing as apply_pairing
+    from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
-    from fxgrow.report.data import Inspection as Inspection
-    from fxgrow.report.data import Report as Report
-    from fxgrow.rescaling import apply_rescaling as apply_rescaling
-    from fxgrow.verification import Verification as Verification
+    from fxgrow.verify.judge import Verification as Verification
+    from fxgrow.verify.measure import verify as verify
 
 _HOMES: dict[str, str] = {
-    **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api"),
-    **dict.fromkeys(("GradMax", "Tiny"), "fxgrow.datadriven"),
+    **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api.widen"),
+    **dict.fromkeys(("GradMax", "Tiny"), "fxgrow.grow.data"),
     **dict.fromkeys(
         (
             "FxgrowError",
@@ -62,17 +62,17 @@ _HOMES: dict[str, str] = {
         ),
         "fxgrow.errors",
     ),
-    "convert": "fxgrow.conversion",
-    **dict.fromkeys(("load", "open_model", "save", "write_grown"), "fxgrow.files"),
-    "morph_kernel": "fxgrow.kernels",
-    "apply_pairing": "fxgrow.pairing",
-    "apply_rescaling": "fxgrow.rescaling",
-    "deepen": "fxgrow.deepening",
-    "grow_optimizer_": "fxgrow.optimizer.growth",
+    "convert": "fxgrow.api.convert",
+    **dict.fromkeys(("load", "open_model", "save", "write_grown"), "fxgrow.files.models"),
+    "morph_kernel": "fxgrow.api.kernels",
+    "apply_pairing": "fxgrow.plan.pairing",
+    "apply_rescaling": "fxgrow.plan.rescaling",
+    "deepen": "fxgrow.api.deepen",
+    "grow_optimizer_": "fxgrow.files.optimizer.growth",
     "Plan": "fxgrow.plan.schema",
-    **dict.fromkeys(("Inspection", "Report"), "fxgrow.report.data"),
-    "Verification": "fxgrow.verification",
-    "verify": "fxgrow.measure",
+    **dict.fromkeys(("Inspection", "Report"), "fxgrow.api.report.data"),
+    "Verification": "fxgrow.verify.judge",
+    "verify": "fxgrow.verify.measure",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

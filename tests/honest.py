@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxgrow
-from fxgrow import api, kernels
-from fxgrow.conversion import plan_for_target
-from fxgrow.deepening import plan_deepening
+from fxgrow.api import kernels
+from fxgrow.api import widen as api
+from fxgrow.api.convert import plan_for_target
+from fxgrow.api.deepen import plan_deepening
 
 Made = tuple[nn.Module, fxgrow.Plan]
 

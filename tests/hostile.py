@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxgrow.checkpoint.rebuilding import CALLS
+from fxgrow.files.checkpoint.rebuilding import CALLS
 
 LINEAR = ("torch.nn.modules.linear", "Linear")
 

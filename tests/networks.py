@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxgrow.uninitialised import build_uninitialised
+from fxgrow.modules.uninitialised import build_uninitialised
 
 
 def trained_looking(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -11,16 +11,16 @@ import torch
 import torchvision
 from torch import nn
 
-from fxgrow import architectures, recognition
-from fxgrow.architectures import (
+from fxgrow.errors import FxgrowWarning, SourceError
+from fxgrow.modules import architectures, recognition
+from fxgrow.modules.architectures import (
     Architecture,
     parse_architecture,
     parse_arguments,
     torchvision_names,
 )
-from fxgrow.errors import FxgrowWarning, SourceError
-from fxgrow.recognition import recognise
-from fxgrow.uninitialised import build_uninitialised
+from fxgrow.modules.recognition import recognise
+from fxgrow.modules.uninitialised import build_uninitialised
 
 MORE = ["maxvit_t", "vit_b_16", "densenet121", "shufflenet_v2_x0_5", "googlenet"]
 SOME = ["resnet18", "regnet_y_400mf", "swin_t", "inception_v3", "ssdlite320_mobilenet_v3_large"]

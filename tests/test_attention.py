@@ -8,9 +8,9 @@ from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.analysis import analyse
-from fxgrow.apply import apply_to_state_dict
-from fxgrow.trace import trace
+from fxgrow.apply.module import apply_to_state_dict
+from fxgrow.channels.analysis import analyse
+from fxgrow.labels.trace import trace
 
 
 class Attention(nn.Module):

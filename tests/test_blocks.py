@@ -9,9 +9,9 @@ from networks import PlainResNet, PreactivationNet, quick, small_resnet
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.analysis import analyse
-from fxgrow.blocks import Pair
-from fxgrow.trace import trace
+from fxgrow.channels.analysis import analyse
+from fxgrow.channels.blocks import Pair
+from fxgrow.labels.trace import trace
 
 
 def test_basic_blocks_of_resnet18() -> None:
@@ -219,7 +219,7 @@ def test_control_flow_on_values_is_followed_at_dispatch_level() -> None:
 @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "vgg11", "squeezenet1_0"])
 def test_other_architectures_fall_out_of_the_same_rules(name: str) -> None:
     """Depthwise, concatenation, flattening: structure alone, planned on shapes."""
-    from fxgrow import api
+    from fxgrow.api import widen as api
 
     plan = api.plan(quick(name), "2x")
     assert plan.preserves == "exact"

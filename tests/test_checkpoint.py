@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxgrow.checkpoint import Source, check_output, default_output, load_source, save_source
-from fxgrow.checkpoint.formats import sniff
 from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint import Source, check_output, default_output, load_source, save_source
+from fxgrow.files.checkpoint.formats import sniff
 
 RECORD = {"fxgrow": "0.1.0", "architecture": {"name": "torchvision:resnet18", "arguments": {}}}
 

@@ -22,7 +22,7 @@ import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.cli.arguments import parse_shapes, parse_widths
 from fxgrow.cli.options import INIT_NAMES
-from fxgrow.init import INITS
+from fxgrow.plan.init import INITS
 
 SHAPE = ("--input-shape", "2x3x16x16")
 
@@ -292,7 +292,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(source, monk
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("cannot happen")
 
-    monkeypatch.setattr("fxgrow.api.plan", broken)
+    monkeypatch.setattr("fxgrow.api.widen.plan", broken)
     message = refused(run("widen", source, "--width", "2x"))
     assert "ZeroDivisionError: cannot happen" in message
     assert "--debug" in message
@@ -304,7 +304,7 @@ def test_an_interrupt_ends_with_130(source, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxgrow.api.plan", interrupt)
+    monkeypatch.setattr("fxgrow.api.widen.plan", interrupt)
     assert run("widen", source, "--width", "2x").exit_code == 130
     assert files_in(source.parent) == ["model.pt"]
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxgrow
-from fxgrow import api, kernels
-from fxgrow.apply import apply_to_state_dict
+from fxgrow.api import kernels
+from fxgrow.api import widen as api
+from fxgrow.api.deepen import plan_deepening
+from fxgrow.apply.module import apply_to_state_dict
+from fxgrow.apply.rearrange import new_names, rearranged
 from fxgrow.cli.app import app
-from fxgrow.deepening import plan_deepening
-from fxgrow.plan.surgery import Child, Rearrangement
-from fxgrow.rearrange import new_names, rearranged
+from fxgrow.plan.edits import Child, Rearrangement
 
 INPUTS = torch.randn(2, 3, 32, 32)
 

@@ -15,10 +15,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from typer.testing import CliRunner
 
 import fxgrow
-from fxgrow.apply import apply_to_state_dict
-from fxgrow.architectures import Architecture
+from fxgrow.api.convert import list_targets, plan_for_target
+from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.cli.app import app
-from fxgrow.conversion import list_targets, plan_for_target
+from fxgrow.modules.architectures import Architecture
 
 IMAGES = torch.randn(8, 3, 32, 32)
 

@@ -14,10 +14,10 @@ from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow import api
-from fxgrow.apply import apply_to_module
-from fxgrow.datadriven.statistics import correlation, patches
+from fxgrow.api import widen as api
+from fxgrow.apply.module import apply_to_module
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
+from fxgrow.grow.data.statistics import correlation, patches
 
 Batches = list[tuple[Tensor, Tensor]]
 RELU = nn.Threshold(-1e-30, 0.0)  # a ReLU with slope 1 at zero
@@ -514,7 +514,7 @@ def test_a_plan_is_carried_out_with_the_init_it_was_made_with() -> None:
 
 def test_a_name_gives_no_data() -> None:
     with pytest.raises(PlanError, match="needs data"):
-        fxgrow.widen(perceptron(nn.Tanh()), "2x", init="fxgrow.datadriven:GradMax")
+        fxgrow.widen(perceptron(nn.Tanh()), "2x", init="fxgrow.grow.data:GradMax")
     init = fxgrow.GradMax(F.mse_loss, [(torch.ones(1), torch.ones(1))])
     with pytest.raises(PlanError, match="by name only"):
         init(torch.ones(1), None, 1)

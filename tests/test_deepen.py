@@ -17,11 +17,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxgrow
-from fxgrow import api
+from fxgrow.api import widen as api
+from fxgrow.api.deepen import plan_deepening
 from fxgrow.cli.app import app
 from fxgrow.cli.options import METHOD_NAMES
-from fxgrow.deepening import plan_deepening
-from fxgrow.plan.filling import METHODS
+from fxgrow.grow.identity.filling import METHODS
 
 RESNET34 = {"layer1": "+1", "layer2": "+2", "layer3": "+4", "layer4": "+1"}
 INPUTS = torch.randn(2, 3, 64, 64, dtype=torch.float64)

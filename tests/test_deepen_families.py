@@ -9,7 +9,7 @@ import torchvision
 from networks import torchvision_model
 
 import fxgrow
-from fxgrow.deepening import plan_deepening
+from fxgrow.api.deepen import plan_deepening
 
 
 def assert_kept(grown):

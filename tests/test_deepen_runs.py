@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from typer.testing import CliRunner
 
 import fxgrow
-from fxgrow import api
-from fxgrow.apply import apply_to_state_dict
+from fxgrow.api import widen as api
+from fxgrow.api.deepen import plan_deepening
+from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.cli.app import app
-from fxgrow.deepening import plan_deepening
 
 X = torch.randn(3, 4, 6, 6, dtype=torch.float64)
 

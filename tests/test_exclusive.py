@@ -104,7 +104,7 @@ def test_weights_without_arithmetic_are_refused_by_name():
 
 
 def test_more_groups_of_an_optimizer_than_parameters_are_given_up_at_once():
-    from fxgrow.optimizer.order import names_by_group
+    from fxgrow.files.optimizer.order import names_by_group
 
     groups = [{"params": [index]} for index in range(40_000)]
     with pytest.raises(fxgrow.PlanError, match="are not those of the model's parameters"):

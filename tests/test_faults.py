@@ -31,13 +31,13 @@ import pytest
 import torch
 from torch import nn
 
-import fxgrow.checkpoint  # noqa: F401  (registers the formats)
-from fxgrow.checkpoint import exchange, leftovers, moving, writing
-from fxgrow.checkpoint.formats import Contents
-from fxgrow.checkpoint.leftovers import tidy
-from fxgrow.checkpoint.writing import check_output, write_file, write_whole
+import fxgrow.files.checkpoint  # noqa: F401  (registers the formats)
 from fxgrow.cli.outputs import check_outputs, write_text
 from fxgrow.errors import FxgrowWarning, SourceError
+from fxgrow.files.checkpoint import exchange, leftovers, moving, writing
+from fxgrow.files.checkpoint.formats import Contents
+from fxgrow.files.checkpoint.leftovers import tidy
+from fxgrow.files.checkpoint.writing import check_output, write_file, write_whole
 
 Tree = dict[str, Any]  # of a directory: bytes for a file, a Tree for a directory in it
 

@@ -17,9 +17,9 @@ from networks import small_resnet
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.checkpoint import Source, default_output, load_source, save_source
 from fxgrow.errors import SourceError
-from fxgrow.files import open_model, write_grown
+from fxgrow.files.checkpoint import Source, default_output, load_source, save_source
+from fxgrow.files.models import open_model, write_grown
 
 RECORD = {"fxgrow": "0.1.0", "architecture": None, "plans": []}
 

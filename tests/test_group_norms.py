@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fxgrow
-from fxgrow.analysis import analyse
+from fxgrow.channels.analysis import analyse
 from fxgrow.errors import PlanError
-from fxgrow.plan.bundles import bundles
-from fxgrow.plan.laid import Laid, apart
-from fxgrow.trace import trace
+from fxgrow.grow.match.assignment import Laid, apart
+from fxgrow.grow.match.tied import bundles
+from fxgrow.labels.trace import trace
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 told = pytest.mark.filterwarnings("ignore:group norms get new groups")

@@ -31,17 +31,17 @@ from transformers.integrations import hub_kernels
 from typer.testing import CliRunner
 
 import fxgrow
-from fxgrow.architectures import Architecture
-from fxgrow.checkpoint import load_source
-from fxgrow.checkpoint.directory import left_out
-from fxgrow.checkpoint.tensors import read_index
 from fxgrow.cli.app import app
 from fxgrow.errors import FxgrowError, SourceError
-from fxgrow.files import open_model, write_grown
-from fxgrow.huggingface import closed, screened
-from fxgrow.pretrained import target_architecture
-from fxgrow.uninitialised import ExceededError, Limit, build_uninitialised
-from fxgrow.written import check_directory
+from fxgrow.files.checkpoint import load_source
+from fxgrow.files.checkpoint.directory import left_out
+from fxgrow.files.checkpoint.tensors import read_index
+from fxgrow.files.models import open_model, write_grown
+from fxgrow.files.pretrained import target_architecture
+from fxgrow.files.written import check_directory
+from fxgrow.modules.architectures import Architecture
+from fxgrow.modules.huggingface import closed, screened
+from fxgrow.modules.uninitialised import ExceededError, Limit, build_uninitialised
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
 
@@ -943,7 +943,7 @@ def test_the_worst_stays_below_a_gigabyte(honest):
         import json, resource, sys, time
         from pathlib import Path
         from fxgrow.errors import SourceError
-        from fxgrow.files import open_model
+        from fxgrow.files.models import open_model
 
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow.checkpoint.unpickling import load_pickled
 from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.files.checkpoint.unpickling import load_pickled
 
 Corpus = Callable[[], Iterator[tuple[str, bytes]]]
 SECONDS = 10.0
@@ -164,8 +164,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, suffix, monkeypatch):
-    from fxgrow.checkpoint import reading
-    from fxgrow.checkpoint.formats import FORMATS, Contents
+    from fxgrow.files.checkpoint import reading
+    from fxgrow.files.checkpoint.formats import FORMATS, Contents
 
     path = tmp_path / f"model{suffix}"
     state = {"0.weight": torch.ones(1000, 1000), "1.weight": torch.ones(1000, 1000)}
@@ -184,7 +184,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, suffix, monk
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
-    from fxgrow.checkpoint.reading import FileReader
+    from fxgrow.files.checkpoint.reading import FileReader
 
     path = tmp_path / "model.pt"
     path.write_bytes(hostile.weights())
@@ -197,7 +197,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 
 def random_pickle(chance: random.Random) -> bytes:
     """Return opcodes drawn by chance over all names that are allowed."""
-    from fxgrow.checkpoint.rebuilding import CALLS
+    from fxgrow.files.checkpoint.rebuilding import CALLS
 
     names = [hostile.named(*name.rsplit(".", 1)) for name in CALLS]
     names += [hostile.named(*hostile.LINEAR), hostile.GELU, hostile.named("torch", "float32")]

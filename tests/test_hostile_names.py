@@ -13,9 +13,9 @@ from networks import max_rel
 from torch import Tensor, fx, nn
 
 import fxgrow
+from fxgrow.apply.graph import graph_module
 from fxgrow.errors import PlanError
-from fxgrow.files import open_model, write_grown
-from fxgrow.graph import graph_module
+from fxgrow.files.models import open_model, write_grown
 
 
 @pytest.fixture(autouse=True)

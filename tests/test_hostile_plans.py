@@ -29,11 +29,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow import api
-from fxgrow.apply import apply_to_state_dict, remade, set_attributes
+from fxgrow.api import widen as api
+from fxgrow.apply.module import apply_to_state_dict, remade, set_attributes
 from fxgrow.cli.run import read_plan
+from fxgrow.plan.edits import ModuleEdit
 from fxgrow.plan.schema import plans_of
-from fxgrow.plan.surgery import ModuleEdit
 
 Data = dict[str, Any]
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxgrow
+from fxgrow.api.report.inspection import folded, inspection_table, patterns, same_group
+from fxgrow.api.report.tables import as_text
+from fxgrow.channels.explain import ONE_PARAMETER, Chain, Explanation
 from fxgrow.cli.app import app
-from fxgrow.coupling import ONE_PARAMETER, Chain, Explanation
 from fxgrow.labels.remedies import REMEDIES, remedy_for
-from fxgrow.report.inspection import folded, inspection_table, patterns, same_group
-from fxgrow.report.tables import as_text
 
 LABELS = Path(fxgrow.__file__).parent / "labels"
 IMAGES = torch.empty(2, 3, 64, 64, device="meta")
@@ -262,8 +262,8 @@ def test_rows_hold_every_group_once_and_agree_in_kind_and_width(name):
     size = 224 if name == "vit_b_16" else 64
     found = fxgrow.inspect(quick(name), torch.empty(2, 3, size, size, device="meta"))
     groups = found.to_dict()["groups"]
-    text = as_text(inspection_table(found), 100)
-    whole = as_text(inspection_table(found, every=True), 100)
+    text = as_text(inspection_table(found.to_dict()), 100)
+    whole = as_text(inspection_table(found.to_dict(), every=True), 100)
     for shown in (text, whole):
         assert max(map(len, shown.splitlines())) <= 100
         assert "needed: nothing to do: fxgrow never changes what the network returns" in shown

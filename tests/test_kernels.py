@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fxgrow
-from fxgrow import kernels
-from fxgrow.plan.taps import Convolution, Enlarged, enlarged, new_kernel
+from fxgrow.api import kernels
+from fxgrow.grow.kernels.taps import Convolution, Enlarged, enlarged, new_kernel
 
 LAYERS = {
     (dims, transposed): getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
@@ -395,7 +395,7 @@ def test_a_wrong_plan_fails_its_verification_by_name(guilty):
     axes = tuple(replace(axis, runs=axis.runs[1:2] + axis.runs[::2]) for axis in edit.axes)
     wrong = {**made.tensors, f"{guilty}.weight": replace(edit, axes=axes)}
     with pytest.raises(fxgrow.VerificationError, match=f"first part that breaks is {guilty}"):
-        fxgrow.api.carry_out(replace(made, tensors=wrong), net, INPUT)
+        fxgrow.api.widen.carry_out(replace(made, tensors=wrong), net, INPUT)
 
 
 def test_new_taps_train_from_the_first_step():

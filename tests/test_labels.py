@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.channels import Channels, resolve
+from fxgrow.channels.channels import Channels, resolve
 from fxgrow.labels.forest import distinct
 from fxgrow.labels.layers import along, compact, core, cover, line, support
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.rules import RULES, rule
 from fxgrow.labels.space import LabelSpace
-from fxgrow.standin import stand_in
+from fxgrow.modules.standin import stand_in
 
 
 def channels_of(model: nn.Module, *shapes: tuple[int, ...]) -> Channels:

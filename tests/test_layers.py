@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fxgrow
-from fxgrow.analysis import analyse
-from fxgrow.trace import trace
+from fxgrow.channels.analysis import analyse
+from fxgrow.labels.trace import trace
 
 PAIRINGS = ("vv_z_negz", "v_zero", "replicate")
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torchvision.models import ShuffleNetV2
 
 from fxgrow import widen
-from fxgrow.analysis import analyse
-from fxgrow.channels import Channels, resolve
+from fxgrow.channels.analysis import analyse
+from fxgrow.channels.channels import Channels, resolve
 from fxgrow.errors import PlanError
+from fxgrow.grow.match.axis_edits import axis_edits
+from fxgrow.grow.match.match import match
 from fxgrow.labels.space import LabelSpace
-from fxgrow.pairing import v_zero
-from fxgrow.plan.edits import axis_edits
-from fxgrow.plan.match import match
-from fxgrow.trace import trace
-from fxgrow.uninitialised import build_uninitialised
+from fxgrow.labels.trace import trace
+from fxgrow.modules.uninitialised import build_uninitialised
+from fxgrow.plan.pairing import v_zero
 
 
 def two_readers(width: int, second: list[int]) -> Channels:

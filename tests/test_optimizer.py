@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
-from fxgrow.api import plan as make_plan
+from fxgrow.api.widen import plan as make_plan
+from fxgrow.apply.tensors import lay_out
 from fxgrow.errors import FxgrowWarning, PlanError
-from fxgrow.init import zeros
-from fxgrow.labels.propagate import named_tensors
-from fxgrow.layout import lay_out
-from fxgrow.optimizer.state import _layout
-from fxgrow.optimizer.steps import grow_states
+from fxgrow.files.optimizer.state import _layout
+from fxgrow.files.optimizer.steps import grow_states
+from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.init import zeros
 from fxgrow.plan.schema import Plan
 
 adafactor = pytest.importorskip("transformers.optimization").Adafactor

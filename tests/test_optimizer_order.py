@@ -16,12 +16,12 @@ from torch import nn
 from torchvision.models.vgg import make_layers
 
 import fxgrow
-from fxgrow.api import plan as make_plan
+from fxgrow.api.widen import plan as make_plan
 from fxgrow.errors import PlanError
-from fxgrow.optimizer import grow_state_dict
-from fxgrow.optimizer.order import names_by_group
+from fxgrow.files.optimizer import grow_state_dict
+from fxgrow.files.optimizer.order import names_by_group
+from fxgrow.plan.edits import Child, Rearrangement
 from fxgrow.plan.schema import Plan
-from fxgrow.plan.surgery import Child, Rearrangement
 
 Groups = list[list[str]]
 

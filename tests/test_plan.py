@@ -13,10 +13,10 @@ from networks import PlainResNet, max_rel, quick, small_images, small_resnet
 from torch import nn
 
 import fxgrow
-from fxgrow import api
-from fxgrow.apply import apply_to_state_dict
+from fxgrow.api import widen as api
+from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.errors import PlanError
-from fxgrow.plan.widths import nearest_widths, new_width
+from fxgrow.grow.sizes.widths import nearest_widths, new_width
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 from torchvision.models import convnext, mobilenetv3, resnet, swin_transformer, vgg
 
 import fxgrow
-from fxgrow.api import Grown
-from fxgrow.plan.surgery import AxisEdit, TensorEdit
-from fxgrow.presets import PRESETS
+from fxgrow.api.widen import Grown
+from fxgrow.plan.edits import AxisEdit, TensorEdit
+from fxgrow.plan.presets import PRESETS
 
 METHODS: dict[str, dict[str, str]] = {
     **{name: {"preset": name} for name in PRESETS},

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.errors import SourceError
-from fxgrow.files import Opened, open_model, write_grown
+from fxgrow.files.models import Opened, open_model, write_grown
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
 
@@ -176,7 +176,7 @@ def test_heads_of_twice_the_size_are_not_twice_the_heads(tmp_path, monkeypatch):
     opened, grown = widened(path, verify=False)
     config = json.loads((path / "config.json").read_text())
     wrong = config | {"head_dim": 8, "intermediate_size": 48}  # the same shapes
-    monkeypatch.setattr("fxgrow.files.grown_config", lambda *_: wrong)
+    monkeypatch.setattr("fxgrow.files.models.grown_config", lambda *_: wrong)
     with pytest.raises(fxgrow.VerificationError, match="it computes something else"):
         write_grown(opened, grown, tmp_path / "out")
     assert not (tmp_path / "out").exists()

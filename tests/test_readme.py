@@ -13,10 +13,10 @@ from torchvision.models import resnet18
 from typer.testing import CliRunner
 
 from fxgrow.cli.app import app
-from fxgrow.init import INITS
-from fxgrow.pairing import PAIRINGS
-from fxgrow.presets import PRESETS
-from fxgrow.rescaling import RESCALINGS
+from fxgrow.plan.init import INITS
+from fxgrow.plan.pairing import PAIRINGS
+from fxgrow.plan.presets import PRESETS
+from fxgrow.plan.rescaling import RESCALINGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,14 +11,8 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 import fxgrow
-from fxgrow.report.inspection import inspection_table
-from fxgrow.report.tables import (
-    as_html,
-    as_text,
-    plan_table,
-    report_table,
-    verification_table,
-)
+from fxgrow.api.report.inspection import inspection_table
+from fxgrow.api.report.tables import as_html, as_text, plan_table, report_table, verification_table
 
 INPUT = torch.empty(2, 3, 32, 32, device="meta")
 GROUP_FIELDS = {
@@ -85,7 +79,7 @@ def test_alpha_is_null_where_writers_share_none():
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_tables_fit_their_width_and_lose_no_figure(grown, deep, width):
     for report in (grown.report, deep.report):
-        text = as_text(report_table(report), width)
+        text = as_text(report_table(report.plan, report.verification, report.warnings), width)
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text.replace(" … ", "")  # nothing is cut
         for group in report.plan.groups:
@@ -116,7 +110,7 @@ def test_warnings_and_refusals_are_shown(grown):
     text = str(report)
     assert "not widened:\n  fc  an output of the network" in text
     assert "warnings:\n  layer1.0.conv1: something" in text
-    assert "something" not in as_text(report_table(report, with_warnings=False))
+    assert "something" not in as_text(report_table(report.plan, report.verification))
 
 
 def test_a_skipped_verification_says_so(deep):
@@ -139,7 +133,10 @@ def test_names_are_no_markup():
 
 
 def test_a_page_of_html_holds_the_table_and_nothing_from_elsewhere(grown):
-    page = as_html(report_table(grown.report), "model.pt → <model>")
+    page = as_html(
+        report_table(grown.plan, grown.report.verification, grown.report.warnings),
+        "model.pt → <model>",
+    )
     assert "&lt;model&gt;" in page
     assert "layer1.0, layer1.1" in page
     assert "http" not in page
@@ -148,7 +145,7 @@ def test_a_page_of_html_holds_the_table_and_nothing_from_elsewhere(grown):
 @pytest.mark.parametrize("width", [80, 120])
 def test_an_inspection_shows_pairs_groups_and_pins(width):
     found = fxgrow.inspect(resnet18(num_classes=10), INPUT)
-    text = as_text(inspection_table(found), width)
+    text = as_text(inspection_table(found.to_dict()), width)
     assert max(map(len, text.splitlines())) <= width
     for part in ("conv1 → bn1 → relu → conv2", "projection", "stream", "an output of the network"):
         assert part in text

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
-from fxgrow.channels import resolve
+from fxgrow.channels.channels import resolve
 from fxgrow.labels.space import LabelSpace
 
 

@@ -129,7 +129,7 @@ def test_a_named_submodule_takes_example_inputs_of_its_own(detector):
 
 
 def test_a_plan_for_parts_survives_json_and_applies_to_the_whole(detector):
-    made = fxgrow.api.plan(detector, "2x", rescaling="default_vt")
+    made = fxgrow.api.widen.plan(detector, "2x", rescaling="default_vt")
     again = fxgrow.Plan.from_json(made.to_json())
     assert again == made
     one, other = made.apply(detector).state_dict(), again.apply(detector).state_dict()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fxgrow.labels.shapes import SHORTCUTS, run_on_meta
-from fxgrow.labels.tape import tensors_in
+from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.meta_shapes import SHORTCUTS, run_on_meta
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
 from fxgrow.errors import PlanError
-from fxgrow.pairing import replicate_random
+from fxgrow.plan.pairing import replicate_random
 
 
 def pair(*between: nn.Module) -> nn.Module:

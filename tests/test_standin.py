@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
-from fxgrow.standin import stand_in
+from fxgrow.modules.standin import stand_in
 
 
 class Knotted(nn.Module):

@@ -15,7 +15,7 @@ from torchvision.models import VisionTransformer
 
 import fxgrow
 from fxgrow.errors import PlanError
-from fxgrow.files import open_model, write_grown
+from fxgrow.files.models import open_model, write_grown
 
 WIDTH = 8
 
@@ -90,7 +90,7 @@ def data() -> Tensor:
     return torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def check(model: nn.Module, grown: fxgrow.api.Grown, x: Tensor) -> None:
+def check(model: nn.Module, grown: fxgrow.api.widen.Grown, x: Tensor) -> None:
     """Assert that the function is kept in both modes, as the plan says."""
     verification = grown.report.verification
     assert (grown.plan.preserves, verification.verdict) == ("exact", "preserved")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import FxgrowError
-from fxgrow.inputs import batches_for
+from fxgrow.modules.inputs import batches_for
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
 

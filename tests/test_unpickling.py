@@ -17,11 +17,11 @@ import torch
 import torchvision
 from torch import nn
 
-from fxgrow.architectures import Architecture, torchvision_names
-from fxgrow.checkpoint.harmless import resolve
-from fxgrow.checkpoint.pickles import PickleError
-from fxgrow.checkpoint.unpickling import load_pickled
 from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint.harmless import resolve
+from fxgrow.files.checkpoint.pickles import PickleError
+from fxgrow.files.checkpoint.unpickling import load_pickled
+from fxgrow.modules.architectures import Architecture, torchvision_names
 
 ZIP, LEGACY = True, False
 

@@ -12,9 +12,9 @@ from networks import PlainResNet, PreactivationNet, small_images, small_resnet
 from torch import nn
 
 import fxgrow
-from fxgrow import api
+from fxgrow.api import widen as api
 from fxgrow.errors import FxgrowError
-from fxgrow.standin import float64_copy
+from fxgrow.modules.standin import float64_copy
 
 
 @pytest.fixture(scope="module")

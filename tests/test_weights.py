@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import PlanError
-from fxgrow.init import INITS, draw, find_init
-from fxgrow.pairing import PAIRINGS
-from fxgrow.rescaling import LayerStatistics, gain_value, rescaling_factor
+from fxgrow.plan.init import INITS, draw, find_init
+from fxgrow.plan.pairing import PAIRINGS
+from fxgrow.plan.rescaling import LayerStatistics, gain_value, rescaling_factor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, VerificationError
-from fxgrow.pairing import PAIRINGS, Layout
+from fxgrow.plan.pairing import PAIRINGS, Layout
 
 RESNETS = [
     "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d",
@@ -319,7 +319,7 @@ def test_twins_part_at_the_first_step() -> None:
 def test_wrong_surgery_fails_verification_and_names_the_group(
     resnet: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxgrow import apply
+    from fxgrow.apply import module as apply
 
     honest = apply.grow_tensor
 

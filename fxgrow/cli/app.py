@@ -58,7 +58,7 @@ def _signals() -> list[signal.Signals]:
 
 def _end() -> None:
     """Remove what is left if removing it was interrupted."""
-    leftovers = sys.modules.get("fxgrow.checkpoint.leftovers")
+    leftovers = sys.modules.get("fxgrow.files.checkpoint.leftovers")
     if leftovers is None:
         return  # nothing was ever written, and loading torch takes a second
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fxgrow.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
-    from fxgrow.files import Opened
+    from fxgrow.files.models import Opened
     from fxgrow.plan.schema import Plan
 
 REPORT_SUFFIXES = (".json", ".html")
@@ -115,8 +115,8 @@ def open_source(
     Raises:
         SourceError: the file or its architecture cannot be read.
     """
-    from fxgrow.architectures import parse_arguments
-    from fxgrow.files import open_model
+    from fxgrow.files.models import open_model
+    from fxgrow.modules.architectures import parse_arguments
 
     if arguments and arch is None:
         raise SourceError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")

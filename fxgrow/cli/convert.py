@@ -15,7 +15,7 @@ from fxgrow.cli.terminal import print_table
 from fxgrow.errors import SourceError
 
 if TYPE_CHECKING:
-    from fxgrow.files import Opened
+    from fxgrow.files.models import Opened
 
 
 _FromArch = Annotated[
@@ -101,12 +101,12 @@ def convert(
             way_out="Give --to ARCH, or --list to see what the source can become.",
         )
     with Run() as run:
-        from fxgrow.architectures import parse_arguments
-        from fxgrow.checkpoint import default_output
-        from fxgrow.checkpoint.formats import sniff
-        from fxgrow.checkpoint.reading import about
-        from fxgrow.conversion import convert_by, plan_for_target
-        from fxgrow.pretrained import target_architecture
+        from fxgrow.api.convert import convert_by, plan_for_target
+        from fxgrow.files.checkpoint import default_output
+        from fxgrow.files.checkpoint.formats import sniff
+        from fxgrow.files.checkpoint.reading import about
+        from fxgrow.files.pretrained import target_architecture
+        from fxgrow.modules.architectures import parse_arguments
 
         sniff(source)
         if to is None:
@@ -140,8 +140,8 @@ def convert(
 
 def _list(run: Run, opened: Opened) -> None:
     """Print what a source can become."""
-    from fxgrow.conversion import list_targets
-    from fxgrow.report.tables import targets_table
+    from fxgrow.api.convert import list_targets
+    from fxgrow.api.report.tables import targets_table
 
     if opened.architecture is None:
         raise SourceError(

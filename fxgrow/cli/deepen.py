@@ -53,7 +53,7 @@ def deepen(
     wanted = parse_blocks(stage or (), blocks)
 
     def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
-        from fxgrow.deepening import plan_deepening
+        from fxgrow.api.deepen import plan_deepening
 
         return plan_deepening(
             model, wanted, inputs, method, init, seed, module=module, after=first, progress=steps

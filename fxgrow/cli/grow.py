@@ -11,7 +11,7 @@ from fxgrow.cli.growing import Settings, grow
 from fxgrow.cli.outputs import check_outputs, check_report_name
 from fxgrow.cli.run import Outputs, Run, read_plan, show
 from fxgrow.cli.terminal import Steps
-from fxgrow.presets import settings
+from fxgrow.plan.presets import settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ def widen(
     widths = parse_widths(width)
 
     def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
-        from fxgrow.api import plan as make_plan
+        from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
             model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
@@ -101,10 +101,10 @@ def apply(
     shapes = parse_shapes(input_shape or ())
     check_report_name(report)
     with Run() as run:
-        from fxgrow.api import carry_out
-        from fxgrow.checkpoint import default_output
-        from fxgrow.checkpoint.formats import sniff
-        from fxgrow.checkpoint.reading import about
+        from fxgrow.api.widen import carry_out
+        from fxgrow.files.checkpoint import default_output
+        from fxgrow.files.checkpoint.formats import sniff
+        from fxgrow.files.checkpoint.reading import about
 
         made = read_plan(plan)
         sniff(source)

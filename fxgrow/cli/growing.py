@@ -59,10 +59,10 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         raise SourceError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
     source, after = settings.source, settings.after
     with Run() as run:
-        from fxgrow.api import carry_out
-        from fxgrow.checkpoint import default_output
-        from fxgrow.checkpoint.formats import sniff
-        from fxgrow.checkpoint.reading import about
+        from fxgrow.api.widen import carry_out
+        from fxgrow.files.checkpoint import default_output
+        from fxgrow.files.checkpoint.formats import sniff
+        from fxgrow.files.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
         sniff(source)  # a missing source is a better reason to stop than its output

@@ -51,7 +51,7 @@ def morph_kernel(
     sizes = parse_widths(size, "size")
 
     def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
-        from fxgrow.kernels import plan as make_plan
+        from fxgrow.api.kernels import plan as make_plan
 
         return make_plan(
             model, sizes, inputs, include or (), exclude or (), module=module, after=first,

@@ -40,11 +40,11 @@ def inspect(
     """
     shapes = parse_shapes(input_shape or ())
     with Run() as run:
-        from fxgrow.api import inspect as inspect_model
-        from fxgrow.checkpoint.reading import about
-        from fxgrow.report.data import plain
-        from fxgrow.report.inspection import inspection_table
-        from fxgrow.report.tables import terminal_width
+        from fxgrow.api.report.data import plain
+        from fxgrow.api.report.inspection import inspection_table
+        from fxgrow.api.report.tables import terminal_width
+        from fxgrow.api.widen import inspect as inspect_model
+        from fxgrow.files.checkpoint.reading import about
 
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("following the channels")
@@ -61,7 +61,7 @@ def inspect(
         return
     if opened.architecture is not None:
         typer.echo(str(opened.architecture))
-    print_table(inspection_table(found, every=every))
+    print_table(inspection_table(found.to_dict(), every=every))
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow verify model.pt model-2x.pt")
@@ -82,10 +82,10 @@ def verify(
     """
     shapes = parse_shapes(input_shape or ())
     with Run() as run:
-        from fxgrow.checkpoint.reading import about
-        from fxgrow.measure import verify as verify_models
-        from fxgrow.report.data import plain
-        from fxgrow.report.tables import verification_table
+        from fxgrow.api.report.data import plain
+        from fxgrow.api.report.tables import verification_table
+        from fxgrow.files.checkpoint.reading import about
+        from fxgrow.verify.measure import verify as verify_models
 
         opened = run.open(before, arch, arch_arg, trust_pickle=trust_pickle)
         other = run.open(after, arch, arch_arg, trust_pickle=trust_pickle)

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from fxgrow.pairing import PAIRINGS
-from fxgrow.presets import PRESETS
-from fxgrow.rescaling import RESCALINGS
+from fxgrow.plan.pairing import PAIRINGS
+from fxgrow.plan.presets import PRESETS
+from fxgrow.plan.rescaling import RESCALINGS
 
 INIT_NAMES = ("copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
 METHOD_NAMES = ("r2deeper", "zero_last", "net2deeper")

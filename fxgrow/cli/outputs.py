@@ -11,7 +11,7 @@ from fxgrow.cli.arguments import REPORT_SUFFIXES
 from fxgrow.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
-    from fxgrow.report.data import Report
+    from fxgrow.api.report.data import Report
 
 
 def check_report_name(path: Path | None) -> None:
@@ -36,8 +36,8 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
     Raises:
         SourceError: one of them may not.
     """
-    from fxgrow.checkpoint import check_output
-    from fxgrow.checkpoint.leftovers import tidy
+    from fxgrow.files.checkpoint import check_output
+    from fxgrow.files.checkpoint.leftovers import tidy
 
     sources = tuple(sources)
     wanted = [path for path in paths if path is not None]
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str, *, force: bool) -> None:
     Raises:
         SourceError: it cannot be written.
     """
-    from fxgrow.checkpoint.writing import write_whole
+    from fxgrow.files.checkpoint.writing import write_whole
 
     def write(temporary: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
@@ -77,6 +77,6 @@ def report_text(report: Report, path: Path, title: str) -> str:
     """Return a report as the kind of text that a file's name asks for."""
     if path.suffix.lower() == ".json":
         return json.dumps(report.to_dict(), indent=1)
-    from fxgrow.report.tables import as_html, report_table
+    from fxgrow.api.report.tables import as_html, report_table
 
-    return as_html(report_table(report), title)
+    return as_html(report_table(report.plan, report.verification, report.warnings), title)

@@ -17,8 +17,8 @@ from fxgrow.cli.terminal import Notices, Steps, discard_output, print_table, pri
 from fxgrow.errors import SourceError
 
 if TYPE_CHECKING:
-    from fxgrow.api import Grown
-    from fxgrow.files import Opened
+    from fxgrow.api.widen import Grown
+    from fxgrow.files.models import Opened
     from fxgrow.plan.schema import Plan
 
 
@@ -65,7 +65,7 @@ class Outputs:
 
     def write(self, run: Run, opened: Opened, grown: Grown, inputs: object, *, force: bool) -> None:
         """Write the model first, then what tells of it."""
-        from fxgrow.files import write_grown
+        from fxgrow.files.models import write_grown
 
         run.steps(f"writing {self.out.name}")
         for text in write_grown(opened, grown, self.out, inputs=inputs, force=force):
@@ -98,8 +98,8 @@ def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool, force: bo
     Raises:
         NotPreservedError: ``strict``, and the plan predicts a change of the output.
     """
-    from fxgrow.api import require_exact
-    from fxgrow.report.tables import plan_table
+    from fxgrow.api.report.tables import plan_table
+    from fxgrow.api.widen import require_exact
 
     if strict:
         require_exact(made)
@@ -118,7 +118,7 @@ def read_plan(path: Path) -> Plan:
         SourceError: the file cannot be read, or is no JSON.
         PlanError: it holds no plan, or one that says what no planner would say.
     """
-    from fxgrow.checkpoint.reading import naming, read_json, refuse_source
+    from fxgrow.files.checkpoint.reading import naming, read_json, refuse_source
     from fxgrow.plan.schema import Plan
 
     if _is_weights(path):
@@ -129,7 +129,7 @@ def read_plan(path: Path) -> Plan:
 
 def _is_weights(path: Path) -> bool:
     """Return whether a file is of a format that weights are in."""
-    from fxgrow.checkpoint.formats import sniff
+    from fxgrow.files.checkpoint.formats import sniff
 
     try:
         return bool(sniff(path))
@@ -152,6 +152,6 @@ def show(files: Outputs, opened: Opened, grown: Grown) -> None:
 
 def print_report(grown: Grown) -> None:
     """Print the report; its warnings were printed when they came up."""
-    from fxgrow.report.tables import report_table
+    from fxgrow.api.report.tables import report_table
 
-    print_table(report_table(grown.report, with_warnings=False))
+    print_table(report_table(grown.plan, grown.report.verification))

@@ -43,7 +43,7 @@ def print_table(renderable: RenderableType) -> None:
     """Print tables to stdout: in colour on a terminal, else as plain text."""
     from rich.console import Console
 
-    from fxgrow.report.tables import as_text, terminal_width
+    from fxgrow.api.report.tables import as_text, terminal_width
 
     if sys.stdout.isatty():
         Console(width=terminal_width()).print(renderable)

@@ -19,7 +19,8 @@ from torch._ops import OpOverload
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.operators import COPIES, aten
 from fxgrow.labels.rules import Step
-from fxgrow.labels.tape import Value, map_tensors, tensors_in
+from fxgrow.labels.tape import Value
+from fxgrow.modules.calling import map_tensors, tensors_in
 
 # Of weights: linear; linear in each operand; linear if the operands stem from the same parameter.
 LINEAR = aten("neg sum mean cat index gather embedding constant_pad_nd cumsum")

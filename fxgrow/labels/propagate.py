@@ -2,91 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.rules import RULES, Step
-from fxgrow.labels.shapes import run_on_meta
 from fxgrow.labels.space import Fill, LabelSpace
-from fxgrow.labels.tape import Arguments, Operation, Tape, Value, call, map_tensors, tensors_in
+from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
+from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.on_meta import OnMeta
+from fxgrow.modules.tensors import lasting_tensors
 
 Place = tuple[str, str]  # fx node, module
 # Entries of one tensor: 1 GB in float64. Following needs no memory for values, and comparing does.
 MOST_ENTRIES = 2**27
 Watch: TypeAlias = Callable[[Callable[[Tensor], Value]], AbstractContextManager[object]]
-
-
-class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which constants that a model makes on another device join the meta one."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation with every tensor argument on the meta device.
-
-        What has not met a meta tensor (token ids, a mask made of them) keeps its values, on the
-        CPU, even where the model wants it on the device of its weights: forwards look into masks.
-        """
-        kwargs = kwargs or {}
-        tensors = tensors_in((args, kwargs))
-        elsewhere = sum([not tensor.is_meta for tensor in tensors])
-        if 0 < elsewhere < len(tensors):
-            args, kwargs = map_tensors(self._to_meta, (args, kwargs))
-            tensors = tensors_in((args, kwargs))
-        if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        elif func is torch.ops.aten._to_copy.default:
-            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        result = run_on_meta(func, args, kwargs, tensors)
-        self.ran(func, args, kwargs, tensors, result)
-        return result
-
-    def ran(
-        self,
-        func: OpOverload,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        operands: Sequence[Tensor],
-        result: object,
-    ) -> None:
-        """Take note of an operation that ran; ``operands`` are the tensors that it was given."""
-
-    def joined(self, tensor: Tensor, twin: Tensor) -> None:
-        """Take note that a constant is stood in for by a meta tensor, from now on."""
-
-    def _to_meta(self, tensor: Tensor) -> Tensor:
-        """Move a tensor; those without dims mix with any device as they are."""
-        if tensor.device.type == "meta" or not tensor.ndim:
-            return tensor
-        if id(tensor) not in self._twins:
-            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
-            self.joined(*self._twins[id(tensor)])
-        return self._twins[id(tensor)][1]
-
-
-def _is_state(func: OpOverload, kwargs: dict[str, Any]) -> bool:
-    """Return whether an operation makes floating-point zeros: a recurrent layer's first state."""
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return operator_name(func) == "aten.zeros" and bool(dtype.is_floating_point)
 
 
 class Labeller(OnMeta):  # type: ignore[no-untyped-call]
@@ -245,54 +184,6 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if step.traits.is_pointwise:
             return generic.pointwise(step)
         return step.give_up(f"no rule for {step.target}")
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by fully qualified name, tied ones under each name."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    for prefix, module in _prefixed_modules(model):
-        for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
-            for local, tensor in held.items():
-                if tensor is not None:
-                    found[prefix + local] = tensor
-    return parameters | buffers
-
-
-def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module under each of its names, with a dot behind, outermost first."""
-    waiting = [("", model)]  # nested generators, as named_modules() has them, take far longer
-    while waiting:
-        prefix, module = waiting.pop()
-        yield prefix, module
-        children = reversed(module._modules.items())
-        waiting += [(f"{prefix}{local}.", child) for local, child in children if child is not None]
-
-
-def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return :func:`named_tensors` without buffers that no state_dict holds, but for some.
-
-    Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
-    """
-    found = named_tensors(model)
-    for name in _fleeting(model):
-        if name not in besides:
-            found.pop(name, None)
-    return found
-
-
-def zero_buffers(model: nn.Module) -> frozenset[str]:
-    """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
-    found = named_tensors(model)
-    held = ((name, found[name]) for name in _fleeting(model) if name in found)
-    return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
-
-
-def _fleeting(model: nn.Module) -> Iterator[str]:
-    """Yield the names of buffers that no state_dict holds."""
-    for prefix, module in _prefixed_modules(model):
-        for local in module._non_persistent_buffers_set:
-            yield prefix + local
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:

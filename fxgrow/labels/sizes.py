@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxgrow.labels.tape import Value, map_tensors, tensors_in
+from fxgrow.errors import TraceError
+from fxgrow.labels.tape import Value
+from fxgrow.modules.calling import map_tensors, tensors_in
 
 # Where each function takes its sizes: from which position to which, and under which names.
 SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
@@ -135,3 +137,20 @@ class Recorder(TorchFunctionMode):
                 outputs = tuple(self._value(tensor) for tensor in tensors_in(result))
             self.calls.append(SizedCall(name, seen_args, seen_kwargs, inputs, outputs))
         return result
+
+
+def check_sizes(node: fx.Node, function: str, sizes: Sequence[int | None]) -> None:
+    """Return if a node calls a function with the given sizes one by one.
+
+    Raises:
+        TraceError: it does not.
+    """
+    called = node.target if isinstance(node.target, str) else function_name(node.target)
+    called = {"getitem": "__getitem__"}.get(called, called)
+    if node.op not in ("call_function", "call_method") or called != function:
+        reason = f"the sizes {list(sizes)} are fixed inside {called or node.op}"
+    elif len(sizes_in(function, node.args, node.kwargs)) != len(sizes):
+        reason = f"the sizes {list(sizes)} of {function} are computed as a whole"
+    else:
+        return
+    raise TraceError(f"{reason}, so that they cannot be rewritten in the graph", name=node.name)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +11,7 @@ from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from fxgrow.labels.layers import Layer, Layers
-
-# What a network is called with: positional arguments, or keyword arguments.
-Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
-_PLAIN = frozenset((NoneType, bool, int, float, str, torch.dtype, torch.device))  # hold no tensors
+from fxgrow.modules.calling import map_kind
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that takes as long as all else in making one
@@ -109,7 +103,7 @@ def _flops(op: Operation) -> int:
     formula = flop_registry.get(op.target.overloadpacket)
     if formula is None:
         return 0
-    args, kwargs = _map(Value, _like, (op.args, op.kwargs))
+    args, kwargs = map_kind(Value, _like, (op.args, op.kwargs))
     outputs = tuple(_like(value) for value in op.outputs)
     return int(formula(*args, **kwargs, out_val=outputs if len(outputs) > 1 else outputs[0]))
 
@@ -117,57 +111,3 @@ def _flops(op: Operation) -> int:
 def _like(value: Value) -> Tensor:
     """Return an empty tensor of the shape of a value."""
     return torch.empty(value.shape, device="meta")
-
-
-def arguments_of(example_inputs: object) -> Arguments:
-    """Return example inputs as arguments: a mapping is keywords, a lone object is one argument."""
-    if isinstance(example_inputs, Mapping):
-        return dict(example_inputs)
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-
-
-def call(function: Callable[..., Any], arguments: Arguments) -> Any:
-    """Return what a function makes of its arguments."""
-    return function(**arguments) if isinstance(arguments, dict) else function(*arguments)
-
-
-def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Return a nest of tuples, lists and dicts with every tensor replaced by its image."""
-    return _map(Tensor, function, tree)
-
-
-def _map(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
-    own = type(tree)
-    if own in _PLAIN:
-        return tree
-    if isinstance(tree, kind):
-        return function(tree)
-    if own is tuple or own is list:
-        return own([x if type(x) in _PLAIN else _map(kind, function, x) for x in tree])
-    if own is dict:
-        return {key: _map(kind, function, item) for key, item in tree.items()}
-    return tree
-
-
-def tensors_in(tree: object) -> list[Tensor]:
-    """Return the tensors of a nest of tuples, lists, dicts and dataclasses, in order."""
-    found: list[Tensor] = []
-    _gather(tree, found)
-    return found
-
-
-def _gather(tree: object, found: list[Tensor]) -> None:
-    if type(tree) in _PLAIN:
-        return
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            if type(item) not in _PLAIN:
-                _gather(item, found)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _gather(item, found)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for part in dataclasses.fields(tree):
-            _gather(getattr(tree, part.name), found)

@@ -13,7 +13,7 @@ import torch
 
 from fxgrow.errors import PlanError
 from fxgrow.labels.sizes import SIZED
-from fxgrow.plan.surgery import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, TensorEdit
+from fxgrow.plan.edits import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, TensorEdit
 
 _MOST_ENTRIES = 1 << 20  # of a list or a mapping
 _MOST_SIZE = 1 << 31  # of a dim, or an attribute

@@ -21,7 +21,7 @@ called after. All other fields are for the reader.
 What a plan says by itself is checked here when it is read, its single entries in
 :mod:`fxgrow.plan.bounds`. That the network at hand has what it names is checked where it is carried
 out (:mod:`fxgrow.apply`), and once more what gets into code is where that is made
-(:func:`fxgrow.graph.graph_module`).
+(:func:`fxgrow.apply.graph.graph_module`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -50,10 +50,7 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
-from fxgrow.plan.surgery import Multiplier, Rearrangement
-
-if TYPE_CHECKING:
-    from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.edits import Multiplier, Rearrangement
 
 MOST_STEPS = 64
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
@@ -61,7 +58,7 @@ _MOST_CHILDREN = 1 << 14  # of a module
 _TRACERS = frozenset({"torch.fx", "dispatch"})
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Any) -> None:
     """Return if a plan says nothing that no planner would say.
 
     Args:
@@ -89,7 +86,7 @@ class _Step:
         place: what its fields are called before their names.
     """
 
-    plan: Plan
+    plan: Any
     place: str
 
     def check(self) -> None:
@@ -241,7 +238,7 @@ class _Step:
                 refuse(f"{self.place}aliases.{name}", f"it is not like {first}")
 
 
-def _check_request(request: Request, place: str) -> None:
+def _check_request(request: Any, place: str) -> None:
     """Check what was asked for, as far as it is used again."""
     check_init(request.init, f"{place}init")
     for name in ("rescaling", "pairing", "method"):

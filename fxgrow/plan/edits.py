@@ -1,161 +1,196 @@
-"""From matched channels to edits of axes: what each new position holds."""
+"""The edits a plan is made of: what happens to tensors, attributes, graphs and lists of modules.
+
+Plain, frozen data without tensors. The planners make them, :mod:`fxgrow.apply` carries them out.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
+from fxgrow.labels.space import Role
 
-from fxgrow.channels import Channels
-from fxgrow.errors import PlanError
-from fxgrow.labels.forest import IntArray
-from fxgrow.labels.space import Fill, Role
-from fxgrow.plan.match import Matching
-from fxgrow.plan.silence import Silence
-from fxgrow.plan.surgery import AxisEdit, Run, RunKind
-from fxgrow.plan.surplus import Surplus
-
-# Codes for the kinds of positions, in the order of _KINDS.
-_KINDS: tuple[RunKind, ...] = (
-    "old", "share", "borrowed", "new", "minus", "zero", "one", "mean",
-)  # fmt: skip
-OLD, SHARE, BORROWED, NEW, MINUS, ZERO, ONE, MEAN = range(8)
+Fill = Literal["", "identity", "constant"]
+AxisRole = Role | Literal["kernel"]
+RunKind = Literal["old", "share", "borrowed", "new", "minus", "zero", "one", "mean"]
 
 
-def axis_edits(
-    old: Channels,
-    new: Channels,
-    matching: Matching,
-    surplus: Collection[Surplus] = (),
-    silent: Collection[Silence] = (),
-) -> dict[str, list[AxisEdit]]:
-    """Return, for each tensor, the edits of the axes whose positions change; readers first.
+@dataclass(frozen=True)
+class Run:
+    """A run of consecutive new positions of an axis.
 
-    Args:
-        old: the channels at the old sizes.
-        new: the channels at the new sizes.
-        matching: which new channel continues which old one.
-        surplus: of the groups that have channels beyond whole copies.
-        silent: of the groups whose new channels are zeros.
-
-    Raises:
-        PlanError: a position of an old channel has no counterpart.
+    Attributes:
+        kind: ``old``: copies of the old positions from ``start`` on; ``share``: the old positions
+            divided by the number of shares each has in the axis, plus noise that sums to zero
+            over them; ``borrowed``: copies of the old positions from ``start`` on, for channels
+            that continue none of them; ``new`` / ``minus``: the freshly drawn slices from
+            ``start`` on, or their negatives; ``zero`` / ``one``; ``mean``: the mean of all old
+            positions.
+        start: first old position, or first drawn slice.
+        length: number of positions.
     """
-    index_of = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
-    edits: dict[str, list[AxisEdit]] = {}
-    codes = {"mean": MEAN, "zero": ZERO}
-    filled = {axis: codes[found.holds] for found in surplus for axis in found.filled}
-    filled |= {axis: ZERO for found in silent for axis in found.filled}
-    free = {axis for found in surplus for axis in found.free}
-    for index, axis in enumerate(new.axes):
-        before = index_of[axis.tensor, axis.dim]
-        if axis.groups != old.axes[before].groups:
-            continue  # whole convolution groups were added: their rows are new altogether
-        special = (filled.get(before), before in free)
-        kind, start = _positions(old, before, new, index, matching, special)
-        if len(kind) == old.axes[before].size and bool(
-            (kind == OLD).all() and (start == np.arange(len(start))).all()
-        ):
-            continue
-        edit = AxisEdit(axis.dim, new.roles[index], axis.groups, as_runs(kind, start))
-        edits.setdefault(axis.tensor, []).append(edit)
-    for axes in edits.values():
-        axes.sort(key=lambda edit: (edit.role != "reader", edit.dim))
-    return edits
+
+    kind: RunKind
+    start: int
+    length: int
 
 
-def _positions(
-    old: Channels,
-    old_axis: int,
-    new: Channels,
-    new_axis: int,
-    matching: Matching,
-    special: tuple[int | None, bool],
-) -> tuple[IntArray, IntArray]:
-    """Return the kind and the source of each position of a new axis.
+@dataclass(frozen=True)
+class AxisEdit:
+    """How one dim of a tensor grows.
 
-    For surplus channels, ``special`` gives the kind that is asked for, and whether this axis reads
-    them where they are zero, so that a column without a twin need not be.
+    Attributes:
+        dim: the dim.
+        role: what it is to the channels, or ``kernel`` for a dim of a kernel in space. Readers
+            grow before writers, so that new rows are whole.
+        groups: the axis is read as (groups, positions per group): a grouped convolution's input.
+        runs: what the new positions hold, in order.
     """
-    rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
-    channel, rank = new.channel[rows], matching.new_rank[rows]
-    origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
-    fresh = origin < 0
-    kind = np.full(len(channel), OLD, dtype=np.int64)
-    start = np.zeros(len(channel), dtype=np.int64)
 
-    old_rows = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
-    old_keys = _keys(old.channel[old_rows], matching.old_rank[old_rows])
-    order = np.argsort(old_keys)
-    wanted = _keys(origin[~fresh], rank[~fresh])
-    found = order[np.searchsorted(old_keys[order], wanted) % len(order)]
-    unread = old_keys[found] != wanted
-    if bool(unread.any()) and new.roles[new_axis] == "writer":
-        raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
-    # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
-    reads = new.roles[new_axis] == "reader"
-    shared = np.isin(origin[~fresh], matching.copy) & reads
-    start[~fresh] = np.where(unread, 0, found)
-    without = ZERO if reads else BORROWED
-    kind[~fresh] = np.where(unread, without, np.where(shared, SHARE, OLD))
-
-    surplus = matching.surplus[channel]
-    filling, is_free = special
-    if filling is not None:
-        kind[surplus] = filling
-        fresh &= ~surplus
-    draw = _keys(matching.draw[channel[fresh]], rank[fresh])
-    sign = matching.sign[channel[fresh]]
-    if is_free:
-        sign = np.where(surplus[fresh] & (sign == 0), 1, sign)
-    kind[fresh], start[fresh] = _fresh(
-        new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
-    )
-    return kind, start
+    dim: int
+    role: AxisRole
+    groups: int
+    runs: tuple[Run, ...]
 
 
-def _keys(channel: IntArray, rank: IntArray) -> IntArray:
-    """Return one number for a channel and a rank within it."""
-    return channel * (1 << 31) + rank
+@dataclass(frozen=True)
+class Absorption:
+    """How a norm's tensor takes up a gain s of its input, exactly in eval mode.
+
+    running_mean is multiplied by s, running_var becomes s²·(running_var + eps) − eps; where that
+    is negative it becomes 0 and the weight is multiplied by √eps / (s·√(running_var + eps)).
+
+    Attributes:
+        part: which of the norm's tensors this is.
+        gain: s.
+        eps: the norm's eps.
+        variance: fully qualified name of its running_var.
+    """
+
+    part: Literal["weight", "running_mean", "running_var"]
+    gain: float
+    eps: float
+    variance: str
 
 
-def _fresh(
-    role: Role, fill: Fill, draw: IntArray, sign: IntArray, size: int
-) -> tuple[IntArray, IntArray]:
-    """Return kind and start of the new positions of an axis."""
-    nothing = np.zeros(len(draw), dtype=np.int64)
-    if role == "reader":
-        read = sign != 0
-        start = nothing.copy()
-        start[read] = _dense(draw[read])
-        return np.where(sign > 0, NEW, np.where(sign < 0, MINUS, ZERO)), start
-    if fill == "one":
-        return nothing + ONE, nothing
-    if fill == "zero":
-        return nothing + ZERO, nothing
-    if fill == "copy":  # values of a domain we do not know: take old ones, round-robin
-        return nothing + BORROWED, _dense(draw) % max(size, 1)
-    return nothing + NEW, _dense(draw)
+@dataclass(frozen=True)
+class TensorEdit:
+    """How one parameter or buffer changes.
+
+    Attributes:
+        shape, new_shape: before and after.
+        scale: factor on the old values.
+        axes: the dims that grow, readers first.
+        fan_in: of the layer after growth, for the init.
+        absorption: what a norm's tensor takes up first, or None.
+        source: name of the old tensor that it is made from; "" for its own name. Where every
+            entry is new, that is the tensor whose law the init takes.
+        fill: what all of a new tensor holds where no run can say it: ``identity`` is 1 on the
+            diagonal of its first two dims, in the middle of a kernel, and 0 elsewhere;
+            ``constant`` is ``scale`` everywhere.
+        groups: of the convolution whose weight this is, before and after. Where they differ, the
+            old groups are first put into the new ones, in order and as few as will do in each,
+            with zeros between them; ``axes`` are those of what this makes.
+    """
+
+    shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+    scale: float = 1.0
+    axes: tuple[AxisEdit, ...] = ()
+    fan_in: int = 1
+    absorption: Absorption | None = None
+    source: str = ""
+    fill: Fill = ""
+    groups: tuple[int, int] = (1, 1)
 
 
-def _dense(draw: IntArray) -> IntArray:
-    """Renumber draws 0, 1, 2… in order of first appearance."""
-    _, first, inverse = np.unique(draw, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
+@dataclass(frozen=True)
+class Child:
+    """A module that another one holds.
+
+    Attributes:
+        name: its name there, after the surgery; that of a module there, but for the number at its
+            end.
+        source: the name of the old module that it is, or, if it is new, that it is a copy of.
+        new: whether it is new. Its tensors then all have an edit, under their new names.
+    """
+
+    name: str
+    source: str
+    new: bool = False
 
 
-def as_runs(kind: IntArray, start: IntArray) -> tuple[Run, ...]:
-    """Return positions as runs: same kind, and consecutive sources where there is a source."""
-    if not len(kind):
-        return ()
-    sourced = kind <= MINUS
-    step = np.where(sourced[1:], start[:-1] + 1, start[:-1])
-    breaks = np.flatnonzero((kind[1:] != kind[:-1]) | (start[1:] != step)) + 1
-    bounds = [0, *breaks.tolist(), len(kind)]
-    return tuple(
-        Run(_KINDS[int(kind[low])], int(start[low]), high - low)
-        for low, high in itertools.pairwise(bounds)
-    )
+@dataclass(frozen=True)
+class Rearrangement:
+    """Other modules in a module: new ones among the old, which may change their names.
+
+    Attributes:
+        container: fully qualified name of the module that holds them (an ``nn.Sequential``, or any
+            other).
+        children: all its modules, in order. What a new one gets is what the one before it gives.
+        caller: the module in whose fx graph each new one is called after the one before it; it
+            becomes a GraphModule. None where the code calls whatever the container holds.
+    """
+
+    container: str
+    children: tuple[Child, ...]
+    caller: str | None = None
+
+
+@dataclass(frozen=True)
+class ModuleEdit:
+    """An attribute of a module that must follow its tensors (``out_channels``, ``groups``…).
+
+    One of an object that the module holds is dotted: ``config.num_attention_heads``. Both values
+    are of one kind, but for the padding of a convolution, which may be told by a word.
+    """
+
+    module: str
+    attribute: str
+    before: int | float | str | tuple[int, ...] | tuple[str, ...]
+    after: int | float | str | tuple[int, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """A scalar on one edge of the fx graph.
+
+    Attributes:
+        producer, consumer: names of the fx nodes at the ends of the edge.
+        factor: what the value is multiplied by on its way.
+        module: the submodule whose graph this is; "" for the whole network's.
+    """
+
+    producer: str
+    consumer: str
+    factor: float
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class SizeEdit:
+    """Sizes in a call of the network's own code, rewritten in its graph.
+
+    Attributes:
+        node: name of the fx node.
+        function: what it calls (``view``).
+        before, after: the sizes among its arguments; None where a slice has no bound.
+        module: the submodule whose graph this is; "" for the whole network's.
+    """
+
+    node: str
+    function: str
+    before: tuple[int | None, ...]
+    after: tuple[int | None, ...]
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class NormGain:
+    """A norm that absorbs a gain exactly in eval mode, and up to its eps in train mode.
+
+    In train mode it computes what the old network would compute with eps / gain².
+    """
+
+    module: str
+    gain: float

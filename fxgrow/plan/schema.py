@@ -8,6 +8,7 @@ module, a state_dict or (given names and tensors) anything else. What is read is
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fxgrow.errors import PlanError
 from fxgrow.plan.bounds import check_extent, shown
 from fxgrow.plan.checks import MOST_STEPS, check_plan
-from fxgrow.plan.surgery import (
-    ModuleEdit,
-    Multiplier,
-    NormGain,
-    Rearrangement,
-    SizeEdit,
-    TensorEdit,
-)
+from fxgrow.plan.edits import ModuleEdit, Multiplier, NormGain, Rearrangement, SizeEdit, TensorEdit
 
 SCHEMA = 1
 
@@ -314,9 +308,8 @@ class Plan:
 
     def apply(self, model: Any, *, like: Any = None) -> Any:
         """Return a grown copy of ``model``; see :func:`fxgrow.apply.apply_to_module`."""
-        from fxgrow.apply import apply_to_module
-
-        return apply_to_module(self, model, like=like)
+        executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
+        return executor.apply_to_module(self, model, like=like)
 
 
 _ADAPTER: TypeAdapter[Plan] = TypeAdapter(Plan)

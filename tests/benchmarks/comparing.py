@@ -12,10 +12,10 @@ from networks import max_rel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxgrow.apply import grow_float64
-from fxgrow.expectation import Expectation
-from fxgrow.inputs import batches_for
-from fxgrow.labels.tape import Arguments, call, map_tensors, tensors_in
+from fxgrow.apply.module import grow_float64
+from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.expectation import Expectation
+from fxgrow.modules.inputs import batches_for
 from fxgrow.plan.schema import Plan
 
 _IMAGE = 96  # side of the image that detectors are compared on

@@ -37,13 +37,13 @@ import torchvision
 from comparing import abridged, compared, filled
 from torch import Tensor, nn
 
-from fxgrow.analysis import Analysis
-from fxgrow.architectures import Architecture
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.scope import follow
 from fxgrow.cli.arguments import parse_widths
 from fxgrow.errors import FxgrowError
-from fxgrow.plan.parts import plan_parts
+from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.modules.architectures import Architecture
 from fxgrow.plan.schema import Plan, Request
-from fxgrow.scope import follow
 
 FAMILIES = (
     "classification", "segmentation", "video", "detection", "optical_flow", "timm", "transformers",

@@ -19,10 +19,10 @@ import torchvision
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from fxgrow import api
-from fxgrow.analysis import analyse
-from fxgrow.standin import stand_in
-from fxgrow.trace import trace
+from fxgrow.api import widen as api
+from fxgrow.channels.analysis import analyse
+from fxgrow.labels.trace import trace
+from fxgrow.modules.standin import stand_in
 
 
 def seconds(work: Callable[[], object]) -> float:

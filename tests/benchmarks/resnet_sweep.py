@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import torchvision_model
 
 import fxgrow
-from fxgrow.rescaling import RESCALINGS
+from fxgrow.plan.rescaling import RESCALINGS
 
 ARCHITECTURES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fxgrow
-from fxgrow.architectures import parse_architecture
+from fxgrow.modules.architectures import parse_architecture
 
 PAIRS = """
 resnet18:resnet34 resnet50:resnet101 resnet101:resnet152 resnet50:wide_resnet50_2

@@ -1,0 +1,160 @@
+"""The report on a surgery and the findings of an inspection, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.explain import Explanation, explain
+from fxgrow.labels.remedies import remedy_for
+from fxgrow.plan.schema import Plan
+from fxgrow.verify.judge import Verification
+from fxgrow.version import __version__
+
+REPORT_SCHEMA = 1
+
+
+def plain(data: Any) -> Any:
+    """Return dataclasses and tuples as JSON-able dicts and lists; infinity and NaN become None."""
+    if is_dataclass(data):
+        return {entry.name: plain(getattr(data, entry.name)) for entry in fields(data)}
+    if isinstance(data, (list, tuple)):
+        return [plain(item) for item in data]
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to each group, and what was measured.
+
+    Attributes:
+        plan: what was carried out.
+        verification: what was measured.
+        warnings: what the user should know, from the plan and from the surgery.
+    """
+
+    plan: Plan
+    verification: Verification
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able data; README.md describes the fields."""
+        plan = self.plan.to_dict()
+        steps = [*plan["after"], plan]
+        return {
+            "schema": REPORT_SCHEMA,
+            "fxgrow": __version__,
+            "request": plan["request"],
+            "before": [step["request"] for step in plan["after"]],
+            "groups": [
+                {key: value for key, value in group.items() if key != "pairing"}
+                for step in steps
+                for group in step["groups"]
+            ],
+            "blocks": [block for step in steps for block in step["blocks"]],
+            "kernels": [kernel for step in steps for kernel in step["kernels"]],
+            "refused": [refusal for step in steps for refusal in step["refused"]],
+            "parameters": [steps[0]["parameters"][0], plan["parameters"][1]],
+            "flops": [steps[0]["flops"][0], plan["flops"][1]],
+            "tracer": plan["tracer"],
+            "warnings": list(self.warnings),
+            "verification": plain(self.verification),
+        }
+
+    def __str__(self) -> str:
+        from fxgrow.api.report.tables import as_text, report_table
+
+        return as_text(report_table(self.plan, self.verification, self.warnings))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`fxgrow.inspect` found.
+
+    Attributes:
+        parts: channels, groups and blocks of the network, or of each part of it that could be
+            followed.
+        warnings: what the user should know.
+    """
+
+    parts: tuple[Analysis, ...]
+    warnings: tuple[str, ...] = ()
+
+    def why(self, layer: str) -> Explanation:
+        """Trace why a layer's channels are what they are.
+
+        Args:
+            layer: a layer by its module path, a parameter by its name, or a channel group.
+
+        Returns:
+            The groups that the layer's rows and columns belong to, and the chains of operations
+            that couple them to what pins them, to what makes them a stream, and to other layers;
+            ``str()`` is a text.
+
+        Raises:
+            PlanError: the network has no such layer; the nearest are named.
+
+        Example:
+            >>> import torch, fxgrow
+            >>> net = torch.nn.Sequential(
+            ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+            ... )
+            >>> side = fxgrow.inspect(net).why("0").sides[0]
+            >>> side.kind, [str(chain) for chain in side.partners]
+            ('hidden', ['0 rows – (aten.addmm at 2) – 2 columns'])
+        """
+        inside = (p for p in self.parts if layer.startswith(f"{p.traced.module}."))
+        return explain(next(inside, self.parts[0]), layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return groups, blocks (with their pairs) and pins as JSON-able data."""
+        traced = [part.traced for part in self.parts]
+        return {
+            "schema": REPORT_SCHEMA,
+            "fxgrow": __version__,
+            "tracer": ", ".join(dict.fromkeys(found.tracer for found in traced)),
+            "untraceable": next((t.untraceable for t in traced if t.untraceable), ""),
+            "inputs": ["x".join(map(str, s)) for found in traced for s in found.input_shapes],
+            "inputs_inferred": all(found.inferred for found in traced),
+            "modules": [found.module for found in traced if found.module],
+            "warnings": list(self.warnings),
+            "parameters": sum(p.numel() for p in traced[0].standin.parameters()),
+            "groups": [
+                {
+                    "name": group.name,
+                    "width": group.width,
+                    "channels": len(group.channels),
+                    "described_width": group.described_width,
+                    "kind": group.kind,
+                    "block": part.block_of(group),
+                    "writers": list(group.writers),
+                    "carriers": list(group.carriers),
+                    "readers": list(group.readers),
+                    "reason": group.reason,
+                    "needed": remedy_for(group.reason) if group.reason else "",
+                }
+                for part in self.parts
+                for group in part.groups
+            ],
+            "blocks": [
+                {
+                    "name": block.name,
+                    "skip": block.skip,
+                    "preactivation": block.preactivation,
+                    "layers": list(block.layers),
+                    "pairs": [plain(pair) for pair in block.pairs],
+                }
+                for part in self.parts
+                for block in part.blocks
+            ],
+        }
+
+    def __str__(self) -> str:
+        from fxgrow.api.report.inspection import inspection_table
+        from fxgrow.api.report.tables import as_text
+
+        return as_text(inspection_table(self.to_dict()))

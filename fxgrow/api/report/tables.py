@@ -1,0 +1,315 @@
+"""Reports as tables for people: plain text, or a page of HTML (rich).
+
+Names below a block are shown without the block's name, and consecutive blocks of which every
+figure is the same share their rows, so that the table of a deep network fits a screen. Whatever
+differs in any figure keeps a row of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxgrow.api.report.changes import blocks_line, blocks_table, kernels_line, kernels_table
+from fxgrow.api.report.layout import indented, name_list, new_table, some, verdict_text
+from fxgrow.plan.schema import GroupPlan, Plan, Refusal
+from fxgrow.verify.judge import TOLERANCE, Verification
+
+if TYPE_CHECKING:
+    from fxgrow.grow.convert.planner import Possible
+
+TEXT_WIDTH = 120
+
+
+def as_text(renderable: RenderableType, width: int = TEXT_WIDTH) -> str:
+    """Return a renderable as plain text, without colours and without trailing blanks."""
+    console = Console(
+        width=width, no_color=True, force_terminal=False, file=io.StringIO(), legacy_windows=False
+    )
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def as_html(renderable: RenderableType, title: str, width: int = TEXT_WIDTH) -> str:
+    """Return a renderable as a page of HTML that needs nothing else."""
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(Text(title, style="bold"))
+    console.print(renderable)
+    return console.export_html(inline_styles=True)
+
+
+def terminal_width() -> int:
+    """Return the width to print at: the terminal's (or COLUMNS), else that of plain text."""
+    return shutil.get_terminal_size((TEXT_WIDTH, 24)).columns
+
+
+def report_table(
+    plan: Plan, verification: Verification, warnings: Sequence[str] = ()
+) -> RenderableType:
+    """Return what was done, what was measured and what the user should know as tables."""
+    return Group(plan_table(plan, warnings), Text(), verification_table(verification))
+
+
+def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
+    """Return what a plan does to each group, what it refuses, and what it costs."""
+    parts: list[RenderableType] = []
+    for step in plan.steps:
+        parts.append(_request_line(step))
+        if step.groups:
+            parts += [_groups_table(step.groups), *_reasons(step.groups)]
+        if step.blocks:
+            parts.append(blocks_table(step.blocks))
+        if step.kernels:
+            parts.append(kernels_table(step.kernels))
+        if step.refused:
+            what = "widened" if step.groups else "grown"
+            parts += [Text(f"not {what}:"), indented(_refusals(step.refused))]
+    if warnings:
+        parts += [Text("warnings:", style="yellow"), indented(Text("\n".join(warnings)))]
+    return Group(*parts, Text(), _costs(plan))
+
+
+def verification_table(found: Verification) -> RenderableType:
+    """Return a verdict and the measurements it rests on."""
+    headline = Text("verification: ").append(verdict_text(found.verdict))
+    if found.eval is None or found.train is None:
+        return headline
+    headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
+    modes = {"eval mode": found.eval, "train mode": found.train}
+    unforetold = found.verdict == "as predicted" and any(
+        result.residual.max_rel > TOLERANCE for result in modes.values()
+    )
+    changes = any(result.predicted.max_rel for result in modes.values()) and not unforetold
+    columns = ["float64", "relative", "as saved", "relative "]
+    columns += ["predicted", "off prediction"] if changes else []
+    table = new_table("change in", *columns, right=columns)
+    for name, result in modes.items():
+        figures = [
+            error for e in (result.float64, result.native) for error in (e.max_abs, e.max_rel)
+        ]
+        figures += [result.predicted.max_rel, result.residual.max_rel] if changes else []
+        table.add_row(name, *(f"{figure:.2g}" for figure in figures))
+    parts: list[RenderableType] = [headline, table]
+    if unforetold:
+        parts.append(Text("The plan says that the function changes, and cannot say by how much."))
+    if found.verdict == "preserved" and changes:
+        parts.append(
+            Text(
+                "In train mode the eps of a norm weighs differently against rescaled batch "
+                "statistics: the predicted change."
+            )
+        )
+    if found.without_gradient:
+        names = some(found.without_gradient, 3)
+        parts.append(Text(f"new entries without a gradient in two steps: {names}"))
+    parts += [Text(f"note: {note}") for note in found.notes]
+    return Group(*parts)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a block, or of a group outside of any.
+
+    Attributes:
+        block: its name ("" outside of blocks).
+        cells: the rows; equal for blocks that may share them.
+    """
+
+    block: str
+    cells: tuple[tuple[str, ...], ...]
+
+
+def _add_folded(table: Table, rows: Iterable[_Rows], verdict: int | None = None) -> None:
+    """Add rows to a table, consecutive blocks with the same cells as one.
+
+    Args:
+        table: the table; its first column is the block.
+        rows: the rows of each block.
+        verdict: the index of the cell to colour.
+    """
+    for (cells, inside), same in groupby(rows, key=lambda r: (r.cells, bool(r.block))):
+        names = [entry.block for entry in same]
+        shared = _span(names) if inside else "–"
+        for index, row in enumerate(cells * (1 if inside else len(names))):
+            label = Text("" if index and inside else shared, overflow="fold")
+            coloured = [
+                verdict_text(cell) if position == verdict else Text(cell, overflow="fold")
+                for position, cell in enumerate(row)
+            ]
+            table.add_row(label, *coloured)
+
+
+def _span(names: Sequence[str]) -> str:
+    """Return the label of consecutive blocks that share their rows.
+
+    Example:
+        >>> _span(["a.0"]), _span(["a.0", "a.1"]), _span(["a.0", "a.1", "a.2"])
+        ('a.0', 'a.0, a.1', 'a.0 … a.2 (×3)')
+        >>> _span([f"encoder.layers.{i}" for i in range(12)])
+        'encoder.layers.0 … 11 (×12)'
+    """
+    if len(names) < 3:
+        return ", ".join(names)
+    last = names[-1]
+    stem = last.rstrip("0123456789")
+    if len(last) > _LONG and names[0].startswith(stem):
+        last = last.removeprefix(stem)
+    return f"{names[0]} … {last} (×{len(names)})"
+
+
+_LONG = 16  # letters, above which what names share is said once
+
+
+def targets_table(architecture: object, targets: Sequence[Possible]) -> RenderableType:
+    """Return what a network can become, and what it costs."""
+    table = new_table("architecture", "parameters", "", right=("parameters",))
+    for target in targets:
+        cells = (target.name, size(target.parameters), target.reason or "exact")
+        table.add_row(*cells, style="dim" if target.reason else "")
+    return Group(Text(f"{architecture} can become:"), table)
+
+
+def _groups_table(groups: Sequence[GroupPlan]) -> Table:
+    """Return the table of the groups that grow."""
+    table = new_table(
+        "block", "group", "width", "α", "β", "α·β", "absorbed by", "gain", "verdict",
+        right=("width", "α", "β", "α·β", "gain"),
+    )  # fmt: skip
+    rows = (
+        _Rows(block, tuple(_group_cells(group, block) for group in members))
+        for block, members in _by_block(groups)
+    )
+    _add_folded(table, rows, verdict=7)
+    return table
+
+
+def _group_cells(group: GroupPlan, block: str) -> tuple[str, ...]:
+    old, new = group.width
+    return (
+        within(group.name, block),
+        f"{old} → {new}",
+        _factor(group.alpha, group, group.writers),
+        _factor(group.beta, group, group.readers),
+        _number(group.alpha_beta),
+        ", ".join(within(name, block) for name in group.absorbed_by) or "–",
+        _number(group.gain),
+        group.preserves,
+    )
+
+
+def _factor(factor: float | None, group: GroupPlan, layers: Sequence[str]) -> str:
+    """Return a factor, or the range of those of the layers where they share none."""
+    found = [group.factors[layer] for layer in layers if layer in group.factors]
+    if factor is not None or not found:
+        return _number(factor)
+    return f"{_number(min(found))}–{_number(max(found))}"
+
+
+def _by_block(groups: Iterable[GroupPlan]) -> Iterator[tuple[str, list[GroupPlan]]]:
+    """Yield consecutive groups of one block together."""
+    for block, members in groupby(groups, key=lambda group: group.block or ""):
+        yield block, list(members)
+
+
+def _reasons(groups: Sequence[GroupPlan]) -> list[RenderableType]:
+    """Return why groups are not preserved as they are, the same reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for group in groups:
+        if group.reason:
+            by_reason.setdefault(group.reason, []).append(group.name)
+    if not by_reason:
+        return []
+    entries = [(some(names, 2), reason) for reason, names in by_reason.items()]
+    return [Text("because:"), indented(name_list(entries))]
+
+
+def _refusals(refused: Sequence[Refusal]) -> Table:
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refused:
+        by_reason.setdefault(refusal.reason, []).append(refusal.name)
+    return name_list([(some(names, 2), reason) for reason, names in by_reason.items()])
+
+
+def _request_line(plan: Plan) -> Text:
+    """Return what was asked for, defaults that mean nothing left out."""
+    request = plan.request
+    if request.blocks:
+        return blocks_line(request)
+    if request.size:
+        return kernels_line(request)
+    width = request.width
+    shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
+    settings = {
+        "target": request.target,
+        "width": shown,
+        "rescaling": request.rescaling,
+        "pairing": request.pairing,
+        "init": request.init,
+        "where": request.where,
+        "include": ", ".join(request.include),
+        "exclude": ", ".join(request.exclude),
+        "gain": "" if request.gain == 1.0 else _number(request.gain),
+        "noise": f"{request.noise:g}" if request.noise else "",
+        "multiple of": str(request.multiple_of) if request.multiple_of > 1 else "",
+        "seed": str(request.seed),
+    }
+    text = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
+    return Text(text + (", compensated" if request.compensate else ""))
+
+
+def _costs(plan: Plan) -> Table:
+    """Return parameters and FLOPs, before and after."""
+    shapes = [shape[1:] if plan.inputs_inferred else shape for shape in plan.inputs]
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    first = plan.steps[0]
+    one = "one " if plan.inputs_inferred else ""
+    grid = Table.grid(padding=(0, 2))
+    for name, (before, after), note in (
+        ("parameters", (first.parameters[0], plan.parameters[1]), ""),
+        ("FLOPs", (first.flops[0], plan.flops[1]), f"for {one}{sizes}"),
+    ):
+        ratio = f"×{after / before:.2f}" if before else ""
+        grid.add_row(name, f"{size(before)} → {size(after)}", ratio, note)
+    return grid
+
+
+def size(count: int) -> str:
+    """Return a count in readable units.
+
+    Example:
+        >>> size(999), size(11_181_642), size(3_638_757_376)
+        ('999', '11.18 M', '3.639 G')
+    """
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return str(count)
+
+
+def within(name: str, block: str) -> str:
+    """Return a layer's name below its block, or the whole name of one outside.
+
+    Example:
+        >>> within("layer1.0.conv1", "layer1.0"), within("fc", "layer1.0")
+        ('conv1', 'fc')
+    """
+    return name.removeprefix(f"{block}.") if block else name
+
+
+def _number(number: float | None) -> str:
+    """Return a factor with four digits.
+
+    Example:
+        >>> _number(1.0), _number(0.70710678), _number(None)
+        ('1', '0.7071', '–')
+    """
+    return "–" if number is None else f"{number:.4g}"

@@ -1,0 +1,363 @@
+"""The Python API: compose tracing, planning, surgery and verification."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.api.report.data import Inspection, Report
+from fxgrow.apply.composition import following, grown_by
+from fxgrow.apply.module import apply_to_module, check_source
+from fxgrow.channels.scope import follow
+from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
+from fxgrow.grow.data import DataDriven
+from fxgrow.grow.sizes.widths import checked_widths
+from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.modules.exclusive import exclusive
+from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
+from fxgrow.plan.presets import DEFAULTS, settings
+from fxgrow.plan.rescaling import gain_value
+from fxgrow.plan.schema import Grouped, Plan, Request, Where
+from fxgrow.verify.judge import Verification
+from fxgrow.verify.measure import failure, measure, variance
+
+Progress: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A grown network with the plan it came from and the report on it.
+
+    Attributes:
+        model: the grown module.
+        plan: what was done, as data.
+        report: what was measured.
+        init: what filled the new weights.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    init: Init = field(repr=False, default=copy_uniform)
+
+
+def silent(step: str) -> None:
+    """Say nothing of a step."""
+    del step
+
+
+@exclusive
+def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
+    """Find the channel groups, residual blocks and pins of a network.
+
+    Args:
+        model: any module; only read.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
+            an input from the first layer.
+        module: follow this submodule alone, on inputs of its own.
+
+    Returns:
+        The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
+
+    Raises:
+        TraceError: the network cannot be followed on these inputs.
+    """
+    return Inspection(*follow(model, example_inputs, module))
+
+
+@exclusive
+def plan(
+    model: nn.Module,
+    width: str | Mapping[str, str] = "2x",
+    example_inputs: object = None,
+    rescaling: str = "none",
+    pairing: str = "vv_z_negz",
+    init: str | Init = "copy_uniform",
+    where: Where = "hidden",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: float | str = 1.0,
+    noise: float = 0.0,
+    multiple_of: int = 1,
+    grouped: Grouped = "width",
+    seed: int = 0,
+    compensate: bool = False,
+    *,
+    module: str = "",
+    preset: str | None = None,
+    split_noise: float = 0.1,
+    after: Plan | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Return the plan that :func:`widen` would carry out; the arguments are the same.
+
+    Raises:
+        TraceError: the network cannot be followed.
+        PlanError: the request is malformed, or nothing that it selects can grow.
+    """
+    chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
+    find_init(init)
+    if isinstance(init, DataDriven):
+        chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
+    request = Request(
+        width=checked_widths(width),
+        rescaling=chosen_rescaling,
+        pairing=chosen_pairing,
+        init=init_name(init),
+        where=_one_of("where", where, ("hidden", "stream", "all")),  # type: ignore[arg-type]
+        include=globs(include),
+        exclude=globs(exclude),
+        gain=gain_value(gain),
+        noise=float(noise),
+        multiple_of=int(multiple_of),
+        grouped=_one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
+        seed=int(seed),
+        compensate=bool(compensate),
+        split_noise=float(split_noise),
+        module=module,
+    )
+    if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
+        raise PlanError(f"split_noise must not be negative, but it is {request.split_noise}.")
+    notes = check_tensors(named_tensors(model))
+    progress("following the channels")
+    analyses, parts = follow(grown_by(after, model), example_inputs, module)
+    progress("planning")
+    source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
+    weights = functools.cache(lambda: named_tensors(source()))
+    make = functools.partial(init.plan, source()) if isinstance(init, DataDriven) else plan_parts
+    made = make(analyses, request, lambda name: variance(weights()[name]))
+    return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
+
+
+@exclusive
+def widen(
+    model: nn.Module,
+    width: str | Mapping[str, str] = "2x",
+    example_inputs: object = None,
+    rescaling: str = "none",
+    pairing: str = "vv_z_negz",
+    init: str | Init = "copy_uniform",
+    where: Where = "hidden",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: float | str = 1.0,
+    noise: float = 0.0,
+    multiple_of: int = 1,
+    grouped: Grouped = "width",
+    seed: int = 0,
+    strict: bool = False,
+    compensate: bool = False,
+    verify: bool = True,
+    *,
+    module: str = "",
+    preset: str | None = None,
+    split_noise: float = 0.1,
+    after: Plan | None = None,
+    progress: Progress = silent,
+) -> Grown:
+    """Make a trained network wider without changing what it computes.
+
+    Args:
+        model: any module; it is not touched.
+        width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"``, or a mapping of globs over group names
+            to such strings, of which the first match counts.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for
+            ``forward``; None infers an input from the first layer.
+        rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
+            ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
+        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
+            ``replicate``, ``replicate_random``, ``none``.
+        init: what fills new weights: ``copy_uniform``, ``copy_normal``, ``kaiming``,
+            ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
+            ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
+            :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`.
+        where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
+        include: globs over the names of groups and their writers; only these grow.
+        exclude: globs likewise; these do not grow.
+        gain: of the constraint rescalings; a number or a nonlinearity's name (``"relu"``).
+        noise: relative standard deviation of extra noise on the new columns. Twins do not need
+            it to part, and it breaks preservation.
+        multiple_of: new widths are rounded up to a multiple of this.
+        grouped: whether a grouped convolution grows inside each group (``width``) or by whole
+            groups (``count``). A group norm grows by whole groups; only under ``count`` does one
+            of a single group, and one whose groups could hold the copies that a pairing makes.
+        seed: of the new weights; each tensor draws from (seed, its name) alone.
+        strict: refuse whatever does not preserve the function exactly.
+        compensate: restore the function by multipliers in the graph, keeping rescaled weights.
+        verify: measure the result before it is returned.
+        module: follow and widen this submodule alone, by its fully qualified name; the example
+            inputs are then its, and it is its outputs that are kept and compared. Without, the
+            whole, or, where that cannot be followed, the largest submodules that can.
+        preset: ``vt``, ``r2wider``, ``net2wider``, ``netmorph`` or ``random``: rescaling and
+            pairing together, for those of the two that are left at their defaults.
+        split_noise: where channels are copied, the relative standard deviation of the zero-sum
+            noise that makes the copies' columns unequal, so that they part in training.
+        after: a plan to carry out first; this one is then for what it makes, and contains it.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The grown network, the plan and the report. The network has the class of ``model``, or is
+        a :class:`torch.fx.GraphModule` where multipliers had to be inserted.
+
+    Raises:
+        TraceError: the network cannot be followed.
+        PlanError: the request is malformed, or nothing that it selects can grow.
+        NotPreservedError: ``strict``, and the plan predicts a change of the output.
+        VerificationError: the grown network does not compute what the plan predicts.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ... )
+        >>> grown = fxgrow.widen(net, "2x")
+        >>> grown.model[0].out_features, grown.report.verification.verdict
+        (16, 'preserved')
+    """
+    made = plan(
+        model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
+        init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
+        multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
+        split_noise=split_noise, module=module, after=after, progress=progress,
+    )  # fmt: skip
+    return carry_out(
+        made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
+    )
+
+
+@exclusive
+def carry_out(
+    made: Plan,
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    init: str | Init | None = None,
+    strict: bool = False,
+    verify: bool = True,
+    finish: Callable[[nn.Module], None] | None = None,
+    progress: Progress = silent,
+) -> Grown:
+    """Carry a plan out on the network it was made for, and measure the result.
+
+    Args:
+        made: the plan.
+        model: the network; it is not touched.
+        example_inputs: inputs to measure on; None takes those of the plan.
+        init: the callable the plan was made with, if it was one.
+        strict: refuse whatever does not preserve the function exactly.
+        verify: measure the result before it is returned.
+        finish: called with the grown network, to change it in place before it is measured.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        PlanError: the plan is for another network.
+        NotPreservedError, VerificationError: as for :func:`widen`.
+    """
+    check_source(made.steps[0], named_tensors(model))
+    if strict:
+        require_exact(made)
+    if verify:
+        require_values(model)
+    fill = init_of_plan(made.request.init) if init is None else find_init(init)
+    if isinstance(fill, DataDriven):
+        fill = fill.computed_for(made)
+    progress("growing the weights")
+    grown = apply_to_module(made, model, fill)
+    if finish is not None:
+        finish(grown)
+    verification = Verification("skipped")
+    if verify:
+        progress("verifying")
+        verification = measure(made, model, grown, example_inputs, fill, finish)
+    if verification.verdict == "failed":
+        raise failure(made, model, example_inputs, fill, verification)
+    if isinstance(fill, NamedInit):
+        verification = replace(verification, notes=verification.notes + fill.notes)
+    for text in made.warnings:
+        warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
+    return Grown(grown, made, Report(made, verification, made.warnings), fill)
+
+
+def require_exact(made: Plan) -> None:
+    """Return if a plan preserves the function exactly.
+
+    Raises:
+        NotPreservedError: it does not; the first part that changes the output is named.
+    """
+    for part in (part for step in made.steps for part in step.changes):
+        if part.preserves != "exact":
+            raise NotPreservedError(
+                f"{part.name} would not be preserved: {part.reason}.",
+                name=part.name,
+                way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
+            )
+    if made.preserves != "exact":
+        raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
+
+
+def require_values(model: nn.Module) -> None:
+    """Return if a network has values, so that it can be measured.
+
+    Raises:
+        PlanError: a tensor of it is on the meta device.
+    """
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise PlanError(
+                f"{name} has a shape but no values (device meta), so nothing can be verified.",
+                name=name,
+                way_out="Load weights into the model first, or grow its shapes: verify=False.",
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return warnings on tensors, and refuse those that cannot be computed with.
+
+    Raises:
+        PlanError: a tensor is quantized, or of a dtype without arithmetic.
+    """
+    notes = []
+    for name, tensor in tensors.items():
+        if tensor.is_quantized:
+            raise PlanError(
+                f"{name} is quantized ({tensor.dtype}).",
+                name=name,
+                way_out="Widen the float network, then quantize it again.",
+            )
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        if tensor.dtype.itemsize < 2:
+            raise PlanError(
+                f"{name} is {tensor.dtype}, which has no arithmetic.",
+                name=name,
+                way_out="Widen the float network, then round it again.",
+            )
+        # A finite sum has finite terms; an infinite one may have overflowed.
+        if not math.isfinite(tensor.detach().sum()) and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+            notes.append(f"{name} has {kind} entries; they stay where they are")
+    return tuple(notes)
+
+
+def globs(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return globs as a tuple; a lone string is one glob."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return a value if it is allowed.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if value not in allowed:
+        raise PlanError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
+    return value

@@ -1,0 +1,1 @@
+"""What belongs together: channels, the groups that change width as one, and residual blocks."""

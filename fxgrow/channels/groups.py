@@ -1,0 +1,182 @@
+"""Channel groups: sets of channels that must change width together.
+
+Two writer axes are coupled when they share a channel (a residual addition did that); the connected
+components of that relation, found with networkx, are the groups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from fxgrow.channels.channels import Channels
+from fxgrow.labels.forest import IntArray
+from fxgrow.labels.space import Axis
+
+Kind = Literal["hidden", "stream", "pinned"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that change width together.
+
+    Attributes:
+        name: fully qualified name of the first writer, unlike that of any other group.
+        width: number of rows of the first writer: of channels, but for those that have several
+            rows there (an attention head, the two halves of a gate).
+        kind: ``hidden``, ``stream`` (carried by a residual addition) or ``pinned``.
+        reason: why it is pinned ("" otherwise).
+        writers, carriers, readers: layers, in order of execution.
+        channels: the channels, in the order of the first writer's rows.
+        rows: the channel of each row of the first writer.
+        axes: every axis that holds some of them.
+    """
+
+    name: str
+    width: int
+    kind: Kind
+    reason: str
+    writers: tuple[str, ...]
+    carriers: tuple[str, ...]
+    readers: tuple[str, ...]
+    channels: IntArray
+    rows: IntArray
+    axes: tuple[int, ...]
+
+    @property
+    def described_width(self) -> str:
+        """The width, as ``"12 × 192 rows"`` where each channel has several rows."""
+        count = len(np.unique(self.rows))
+        if count == self.width:
+            return str(self.width)
+        whole = self.width % count == 0
+        return f"{count} × {self.width // count} rows" if whole else f"{count} in {self.width} rows"
+
+
+def layer_of(tensor: str) -> str:
+    """Return the layer that owns a parameter: ``layer1.0.conv1`` for its ``.weight``.
+
+    Example:
+        >>> layer_of("layer1.0.conv1.weight"), layer_of("class_token")
+        ('layer1.0.conv1', 'class_token')
+        >>> layer_of("fc.parametrizations.weight.original0")
+        'fc'
+    """
+    owner, _, parametrized = tensor.partition(".parametrizations.")
+    return owner if parametrized else tensor.rpartition(".")[0] or tensor
+
+
+def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ...]:
+    """Return all channel groups, in the order in which they are first written.
+
+    Args:
+        channels: the resolved channels of a run.
+        streams: the channels that a residual addition carries.
+
+    Returns:
+        Every group that some parameter writes, pinned ones included.
+    """
+    coupling = nx.Graph()
+    owner = np.full(channels.count, -1, dtype=np.int64)  # the first axis that writes each channel
+    written = np.asarray([role == "writer" for role in channels.roles], dtype=bool)
+    rows = np.flatnonzero(written[channels.axis_of_row])
+    owner[channels.channel[rows[::-1]]] = channels.axis_of_row[rows[::-1]]  # the last one stays
+    coupling.add_nodes_from(np.flatnonzero(written).tolist())
+    coupling.add_edges_from(_pairs(owner[channels.channel[rows]], channels.axis_of_row[rows]))
+    parts = sorted(sorted(part) for part in nx.connected_components(coupling))
+    part_of = np.full(len(channels.axes) + 1, -1, dtype=np.int64)  # owner -1 has no part
+    for index, part in enumerate(parts):
+        part_of[part] = index
+    group_of = part_of[owner]
+    axes_of: list[list[int]] = [[] for _ in parts]
+    for axis, index in _pairs(channels.axis_of_row, group_of[channels.channel]):
+        if index >= 0:
+            axes_of[index].append(axis)
+    on_stream = np.zeros(channels.count, dtype=bool)
+    on_stream[streams] = True
+    names = _names([channels.axes[part[0]] for part in parts])
+    return tuple(
+        _group(channels, name, _distinct_channels(channels, part), axes, part[0], on_stream)
+        for name, axes, part in zip(names, axes_of, parts, strict=True)
+    )
+
+
+def _pairs(first: IntArray, second: IntArray) -> list[tuple[int, int]]:
+    """Return the distinct pairs of two arrays of numbers from −1, sorted."""
+    base = int(second.max(initial=0)) + 2
+    codes = first * base + second + 1
+    fresh = np.ones(len(codes), dtype=bool)
+    fresh[1:] = codes[1:] != codes[:-1]  # an axis is a run or a few
+    codes = np.unique(codes[fresh])
+    return list(zip((codes // base).tolist(), (codes % base - 1).tolist(), strict=True))
+
+
+def _distinct_channels(channels: Channels, axes: Sequence[int]) -> IntArray:
+    """Return the channels of some axes, in the order in which they come there."""
+    rows = np.concatenate([channels.of_axis(axis) for axis in axes])
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
+
+
+def _names(first_writers: Sequence[Axis]) -> list[str]:
+    """Return a name for each group: the layer that writes it first, if it writes no other group.
+
+    Where it does (the layers of an LSTM, a list of parameters), the tensor, and where one tensor
+    writes two groups, its dim as well.
+    """
+    layers = [layer_of(axis.tensor) for axis in first_writers]
+    of_layer, of_tensor = Counter(layers), Counter(axis.tensor for axis in first_writers)
+    return [
+        layer
+        if of_layer[layer] == 1
+        else axis.tensor
+        if of_tensor[axis.tensor] == 1
+        else f"{axis.tensor}[{axis.dim}]"
+        for layer, axis in zip(layers, first_writers, strict=True)
+    ]
+
+
+def group_of_channel(channels: Channels, groups: Sequence[ChannelGroup]) -> IntArray:
+    """Return the index of each channel's group, -1 where it has none.
+
+    The array has one entry more than there are channels, so that channel -1 ("none") has no group.
+    """
+    group_of = np.full(channels.count + 1, -1, dtype=np.int64)
+    for index, group in enumerate(groups):
+        group_of[group.channels] = index
+    return group_of
+
+
+def _group(
+    channels: Channels,
+    name: str,
+    members: IntArray,
+    axes: list[int],
+    first: int,
+    on_stream: npt.NDArray[np.bool_],
+) -> ChannelGroup:
+    reason = next((channels.pins[c] for c in members.tolist() if c in channels.pins), None)
+    layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
+    for axis in axes:
+        layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))
+    writers = tuple(layers["writer"])
+    carriers = tuple(c for c in layers["carrier"] if c not in layers["writer"])
+    kind: Kind = "stream" if on_stream[members].any() else "hidden"
+    return ChannelGroup(
+        name=name,
+        width=channels.axes[first].size,
+        kind=kind if reason is None else "pinned",
+        reason=reason or "",
+        writers=writers,
+        carriers=carriers,
+        readers=tuple(layers["reader"]),
+        channels=members,
+        rows=channels.of_axis(first),
+        axes=tuple(axes),
+    )

@@ -1,0 +1,196 @@
+"""File formats of weights: told apart by content, read and written.
+
+A format is an object registered under its name in :data:`FORMATS`; the order of registration is
+the order in which :func:`sniff` asks. Those of ``torch.save`` stand here, the others in modules of
+their own: :mod:`.tensors` (safetensors, in one file or in shards), :mod:`.directory` and
+:mod:`.exported`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint.archive import MAGIC, read_archive
+from fxgrow.files.checkpoint.reading import AGAIN, FileReader, refuse_source
+from fxgrow.files.checkpoint.unpickling import LEGACY_MAGIC, load_pickled
+from fxgrow.modules.calling import Arguments
+from fxgrow.registry import Registry
+
+_HEAD = 64
+_KINDS = "a torch.save file (.pt, .pth), a safetensors file or a torch.export program (.pt2)"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How weights are spread over several files.
+
+    Attributes:
+        limit: bytes of tensors that one file holds at most, unless a single tensor is larger.
+        metadata: what the index says of the whole, without the sizes.
+    """
+
+    limit: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Contents:
+    """What a file or a directory holds.
+
+    Attributes:
+        data: the object that was saved; for safetensors an OrderedDict name -> tensor; for an
+            exported program its module.
+        header: the texts in a safetensors header (empty for other formats).
+        shards: how the weights are spread over several files; None for one file.
+        folder: the directory whose other files belong to the weights, where there is one.
+        config: its ``config.json``, where it has one.
+        inputs: the arguments that a program is exported with.
+        dynamic: for each tensor among them, the dims whose size may vary; None if nobody said.
+    """
+
+    data: object
+    header: dict[str, str] = field(default_factory=dict)
+    shards: Shards | None = None
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+    inputs: Arguments | None = None
+    dynamic: tuple[frozenset[int], ...] | None = None
+
+
+class FileFormat(ABC):
+    """One file format.
+
+    Attributes:
+        name: under which it is registered.
+        suffixes: file name endings that ask for this format when writing.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def sniff(self, path: Path, head: bytes) -> bool:
+        """Tell whether the file is of this format, by its first bytes and, for zips, members."""
+
+    @abstractmethod
+    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+        """Read the file, or raise :class:`SourceError`."""
+
+    @abstractmethod
+    def write(self, contents: Contents, path: Path) -> None:
+        """Write ``contents`` to ``path``, and what belongs to it beside it.
+
+        The directory that holds ``path`` is empty; :func:`.writing.write_file` moves all of it to
+        where it belongs once it is complete.
+        """
+
+
+FORMATS: Registry[FileFormat] = Registry("file format")
+
+
+def sniff(path: Path) -> FileFormat:
+    """Find the format of a file by its content.
+
+    Raises:
+        SourceError: the file is missing, empty, truncated, or of no known format.
+    """
+    head = b"" if os.path.isdir(path) else _read_head(path)
+    for name in FORMATS:
+        if FORMATS[name].sniff(path, head):
+            return FORMATS[name]
+    _refuse_unknown(path, head)
+
+
+def format_of_name(path: Path) -> str | None:
+    """Return the format that a file's name asks for, or None if it asks for none."""
+    name = path.name.lower()
+    return next((f for f in FORMATS if name.endswith(FORMATS[f].suffixes)), None)
+
+
+class _TorchScript(FileFormat):
+    name = "torchscript"
+
+    def sniff(self, path: Path, head: bytes) -> bool:
+        return "constants.pkl" in members(path, head)
+
+    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+        raise SourceError(
+            f"{path} is a TorchScript program, which is compiled code.",
+            name=str(path),
+            way_out="Use the state_dict: torch.save(model.state_dict(), 'model.pt').",
+        )
+
+    def write(self, contents: Contents, path: Path) -> None:
+        raise NotImplementedError("TorchScript is never written")
+
+
+class _Torch(FileFormat):
+    name = "torch"
+    suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+    _zip: ClassVar[bool] = True
+
+    def sniff(self, path: Path, head: bytes) -> bool:
+        return "data.pkl" in members(path, head)
+
+    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+        return Contents(load_pickled(path, trust_pickle=trust_pickle))
+
+    def write(self, contents: Contents, path: Path) -> None:
+        # A file object, because torch would put a file's (temporary) name into the archive.
+        with path.open("xb") as file:
+            torch.save(contents.data, file, _use_new_zipfile_serialization=self._zip)
+
+
+class _TorchLegacy(_Torch):
+    name = "torch_legacy"
+    suffixes = ()
+    _zip = False
+
+    def sniff(self, path: Path, head: bytes) -> bool:
+        return head.startswith(LEGACY_MAGIC)
+
+
+for _format in (_TorchScript(), _Torch(), _TorchLegacy()):
+    FORMATS.register(_format.name)(_format)
+
+
+def _read_head(path: Path) -> bytes:
+    with FileReader(path) as file:
+        if not file.size:
+            refuse_source(path, "is empty", AGAIN)
+        return file.read(0, min(_HEAD, file.size))
+
+
+def members(path: Path, head: bytes) -> Collection[str]:
+    """Return the names in an archive, without its folder's; none if the file is no archive.
+
+    Raises:
+        SourceError: it is one that readers may read in different ways.
+    """
+    if not head.startswith(MAGIC):
+        return ()
+    with FileReader(path) as file:
+        return read_archive(file).members.keys()
+
+
+def _refuse_unknown(path: Path, head: bytes) -> NoReturn:
+    if os.path.isdir(path):
+        refuse_source(path, "is a directory without weights", f"Name a file: {_KINDS}.")
+    save_again = "Save it with torch.save(model.state_dict(), 'model.pt')."
+    if head.startswith(b"version https://git-lfs"):
+        refuse_source(path, "is a Git LFS pointer, not the file itself", "Run: git lfs pull.")
+    if head.startswith(MAGIC):
+        refuse_source(path, "is a zip archive that torch.save did not write", save_again)
+    if head[:1] == b"\x80":
+        refuse_source(path, "is a pickle that torch.save did not write", save_again)
+    printable = all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
+    what = "a text file" if printable else "of an unknown format"
+    refuse_source(path, f"is {what}, not {_KINDS}", save_again)

@@ -1,0 +1,385 @@
+"""Find the configuration of a grown model: the fields that govern its widths.
+
+What a field governs is found by setting it and building the model on meta tensors. A field may be
+any number in the configuration; the value proposed is the old one times the ratio by which some
+size has to grow. Fields that bring sizes nearer to what they should be are set together until every
+tensor is as it is in the grown model. Several sets of fields may do that (twice the heads, or heads
+of twice the size): that one is taken under which most of the modules' other numbers stay as they
+are. Nothing is known of names of fields.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fxgrow.errors import SourceError
+from fxgrow.modules.architectures import Architecture
+from fxgrow.modules.huggingface import quiet, screened
+from fxgrow.modules.uninitialised import Limit
+from fxgrow.plan.schema import Plan
+
+Config: TypeAlias = dict[str, Any]
+Place: TypeAlias = tuple[str | int, ...]
+Change: TypeAlias = tuple[tuple[Place, object], ...]
+Number: TypeAlias = int | float
+
+_MOST_BUILT = 200  # models, before the search is given up
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Something that is not yet as it is in the grown model.
+
+    Attributes:
+        name: of a tensor, or of a module's attribute.
+        have, want: its sizes; () if it is missing.
+        is_tensor: whether it is a tensor.
+    """
+
+    name: str
+    have: tuple[Number, ...]
+    want: tuple[Number, ...]
+    is_tensor: bool = True
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Fields with new values, and what comes of them.
+
+    Attributes:
+        changes: the fields.
+        left: what is still different.
+        others: how many other numbers are not as in the grown model.
+    """
+
+    changes: Change
+    left: list[_Difference]
+    others: int
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """The fields without their values."""
+        return frozenset(place for place, _ in self.changes)
+
+
+class _Wanted:
+    """What a configuration must give, and what it should.
+
+    Args:
+        grown: the grown model. Its tensors' shapes must come out.
+        plan: how it grew. The attributes that it edits must come out.
+    """
+
+    def __init__(self, grown: nn.Module, plan: Plan) -> None:
+        self._shapes = _shapes_of(grown)
+        self._edited = {
+            f"{e.module}.{e.attribute}": _numbers(e.after) for s in plan.steps for e in s.modules
+        }
+        self._other = dict(_numbers_of(grown))
+
+    def differences(self, model: nn.Module) -> list[_Difference]:
+        """Return what is different in a model and must not be, tensors first, in their order."""
+        shapes = _shapes_of(model)
+        found = [
+            _Difference(name, shapes.get(name, ()), want)
+            for name, want in self._shapes.items()
+            if shapes.get(name) != want
+        ]
+        found += [_Difference(n, shape, ()) for n, shape in shapes.items() if n not in self._shapes]
+        for name, want in self._edited.items():
+            have = _attribute(model, name)
+            if len(have) != len(want) or not all(map(math.isclose, have, want)):
+                found.append(_Difference(name, have, want, is_tensor=False))
+        return found
+
+    def changed(self, model: nn.Module) -> int:
+        """Return how many other numbers of the modules are not as in the grown model.
+
+        Not all of them need be: some that nothing reads are out of date there.
+        """
+        mine = dict(_numbers_of(model))
+        names = [name for name in self._other if name not in self._edited]
+        return sum(mine.get(name) != self._other[name] for name in names)
+
+
+def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Config:
+    """Return the configuration of a grown model.
+
+    Args:
+        architecture: a class of transformers with the old configuration.
+        plan: how the model grew.
+        grown: what became of it.
+
+    Returns:
+        The old configuration with some fields changed.
+
+    Raises:
+        SourceError: no fields give these widths; the first tensor in the way is named.
+    """
+    if any(step.makes_graphs for step in plan.steps):
+        raise _refusal("the grown model's code differs from that of its class", "", plan)
+    config: Any = architecture.arguments["config"]  # in a record, it may say anything
+    old = screened(config).written
+    search = _Search(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
+    full = search.complete(old)
+    changes = search.run(full)
+    if changes is None:
+        raise _in_the_way(search.first, search.nearest, plan)
+    full, found = _changed(full, changes), _changed(old, changes)
+    # A field that was left out may have followed from others; then all fields are needed.
+    return found if search.complete(found) == full else {**old, **full}
+
+
+class _Search:
+    """Builds a class with configurations and compares what comes out.
+
+    Args:
+        architecture: whose class is built.
+        wanted: what should come out.
+        limit: what one model may take; some fields are no widths.
+
+    Attributes:
+        first: what is different under the old configuration.
+        nearest: what was still different where least was.
+    """
+
+    def __init__(self, architecture: Architecture, wanted: _Wanted, limit: Limit) -> None:
+        self.first: list[_Difference] = []
+        self.nearest: list[_Difference] = []
+        self._architecture = architecture
+        self._wanted = wanted
+        self._limit = limit
+        self._built = 0
+
+    def complete(self, config: Config) -> Config:
+        """Return a configuration with all fields that it leaves at their defaults."""
+        built: Any = self._build(config)
+        full: Config = json.loads(built.config.to_json_string(use_diff=False))
+        return full
+
+    def _build(self, config: Config) -> nn.Module:
+        """Return a model on meta tensors."""
+        return replace(self._architecture, arguments={"config": config}).build(limit=self._limit)
+
+    def run(self, config: Config) -> Change | None:
+        """Return the fields to change, with their new values, or None if there are none.
+
+        Args:
+            config: a complete configuration, of the old model.
+        """
+        first = self._try(config)
+        if first is None:
+            return None
+        self.first = self.nearest = first[0]
+        if not self.nearest:
+            return ()
+        for every in (False, True):  # whole numbers first, which most widths are
+            found = self._run(config, first[0], every)
+            if found is not None:
+                return found
+        return None
+
+    def _run(self, config: Config, left: list[_Difference], every: bool) -> Change | None:
+        """Return the best of all sets of fields that leave no difference, or None.
+
+        What helps by itself is combined; where no such field helps any more, others are asked.
+        """
+        useful, inert = self._helpful(config, (), left, _proposals(config, left, every), set())
+        waiting = list(useful)
+        complete: list[_Attempt] = []
+        seen = {attempt.places for attempt in waiting}
+        while waiting:
+            present = waiting.pop(0)
+            if not present.left:
+                complete.append(present)
+                continue
+            fields = [attempt.changes[-1] for attempt in useful]
+            now = _changed(config, present.changes)
+            found, _ = self._helpful(now, present.changes, present.left, fields, inert)
+            if not found:
+                others = _proposals(now, present.left, every)
+                found, _ = self._helpful(now, present.changes, present.left, others, inert)
+            waiting += [attempt for attempt in found if attempt.places not in seen]
+            seen.update(attempt.places for attempt in found)
+        best = min(complete, key=lambda found: (found.others, len(found.changes)), default=None)
+        return None if best is None else best.changes
+
+    def _helpful(
+        self,
+        config: Config,
+        changes: Change,
+        left: list[_Difference],
+        fields: Iterable[tuple[Place, object]],
+        inert: set[Place],
+    ) -> tuple[list[_Attempt], set[Place]]:
+        """Return the attempts of one more field that leave less different, and fields to no effect.
+
+        Args:
+            config: with the changes so far.
+            changes: those.
+            left: what these leave different.
+            fields: the fields to set, with their new values.
+            inert: fields that need not be tried.
+        """
+        found: list[_Attempt] = []
+        idle = set(inert)
+        done = {place for place, _ in changes}
+        for place, value in fields:
+            if place in done or place in inert or self._built >= _MOST_BUILT:
+                continue
+            result = self._try(_changed(config, ((place, value),)))
+            if result is None:
+                continue
+            if result[0] == left:
+                idle.add(place)
+            if len(result[0]) < len(left):
+                found.append(_Attempt((*changes, (place, value)), *result))
+                self.nearest = min(self.nearest, result[0], key=len)
+        return found, idle
+
+    def _try(self, config: Config) -> tuple[list[_Difference], int] | None:
+        """Return what a configuration leaves different, or None if there is no such model."""
+        self._built += 1
+        try:
+            with quiet():
+                built = self._build(config)
+        except SourceError:  # 30 channels in 4 heads, say
+            return None
+        return self._wanted.differences(built), self._wanted.changed(built)
+
+
+def _proposals(
+    config: Config, left: Sequence[_Difference], every: bool
+) -> Iterator[tuple[Place, object]]:
+    """Yield fields with new values: numbers times the ratios by which sizes must grow.
+
+    Args:
+        config: the configuration.
+        left: what is still different.
+        every: try fractions, and fields without a value, which may be any size that is wanted.
+    """
+    pairs = dict.fromkeys(
+        pair
+        for difference in left
+        for pair in zip(difference.have, difference.want, strict=False)
+        if pair[0] != pair[1] and pair[0]
+    )
+    ratios = dict.fromkeys(_ratio(have, want) for have, want in pairs)
+    for place, value in _leaves(config):
+        if isinstance(value, list):
+            scaled = [tuple(_scaled(item, ratio) for item in value) for ratio in ratios]
+            yield from ((place, items) for items in scaled if None not in items)
+        elif value is None and every:
+            yield from ((place, size) for size in dict.fromkeys(want for _, want in pairs))
+        elif isinstance(value, int) or (value and every):
+            values = (_scaled(value, ratio) for ratio in ratios)
+            yield from ((place, found) for found in dict.fromkeys(values) if found is not None)
+
+
+def _leaves(config: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Yield all numbers in a configuration, lists of them, and fields without a value."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _leaves(value, (*place, key))
+    elif isinstance(config, list):
+        if config and all(_is_number(item) for item in config):
+            yield place, config
+        for index, value in enumerate(config):
+            yield from _leaves(value, (*place, index))
+    elif _is_number(config) or config is None:
+        yield place, config
+
+
+def _ratio(have: Number, want: Number) -> Fraction | float:
+    if isinstance(have, int) and isinstance(want, int):
+        return Fraction(want, have)
+    return want / have
+
+
+def _scaled(value: Number, ratio: Fraction | float) -> Number | None:
+    """Return a number times a ratio; None if it should be whole and is not."""
+    if isinstance(value, float):
+        return value * float(ratio)
+    scaled = value * ratio
+    return int(scaled) if scaled == int(scaled) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _changed(config: Config, changes: Iterable[tuple[Place, object]]) -> Config:
+    """Return a configuration with some fields set."""
+    result = copy.deepcopy(config)
+    for place, value in changes:
+        holder: Any = result
+        for key in place[:-1]:
+            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else holder[key]
+        holder[place[-1]] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _numbers_of(model: nn.Module) -> Iterator[tuple[str, tuple[Number, ...]]]:
+    """Yield the attributes of modules that are numbers, and the sizes of all buffers."""
+    for module, part in model.named_modules():
+        for name, value in vars(part).items():
+            if not name.startswith("_") and (numbers := _numbers(value)):
+                yield f"{module}.{name}", numbers
+    yield from ((name, tuple(buffer.shape)) for name, buffer in model.named_buffers())
+
+
+def _attribute(model: object, path: str) -> tuple[Number, ...]:
+    """Return an attribute by its path as numbers; () if there is none."""
+    try:
+        for name in path.strip(".").split("."):
+            model = getattr(model, name)
+    except AttributeError:
+        return ()
+    return _numbers(model)
+
+
+def _numbers(value: object) -> tuple[Number, ...]:
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(item for item in items if _is_number(item))
+
+
+def _in_the_way(first: list[_Difference], nearest: list[_Difference], plan: Plan) -> SourceError:
+    """Return the refusal that names a tensor whose size no field governs.
+
+    Args:
+        first: what is different under the old configuration.
+        nearest: what is under the one that comes nearest.
+        plan: how the model grew.
+    """
+    still = [difference for difference in first if difference in nearest]
+    shown = (still or first or nearest)[0]
+    have, want = ("x".join(map(str, sizes)) or "none" for sizes in (shown.have, shown.want))
+    what = "" if shown.is_tensor else " (an attribute)"
+    rest = f"it stays {have}" if still else "and all else what it should be"
+    reason = f"no field of config.json makes {shown.name}{what} {want}, {rest}"
+    return _refusal(reason, shown.name, plan)
+
+
+def _refusal(reason: str, name: str, plan: Plan) -> SourceError:
+    layers = {name.rpartition(".")[0], name}
+    guilty = next((g.name for g in plan.groups if layers & {*g.writers, *g.readers, g.name}), "")
+    glob = re.sub(r"(?<=\.)\d+(?=\.)", "*", guilty)  # the same in the other layers
+    leave = f"Leave it out (--exclude '{glob}'), or write" if guilty else "Write"
+    return SourceError(
+        f"a directory cannot hold this model: {reason}.",
+        name=name,
+        way_out=f"{leave} the weights alone, which fxgrow.load reads: -o model.safetensors.",
+    )

@@ -1,0 +1,396 @@
+"""Models from files and grown models to files.
+
+A file of weights says nothing of the network they belong to, so what fxgrow writes carries a
+*record* beside them: the architecture by name, and the plans that were carried out since, oldest
+first. From these :func:`load` rebuilds the module on shapes alone and puts the weights in.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxgrow.api.widen import Grown
+from fxgrow.apply.module import apply_to_state_dict, remade
+from fxgrow.apply.rearrange import carried_names
+from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint import Source, load_source, save_source
+from fxgrow.files.checkpoint.formats import Contents
+from fxgrow.files.checkpoint.reading import naming
+from fxgrow.files.checkpoint.saving import output_format
+from fxgrow.files.checkpoint.writing import write_file
+from fxgrow.files.configuration import grown_config
+from fxgrow.files.optimizer import grow_state_dict
+from fxgrow.files.pretrained import (
+    architecture_of,
+    example_inputs,
+    is_pretrained,
+    open_pretrained,
+    reaching,
+    stored,
+    untied,
+)
+from fxgrow.files.written import check_directory, check_program
+from fxgrow.modules.architectures import Architecture, parse_architecture
+from fxgrow.modules.calling import Arguments
+from fxgrow.modules.exclusive import exclusive
+from fxgrow.modules.inputs import batches_for
+from fxgrow.modules.recognition import recognise
+from fxgrow.modules.uninitialised import Limit
+from fxgrow.plan.checks import MOST_STEPS
+from fxgrow.plan.schema import Plan, plans_of
+from fxgrow.version import __version__
+
+RECORD_SCHEMA = 1
+
+
+@dataclass
+class Opened:
+    """A model read from a file, with what is needed to write the same kind of file again.
+
+    Attributes:
+        source: the file's contents.
+        model: the module with the file's weights, in eval mode if it was built here.
+        architecture: what it was built from; None for a pickled module.
+        plans: the surgeries it has been through, oldest first.
+        warnings: what the user should know.
+        converted: what is written is a network of ``architecture`` as it is built.
+        inputs: example inputs, where the source tells which it takes.
+    """
+
+    source: Source
+    model: nn.Module
+    architecture: Architecture | None
+    plans: tuple[Plan, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    inputs: Arguments | None = None
+    converted: bool = False
+
+    def become(self, architecture: Architecture) -> None:
+        """Have what is written recorded as another architecture, without surgeries before it."""
+        self.architecture, self.converted = architecture, True
+
+
+@exclusive
+def open_model(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_arguments: Mapping[str, object] | None = None,
+    trust_pickle: bool = False,
+) -> Opened:
+    """Read a file and return its model, ready to use.
+
+    Args:
+        path: a state_dict, a training checkpoint or a pickled module (``.pt``), safetensors (a
+            file, or the index of several), a ``torch.export`` program (``.pt2``), or the directory
+            of a model of transformers.
+        arch: the architecture, where it cannot be recognised from names and shapes:
+            ``resnet50``, ``torchvision:…``, ``timm:…`` or ``package.module:callable``.
+        arch_arguments: its keyword arguments.
+        trust_pickle: let a pickle execute code; classes outside torch and torchvision need it.
+
+    Raises:
+        SourceError: the file cannot be read, or no architecture fits its weights.
+    """
+    with naming(Path(path)):
+        source = load_source(path, trust_pickle=trust_pickle)
+        notes = list(source.warnings)
+        if source.model is not None:
+            return Opened(source, source.model, None, (), notes, source.inputs)
+        if source.config is not None and arch is None:
+            architecture = architecture_of(source.path, source.config)
+            model, source, more = open_pretrained(source, architecture)
+            return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
+        architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
+        limit = Limit.of(source.state_dict) if architecture.origin else None
+        model = rebuild(architecture, plans, limit)
+        _put_weights(model, source, architecture)
+        if not is_pretrained(architecture):
+            return Opened(source, model, architecture, plans, notes)
+        notes += reaching(architecture.arguments["config"], source.path)  # type: ignore[arg-type]
+        return Opened(source, model, architecture, plans, notes, example_inputs(model))
+
+
+def load(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_arguments: Mapping[str, object] | None = None,
+    trust_pickle: bool = False,
+) -> nn.Module:
+    """Return the model in a file, whatever fxgrow wrote included; see :func:`open_model`.
+
+    A module built from a state_dict is in eval mode; call ``.train()`` to go on training.
+
+    Raises:
+        SourceError: the file cannot be read, or no architecture fits its weights.
+    """
+    opened = open_model(path, arch=arch, arch_arguments=arch_arguments, trust_pickle=trust_pickle)
+    return opened.model
+
+
+@exclusive
+def write_grown(
+    opened: Opened,
+    grown: Grown,
+    out: str | Path,
+    *,
+    inputs: object = None,
+    force: bool = False,
+) -> list[str]:
+    """Write a grown model to a file of the same kind as the one it was read from.
+
+    Args:
+        opened: the file's old model.
+        grown: what became of it.
+        out: the file or directory to write; its suffix may ask for another format.
+        inputs: the example inputs that it was verified on, for what is run once more.
+        force: overwrite ``out``; the source itself is never written to.
+
+    Returns:
+        What the user should know, one sentence each.
+
+    Raises:
+        SourceError: ``out`` cannot be written, or its format cannot hold the grown model; nothing
+            is left behind.
+        VerificationError: what was written is not the grown model when it is read again.
+    """
+    out = Path(out)
+    known = is_pretrained(opened.architecture)
+    target = output_format(opened.source, out, configured=known)
+    first, *others = opened.source.state_dicts
+    new = grown.model.state_dict()
+    weights: list[Mapping[str, Tensor]] = [
+        OrderedDict(
+            (name, new[name] if name in new else first[before])
+            for name, before in carried_names(first, grown.plan).items()
+        )
+    ]
+    weights += [apply_to_state_dict(grown.plan, other, grown.init, first) for other in others]
+    notes = []
+    pickled = opened.source.model is not None and target.startswith("torch")
+    graphs = any(isinstance(module, fx.GraphModule) for module in grown.model.modules())
+    if pickled and graphs and opened.source.format != "pt2":
+        notes.append(
+            "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow "
+            "only with --trust-pickle. Widen a state_dict to avoid that."
+        )
+    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
+    record = _record(opened.architecture, plans)
+
+    def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
+        changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
+        notes.extend(f"the optimizer in {place!r}: {note}" for note in found)
+        return changed
+
+    config, check, example = None, None, None
+    if target == "pt2" or (target == "directory" and (known or opened.source.config is not None)):
+        given = opened.inputs if inputs is None else inputs
+        example = _inputs_of(grown, opened.model, given)
+        again = check_program if target == "pt2" else check_directory
+        check = functools.partial(again, grown=grown.model, inputs=example)
+        if target == "directory":
+            config, weights = _for_directory(opened, grown)
+    model = grown.model if opened.source.model is not None or target == "pt2" else None
+    written = save_source(
+        opened.source, weights, out, record=record, model=model, optimizer=optimizer,
+        config=config, inputs=example, check=check, force=force,
+    )  # fmt: skip
+    return notes + written
+
+
+def _for_directory(
+    opened: Opened, grown: Grown
+) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
+    """Return the configuration and the weights of a grown model as a directory holds them.
+
+    Raises:
+        SourceError: no configuration describes the model.
+    """
+    architecture = opened.architecture
+    if architecture is None or not is_pretrained(architecture) or opened.plans:
+        raise SourceError(
+            f"no config.json describes what {opened.source.path} has become.",
+            name=str(opened.source.path),
+            way_out="Write the weights alone: -o model.safetensors.",
+        )
+    if opened.converted:
+        config: dict[str, Any] = dict(architecture.arguments["config"])  # type: ignore[call-overload]
+    else:
+        config = grown_config(architecture, grown.plan, grown.model)
+    return config, [stored(grown.model, untied(grown.model))]
+
+
+def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Arguments:
+    """Return inputs to run a grown network on once more.
+
+    Raises:
+        SourceError: it was not the whole network that was followed, so its inputs are not known.
+    """
+    plan = grown.plan
+    if plan.submodules and example_inputs is None:
+        raise SourceError(
+            "only parts of this network could be followed, so its inputs are not known.",
+            way_out="Write its weights: -o model.pt or -o model.safetensors.",
+        )
+    return batches_for(model, plan.inputs, plan.inputs_inferred, example_inputs)[0]
+
+
+@exclusive
+def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
+    """Write a model grown in Python, so that :func:`load` gives it back.
+
+    If the network it grew from is a known torchvision architecture, its state_dict is written
+    (``.safetensors``, or anything else for ``torch.save``) with the record to rebuild it. Any
+    other module is pickled whole, which loads without fxgrow where its class can be imported.
+    ``.pt2`` asks for a ``torch.export`` program, and :func:`write_grown` writes directories.
+
+    Args:
+        grown: the result of :func:`fxgrow.widen`, ``deepen``, ``morph_kernel`` or ``convert``.
+        path: the file to write.
+        force: overwrite it if it exists.
+
+    Raises:
+        SourceError: the file cannot be written, or the module can neither be named nor pickled.
+    """
+    out = Path(path)
+    if out.suffix == ".pt2":
+        inputs = _inputs_of(grown, grown.model, None)
+        check = functools.partial(check_program, grown=grown.model, inputs=inputs)
+        program = Contents(grown.model, inputs=inputs)
+        write_file(program, out, "pt2", source=None, force=force, check=check)
+        return
+    wants_safetensors = out.suffix == ".safetensors"
+    state_dict = grown.model.state_dict()
+    plans = () if grown.plan.names else grown.plan.steps  # a conversion ends in an architecture
+    source = grown.plan.steps[0].source
+    carried = carried_names(source, grown.plan)
+    before = {old: source[old][0] for new, old in carried.items() if new in state_dict}
+    shapes = before if plans else {name: tuple(t.shape) for name, t in state_dict.items()}
+    try:
+        architecture: Architecture | None = recognise(shapes)
+    except SourceError:
+        architecture = None
+    if architecture is None and (wants_safetensors or isinstance(grown.model, fx.GraphModule)):
+        raise SourceError(
+            f"{out} cannot hold this model: it grew from no known architecture.",
+            name=str(out),
+            way_out="Save grown.model.state_dict() and grown.plan.to_json() yourself.",
+        )
+    if architecture is None:
+        write_file(Contents(grown.model), out, "torch", source=None, force=force)
+        return
+    record = _record(architecture, plans)
+    if wants_safetensors:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
+        header = {"format": "pt", "_fxgrow": json.dumps(record)}
+        write_file(Contents(tensors, header), out, "safetensors", source=None, force=force)
+        return
+    state_dict._metadata["_fxgrow"] = record  # type: ignore[attr-defined]
+    write_file(Contents(state_dict), out, "torch", source=None, force=force)
+
+
+def rebuild(
+    architecture: Architecture, plans: Sequence[Plan], limit: Limit | None = None
+) -> nn.Module:
+    """Return the module that an architecture became; its weights are uninitialised.
+
+    Args:
+        architecture: what it was.
+        plans: the surgeries since, oldest first.
+        limit: how much building it may take; None as for :meth:`Architecture.build`.
+
+    Raises:
+        SourceError: the architecture cannot be built.
+        PlanError: the plans do not fit it.
+    """
+    model = architecture.build("cpu", limit)
+    for plan in plans:
+        model = remade(plan, model)
+    return model.eval()
+
+
+def _identify(
+    source: Source, arch: str | None, arguments: dict[str, object]
+) -> tuple[Architecture, tuple[Plan, ...]]:
+    """Return architecture and plans: as named, as recorded, or as recognised."""
+    record = source.record or {}
+    plans = plans_of(record)
+    if arch is not None:
+        return parse_architecture(arch, arguments), plans
+    if isinstance(record.get("architecture"), Mapping):
+        return Architecture.from_dict(record["architecture"], origin=str(source.path)), plans
+    return recognise(source.shapes, hint=source.path.stem), plans
+
+
+def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -> None:
+    """Load the file's weights into a module built for them.
+
+    Raises:
+        SourceError: names or shapes differ.
+    """
+    weights = OrderedDict(source.state_dict)
+    # load_state_dict notes in the metadata that it assigned, and whoever loads the file that these
+    # are written to would assign too, behind the back of an optimizer.
+    vars(weights)["_metadata"] = copy.deepcopy(getattr(source.state_dict, "_metadata", None))
+    ties = _ties(model)
+    try:
+        result = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise SourceError(
+            f"the weights in {source.path} do not fit {architecture}: {lines[-1].strip()}",
+            name=str(source.path),
+            way_out="Name the architecture with --arch (and --arch-arg).",
+        ) from error
+    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
+    wrong = missing or result.unexpected_keys
+    if wrong:
+        what = "miss" if missing else "have an unexpected"
+        raise SourceError(
+            f"the weights in {source.path} do not fit {architecture}: they {what} {wrong[0]}"
+            + (f" and {len(wrong) - 1} more." if len(wrong) > 1 else "."),
+            name=wrong[0],
+            way_out="Name the architecture with --arch (and --arch-arg).",
+        )
+
+    for name, same in ties.items():
+        one, other = model.get_parameter(same), model.get_parameter(name)
+        if one.data_ptr() == other.data_ptr() or other.is_meta:
+            owner, _, local = name.rpartition(".")
+            setattr(model.get_submodule(owner), local, one)
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each tied parameter by its further ones."""
+    first: dict[int, str] = {}
+    names = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    return {n: first[i] for n, i in names.items() if first.setdefault(i, n) != n}
+
+
+def _record(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Return what is written beside weights.
+
+    Raises:
+        SourceError: the network has been through more than a record can hold.
+    """
+    if len(plans) > MOST_STEPS:
+        raise SourceError(
+            f"this network has grown {len(plans)} times, and a record holds {MOST_STEPS}.",
+            way_out="Convert it to an architecture of its size: fxgrow convert.",
+        )
+    return {
+        "schema": RECORD_SCHEMA,
+        "fxgrow": __version__,
+        "architecture": architecture.to_dict() if architecture else None,
+        "plans": [plan.to_dict() for plan in plans],
+    }

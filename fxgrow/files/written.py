@@ -1,0 +1,113 @@
+"""Read what was written once more, before it takes its name, as its users will read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.errors import VerificationError
+from fxgrow.files.checkpoint.directory import CONFIG, read_config
+from fxgrow.files.checkpoint.formats import FORMATS
+from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.huggingface import closed, screened
+from fxgrow.modules.standin import first_line, keeping_modes
+from fxgrow.verify.judge import NATIVE_FACTOR
+
+
+def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
+    """Return if a directory, read by transformers itself, gives back a model.
+
+    Args:
+        path: the directory.
+        grown: the model that it should hold.
+        inputs: what both are run on.
+
+    Raises:
+        VerificationError: a tensor or the output differs.
+    """
+    kind: Any = type(grown)
+    try:
+        with _alone(path) as folder, closed("transformers"):
+            found = kind.from_pretrained(
+                str(folder), dtype="auto", local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # whatever transformers may raise on what it cannot read
+        raise _unlike(f"it cannot be read: {first_line(error)}") from error
+    loaded = found.state_dict()
+    for name, tensor in grown.state_dict().items():
+        other = loaded.get(name)
+        # from_pretrained casts all weights to one dtype.
+        if other is None or not _equal(other, tensor.to(other.dtype)):
+            raise _unlike(f"{name} differs", name)
+    if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
+        _check_outputs(grown, found, inputs)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Yield a directory with what transformers reads of another: what lies there besides is not.
+
+    The weights are there under a second name, and the configuration without what asks for code.
+    """
+    with TemporaryDirectory(prefix=".", dir=path.parent) as name:
+        folder = Path(name)
+        used = screened(read_config(path / CONFIG)).used
+        (folder / CONFIG).write_text(json.dumps(used), encoding="utf-8")
+        for file in path.iterdir():
+            if file.name.endswith((".safetensors", ".safetensors.index.json")):
+                try:
+                    os.link(file, folder / file.name)
+                except OSError:  # not all file systems have second names
+                    shutil.copyfile(file, folder / file.name)
+        yield folder
+
+
+def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
+    """Return if an exported program computes what the network does that it was exported from.
+
+    Args:
+        path: the program.
+        grown: the network.
+        inputs: what both are run on.
+
+    Raises:
+        VerificationError: the output differs.
+    """
+    found: Any = FORMATS["pt2"].read(path, trust_pickle=True).data  # fxgrow's own work
+    _check_outputs(grown, found, inputs)
+
+
+def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments) -> None:
+    """Return if two networks give the same outputs, up to rounding."""
+    with torch.no_grad(), keeping_modes(grown):
+        if any(module.training for module in grown.modules()):
+            grown.eval()
+        before, after = (tensors_in(call(model, inputs)) for model in (grown, found))
+    for old, new in zip(before, after, strict=True):
+        unit = torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
+        if not torch.allclose(
+            old.double(), new.double(), rtol=0.0, equal_nan=True,
+            atol=NATIVE_FACTOR * unit * float(old.double().abs().nan_to_num().max()),
+        ):  # fmt: skip
+            raise _unlike("it computes something else")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _unlike(how: str, name: str = "") -> VerificationError:
+    return VerificationError(
+        f"what was written is not the grown model when it is read again: {how}.",
+        name=name,
+        way_out="Nothing was kept. Write the weights alone: -o model.safetensors.",
+    )

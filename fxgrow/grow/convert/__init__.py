@@ -1,0 +1,1 @@
+"""Plan from one architecture to a larger one."""

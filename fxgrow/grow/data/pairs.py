@@ -1,0 +1,242 @@
+"""Pairs of layers between which new channels can be computed from data.
+
+Both methods ask what a new channel does near zero: it is written by one linear layer, passes a
+scalar function σ with σ(0) = 0, and is read by one linear layer. Whether that is so is read off
+the operations that ran, and σ is those operations themselves, run on one number. Whatever else
+lies between (a norm, a gate, pooling, a reshape of the channels) is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup
+from fxgrow.errors import PlanError
+from fxgrow.labels.operators import COPIES, UNTAGGED, aten, operator_name
+from fxgrow.labels.tape import Operation, Value
+
+# A layer that is linear in its weight (out, in, *kernel); bias or none.
+LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RESHAPES = COPIES | aten("view _unsafe_view")
+_STEP = 1e-5  # of the one-sided slopes; σ is run in float64
+
+Function: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The layers on either side of a channel group, and what lies between.
+
+    Attributes:
+        group: the group's name.
+        width: its present width.
+        writer, reader: fully qualified names of the layers.
+        has_bias: whether the writer has a bias.
+        slope: σ'(0) as torch's autograd has it; 0 for a ReLU.
+        slopes: the slopes of σ left and right of zero.
+    """
+
+    group: str
+    width: int
+    writer: str
+    reader: str
+    has_bias: bool
+    slope: float
+    slopes: tuple[float, float]
+
+
+def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Pair:
+    """Return the pair of layers around a channel group.
+
+    Args:
+        analysis: of the network or of a part of it.
+        group: one of its groups.
+        model: the network itself, whose parameters σ may use.
+
+    Raises:
+        PlanError: the group has no such pair; the message says why.
+    """
+    if group.kind != "hidden":
+        raise PlanError(f"it is a {group.kind} group, with more than one layer on either side")
+    for role, layers in (("write", group.writers), ("read", group.readers)):
+        if len(layers) != 1:
+            raise PlanError(f"{len(layers)} layers {role} it ({', '.join(layers)})")
+    if group.carriers:
+        raise PlanError(f"{group.carriers[0]} lies between the layers")
+    (writer,), (reader,) = group.writers, group.readers
+    first, second = _linear_layer(model, writer), _linear_layer(model, reader)
+    rows, columns = first.weight.shape[0], second.weight.shape[1]
+    if not rows == columns == group.width == len(group.channels):
+        raise PlanError(f"its channels are not each one row of {writer} and one column of {reader}")
+    if first.weight.ndim != second.weight.ndim:
+        raise PlanError(f"{writer} and {reader} are not of one kind")
+    between = _between(analysis, model, writer, reader, first.weight.ndim == 2)
+    at_zero = float(between(torch.zeros(1, dtype=torch.float64)))
+    if at_zero:
+        raise PlanError(f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero")
+    return Pair(
+        group=group.name,
+        width=group.width,
+        writer=writer,
+        reader=reader,
+        has_bias=first.bias is not None,
+        slope=_slope(between),
+        slopes=_one_sided(between),
+    )
+
+
+def _linear_layer(model: nn.Module, name: str) -> LinearLayer:
+    """Return a layer that applies its own weight (out, in, *kernel) and nothing else.
+
+    Raises:
+        PlanError: it is of another kind, or shares its weight.
+    """
+    layer = dict(model.named_modules()).get(name)
+    plain = [kind.forward for kind in _LAYERS]
+    if (
+        not isinstance(layer, _LAYERS)
+        or "weight" not in layer._parameters  # a parametrized one is computed
+        or type(layer).forward not in plain
+    ):
+        raise PlanError(f"{name} is no plain linear layer or convolution")
+    if getattr(layer, "groups", 1) != 1:
+        raise PlanError(f"{name} is a grouped convolution")
+    uses = [p for _, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+    if len(uses) > 1:
+        raise PlanError(f"the weight of {name} is shared")
+    return layer
+
+
+@dataclass
+class _Path:
+    """The operations between two layers, as a function of one number.
+
+    Attributes:
+        channels_last: whether the channels are the last dim.
+        steps: the operations, in order.
+        start: indices of the values that the writer puts out.
+        passed: those, and the values computed from them.
+        ends: indices of the values that the reader takes.
+    """
+
+    channels_last: bool
+    steps: list[Operation] = field(default_factory=list)
+    start: set[int] = field(default_factory=set)
+    passed: set[int] = field(default_factory=set)
+    ends: set[int] = field(default_factory=set)
+
+
+def _between(
+    analysis: Analysis, model: nn.Module, writer: str, reader: str, channels_last: bool
+) -> Function:
+    """Return σ: what one number becomes between two layers.
+
+    Raises:
+        PlanError: something on the way is no function of each number by itself.
+    """
+    path = _Path(channels_last)
+    for op in analysis.tape.operations:
+        hidden = [value for value in op.inputs if value.index in path.passed]
+        if op.module == writer:
+            path.start |= {value.index for value in op.outputs if not value.is_weight}
+            path.passed |= path.start
+        elif hidden and op.module == reader:
+            path.ends |= {value.index for value in hidden}
+        elif hidden:
+            _check_scalar(op, path)
+            path.steps.append(op)
+            path.passed |= {value.index for value in op.outputs}
+    _check_once(analysis.tape.operations, writer, reader)
+    if len(path.ends) != 1:
+        raise PlanError(f"{reader} does not read once what {writer} writes")
+    return _replayed(path, model)
+
+
+def _check_scalar(op: Operation, path: _Path) -> None:
+    """Return if an operation treats each number by itself, all of them alike.
+
+    Raises:
+        PlanError: it does not.
+    """
+    name = operator_name(op.target)
+    others = [value for value in op.inputs if value.index not in path.passed]
+    pointwise = torch.Tag.pointwise in op.target.tags or name in UNTAGGED
+    random = torch.Tag.nondeterministic_seeded in op.target.tags
+    same = pointwise and not random and all(_is_number(value) for value in others)
+    dims = slice(-1 if path.channels_last else 0, None)  # others may be viewed as one
+    kept = name in _RESHAPES and op.inputs[0].shape[dims] == op.outputs[0].shape[dims]
+    if not (same or kept):
+        where = f" at {op.module}" if op.module else ""
+        raise PlanError(f"{op.name}{where} lies between the layers")
+
+
+def _is_number(value: Value) -> bool:
+    """Return whether a value is one number that the network holds, the slope of a PReLU, say."""
+    return value.is_weight and len(value.origins) == 1 and set(value.shape) <= {1}
+
+
+def _check_once(operations: Sequence[Operation], *layers: str) -> None:
+    """Return if each layer is applied once.
+
+    Raises:
+        PlanError: it is applied more often.
+    """
+    for layer in layers:
+        weight = f"{layer}.weight"
+        used = [op for op in operations if weight in op.parameters]
+        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
+            raise PlanError(f"{layer} is used more than once")
+
+
+def _replayed(path: _Path, model: nn.Module) -> Function:
+    """Return the function that runs the operations of a path on a tensor of shape (1,)."""
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def between(number: Tensor) -> Tensor:
+        values = dict.fromkeys(path.start, number)
+
+        def stand_in(argument: Any) -> Any:
+            if not isinstance(argument, Value):
+                return argument
+            if argument.index in values:
+                return values[argument.index].clone()  # some operations work in place
+            return parameters[argument.origins[0]].detach().double().cpu().reshape(1)
+
+        for op in path.steps:
+            if operator_name(op.target) in _RESHAPES:
+                result = values[op.inputs[0].index]
+            else:
+                args, kwargs = pytree.tree_map(stand_in, (op.args, op.kwargs))
+                result = op.target(*args, **kwargs)
+            values |= {value.index: result for value in op.outputs}
+        return values[next(iter(path.ends))]
+
+    return between
+
+
+def _slope(between: Function) -> float:
+    """Return σ'(0), as autograd has it."""
+    number = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        value = between(number)
+        if not value.requires_grad:
+            return 0.0
+        (slope,) = torch.autograd.grad(value.sum(), number)
+    return float(slope)
+
+
+def _one_sided(between: Function) -> tuple[float, float]:
+    """Return the slopes of σ left and right of zero."""
+    with torch.no_grad():
+        left, right = (
+            float(between(torch.tensor([h], dtype=torch.float64))) / h for h in (-_STEP, _STEP)
+        )
+    return left, right

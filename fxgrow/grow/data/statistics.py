@@ -1,0 +1,270 @@
+"""What the batches say: inputs of layers, gradients at their outputs, and sums over all of them.
+
+A network is run as it stands, on a copy. At the output of each reader a tensor of zeros is added,
+and its gradient is ∂L/∂z, the direction in which z should not move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fxgrow.errors import PlanError
+from fxgrow.grow.data.pairs import LinearLayer, Pair
+from fxgrow.modules.calling import arguments_of, call, tensors_in
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+Batch: TypeAlias = tuple[Any, Any]  # inputs and targets
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pair of layers saw of one batch, in float64.
+
+    Attributes:
+        writer, reader: the layers.
+        x: the writer's inputs, (positions, in) for a linear layer, else (N, in, …).
+        h: the reader's inputs likewise.
+        descent: −∂L/∂z of the summed loss at the reader's outputs z, (positions, out) or
+            (N, out, …).
+    """
+
+    writer: LinearLayer
+    reader: LinearLayer
+    x: Tensor
+    h: Tensor
+    descent: Tensor
+
+
+@dataclass
+class _Recorder:
+    """Hooks on the layers of pairs that note inputs and add zeros to outputs.
+
+    Attributes:
+        inputs: of each layer, by its name.
+        probes: the zeros that were added to the outputs, by name.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    probes: dict[str, Tensor] = field(default_factory=dict)
+
+    def note_input(self, name: str, arguments: tuple[Tensor, ...]) -> None:
+        """Keep what a layer is given; a copy, for what follows may work in place."""
+        self.inputs[name] = arguments[0].detach().to(torch.float64, copy=True)
+
+    def add_probe(self, name: str, output: Tensor) -> Tensor:
+        """Return an output with zeros added, which receive its gradient."""
+        self.probes[name] = torch.zeros_like(output, requires_grad=True)
+        return output + self.probes[name]
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, pairs: Iterable[Pair]) -> Iterator[_Recorder]:
+    """Have a recorder note what the layers of pairs get and put out."""
+    recorder = _Recorder()
+    readers = {pair.reader for pair in pairs}
+    handles = []
+    for name in readers | {pair.writer for pair in pairs}:
+        layer = model.get_submodule(name)
+
+        def before(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            recorder.note_input(name, args)
+
+        def after(_: nn.Module, __: object, output: Tensor, name: str = name) -> Tensor:
+            return recorder.add_probe(name, output)
+
+        handles.append(layer.register_forward_pre_hook(before))
+        if name in readers:
+            handles.append(layer.register_forward_hook(after))
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checked_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
+    """Return batches that are pairs of inputs and targets, at least one.
+
+    Raises:
+        PlanError: there is none, or one is no pair.
+    """
+    found = tuple(batches)
+    if not found:
+        raise PlanError("there are no batches.", way_out="Give a list of (inputs, targets).")
+    for batch in found:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise PlanError(
+                f"a batch is a {type(batch).__name__}, no pair.",
+                way_out="Each batch is (inputs, targets); several inputs are a tuple or a dict.",
+            )
+    return tuple((inputs, targets) for inputs, targets in found)
+
+
+def _loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
+    """Return the loss of a batch.
+
+    Raises:
+        PlanError: it is no scalar.
+    """
+    inputs, targets = batch
+    loss = loss_fn(call(model, arguments_of(inputs)), targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise PlanError(f"the loss is no scalar ({shape}).", way_out="Reduce it: loss.mean().")
+    return loss
+
+
+def size_of(batch: Batch) -> int:
+    """Return the number of samples in a batch: the length of its first tensor."""
+    first = next(iter(tensors_in(batch[0])), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def mean_loss(model: nn.Module, loss_fn: LossFunction, batches: Sequence[Batch]) -> float:
+    """Return the mean loss over all samples, which may be NaN; the model is left in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        total = sum(float(_loss(model, loss_fn, batch)) * size_of(batch) for batch in batches)
+    return total / sum(map(size_of, batches))
+
+
+def averages(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    loss_fn: LossFunction,
+    batches: Sequence[Batch],
+    function: Callable[[str, Seen], tuple[Tensor, ...]],
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return, for each pair by the name of its group, averages over all samples.
+
+    Args:
+        model: in eval mode; a copy that may be run.
+        pairs: what to look at.
+        loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples of a batch.
+        batches: (inputs, targets) each.
+        function: returns sums over the samples of one batch, for a group.
+
+    Raises:
+        PlanError: a loss is no finite scalar, it has no gradient, a gradient is not finite, or a
+            layer is not run.
+    """
+    totals: dict[str, tuple[Tensor, ...]] = {}
+    for batch in batches:
+        for pair, seen in _observed(model, pairs, loss_fn, batch):
+            found = function(pair.group, seen)
+            before = totals.get(pair.group, found)
+            joined = zip(before, found, strict=True)
+            totals[pair.group] = found if before is found else tuple(a + b for a, b in joined)
+    samples = sum(map(size_of, batches))
+    return {name: tuple(total / samples for total in found) for name, found in totals.items()}
+
+
+def _observed(
+    model: nn.Module, pairs: Sequence[Pair], loss_fn: LossFunction, batch: Batch
+) -> Iterator[tuple[Pair, Seen]]:
+    """Yield what each pair of layers saw of a batch."""
+    with torch.enable_grad():
+        with _recording(model, pairs) as recorder:
+            loss = _loss(model, loss_fn, batch)
+        if not math.isfinite(float(loss.detach())):
+            raise PlanError(
+                f"the loss of a batch is {float(loss.detach())}.",
+                way_out="Look for NaN in the batch and in the weights.",
+            )
+        if not loss.requires_grad:
+            raise PlanError(
+                "the loss has no gradient: it does not depend on the outputs, or is detached.",
+                way_out="Compute it from the outputs by differentiable operations.",
+            )
+        found = torch.autograd.grad(loss.sum(), [*recorder.probes.values()], materialize_grads=True)
+    gradients = dict(zip(recorder.probes, found, strict=True))
+    for pair in pairs:
+        yield pair, _seen(model, pair, recorder.inputs, gradients, size_of(batch))
+
+
+def _seen(
+    model: nn.Module,
+    pair: Pair,
+    inputs: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    size: int,
+) -> Seen:
+    """Return what one pair saw; linear layers get one row for each position."""
+    if pair.writer not in inputs or pair.reader not in gradients:
+        raise PlanError(f"a batch does not run {pair.writer} and {pair.reader}.", name=pair.group)
+    gradient = gradients[pair.reader].to(torch.float64)
+    if not bool(torch.isfinite(gradient).all()):
+        raise PlanError(
+            f"the gradient at {pair.reader} is not finite.",
+            name=pair.group,
+            way_out="Look for NaN in the weights, or leave the group out with exclude.",
+        )
+    layers = (model.get_submodule(pair.writer), model.get_submodule(pair.reader))
+    first, second = (layer for layer in layers if isinstance(layer, LinearLayer))
+    x, h, descent = inputs[pair.writer], inputs[pair.reader], gradient * -size
+    if isinstance(first, nn.Linear):
+        x, h, descent = (values.reshape(-1, values.shape[-1]) for values in (x, h, descent))
+    return Seen(first, second, x, h, descent)
+
+
+def applied(
+    layer: LinearLayer, weight: Tensor, inputs: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Return what a layer would put out with another weight (and a bias, instead of its own).
+
+    Strides, padding and dilation are the layer's; the numbers of channels may differ from its own.
+    """
+    parameters = {"weight": weight}
+    if layer.bias is not None:
+        parameters["bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+    result: Tensor = functional_call(layer, parameters, (inputs,))
+    return result
+
+
+def patches(layer: LinearLayer, inputs: Tensor) -> Tensor:
+    """Return what each output of a layer reads, as channels: (N, in · kernel, …)."""
+    kernel = layer.weight.shape[1:]
+    if len(kernel) == 1:
+        return inputs
+    one_hot = torch.eye(math.prod(kernel), dtype=inputs.dtype, device=inputs.device)
+    return applied(layer, one_hot.reshape(-1, *kernel), inputs)
+
+
+def correlation(layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Return the sum over samples and positions of outputs times inputs: (out, in, *kernel).
+
+    For ``outputs`` = ∂L/∂z it is ∂L/∂A of an auxiliary layer A of zeros, with the layer's strides,
+    padding and dilation, that is added to it.
+    """
+    shape = (outputs.shape[channel_dim(layer)], inputs.shape[channel_dim(layer)])
+    weight = inputs.new_zeros(*shape, *layer.weight.shape[2:]).requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(applied(layer, weight, inputs), weight, outputs)
+    return found
+
+
+def readings(layer: LinearLayer, inputs: Tensor) -> Tensor:
+    """Return how often a layer reads each position of its inputs, with one channel."""
+    probe = torch.zeros_like(inputs.narrow(channel_dim(layer), 0, 1), requires_grad=True)
+    ones = probe.new_ones(1, 1, *layer.weight.shape[2:])
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(applied(layer, ones, probe).sum(), probe)
+    return found
+
+
+def channel_dim(layer: LinearLayer) -> int:
+    """Return the dim of the channels in inputs and outputs, counted from the end."""
+    return 1 - layer.weight.ndim
+
+
+def as_rows(layer: LinearLayer, values: Tensor) -> Tensor:
+    """Return values as (positions, channels)."""
+    return values.movedim(channel_dim(layer), -1).flatten(0, -2)

@@ -1,0 +1,1 @@
+"""Plan new blocks."""

@@ -1,0 +1,1 @@
+"""Blocks that pass on what they get."""

@@ -1,0 +1,1 @@
+"""Plan larger kernels."""

@@ -1,0 +1,130 @@
+"""The convolutions of a network: their settings, and what else uses their weights.
+
+That a kernel may grow is known only where the layer's forward is torch's own, so that its padding
+is what its attributes say, and where its weight is a parameter that it alone reads, or others like
+it, whose kernels then grow along.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import layer_of
+from fxgrow.errors import PlanError
+from fxgrow.grow.kernels.taps import Convolution, Sizes
+from fxgrow.modules.calling import call
+from fxgrow.modules.on_meta import OnMeta
+from fxgrow.modules.tensors import named_tensors
+
+
+def convolutions(analysis: Analysis) -> tuple[str, ...]:
+    """Return the layers with a kernel: convolutions, and whatever else convolves its weight."""
+    inside = analysis.traced.module
+    found = {
+        name: None
+        for name, module in analysis.traced.standin.named_modules(remove_duplicate=False)
+        if name and isinstance(module, _ConvNd) and name.startswith(f"{inside}." if inside else "")
+    }
+    for operation in analysis.tape.operations:
+        if operation.name == "convolution":
+            found |= dict.fromkeys(layer_of(name) for name in operation.inputs[1].origins)
+    return tuple(found)
+
+
+def settings_of(module: _ConvNd) -> Convolution:
+    """Return what a convolution's attributes say."""
+    padding = module.padding
+    return Convolution(
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        tuple(module.dilation),
+        padding if isinstance(padding, str) else tuple(padding),
+        tuple(module.output_padding),
+        bool(module.transposed),
+        module.padding_mode,
+    )
+
+
+def sharing_weight(analysis: Analysis, layer: str) -> dict[str, _ConvNd]:
+    """Return the convolutions that have a layer's weight, by name, itself included.
+
+    Raises:
+        PlanError: one of them computes in another way than torch's own, or something else uses
+            the weight too.
+    """
+    standin, inside = analysis.traced.standin, analysis.traced.module
+    weight = torch_convolution(standin, layer).weight
+    names = [name for name, tensor in named_tensors(standin).items() if tensor is weight]
+    found: dict[int, tuple[str, _ConvNd]] = {}
+    for name in names:
+        if inside and not name.startswith(f"{inside}."):
+            raise PlanError(f"its weight is also {name}, outside of {inside}.")
+        try:
+            module = torch_convolution(standin, layer_of(name))
+        except PlanError as error:
+            raise PlanError(f"its weight is also {name}: {error}") from error
+        found.setdefault(id(module), (layer_of(name), module))
+    for operation in analysis.tape.operations:
+        if set(names).isdisjoint(operation.parameters):
+            continue
+        user = standin.get_submodule(operation.module)
+        if operation.name != "convolution" or id(user) not in found:
+            where = operation.module or "the model's own forward"
+            raise PlanError(f"its weight is also used in {where} ({operation.name}).")
+    return dict(found.values())
+
+
+def torch_convolution(model: nn.Module, layer: str) -> _ConvNd:
+    """Return a layer that convolves its own weight as torch's classes do.
+
+    Raises:
+        PlanError: it is of another kind.
+    """
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError as error:
+        kind = type(model).__name__
+        raise PlanError(f"it is a parameter of the whole ({kind}), not of a layer.") from error
+    kind = type(module).__name__
+    if not isinstance(module, _ConvNd):
+        raise PlanError(
+            f"the forward of {kind} convolves by itself, with a padding that no attribute tells."
+        )
+    if any(_home(module, method) != _ConvNd.__module__ for method in ("forward", "_conv_forward")):
+        raise PlanError(f"{kind} has a forward of its own, which may use the kernel otherwise.")
+    if is_parametrized(module, "weight"):
+        rule = type(module.parametrizations.weight[0]).__name__  # type: ignore[union-attr,index]
+        raise PlanError(f"its weight is computed from other parameters ({rule.lstrip('_')}).")
+    if not isinstance(module._parameters.get("weight"), Tensor):
+        raise PlanError("its weight is no parameter: something computes it before each run.")
+    return module
+
+
+def _home(module: nn.Module, method: str) -> str:
+    """Return the name of the Python module that defines a method of a layer."""
+    if method in vars(module):  # set on this layer alone
+        return ""
+    classes = (cls for cls in type(module).__mro__ if method in vars(cls))
+    return next(classes, _ConvNd).__module__
+
+
+def input_sizes(analysis: Analysis, layer: _ConvNd) -> list[Sizes]:
+    """Return the sizes in space of the inputs that a convolution gets in a run in eval mode."""
+    found: list[Sizes] = []
+
+    def see(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        del module
+        given = next(iter((*arguments, *named.values())))
+        found.append(tuple(given.shape[-len(layer.kernel_size) :]))
+
+    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        with torch.no_grad(), OnMeta():
+            call(analysis.traced.target, analysis.traced.inputs)
+    finally:
+        handle.remove()
+    return found

@@ -1,0 +1,161 @@
+"""From matched channels to edits of axes: what each new position holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+
+import numpy as np
+
+from fxgrow.channels.channels import Channels
+from fxgrow.errors import PlanError
+from fxgrow.grow.match.match import Matching
+from fxgrow.grow.norms.padding import Surplus
+from fxgrow.grow.norms.zero_channels import Silence
+from fxgrow.labels.forest import IntArray
+from fxgrow.labels.space import Fill, Role
+from fxgrow.plan.edits import AxisEdit, Run, RunKind
+
+# Codes for the kinds of positions, in the order of _KINDS.
+_KINDS: tuple[RunKind, ...] = (
+    "old", "share", "borrowed", "new", "minus", "zero", "one", "mean",
+)  # fmt: skip
+OLD, SHARE, BORROWED, NEW, MINUS, ZERO, ONE, MEAN = range(8)
+
+
+def axis_edits(
+    old: Channels,
+    new: Channels,
+    matching: Matching,
+    surplus: Collection[Surplus] = (),
+    silent: Collection[Silence] = (),
+) -> dict[str, list[AxisEdit]]:
+    """Return, for each tensor, the edits of the axes whose positions change; readers first.
+
+    Args:
+        old: the channels at the old sizes.
+        new: the channels at the new sizes.
+        matching: which new channel continues which old one.
+        surplus: of the groups that have channels beyond whole copies.
+        silent: of the groups whose new channels are zeros.
+
+    Raises:
+        PlanError: a position of an old channel has no counterpart.
+    """
+    index_of = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
+    edits: dict[str, list[AxisEdit]] = {}
+    codes = {"mean": MEAN, "zero": ZERO}
+    filled = {axis: codes[found.holds] for found in surplus for axis in found.filled}
+    filled |= {axis: ZERO for found in silent for axis in found.filled}
+    free = {axis for found in surplus for axis in found.free}
+    for index, axis in enumerate(new.axes):
+        before = index_of[axis.tensor, axis.dim]
+        if axis.groups != old.axes[before].groups:
+            continue  # whole convolution groups were added: their rows are new altogether
+        special = (filled.get(before), before in free)
+        kind, start = _positions(old, before, new, index, matching, special)
+        if len(kind) == old.axes[before].size and bool(
+            (kind == OLD).all() and (start == np.arange(len(start))).all()
+        ):
+            continue
+        edit = AxisEdit(axis.dim, new.roles[index], axis.groups, as_runs(kind, start))
+        edits.setdefault(axis.tensor, []).append(edit)
+    for axes in edits.values():
+        axes.sort(key=lambda edit: (edit.role != "reader", edit.dim))
+    return edits
+
+
+def _positions(
+    old: Channels,
+    old_axis: int,
+    new: Channels,
+    new_axis: int,
+    matching: Matching,
+    special: tuple[int | None, bool],
+) -> tuple[IntArray, IntArray]:
+    """Return the kind and the source of each position of a new axis.
+
+    For surplus channels, ``special`` gives the kind that is asked for, and whether this axis reads
+    them where they are zero, so that a column without a twin need not be.
+    """
+    rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
+    channel, rank = new.channel[rows], matching.new_rank[rows]
+    origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
+    fresh = origin < 0
+    kind = np.full(len(channel), OLD, dtype=np.int64)
+    start = np.zeros(len(channel), dtype=np.int64)
+
+    old_rows = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
+    old_keys = _keys(old.channel[old_rows], matching.old_rank[old_rows])
+    order = np.argsort(old_keys)
+    wanted = _keys(origin[~fresh], rank[~fresh])
+    found = order[np.searchsorted(old_keys[order], wanted) % len(order)]
+    unread = old_keys[found] != wanted
+    if bool(unread.any()) and new.roles[new_axis] == "writer":
+        raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
+    # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
+    reads = new.roles[new_axis] == "reader"
+    shared = np.isin(origin[~fresh], matching.copy) & reads
+    start[~fresh] = np.where(unread, 0, found)
+    without = ZERO if reads else BORROWED
+    kind[~fresh] = np.where(unread, without, np.where(shared, SHARE, OLD))
+
+    surplus = matching.surplus[channel]
+    filling, is_free = special
+    if filling is not None:
+        kind[surplus] = filling
+        fresh &= ~surplus
+    draw = _keys(matching.draw[channel[fresh]], rank[fresh])
+    sign = matching.sign[channel[fresh]]
+    if is_free:
+        sign = np.where(surplus[fresh] & (sign == 0), 1, sign)
+    kind[fresh], start[fresh] = _fresh(
+        new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
+    )
+    return kind, start
+
+
+def _keys(channel: IntArray, rank: IntArray) -> IntArray:
+    """Return one number for a channel and a rank within it."""
+    return channel * (1 << 31) + rank
+
+
+def _fresh(
+    role: Role, fill: Fill, draw: IntArray, sign: IntArray, size: int
+) -> tuple[IntArray, IntArray]:
+    """Return kind and start of the new positions of an axis."""
+    nothing = np.zeros(len(draw), dtype=np.int64)
+    if role == "reader":
+        read = sign != 0
+        start = nothing.copy()
+        start[read] = _dense(draw[read])
+        return np.where(sign > 0, NEW, np.where(sign < 0, MINUS, ZERO)), start
+    if fill == "one":
+        return nothing + ONE, nothing
+    if fill == "zero":
+        return nothing + ZERO, nothing
+    if fill == "copy":  # values of a domain we do not know: take old ones, round-robin
+        return nothing + BORROWED, _dense(draw) % max(size, 1)
+    return nothing + NEW, _dense(draw)
+
+
+def _dense(draw: IntArray) -> IntArray:
+    """Renumber draws 0, 1, 2… in order of first appearance."""
+    _, first, inverse = np.unique(draw, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def as_runs(kind: IntArray, start: IntArray) -> tuple[Run, ...]:
+    """Return positions as runs: same kind, and consecutive sources where there is a source."""
+    if not len(kind):
+        return ()
+    sourced = kind <= MINUS
+    step = np.where(sourced[1:], start[:-1] + 1, start[:-1])
+    breaks = np.flatnonzero((kind[1:] != kind[:-1]) | (start[1:] != step)) + 1
+    bounds = [0, *breaks.tolist(), len(kind)]
+    return tuple(
+        Run(_KINDS[int(kind[low])], int(start[low]), high - low)
+        for low, high in itertools.pairwise(bounds)
+    )

@@ -1,0 +1,276 @@
+"""Which channel of the new network continues which channel of the old one.
+
+A channel's signature is the multiset of (axis, convolution group) it touches. Each old channel is
+matched to a new one of the same signature, in order; what remains of the new ones are the new
+channels. No operation needs code of its own for this, and nothing assumes that new channels come
+last: behind a split or a shuffle they do not. Where a signature has too few new channels, one that
+is read by more layers serves too. The channels of a group of a group norm that gets new ones are
+matched as one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from fxgrow.channels.channels import Channels, HashArray
+from fxgrow.channels.groups import layer_of
+from fxgrow.errors import PlanError
+from fxgrow.grow.match.assignment import Laid, apart, check_copies, check_order
+from fxgrow.grow.match.group_norms import with_new_groups
+from fxgrow.grow.match.hashes import mix
+from fxgrow.grow.match.reassignment import Kinds, told_groups
+from fxgrow.grow.match.refinement import told_apart
+from fxgrow.grow.match.tied import Bundles, bundles
+from fxgrow.labels.forest import IntArray
+from fxgrow.plan.pairing import Pairing, drawing, replicate
+
+
+@dataclass(frozen=True)
+class Matching:
+    """For each channel of the new network, where it comes from.
+
+    Attributes:
+        old: the old channel it continues, or -1 if it is new.
+        draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
+        sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
+        copy: for a new channel the old one whose value it copies, or -1.
+        surplus: for a new channel whether it must leave the norms over its group as they are, see
+            :mod:`fxgrow.grow.norms.padding`, or be zero, see
+            :mod:`fxgrow.grow.norms.zero_channels`.
+        old_rank, new_rank: for each row of either network, its place among those of its axis and
+            channel: a row of the new network continues that of the same place.
+    """
+
+    old: IntArray
+    draw: IntArray
+    sign: IntArray
+    copy: IntArray
+    surplus: npt.NDArray[np.bool_]
+    old_rank: IntArray
+    new_rank: IntArray
+
+
+def _signatures(
+    channels: Channels,
+    axis_codes: Sequence[int],
+    new_groups: dict[int, int],
+    deeds: Sequence[str],
+    treatment: HashArray,
+) -> HashArray:
+    """Return a 64-bit hash of each channel's signature.
+
+    Args:
+        channels: the channels of a run.
+        axis_codes: a code for each axis, the same in both runs.
+        new_groups: for an axis whose number of convolution groups grew, the old number; new
+            groups that will be twins get one and the same code.
+        deeds: what was done to channels, in order.
+        treatment: for each label, a hash of what was done to it.
+    """
+    group = channels.group_of_row.copy()
+    for axis, old in new_groups.items():
+        rows = slice(int(channels.start[axis]), int(channels.start[axis + 1]))
+        inside = group[rows]
+        fresh = max((int(inside.max()) + 1 - old + 1) // 2, 1)
+        group[rows] = np.where(inside < old, inside, old + (inside - old) % fresh)
+    codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row]
+    mixed = mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
+    total = np.zeros(channels.count, dtype=np.uint64)
+    np.add.at(total, channels.channel, mix(mixed + treatment[channels.label_of_row]))
+    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+        members = channels.channel_of_label[labels]
+        total[members[members >= 0]] += _code_of(deed)  # once for each channel
+    return total
+
+
+def _treatment(channels: Channels, axis_codes: Sequence[int], deeds: Sequence[str]) -> HashArray:
+    """Return, for each label, a hash of its row's axes and what was done to it; one per label."""
+    row = channels.rows.of_label
+    total = np.zeros(len(row), dtype=np.uint64)
+    codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row] + np.uint64(1)
+    np.add.at(total, row[channels.label_of_row], mix(codes))
+    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+        total[row[labels]] += _code_of(deed)  # once for each row
+    meetings = channels.rows.meetings if deeds else ()  # other operations bring others together
+    return told_apart(total, meetings, channels.channel_of_label)[row]
+
+
+def _code_of(deed: str) -> int:
+    return zlib.crc32(deed.encode()) << 20
+
+
+def _deeds(old: Channels, new: Channels) -> tuple[list[str], list[str]]:
+    """Return what the operations of two runs did, if they ran the same ones.
+
+    Raises:
+        PlanError: an operation computes with another number at the new sizes.
+    """
+    before, after = ([deed for deed, _ in channels.deeds] for channels in (old, new))
+    names = [[deed.split()[0] for deed in deeds] for deeds in (before, after)]
+    if names[0] != names[1]:  # the same written in other operations, which says nothing
+        return [], []
+    for was, becomes in zip(before, after, strict=True):
+        if was != becomes:
+            name, *numbers = was.split()
+            raise PlanError(
+                f"{name} computes with {' and '.join(numbers)} at the present widths and with "
+                f"{' and '.join(becomes.split()[1:])} at the new ones: the code makes a number of "
+                "a width."
+            )
+    numbered = [f"{place} {deed}" for place, deed in enumerate(before)]
+    return numbered, numbered
+
+
+def match(
+    old: Channels,
+    new: Channels,
+    pairing: Pairing,
+    copied: IntArray,
+    copies: Mapping[int, int] = MappingProxyType({}),
+) -> Matching:
+    """Match the channels of a network at its old and its new sizes.
+
+    Args:
+        old: the run at the old sizes.
+        new: the run at the new sizes.
+        pairing: lays out the new channels of each signature.
+        copied: old channels that can only be copied, whatever the pairing; sorted.
+        copies: for old channels whose group has a surplus, how many of each there are to be.
+
+    Raises:
+        PlanError: some old channel has no place in the new network.
+    """
+    norms, runs = with_new_groups(old, new), (old, new)
+    old, new = _without(old, norms), _without(new, norms)
+    keys = {(axis.tensor, axis.dim): code for code, axis in enumerate(old.axes)}
+    if {(axis.tensor, axis.dim) for axis in new.axes} != set(keys):
+        raise PlanError("the network computes with other tensors at its new sizes.")
+    new_codes = [keys[axis.tensor, axis.dim] for axis in new.axes]
+    grown = {
+        index: before
+        for index, axis in enumerate(new.axes)
+        if (before := old.convolution_groups.get(axis.tensor, 0)) > 0
+        and before < new.convolution_groups.get(axis.tensor, 0)
+    }
+    old_deeds, new_deeds = _deeds(old, new)
+    treatments = (
+        _treatment(old, range(len(old.axes)), old_deeds),
+        _treatment(new, new_codes, new_deeds),
+    )
+    old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds, treatments[0])
+    new_signature = _signatures(new, new_codes, grown, new_deeds, treatments[1])
+
+    # Bundles of one signature side by side, each in order of first use.
+    codes = {weight: code for code, weight in enumerate(norms)}
+    mine, theirs = bundles(runs[0], codes, old_signature), bundles(runs[1], codes, new_signature)
+    old_buckets, new_buckets = _buckets(mine), _buckets(theirs)
+    continued, crowded = _in_order(new.count, old_buckets, new_buckets)
+    for first in crowded:
+        if mine.size[first] > 1:
+            raise _torn(runs, norms, first)
+    if crowded:
+        alone = _alone(mine, old_buckets), _alone(theirs, new_buckets)
+        Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
+    laid = Laid.empty(theirs)
+    for members in new_buckets.values():
+        fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
+        kept = np.sort(continued[taken])
+        continued[theirs.members(taken)] = mine.members(continued[taken])
+        if not len(fresh):
+            continue
+        whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
+        times = copies.get(int(kept[0]), 0) if len(kept) else 0
+        if times:
+            laid.surplus[fresh[(times - 1) * len(kept) :]] = True
+            laid.copy[fresh[: (times - 1) * len(kept)]] = np.tile(kept, times - 1)
+            fresh = fresh[(times - 1) * len(kept) :]
+        chosen = replicate if whole else drawing(pairing) if times else pairing
+        laid.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
+    check_order(old, new, list(grown), continued)
+    whole_alone = copied[~np.isin(copied, list(copies))]
+    check_copies(old, new, whole_alone, continued, laid.copy)
+    apart(new, list(grown), continued, laid)
+    ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
+    return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
+
+
+def _in_order(
+    count: int, old_buckets: Mapping[int, IntArray], new_buckets: Mapping[int, IntArray]
+) -> tuple[IntArray, list[int]]:
+    """Return which bundle each of the new ones continues, of each signature in order.
+
+    Returns:
+        For each of ``count`` channels, the first of a new bundle, the first of the old one, else
+        -1; and one of each signature of which there are too few new ones.
+    """
+    continued = np.full(count, -1, dtype=np.int64)
+    crowded = []
+    for kind, members in old_buckets.items():
+        places = new_buckets.get(kind, members[:0])
+        continued[places[: len(members)]] = members[: len(places)]
+        if len(members) > len(places):
+            crowded.append(int(members[0]))
+    return continued, crowded
+
+
+def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
+    """Return the channels of a run by what they touch and what is done to them.
+
+    Returns:
+        Channels of one signature together, and, for each row, its place among those of its axis
+        and channel: rows of the same place correspond.
+    """
+    deeds = [f"{place} {deed}" for place, (deed, _) in enumerate(channels.deeds)]
+    treatment = _treatment(channels, range(len(channels.axes)), deeds)
+    signature = _signatures(channels, range(len(channels.axes)), {}, deeds, treatment)
+    return list(_buckets(bundles(channels, {}, signature)).values()), channels.ranks(treatment)
+
+
+def _without(channels: Channels, norms: Mapping[str, int]) -> Channels:
+    """Return channels whose signatures do not tell in which groups of some norms they are."""
+    if not norms:
+        return channels
+    left = {name: n for name, n in channels.norm_groups.items() if name not in norms}
+    return replace(channels, norm_groups=left)
+
+
+def _torn(runs: tuple[Channels, Channels], norms: Iterable[str], channel: int) -> PlanError:
+    """Return the error for a group of a norm where no new group has the same channels."""
+    old, _ = runs
+    norm = layer_of(next(name for name in norms if channel in old.of_norm(name)))
+    rows = np.flatnonzero(old.channel == channel)
+    codes = np.unique(old.axis_of_row[rows]).tolist()
+    return PlanError(
+        f"at this width, groups of {norm} would be made of other channels than now, because what "
+        f"else these channels pass lays them out otherwise{told_groups(runs, codes)}.",
+        name=layer_of(old.axes[codes[0]].tensor),
+        way_out="Try a width at which the groups of all these layers fit, or grouped count.",
+    )
+
+
+def _name(channels: Channels, some: IntArray) -> str:
+    """Return a name for channels: the first position of a parameter that carries the first."""
+    if not len(some):
+        return ""
+    row = int(np.argmax(channels.channel == some[0]))
+    axis = channels.axes[int(channels.axis_of_row[row])]
+    return f"{axis.tensor} {axis.dim} {int(channels.position_of_row[row])}"
+
+
+def _buckets(found: Bundles) -> dict[int, IntArray]:
+    """Return the bundles of each signature, ascending."""
+    firsts = np.flatnonzero(found.first == np.arange(len(found.first)))
+    order = firsts[np.argsort(found.signature[firsts], kind="stable")]
+    kinds, begins = np.unique(found.signature[order], return_index=True)
+    return dict(zip(kinds.tolist(), np.split(order, begins[1:]), strict=True))
+
+
+def _alone(found: Bundles, buckets: Mapping[int, IntArray]) -> dict[int, IntArray]:
+    """Return those of some buckets whose bundles are one channel each."""
+    return {kind: members for kind, members in buckets.items() if found.size[members[0]] == 1}

@@ -1,0 +1,144 @@
+"""Where a signature has fewer new channels than old ones: places that touch more serve too."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+
+from fxgrow.channels.channels import Channels
+from fxgrow.channels.groups import layer_of
+from fxgrow.errors import PlanError
+from fxgrow.labels.forest import IntArray
+
+_DEED = -1  # stands for an axis where something is done to a channel
+
+
+def told_groups(runs: tuple[Channels, Channels], codes: Iterable[int]) -> str:
+    """Return the numbers of groups of the grouped convolutions among some axes, as told."""
+    tensors = dict.fromkeys(runs[0].axes[code].tensor for code in codes)
+    counts = {name: [run.convolution_groups.get(name, 1) for run in runs] for name in tensors}
+    told = [
+        f"{layer_of(name)} has {before} groups, and {after} then"
+        for name, (before, after) in counts.items()
+        if before > 1 or after > 1
+    ]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Channels by signature, where some signature has fewer new channels than old ones.
+
+    An old channel may then continue as a new one that touches all it touches, and more besides:
+    the extra readers get zero columns, so that any carriers on the way to them are free.
+    """
+
+    old: Channels
+    new: Channels
+    new_codes: Sequence[int]
+    old_buckets: dict[int, IntArray]
+    new_buckets: dict[int, IntArray]
+    deeds: tuple[list[str], list[str]]
+
+    def rehouse(self, continued: IntArray, crowded: Sequence[int]) -> None:
+        """Assign anew, in place, the channels that share their writers with the crowded ones.
+
+        As many as possible keep a place of their own signature: a minimum-cost flow over
+        signatures, in which any other place costs one.
+
+        Raises:
+            PlanError: there is no place for some channel.
+        """
+        codes = range(len(self.old.axes))
+        wanted = self._first_touches(self.old, codes, self.old_buckets, self.deeds[0])
+        offered = self._first_touches(self.new, self.new_codes, self.new_buckets, self.deeds[1])
+        writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
+        touched = _touches(self.old, range(len(self.old.axes)), crowded)
+        concerned = {code for touch in touched.values() for code, _ in touch} & writers
+        flow = nx.DiGraph()
+        total = 0
+        for kind, touch in wanted.items():
+            if {code for code, _ in touch} & concerned:
+                total += len(self.old_buckets[kind])
+                flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
+        movers = list(flow)
+        for kind, touch in offered.items():
+            if not {code for code, _ in touch} & concerned:
+                continue
+            flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
+            for _, other in movers:
+                if kind != other and _has_several(wanted[other]):
+                    continue  # another of its rows might have to do there what one does here
+                extra = {code for code, _ in touch - wanted[other]}
+                if extra == {_DEED}:  # it is not led elsewhere, but something more is done to it
+                    continue
+                if not wanted[other] - touch and not extra & writers:
+                    flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
+        flow.add_node("all", demand=total)
+        for node in movers:  # to have no place costs more than all moves together
+            flow.add_edge(node, "all", weight=total + 1)
+        found = nx.min_cost_flow(flow)
+        homeless = {kind: count for _, kind in movers if (count := found["old", kind].pop("all"))}
+        if homeless:
+            first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
+            raise self._refusal(wanted[first], homeless[first])
+        moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
+        continued[np.isin(continued, moved)] = -1
+        free = {kind: list(self.new_buckets[kind]) for kind in offered}
+        for node in movers:
+            members = list(self.old_buckets[node[1]])
+            for (_, kind), count in sorted(found[node].items(), key=lambda to: to[0][1] != node[1]):
+                for member in members[:count]:
+                    continued[free[kind].pop(0)] = member
+                members = members[count:]
+
+    def _refusal(self, touch: Counter[tuple[int, int]], count: int) -> PlanError:
+        """Return the error for ``count`` channels that touch this and have no place."""
+        codes = sorted({code for code, _ in touch} - {_DEED})
+        layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
+        readers = [layers[code] for code in codes if self.old.roles[code] == "reader"]
+        lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
+        return PlanError(
+            f"at this width, channels of {layers[codes[0]]} would have no place in the widened "
+            f"network: {count} too few{lead}{told_groups((self.old, self.new), codes)}.",
+            name=layers[codes[0]],
+            way_out="Try a somewhat larger width.",
+        )
+
+    def _first_touches(
+        self,
+        channels: Channels,
+        codes: Sequence[int],
+        buckets: dict[int, IntArray],
+        deeds: Sequence[str],
+    ) -> dict[int, Counter[tuple[int, int]]]:
+        """Return what the channels of each signature touch, and what is done to them."""
+        firsts = {int(members[0]): kind for kind, members in buckets.items()}
+        touches = _touches(channels, codes, list(firsts))
+        for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+            done_to = channels.channel_of_label[labels]
+            for channel in set(done_to.tolist()) & touches.keys():
+                touches[channel][_DEED, zlib.crc32(deed.encode())] += 1
+        return {firsts[channel]: touch for channel, touch in touches.items()}
+
+
+def _touches(
+    channels: Channels, axis_codes: Sequence[int], wanted: Sequence[int]
+) -> dict[int, Counter[tuple[int, int]]]:
+    """Return the (axis code, convolution group) pairs that some channels touch."""
+    touches: dict[int, Counter[tuple[int, int]]] = {channel: Counter() for channel in wanted}
+    for row in np.flatnonzero(np.isin(channels.channel, wanted)).tolist():
+        code = axis_codes[int(channels.axis_of_row[row])]
+        touches[int(channels.channel[row])][code, int(channels.group_of_row[row])] += 1
+    return touches
+
+
+def _has_several(touch: Counter[tuple[int, int]]) -> bool:
+    """Return whether a channel that touches this has several rows of one axis."""
+    axes = [code for code, _ in touch.elements() if code != _DEED]
+    return len(set(axes)) < len(axes)

@@ -1,0 +1,90 @@
+"""Who takes the η of a surplus: the standard deviation that a norm divides by becomes η of it.
+
+Either every writer of the group is multiplied by 1/η, and eps stays what it was, so that the
+weights fit a network of the stock architecture; or eps becomes η²·eps. In both cases the norm's
+weight is multiplied by η, or that of the norm's readers where it has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxgrow.grow.norms.gain_flow import GainFlow
+from fxgrow.grow.norms.gains import propagate_gains
+from fxgrow.grow.norms.padding import Surplus
+from fxgrow.labels.tape import Tape
+
+
+@dataclass(frozen=True)
+class Eta:
+    """What goes into the propagation of gains on account of surplus channels.
+
+    Attributes:
+        factors: factor by weight name: 1/η for writers, unless eps takes it.
+        statistics: η² by operation.
+        undone: sources of gains that the next weight takes up.
+    """
+
+    factors: dict[str, float] = field(default_factory=dict)
+    statistics: dict[int, float] = field(default_factory=dict)
+    undone: frozenset[str] = frozenset()
+
+
+def eta_of(tape: Tape, surplus: Mapping[str, Surplus], *, scale_writers: bool) -> Eta:
+    """Return what some surpluses bring about.
+
+    Args:
+        tape: a run of the network at its old sizes.
+        surplus: by group name.
+        scale_writers: multiply the groups' writers by 1/η.
+    """
+    scaled = {
+        writer: 1.0 / math.sqrt(found.ratio)
+        for found in surplus.values()
+        for writer in found.writers
+        if scale_writers
+    }
+    statistics = {index: found.ratio for found in surplus.values() for index in found.statistics}
+    layers = {tape.operations[index].module for index in statistics}
+    return Eta(scaled, statistics, frozenset(layers | scaled.keys()))
+
+
+def settle(
+    tape: Tape,
+    surplus: Mapping[str, Surplus],
+    with_eps: Mapping[str, Mapping[str, float]],
+    *,
+    scale_writers: bool,
+) -> tuple[Eta, dict[str, str]]:
+    """Return how η is taken up, and for each group whose η cannot be, the reason.
+
+    Args:
+        tape: a run of the network at its old sizes.
+        surplus: by group name.
+        with_eps: for each layer the attributes that may be its eps.
+        scale_writers: whether writers may be multiplied by 1/η: they are if that is exact.
+    """
+
+    def flow(eta: Eta) -> GainFlow:
+        return propagate_gains(tape, eta.factors, with_eps, eta.statistics, eta.undone)
+
+    if not surplus:
+        return Eta(), {}
+    if scale_writers and all(found.sole for found in surplus.values()):
+        eta = eta_of(tape, surplus, scale_writers=True)
+        result = flow(eta)
+        if not result.mismatches and not result.absorbed:
+            return eta, {}
+    eta = eta_of(tape, surplus, scale_writers=False)
+    unsettled = flow(eta).mismatches
+    if not unsettled:
+        return eta, {}
+    problems = {}
+    for name, found in surplus.items():
+        mismatches = flow(eta_of(tape, {name: found}, scale_writers=False)).mismatches
+        if mismatches:
+            problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
+    together = f"η cannot be taken up: {unsettled[0].reason}"
+    return eta, problems or dict.fromkeys(surplus, together)

@@ -1,0 +1,104 @@
+"""What normalisations over channels ask of a plan: whole copies, or a surplus that they ignore.
+
+LayerNorm, RMSNorm and GroupNorm compute statistics of a set of channels. If every channel of the
+set is copied the same number of times, mean and variance stay what they were, in train mode as in
+eval mode and whatever lies between writer and norm, and nothing else has to change. For other
+widths see :mod:`fxgrow.grow.norms.padding`, and for new groups of a GroupNorm
+:mod:`fxgrow.grow.match.group_norms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup, group_of_channel
+from fxgrow.errors import PlanError
+from fxgrow.grow.norms.padding import Surplus
+from fxgrow.labels.forest import IntArray
+
+
+@dataclass
+class Mixed:
+    """How groups grow that norms over channels depend on.
+
+    Attributes:
+        copied: the channels that are copied alone, sorted.
+        surplus: by group name, for those with other channels besides.
+        problems: by group name, why a wanted width is impossible.
+    """
+
+    copied: IntArray
+    surplus: dict[str, Surplus] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def lays_out(self, group: ChannelGroup) -> bool:
+        """Return whether a norm says how the new channels of a group are laid out."""
+        return group.name in self.surplus or bool(np.isin(group.channels[0], self.copied))
+
+    def copies(self, groups: Sequence[ChannelGroup]) -> dict[int, int]:
+        """Return, for each channel of a group with a surplus, how many of it there are to be."""
+        return {
+            channel: self.surplus[group.name].copies
+            for group in groups
+            if group.name in self.surplus
+            for channel in group.channels.tolist()
+        }
+
+
+def mixed_groups(
+    analysis: Analysis,
+    widths: Mapping[str, int],
+    surplus_of: Callable[[ChannelGroup, int], Surplus],
+    extended: Collection[str],
+) -> Mixed:
+    """Return how the growing groups on which some mixer depends can grow.
+
+    Args:
+        analysis: of the network.
+        widths: wanted width by group name.
+        surplus_of: returns how a group grows to a width that is no multiple of its present one,
+            or raises an error that says why it cannot.
+        extended: the weights of group norms that get new groups, which ask for nothing.
+    """
+    groups = analysis.groups
+    group_of = group_of_channel(analysis.channels, groups)
+    copied: dict[str, IntArray] = {}
+    found = Mixed(np.zeros(0, dtype=np.int64))
+    for members, place, norm in analysis.channels.mixers:
+        if norm in extended:
+            continue
+        touched = np.unique(group_of[members]).tolist()
+        growing = [groups[i] for i in touched if i >= 0 and groups[i].name in widths]
+        ratios = {
+            (widths[groups[i].name], groups[i].width) if i >= 0 and groups[i].name in widths
+            else (1, 1)
+            for i in touched
+        }  # fmt: skip
+        factors = {new / old for new, old in ratios}
+        for group in growing:
+            width = widths[group.name]
+            if width == group.width:
+                continue
+            copied[group.name] = group.channels
+            if len(factors) > 1:
+                found.problems[group.name] = (
+                    f"{place} depends on all its channels together, and some of them do not grow "
+                    "alike"
+                )
+            elif width % group.width and group.name not in found.surplus:
+                try:
+                    found.surplus[group.name] = surplus_of(group, width)
+                except PlanError as error:
+                    found.problems[group.name] = (
+                        f"{place} depends on all {group.width} channels together, and "
+                        f"{error.message.rstrip('.')}, so they grow by whole copies; possible: "
+                        f"{2 * group.width}"
+                    )
+    alone = [members for name, members in copied.items() if name not in found.surplus]
+    if alone:
+        found.copied = np.unique(np.concatenate(alone))
+    return found

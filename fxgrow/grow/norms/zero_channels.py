@@ -1,0 +1,71 @@
+"""Channels that are written as zeros: are they zero wherever they are read, and can they learn?
+
+Zeros written by every writer must still be zeros at every reader, so that any column will do
+there. And a gradient must come back from some reader to each writer: a ReLU has no slope at zero,
+and behind one such channels would stay zero for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup, layer_of
+from fxgrow.errors import PlanError
+from fxgrow.grow.norms.padding_flow import SurplusFlow
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What makes the new channels of a group zero.
+
+    Attributes:
+        filled: axes (indices) whose new entries are zeros: writers and what is added to them.
+    """
+
+    filled: frozenset[int]
+
+
+def follow_silence(analysis: Analysis, group: ChannelGroup) -> Silence | PlanError:
+    """Return which axes of a group are filled with zeros, or why its new channels cannot be zero.
+
+    Args:
+        analysis: of the network.
+        group: the group; no norm over its channels says how they are laid out.
+    """
+    flow = SurplusFlow(analysis, group, "zero", silent=True)
+    channels = analysis.channels
+    try:
+        flow.run()
+    except PlanError as error:
+        return error
+    readers = [axis for axis in group.axes if channels.roles[axis] == "reader"]
+    for axis in readers:
+        if not flow.free.get(axis, False):
+            layer = layer_of(channels.axes[axis].tensor)
+            why = flow.reasons.get(axis, "they come to it in an unknown way")
+            return PlanError(f"new channels need not be zero where {layer} reads them: {why}")
+    writers = {axis for axis in group.axes if channels.roles[axis] == "writer"}
+    mute = _without_gradient(flow)
+    if mute is not None:
+        why = next(iter(flow.flat.values()), "no gradient comes back to them")
+        return PlanError(f"new channels of {mute} would stay zero: {why}")
+    return Silence(frozenset(flow.filled | writers))
+
+
+def _without_gradient(flow: SurplusFlow) -> str | None:
+    """Return a layer that writes zeros to which no reader sends a gradient, or None.
+
+    A factor that multiplies zeros (a gate) gets its gradient as soon as these have learned.
+    """
+    live: set[int] = set()  # values that some reader sends a gradient to
+    for op in reversed(flow.analysis.tape.operations):
+        carriers = [value for value in op.inputs if flow.carries(value)]
+        sent = any(value.index in live for value in op.outputs)
+        writer = next((v for v in op.inputs if flow.axes_of(v, "writer")), None)
+        if carriers and writer is not None and not sent:
+            return layer_of(writer.origins[0])
+        read = any(flow.axes_of(value, "reader") for value in op.inputs)
+        if read or (sent and op.index not in flow.flat):
+            live |= {value.index for value in carriers}
+    return None

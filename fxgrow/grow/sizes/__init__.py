@@ -1,0 +1,1 @@
+"""New shapes: the widths asked for, and the sizes of all that follow from them."""

@@ -1,0 +1,193 @@
+"""Attributes of modules that must follow their tensors, so that a grown module tells the truth.
+
+One line per family: which attribute repeats which size. A module of your own whose ``forward``
+reads such an attribute is registered with ``@follows(MyModule)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from fxgrow.channels.groups import layer_of
+from fxgrow.errors import PlanError
+from fxgrow.plan.edits import ModuleEdit
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Attributes: TypeAlias = dict[str, int | tuple[int, ...]]
+Follow: TypeAlias = Callable[[nn.Module, Shapes, "int | None"], Attributes]
+
+_FOLLOWS: dict[type[nn.Module], Follow] = {}
+
+
+def follows(*classes: type[nn.Module]) -> Callable[[Follow], Follow]:
+    """Return a decorator that registers what attributes repeat which sizes.
+
+    The function gets the module, the new shapes of its own tensors by local name, and the new
+    number of groups of its convolution or group norm (None if unchanged); it returns the
+    attributes' new values.
+
+    Raises:
+        ValueError: a class is registered already.
+    """
+
+    def decorate(function: Follow) -> Follow:
+        for cls in classes:
+            if cls in _FOLLOWS:
+                raise ValueError(f"{cls.__name__} is registered already")
+            _FOLLOWS[cls] = function
+        return function
+
+    return decorate
+
+
+@follows(_ConvNd)
+def convolution(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``out_channels``, ``in_channels`` and ``groups``."""
+    count = groups if groups is not None else int(module.groups)  # type: ignore[arg-type]
+    first, second = shapes["weight"][:2]
+    if getattr(module, "transposed", False):
+        return {"in_channels": first, "out_channels": second * count, "groups": count}
+    return {"out_channels": first, "in_channels": second * count, "groups": count}
+
+
+@follows(nn.Linear)
+def linear(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``out_features`` and ``in_features``."""
+    del module, groups
+    return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
+
+
+@follows(nn.Embedding)
+def embedding(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_embeddings`` and ``embedding_dim``."""
+    del module, groups
+    return {"num_embeddings": shapes["weight"][0], "embedding_dim": shapes["weight"][1]}
+
+
+@follows(_NormBase)
+def batch_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_features``."""
+    del module, groups
+    return {"num_features": next(shape[0] for shape in shapes.values() if shape)}
+
+
+@follows(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``normalized_shape``."""
+    del module, groups
+    return {"normalized_shape": next(tuple(shape) for shape in shapes.values())}
+
+
+@follows(nn.GroupNorm)
+def group_norm(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_channels`` and ``num_groups``."""
+    count = groups if groups is not None else int(module.num_groups)  # type: ignore[arg-type]
+    return {"num_channels": next(shape[0] for shape in shapes.values()), "num_groups": count}
+
+
+@follows(nn.MultiheadAttention)
+def attention(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``embed_dim`` and, as ``head_dim`` stays, ``num_heads``."""
+    del groups
+    width = shapes["in_proj_weight" if "in_proj_weight" in shapes else "q_proj_weight"][1]
+    same = module.kdim == module.embed_dim
+    return {
+        "embed_dim": width,
+        "num_heads": width // int(module.head_dim),  # type: ignore[arg-type]
+        "kdim": width if same else shapes["k_proj_weight"][1],
+        "vdim": width if same else shapes["v_proj_weight"][1],
+    }
+
+
+@follows(nn.EmbeddingBag)
+def embedding_bag(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``embedding_dim``; rows are looked up and stay."""
+    del module, groups
+    return {"embedding_dim": shapes["weight"][1]}
+
+
+@follows(nn.RNNBase)
+def recurrent(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``hidden_size``, of which each gate has one, ``input_size`` and ``proj_size``."""
+    del groups
+    rows, inputs = shapes["weight_ih_l0"]
+    gates = {"LSTM": 4, "GRU": 3}.get(str(module.mode), 1)
+    sizes: Attributes = {"hidden_size": rows // gates, "input_size": inputs}
+    return sizes | ({"proj_size": shapes["weight_hr_l0"][0]} if module.proj_size else {})
+
+
+@follows(nn.RNNCellBase)
+def recurrent_cell(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``hidden_size`` and ``input_size``."""
+    del module, groups
+    return {"hidden_size": shapes["weight_hh"][1], "input_size": shapes["weight_ih"][1]}
+
+
+@follows(nn.PReLU)
+def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
+    """``num_parameters``."""
+    del module, groups
+    return {"num_parameters": shapes["weight"][0]}
+
+
+def attribute_edits(
+    model: nn.Module, new_shapes: Shapes, new_groups: Mapping[str, int]
+) -> Iterator[ModuleEdit]:
+    """Yield the attribute edits that go with new tensor shapes.
+
+    Args:
+        model: the network, at its old sizes.
+        new_shapes: new shape by fully qualified name, of the tensors that change.
+        new_groups: new number of groups by name of a grouped convolution's or a group norm's
+            weight.
+
+    Raises:
+        PlanError: the attributes that a module has do not fit the tensors that it has.
+    """
+    for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:  # a raw parameter of the top-level module
+            continue
+        follow = next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
+        if follow is None:
+            continue
+        shapes = {
+            local: tuple(new_shapes.get(f"{owner}.{name}", tuple(tensor.shape)))
+            for local, name, tensor in _own_tensors(module)
+        }
+        groups = new_groups.get(f"{owner}.weight")
+        try:
+            attributes = follow(module, shapes, groups)
+        except (KeyError, StopIteration, TypeError, ZeroDivisionError) as error:
+            raise PlanError(
+                f"the attributes of {owner} ({type(module).__name__}) do not fit its weights.",
+                name=owner,
+                way_out="Build the module anew and load the weights into it.",
+            ) from error
+        for attribute, after in attributes.items():
+            before = getattr(module, attribute, after)
+            if before != after:
+                yield ModuleEdit(owner, attribute, before, after)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield a module's tensors: what it calls them, their names below it, and themselves.
+
+    Of a parametrized one, the original that has its shape.
+    """
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
+        yield name, name, tensor
+    if is_parametrized(module):
+        for local, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            original = "original" if hasattr(parts, "original") else "original1"
+            yield local, f"parametrizations.{local}.{original}", getattr(parts, original)

@@ -1,0 +1,48 @@
+"""Attributes that nobody read in the forward that was followed, and that must tell the truth.
+
+A forward that says ``view(n, l, -1, self.head_dim)`` runs at any number of heads, so nothing shows
+that ``self.num_heads`` repeats it; other methods of the module may rely on it. These few names say
+what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from fxgrow.channels.groups import ChannelGroup
+from fxgrow.plan.edits import ModuleEdit
+
+# num_heads, n_head, num_key_value_heads…; but dim_head and size_per_head are sizes.
+_HEADS = re.compile(r"(?!.*(dim|size|width)).*heads?$")
+_ALL_HEADS = ("all_head_size", "inner_dim", "inner_size", "split_size")
+
+
+def head_edits(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    known: Sequence[ModuleEdit],
+) -> Iterator[ModuleEdit]:
+    """Yield the numbers of heads and sizes of all heads that grow with a group.
+
+    Args:
+        model: the network, at its old sizes.
+        groups: all channel groups; those with several rows to a channel are heads.
+        widths: new width of each group that grows, by name.
+        known: edits that are made already.
+    """
+    done = {(edit.module, edit.attribute) for edit in known}
+    for group in groups:
+        heads, width = len(group.channels), widths.get(group.name, group.width)
+        if heads == group.width or width == group.width:
+            continue
+        for owner in dict.fromkeys(writer.rpartition(".")[0] for writer in group.writers):
+            for name, before in vars(model.get_submodule(owner)).items():
+                if type(before) is not int or (owner, name) in done:
+                    continue
+                if (_HEADS.match(name) or name in _ALL_HEADS) and before % heads == 0:
+                    done.add((owner, name))
+                    yield ModuleEdit(owner, name, before, before * width // group.width)

@@ -1,0 +1,1 @@
+"""Plan wider channel groups."""

@@ -1,0 +1,360 @@
+"""Make a plan: widths, sizes, a run at the new sizes, matching, factors, gains, verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from fxgrow.apply.module import fingerprint
+from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup, layer_of
+from fxgrow.errors import PlanError
+from fxgrow.grow.match.axis_edits import axis_edits
+from fxgrow.grow.match.group_norms import warnings_of
+from fxgrow.grow.norms.gain_flow import Absorbed, GainFlow, Mismatch
+from fxgrow.grow.norms.gains import propagate_gains
+from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.widths import select
+from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
+from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
+from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
+from fxgrow.plan.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
+from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
+from fxgrow.version import __version__
+
+VarianceOf = Callable[[str], float]
+
+
+def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> Plan:
+    """Return the plan for a request.
+
+    Args:
+        analysis: of the network at its present sizes.
+        request: what is asked for.
+        variance_of: returns the unbiased variance of a weight by name; called only for
+            rescalings that need it.
+
+    Raises:
+        PlanError: the request is malformed or nothing that it selects can grow.
+    """
+    if not (request.noise >= 0 and math.isfinite(request.noise)):
+        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+    RESCALINGS[request.rescaling]  # an unknown name is refused before any work
+    widths, refused = select(analysis.groups, request)
+    found = feasible(attempts_for(analysis, request), widths)
+    return plan_of(analysis, request, replace(found, refused=refused + found.refused), variance_of)
+
+
+def attempts_for(analysis: Analysis, request: Request) -> Attempts:
+    """Return all that the search for sizes depends on but the widths."""
+    standin = analysis.traced.standin
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(standin).items()}
+    return Attempts(
+        analysis,
+        shapes,
+        request.grouped,
+        seeded(PAIRINGS[request.pairing], request.seed),
+        eps_attributes(standin),
+        scale_writers=request.rescaling == "none",
+    )
+
+
+def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: VarianceOf) -> Plan:
+    """Return the plan that takes a network to sizes that work out.
+
+    Args:
+        analysis: of the network at its present sizes.
+        request: what is asked for.
+        found: the sizes, and the run at these.
+        variance_of: as for :func:`make_plan`.
+
+    Raises:
+        PlanError: an old channel loses a position, or what a rescaling does cannot be told.
+    """
+    traced = analysis.traced
+    standin = traced.standin
+    tensors = named_tensors(standin)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    with_eps = eps_attributes(standin)
+    sizes, resized = found.sizes, found.resized
+    edits = axis_edits(
+        analysis.channels,
+        resized.channels,
+        found.matching,
+        found.surplus.values(),
+        found.silent.values(),
+    )
+    roles = _weights(analysis, sizes)
+    factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
+    eta = found.eta
+    factors = {name: factor * eta.factors.get(name, 1.0) for name, factor in factors.items()}
+    flow = propagate_gains(analysis.tape, factors, with_eps, eta.statistics, eta.undone)
+    eps_edits = _eps_edits(flow)
+    warnings += [
+        f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold it, "
+        "fxgrow.load sets it"
+        for edit in eps_edits
+    ]
+    if resized.sizes:
+        if request.compensate and flow.mismatches:
+            raise PlanError(
+                "multipliers cannot be put into a graph whose sizes are rewritten.",
+                way_out="Use --rescaling none.",
+            )
+        warnings.append(
+            f"{traced.module or 'the result'} is a torch.fx.GraphModule with the same names: its "
+            f"code fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
+            f"{len(resized.sizes) - 1} more)"
+        )
+    warnings += warnings_of(analysis.channels.norm_groups, sizes.norm_groups)
+    aliases = aliases_of(tensors)
+    groups = tuple(
+        _group_plan(
+            analysis,
+            request,
+            group,
+            sizes,
+            factors,
+            flow,
+            *_layout(analysis, request, group, found),
+        )
+        for group in analysis.groups
+        if group.name in sizes.widths
+    )
+    prediction = multipliers(analysis, flow)
+    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
+    batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
+    return Plan(
+        request=request,
+        groups=groups,
+        refused=found.refused,
+        tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
+        modules=(*resized.modules, *eps_edits),
+        multipliers=tuple(replace(m, factor=1 / m.factor) for m in prediction)
+        if request.compensate
+        else (),
+        prediction=() if request.compensate else prediction,
+        norms=tuple(
+            NormGain(norm.layer, norm.gain) for norm in flow.absorbed.values() if norm.running_var
+        ),
+        aliases=aliases,
+        source=fingerprint(tensors),
+        inputs=scope.inputs,
+        inputs_inferred=scope.inputs_inferred,
+        tracer=scope.tracer,
+        parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
+        flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
+        warnings=tuple(warnings),
+        fxgrow=__version__,
+        sizes=resized.sizes,
+        submodules=(scope,) if traced.module else (),
+    )
+
+
+def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Return, for each weight that writes or reads a widened group, its dim by role."""
+    widened = {g.name for g in analysis.groups if sizes.widths.get(g.name, g.width) != g.width}
+    axes = {axis for g in analysis.groups if g.name in widened for axis in g.axes}
+    names = {
+        analysis.channels.axes[axis].tensor
+        for axis in axes
+        if analysis.channels.roles[axis] in ("writer", "reader")
+    }
+    dims: dict[str, dict[str, int]] = {}
+    for axis, role in zip(analysis.channels.axes, analysis.channels.roles, strict=True):
+        if axis.tensor in names:
+            dims.setdefault(axis.tensor, {})[role] = axis.dim
+    return dims
+
+
+def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
+    """Return the number of inputs of one output: all elements over the rows."""
+    rows = shape[dims.get("writer", 0)]
+    return math.prod(shape) // max(rows, 1)
+
+
+def _factors(
+    request: Request,
+    weights: Mapping[str, Mapping[str, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    variance_of: VarianceOf,
+) -> tuple[dict[str, float], list[str]]:
+    """Return the rescaling factor of each weight, and what to warn of."""
+    factors: dict[str, float] = {}
+    warnings: list[str] = []
+    needs_variance = request.rescaling in USES_VARIANCE
+    for name, dims in weights.items():
+        layer = LayerStatistics(
+            fan_in=_fan_in(shapes[name], dims),
+            new_fan_in=_fan_in(sizes.shapes.get(name, shapes[name]), dims),
+            variance=variance_of(name) if needs_variance else math.nan,
+            gain=request.gain,
+        )
+        factors[name], warning = rescaling_factor(request.rescaling, layer)
+        if warning:
+            warnings.append(f"{layer_of(name)}: {warning}")
+    return factors, warnings
+
+
+def _tensor_edits(
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    edits: Mapping[str, list[AxisEdit]],
+    factors: Mapping[str, float],
+    flow: GainFlow,
+    weights: Mapping[str, Mapping[str, int]],
+    aliases: Mapping[str, str],
+) -> dict[str, TensorEdit]:
+    """Return the edit of every tensor that changes, in the order of the state_dict."""
+    kept = [norm for norm in flow.absorbed.values() if norm.running_var]
+    absorptions = dict(item for norm in kept for item in _absorptions(norm))
+    found: dict[str, TensorEdit] = {}
+    for name, shape in shapes.items():
+        if name in aliases:
+            continue
+        new_shape = sizes.shapes.get(name, shape)
+        scale = factors.get(name, 1.0) * flow.vectors.get(name, 1.0)
+        axes = tuple(edits.get(name, ()))
+        if not axes and scale == 1.0 and name not in absorptions:
+            continue
+        owner = name if name in weights else f"{layer_of(name)}.weight"
+        fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
+        found[name] = TensorEdit(shape, new_shape, scale, axes, fan_in, absorptions.get(name))
+    return found
+
+
+def eps_attributes(standin: nn.Module) -> dict[str, dict[str, float]]:
+    """Return the attributes of each module that may be its eps, and can be set."""
+    return {
+        name: {k: v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)}
+        for name, module in standin.named_modules()
+    }
+
+
+def _eps_edits(flow: GainFlow) -> tuple[ModuleEdit, ...]:
+    """Return the eps of the norms that absorb a gain s without statistics: s² times the old."""
+    return tuple(
+        ModuleEdit(norm.layer, norm.attribute, norm.eps, norm.eps * norm.gain**2)
+        for norm in flow.absorbed.values()
+        if not norm.running_var
+    )
+
+
+def _absorptions(norm: Absorbed) -> Iterable[tuple[str, Absorption]]:
+    """Yield the absorption of each of a norm's tensors."""
+    for part, name in (
+        ("weight", norm.weight),
+        ("running_mean", norm.running_mean),
+        ("running_var", norm.running_var),
+    ):
+        yield name, Absorption(part, norm.gain, norm.eps, norm.running_var)  # type: ignore[arg-type]
+
+
+def _group_plan(
+    analysis: Analysis,
+    request: Request,
+    group: ChannelGroup,
+    sizes: Sizes,
+    factors: Mapping[str, float],
+    flow: GainFlow,
+    pairing: str,
+    note: str,
+) -> GroupPlan:
+    """Return what happens to one group, with its verdict."""
+    own = {
+        analysis.channels.axes[axis].tensor: analysis.channels.roles[axis] for axis in group.axes
+    }
+    roles: dict[str, set[float]] = {"writer": set(), "reader": set()}
+    for axis in group.axes:
+        role, tensor = analysis.channels.roles[axis], analysis.channels.axes[axis].tensor
+        if role in roles and tensor in factors:
+            roles[role].add(factors[tensor])
+    alpha, beta = (next(iter(f)) if len(f) == 1 else None for f in roles.values())
+    touching = {name for name in own if name in factors}
+    mismatches = [m for m in flow.mismatches if m.sources & touching]
+    verdict, reason = _verdict(request, pairing, mismatches)
+    if note and verdict == "exact":
+        reason = f"{note}; {reason}" if reason else note
+    return GroupPlan(
+        name=group.name,
+        width=(group.width, sizes.widths[group.name]),
+        kind=group.kind,
+        block=analysis.block_of(group),
+        writers=group.writers,
+        readers=group.readers,
+        factors={layer_of(name): factors[name] for name in own if name in factors},
+        alpha=alpha,
+        beta=beta,
+        alpha_beta=None if alpha is None or beta is None else alpha * beta,
+        absorbed_by=tuple(n.layer for n in flow.absorbed.values() if n.sources & touching),
+        gain=math.prod(m.gain for m in mismatches),
+        preserves=verdict,
+        reason=reason,
+        pairing=pairing,
+    )
+
+
+def _layout(
+    analysis: Analysis, request: Request, group: ChannelGroup, found: Feasible
+) -> tuple[str, str]:
+    """Return how a group's new channels are laid out, and why so if a norm asks for it."""
+    if group.channels[0] in found.copied:
+        return "replicate", "whole copies, for a norm over all its channels"
+    surplus = found.surplus.get(group.name)
+    if surplus is None:
+        touched = {analysis.channels.axes[axis].tensor for axis in group.axes}
+        norm = next((weight for weight in found.sizes.norm_groups if weight in touched), "")
+        return request.pairing, f"whole new groups, for {layer_of(norm)}" if norm else ""
+    own = PAIRINGS[request.pairing]
+    eta = math.sqrt(surplus.ratio)
+    held = "the mean of the old channels" if surplus.holds == "mean" else "zero"
+    taken = "the writers are multiplied by 1/η" if found.eta.factors else "its eps by η²"
+    copies = f"besides {surplus.copies} whole copies, " if surplus.copies > 1 else ""
+    return (
+        request.pairing if drawing(own) is own else "vv_z_negz",
+        f"{copies}new channels carry {held}, for a norm over all channels: its weight, or "
+        f"what reads it, is multiplied by η = {eta:.6g}, {taken}",
+    )
+
+
+def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
+    """Return what becomes of the function, and why."""
+    if not cancels(pairing):
+        return "no", f"pairing {pairing!r}: the new channels do not cancel"
+    if request.noise:
+        return "no", f"noise {request.noise:g}: the new columns of twins do not cancel"
+    if not mismatches:
+        return "exact", ""
+    reasons = "; ".join(dict.fromkeys(m.reason for m in mismatches))
+    if request.compensate:
+        return "exact", f"compensated by a multiplier ({reasons})"
+    return ("no" if any(m.verdict == "no" for m in mismatches) else "scaled"), reasons
+
+
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each further name of a tied tensor, its first name."""
+    first: dict[int, str] = {}
+    return {
+        name: known
+        for name, tensor in tensors.items()
+        if (known := first.setdefault(id(tensor), name)) != name
+    }
+
+
+def _parameter_counts(
+    parameters: Iterable[Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes,
+) -> tuple[int, int]:
+    """Return the number of parameters before and after."""
+    ids = {id(parameter) for parameter in parameters}
+    names = {id(t): n for n, t in reversed([*tensors.items()]) if id(t) in ids}.values()
+    before = sum(math.prod(shapes[name]) for name in names)
+    return before, sum(math.prod(sizes.shapes.get(name, shapes[name])) for name in names)

@@ -1,0 +1,56 @@
+"""What is predicted of a function that changes: multipliers on edges of the old network's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.errors import PlanError
+from fxgrow.grow.norms.gain_flow import GainFlow, Mismatch
+from fxgrow.labels.graphs import operands_from
+from fxgrow.labels.operators import MOVEMENTS, operator_name
+from fxgrow.labels.tape import Tape
+from fxgrow.plan.edits import Multiplier
+
+
+def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
+    """Return the mismatches as multipliers on edges of the fx graph.
+
+    Raises:
+        PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
+            no graph.
+    """
+    names = analysis.nodes
+    graph = analysis.traced.graph if names else None
+    nodes = {node.name: node for node in graph.nodes} if graph else {}
+    found: dict[tuple[str, str], Multiplier] = {}
+    for mismatch in flow.mismatches:
+        place = _before_node(analysis.tape, names, mismatch) if names else -1
+        producer = names[place] if place >= 0 else ""
+        consumer = names[mismatch.consumer] if names and mismatch.consumer >= 0 else "output"
+        if not producer or producer == consumer:
+            raise PlanError(
+                f"what this rescaling does to the output cannot be predicted: {mismatch.reason}, "
+                "inside a part of the network without a graph.",
+                way_out="Use --rescaling none.",
+            )
+        ends = operands_from(nodes[producer], nodes[consumer], set(names))
+        if not ends:
+            raise PlanError(f"the graph has no edge from {producer} to {consumer}.", name=producer)
+        module = analysis.traced.module
+        for end in ends:
+            found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
+    return tuple(found.values())
+
+
+def _before_node(tape: Tape, names: Sequence[str], mismatch: Mismatch) -> int:
+    """Return what to scale instead of what lies inside of a node: what is moved or multiplied."""
+    place = mismatch.producer
+    while mismatch.consumer >= 0 and place >= 0 and names[place] == names[mismatch.consumer]:
+        op = tape.operations[place]
+        data = [value for value in op.inputs if not value.is_weight]
+        moves = op.target.is_view or operator_name(op.target) in MOVEMENTS
+        if len(data) != 1 or not ((moves and data == [*op.inputs]) or op.name in ("mm", "bmm")):
+            break
+        place = -1 if data[0].producer is None else data[0].producer
+    return place

@@ -1,0 +1,71 @@
+"""One plan for several parts of a network that were followed each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.errors import PlanError
+from fxgrow.grow.sizes.widths import select
+from fxgrow.grow.widen.planner import VarianceOf, make_plan
+from fxgrow.plan.schema import Plan, Refusal, Request
+
+
+def plan_parts(analyses: Sequence[Analysis], request: Request, variance_of: VarianceOf) -> Plan:
+    """Return one plan for all parts of a network.
+
+    Args:
+        analyses: of the whole network, or of parts that have no module in common.
+        request: what is asked for; its globs are over the groups of all parts.
+        variance_of: as for :func:`fxgrow.grow.widen.planner.make_plan`.
+
+    Raises:
+        PlanError: the request is malformed, or nothing that it selects can grow in any part.
+    """
+    if len(analyses) == 1:
+        return make_plan(analyses[0], request, variance_of)
+    widths, refused = select([group for part in analyses for group in part.groups], request)
+    made: list[Plan] = []
+    problems: list[PlanError] = []
+    for part in analyses:
+        mine = {g.name: str(widths[g.name]) for g in part.groups if g.name in widths}
+        if not mine:
+            continue
+        own = replace(request, width=mine, include=tuple(mine), exclude=(), where="all")
+        try:
+            made.append(make_plan(part, own, variance_of))
+        except PlanError as error:
+            problems.append(error)
+            refused += tuple(Refusal(name, error.message.rstrip(".")) for name in mine)
+    if not made:
+        raise problems[0]
+    return replace(merged(made), request=request, refused=refused + _all_refused(made))
+
+
+def _all_refused(plans: Sequence[Plan]) -> tuple[Refusal, ...]:
+    return tuple(refusal for plan in plans for refusal in plan.refused)
+
+
+def merged(plans: Sequence[Plan]) -> Plan:
+    """Return plans for different parts of one network as one plan; all name the whole's tensors."""
+    before = plans[0].parameters[0]
+    added = sum(plan.parameters[1] - before for plan in plans)
+    return replace(
+        plans[0],
+        groups=tuple(group for plan in plans for group in plan.groups),
+        tensors={name: edit for plan in plans for name, edit in plan.tensors.items()},
+        modules=tuple(edit for plan in plans for edit in plan.modules),
+        multipliers=tuple(m for plan in plans for m in plan.multipliers),
+        prediction=tuple(m for plan in plans for m in plan.prediction),
+        norms=tuple(norm for plan in plans for norm in plan.norms),
+        inputs=tuple(shape for plan in plans for shape in plan.inputs),
+        inputs_inferred=all(plan.inputs_inferred for plan in plans),
+        tracer=", ".join(dict.fromkeys(plan.tracer for plan in plans)),
+        parameters=(before, before + added),
+        flops=(sum(plan.flops[0] for plan in plans), sum(plan.flops[1] for plan in plans)),
+        warnings=tuple(dict.fromkeys(text for plan in plans for text in plan.warnings)),
+        sizes=tuple(edit for plan in plans for edit in plan.sizes),
+        submodules=tuple(scope for plan in plans for scope in plan.submodules),
+        kernels=tuple(kernel for plan in plans for kernel in plan.kernels),
+    )

@@ -1,0 +1,163 @@
+"""fx graphs of a module: traced for this thread alone, and open for other sizes."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxgrow.errors import TraceError
+from fxgrow.modules.standin import first_line, keeping_modes
+
+
+class ThreadTracer(fx.Tracer):
+    """A tracer that leaves other threads alone.
+
+    While it traces, ``torch.fx`` patches what calls any module and looks up its parts. A module
+    that another thread runs meanwhile is called as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a module, and make it a part of the graph if it is this thread's."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return a part of a module, as a value of the graph if it is looked up in this thread."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class OpenTracer(ThreadTracer):
+    """A tracer for which buffers are values, as parameters are, and no constants."""
+
+    proxy_buffer_attributes = True
+
+
+def symbolic_trace(standin: nn.Module) -> fx.Graph:
+    """Return the graph; code that asks buffers for their values makes them constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return OpenTracer().trace(standin)
+        except Exception:
+            return ThreadTracer().trace(standin)
+
+
+def open_graph(model: nn.Module) -> fx.Graph:
+    """Return a graph of the model in which sizes can be rewritten, the same in both modes.
+
+    Attention modules are traced into. Modules without parameters stay closed where that makes the
+    graph the same in train and eval mode (stochastic depth).
+
+    Args:
+        model: a module that ``torch.fx`` can trace; its attention modules change their class to one
+            that computes the same in the open.
+
+    Raises:
+        TraceError: it cannot be traced, or the graph differs between the modes.
+    """
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = OpenAttention
+    for tracer in (OpenTracer, _ClosedTracer):
+        try:
+            with keeping_modes(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graphs = [tracer().trace(model.train(mode)) for mode in (True, False)]
+        except Exception as error:  # a user's forward may raise anything
+            raise TraceError(f"torch.fx cannot trace it: {first_line(error)}") from error
+        if str(graphs[0]) == str(graphs[1]):
+            return graphs[1]
+    raise TraceError(
+        f"the graph of {type(model).__name__} differs between train and eval mode, so that sizes "
+        "in its code cannot be rewritten"
+    )
+
+
+class _ClosedTracer(OpenTracer):
+    """Leaves modules without parameters, buffers and children as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is one node of the graph."""
+        bare = not (m._parameters or m._buffers or m._modules)
+        return bare or super().is_leaf_module(m, module_qualified_name)
+
+
+def operands_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> list[fx.Node]:
+    """Return the inputs of ``consumer`` that carry what ``producer`` computed.
+
+    Args:
+        producer: a node.
+        consumer: another one of its graph.
+        active: names of the nodes that compute something; between the two may lie others, which
+            pass on what they get (dropout in eval mode).
+    """
+    found = []
+    for operand in consumer.all_input_nodes:
+        node = operand
+        while node.name not in active and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if node is producer:
+            found.append(operand)
+    return found
+
+
+class OpenAttention(nn.MultiheadAttention):
+    """:class:`torch.nn.MultiheadAttention` in the open, for tracing: heads are literal sizes here.
+
+    Source: the same computation as ``torch.nn.functional.multi_head_attention_forward``, for the
+    packed projection without masks.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mixed values, and the attention weights if they are needed."""
+        masked = key_padding_mask is not None or attn_mask is not None or is_causal
+        if masked or self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
+            raise TraceError("nn.MultiheadAttention with masks or separate projections stays whole")
+        inputs = [query, key, value]
+        if not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        sizes = (self.num_heads, self.head_dim)
+        q, k, v = (
+            torch.unflatten(
+                functional.linear(inputs[i], weights[i], biases[i]), -1, sizes
+            ).transpose(1, 2)
+            for i in range(3)
+        )
+        scores = functional.softmax(q @ k.transpose(-2, -1) * self.head_dim**-0.5, dim=-1)
+        mixed = functional.dropout(scores, self.dropout, self.training and self.dropout > 0) @ v
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out = out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        return out, scores.mean(1) if average_attn_weights else scores

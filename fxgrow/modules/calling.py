@@ -1,0 +1,72 @@
+"""What a module is called with, and the tensors in nests of arguments and results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# What a network is called with: positional arguments, or keyword arguments.
+Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
+
+
+_PLAIN = frozenset((NoneType, bool, int, float, str, torch.dtype, torch.device))  # hold no tensors
+
+
+def arguments_of(example_inputs: object) -> Arguments:
+    """Return example inputs as arguments: a mapping is keywords, a lone object is one argument."""
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def call(function: Callable[..., Any], arguments: Arguments) -> Any:
+    """Return what a function makes of its arguments."""
+    return function(**arguments) if isinstance(arguments, dict) else function(*arguments)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Return a nest of tuples, lists and dicts with every tensor replaced by its image."""
+    return map_kind(Tensor, function, tree)
+
+
+def map_kind(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a nest of tuples, lists and dicts with what is of one kind replaced by its image."""
+    own = type(tree)
+    if own in _PLAIN:
+        return tree
+    if isinstance(tree, kind):
+        return function(tree)
+    if own is tuple or own is list:
+        return own([x if type(x) in _PLAIN else map_kind(kind, function, x) for x in tree])
+    if own is dict:
+        return {key: map_kind(kind, function, item) for key, item in tree.items()}
+    return tree
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors of a nest of tuples, lists, dicts and dataclasses, in order."""
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: object, found: list[Tensor]) -> None:
+    if type(tree) in _PLAIN:
+        return
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            if type(item) not in _PLAIN:
+                _gather(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _gather(item, found)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for part in dataclasses.fields(tree):
+            _gather(getattr(tree, part.name), found)

@@ -1,0 +1,76 @@
+"""Run a module on meta tensors, whatever constants it makes on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxgrow.modules.calling import map_tensors, tensors_in
+from fxgrow.modules.meta_shapes import run_on_meta
+
+
+class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode in which constants that a model makes on another device join the meta one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation with every tensor argument on the meta device.
+
+        What has not met a meta tensor (token ids, a mask made of them) keeps its values, on the
+        CPU, even where the model wants it on the device of its weights: forwards look into masks.
+        """
+        kwargs = kwargs or {}
+        tensors = tensors_in((args, kwargs))
+        elsewhere = sum([not tensor.is_meta for tensor in tensors])
+        if 0 < elsewhere < len(tensors):
+            args, kwargs = map_tensors(self._to_meta, (args, kwargs))
+            tensors = tensors_in((args, kwargs))
+        if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is torch.ops.aten._to_copy.default:
+            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
+        result = run_on_meta(func, args, kwargs, tensors)
+        self.ran(func, args, kwargs, tensors, result)
+        return result
+
+    def ran(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+        result: object,
+    ) -> None:
+        """Take note of an operation that ran; ``operands`` are the tensors that it was given."""
+
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Take note that a constant is stood in for by a meta tensor, from now on."""
+
+    def _to_meta(self, tensor: Tensor) -> Tensor:
+        """Move a tensor; those without dims mix with any device as they are."""
+        if tensor.device.type == "meta" or not tensor.ndim:
+            return tensor
+        if id(tensor) not in self._twins:
+            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            self.joined(*self._twins[id(tensor)])
+        return self._twins[id(tensor)][1]
+
+
+def _is_state(func: OpOverload, kwargs: dict[str, Any]) -> bool:
+    """Return whether an operation makes floating-point zeros: a recurrent layer's first state."""
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return func.overloadpacket is torch.ops.aten.zeros and bool(dtype.is_floating_point)

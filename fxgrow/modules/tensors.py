@@ -1,0 +1,55 @@
+"""The parameters and buffers of a module by their fully qualified names, tied ones under each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by fully qualified name, tied ones under each name."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in _prefixed_modules(model):
+        for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
+            for local, tensor in held.items():
+                if tensor is not None:
+                    found[prefix + local] = tensor
+    return parameters | buffers
+
+
+def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module under each of its names, with a dot behind, outermost first."""
+    waiting = [("", model)]  # nested generators, as named_modules() has them, take far longer
+    while waiting:
+        prefix, module = waiting.pop()
+        yield prefix, module
+        children = reversed(module._modules.items())
+        waiting += [(f"{prefix}{local}.", child) for local, child in children if child is not None]
+
+
+def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return :func:`named_tensors` without buffers that no state_dict holds, but for some.
+
+    Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
+    """
+    found = named_tensors(model)
+    for name in _fleeting(model):
+        if name not in besides:
+            found.pop(name, None)
+    return found
+
+
+def zero_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
+    found = named_tensors(model)
+    held = ((name, found[name]) for name in _fleeting(model) if name in found)
+    return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
+
+
+def _fleeting(model: nn.Module) -> Iterator[str]:
+    """Yield the names of buffers that no state_dict holds."""
+    for prefix, module in _prefixed_modules(model):
+        for local in module._non_persistent_buffers_set:
+            yield prefix + local
