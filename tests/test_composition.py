@@ -20,9 +20,10 @@ from fxgrow.api import kernels
 from fxgrow.api import widen as api
 from fxgrow.api.deepen import plan_deepening
 from fxgrow.apply.module import apply_to_state_dict
-from fxgrow.apply.rearrange import new_names, rearranged
+from fxgrow.apply.rearrange import rearranged
 from fxgrow.cli.app import app
 from fxgrow.plan.edits import Child, Rearrangement
+from fxgrow.plan.names import new_names
 
 INPUTS = torch.randn(2, 3, 32, 32)
 

@@ -106,6 +106,12 @@ def test_planners_import_only_planners_below_them():
     assert not up
 
 
+def test_planners_use_of_the_executor_what_they_try_alone():
+    used = {(a, b) for a, b in graph().edges if room_of(a) == "grow" and room_of(b) == "apply"}
+    assert used  # else the door is of no use
+    assert {door for _, door in used} == {"apply.trial"}
+
+
 def test_no_modules_import_each_other():
     assert not [sorted(c) for c in nx.strongly_connected_components(graph()) if len(c) > 1]
 

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.apply.graph import graph_module, insert_multipliers, module_at, sized_graph, with_part
-from fxgrow.apply.rearrange import names_after, rearranged
+from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.errors import FxgrowError, PlanError
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
+from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.init import Init, init_name
+from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
 
 _FITTING = "Apply the plan to the network it was made for."
@@ -60,14 +62,6 @@ def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = Tr
                 name=name,
                 way_out=way_out,
             )
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and dtype of every tensor by name: what a plan is made for."""
-    return {
-        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
 
 
 def new_tensors(

@@ -1,9 +1,9 @@
-"""Put new modules into modules, and carry names across: no tensor is made here."""
+"""Put new modules into modules: no tensor is made here."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -13,7 +13,6 @@ from fxgrow.errors import PlanError
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import Rearrangement
-from fxgrow.plan.schema import Plan
 
 _FITTING = "Apply the plan to the network it was made for."
 
@@ -107,72 +106,3 @@ def _unfit(edit: Rearrangement, why: str) -> PlanError:
         name=edit.container,
         way_out=_FITTING,
     )
-
-
-def new_names(
-    names: Iterable[str], rearrangements: Sequence[Rearrangement]
-) -> list[tuple[str, str, bool]]:
-    """Return every name after a rearrangement, with the name it comes from and whether it is new.
-
-    Args:
-        names: of tensors (or modules) before, in the order of the modules.
-        rearrangements: as for :func:`rearranged`.
-
-    Returns:
-        (name after, name before, new) in the order of the modules after; for what is new, the name
-        before is that of what it is like.
-    """
-    found = [(name, name, False) for name in names]
-    for edit in rearrangements:
-        prefix = f"{edit.container}." if edit.container else ""
-        held = {child.source for child in edit.children}
-        own: list[tuple[str, str, bool]] = []  # tensors of the container itself
-        children: dict[str, list[tuple[str, str, bool]]] = {}
-        for entry in found:
-            if entry[0].startswith(prefix):
-                local = entry[0].removeprefix(prefix).partition(".")[0]
-                (children.setdefault(local, []) if local in held else own).append(entry)
-        moved = [
-            (
-                f"{prefix}{child.name}{name.removeprefix(prefix + child.source)}",
-                old,
-                new or child.new,
-            )
-            for child in edit.children
-            for name, old, new in children.get(child.source, ())
-        ]
-        first = next((i for i, e in enumerate(found) if e[0].startswith(prefix)), len(found))
-        rest = [entry for entry in found if not entry[0].startswith(prefix)]
-        found = [*rest[:first], *own, *moved, *rest[first:]]
-    return found
-
-
-def names_after(names: Iterable[str], step: Plan) -> list[tuple[str, str, bool]]:
-    """Return every name after one step of a plan: (name after, name before, new).
-
-    Args:
-        names: of tensors before, in the order of the modules.
-        step: the step.
-    """
-    if not step.names:
-        return new_names(names, step.rearrangements)
-    known, found = set(names), []
-    for after, before in step.names.items():
-        edit = step.tensors.get(step.aliases.get(after, after))
-        like = before or (edit.source if edit is not None else "")
-        if like in known:
-            found.append((after, like, not before))
-    return found
-
-
-def carried_names(names: Iterable[str], plan: Plan) -> dict[str, str]:
-    """Return each name after all steps of a plan, and the name before the first that it comes from.
-
-    Args:
-        names: of tensors before, in the order of the modules.
-        plan: the plan; of what it makes new, the name before is that of what it is like.
-    """
-    found = {name: name for name in names}
-    for step in plan.steps:
-        found = {name: found[before] for name, before, _ in names_after(found, step)}
-    return found

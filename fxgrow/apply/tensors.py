@@ -18,7 +18,7 @@ from fxgrow.errors import PlanError
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import AxisEdit, Run, RunKind, TensorEdit
-from fxgrow.plan.init import Init, copy_normal, draw, init_of_plan, zeros
+from fxgrow.plan.init import Init, copy_normal, draw, identity_, init_of_plan, zeros
 from fxgrow.plan.schema import Plan
 
 Lookup: TypeAlias = Callable[[str], Tensor]
@@ -179,16 +179,6 @@ def regroup(tensor: Tensor, groups: tuple[int, int], between: Init = zeros) -> T
     for place in range(times):
         grouped[place:before:times, :, place] = blocks[place::times]
     return grouped.reshape(after * times * rows, times * width, *kernel)
-
-
-def identity_(tensor: Tensor) -> Tensor:
-    """Return the weight of a layer that passes on what it gets, written into a tensor of zeros."""
-    middle = tensor
-    for size in tensor.shape[2:]:
-        middle = middle.select(2, size // 2)
-    rows = torch.arange(tensor.shape[0], device=tensor.device)
-    middle[rows, rows % tensor.shape[1]] = 1
-    return tensor
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

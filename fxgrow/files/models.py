@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
 from fxgrow.apply.module import apply_to_state_dict, remade
-from fxgrow.apply.rearrange import carried_names
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
@@ -46,6 +45,7 @@ from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.checks import MOST_STEPS
+from fxgrow.plan.names import carried_names
 from fxgrow.plan.schema import Plan, plans_of
 from fxgrow.version import __version__
 

@@ -9,12 +9,12 @@ from typing import TypeAlias
 from torch import Tensor
 
 from fxgrow.apply.module import apply_to_state_dict
-from fxgrow.apply.rearrange import names_after
 from fxgrow.apply.tensors import Lookup
 from fxgrow.errors import PlanError
 from fxgrow.files.optimizer.buffers import State
 from fxgrow.files.optimizer.state import grow_state
 from fxgrow.plan.init import zeros
+from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
 
 Member: TypeAlias = tuple[str, str]  # a parameter's new name and its old one, "" if it is new

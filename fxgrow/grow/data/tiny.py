@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxgrow.apply.module import apply_to_module
+from fxgrow.apply.trial import apply_to_module
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra

@@ -13,8 +13,7 @@ from functools import cached_property
 
 from torch import nn
 
-from fxgrow.apply.module import set_attributes
-from fxgrow.apply.rearrange import rearranged
+from fxgrow.apply.trial import tried
 from fxgrow.errors import PlanError
 from fxgrow.grow.deepen.depth import attribute_edits
 from fxgrow.grow.identity.concrete_run import Recording, is_inside, record
@@ -23,8 +22,7 @@ from fxgrow.grow.identity.stages import Stage, child_of, inserted
 from fxgrow.labels.operators import COPIES, operator_name
 from fxgrow.labels.tape import Operation
 from fxgrow.labels.trace import Traced
-from fxgrow.modules.standin import first_line, stand_in
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.standin import first_line
 from fxgrow.plan.edits import ModuleEdit, Rearrangement
 from fxgrow.plan.schema import Request
 
@@ -160,10 +158,7 @@ class Insertion:
                 for edit in attribute_edits(old, part.stage, part.likes)
                 if not _in_graph(edit, part)
             ]
-        view = rearranged(old, self.rearrangements)
-        tensors = named_tensors(view)
-        standin = stand_in(view, {n: tensors[n].new_empty(shape) for n, shape in shapes.items()})
-        set_attributes(standin, tuple(modules))
+        standin = tried(old, shapes, modules, self.rearrangements)
         deeper = replace(self.traced, standin=standin, inferred=False)
         return deeper, tuple(modules)
 

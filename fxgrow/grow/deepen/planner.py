@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fxgrow.apply.module import fingerprint
-from fxgrow.apply.rearrange import new_names
 from fxgrow.channels.channels import resolve
 from fxgrow.errors import PlanError
 from fxgrow.grow.deepen.insertion import Chosen, Insertion, Trial
@@ -21,6 +19,8 @@ from fxgrow.grow.identity.stages import Stage, rearrangement
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
+from fxgrow.plan.fingerprint import fingerprint
+from fxgrow.plan.names import new_names
 from fxgrow.plan.schema import BlockPlan, Plan, Request, Scope
 from fxgrow.version import __version__
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxgrow.apply.tensors import identity_
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, argument, rehearse
 from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, passes
 from fxgrow.grow.identity.stages import Stage
 from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import ModuleEdit
+from fxgrow.plan.init import identity_
 
 
 def find_unit(model: nn.Module, stage: Stage, before: Recording) -> tuple[Stage, tuple[int, ...]]:

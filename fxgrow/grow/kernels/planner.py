@@ -13,11 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
-from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxgrow.apply.module import fingerprint, reshaped
+from fxgrow.apply.trial import tried
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.kernels.convolutions import convolutions, input_sizes, settings_of, sharing_weight
@@ -27,6 +25,7 @@ from fxgrow.grow.widen.submodules import merged
 from fxgrow.labels.tape import Tape
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Run, RunKind, TensorEdit
+from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.schema import KernelPlan, Plan, Refusal, Request, Scope
 from fxgrow.version import __version__
 
@@ -276,12 +275,8 @@ def _run_enlarged(analysis: Analysis, plan: Plan) -> Tape:
         PlanError: a convolution gives another number of outputs: code around it reads its kernel.
     """
     traced = analysis.traced
-    tensors = named_tensors(traced.standin)
-    weights = {
-        name: torch.empty(edit.new_shape, dtype=tensors[name].dtype, device="meta")
-        for name, edit in plan.tensors.items()
-    }
-    grown: nn.Module = reshaped(plan, traced.standin, weights)
+    shapes = {name: edit.new_shape for name, edit in plan.tensors.items()}
+    grown = tried(traced.standin, shapes, plan.modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the plan tells what padding='same' copies
         tape = replace(traced, standin=grown).label()[1]

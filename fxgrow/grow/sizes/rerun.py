@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from fxgrow.apply.module import set_attributes
+from fxgrow.apply.trial import set_attributes
 from fxgrow.channels.analysis import Analysis, SizedRun
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel, layer_of

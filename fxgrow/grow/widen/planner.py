@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fxgrow.apply.module import fingerprint
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
 from fxgrow.errors import PlanError
@@ -22,6 +21,7 @@ from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
+from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
 from fxgrow.plan.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
 from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
