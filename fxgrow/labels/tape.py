@@ -79,6 +79,11 @@ class Operation:
         return self.target._opname.rstrip("_")
 
     @property
+    def is_product(self) -> bool:
+        """Whether it multiplies matrices or convolves: torch counts the products of such."""
+        return self.target.overloadpacket in flop_registry
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The parameters and buffers it uses, directly or through a view of them."""
         return tuple(dict.fromkeys(name for value in self.inputs for name in value.origins))

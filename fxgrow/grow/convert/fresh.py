@@ -21,7 +21,7 @@ from fxgrow.channels.channels import Channels, resolve
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, is_inside, record
 from fxgrow.grow.identity.filling import METHODS
-from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, tensor_edits
+from fxgrow.grow.identity.new_block import Filling, NewBlock, block_plan, of_norms, tensor_edits
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.schema import BlockPlan
@@ -123,17 +123,7 @@ class Fresh:
         method = self._method(unit)
         filling = METHODS[method](block) if method in METHODS else Filling(of_norms(block))
         edits = {name: fitted(e) for name, e in tensor_edits(block, filling, sources).items()}
-        plan = BlockPlan(
-            name=unit[0],
-            like=likes[unit[0]],
-            method=method,
-            zeroed=filling.zeroed,
-            preserves="exact",
-            reason="; ".join(filling.notes),
-            parameters=sum(own[name].numel() for name in parameters),
-            in_training=filling.in_training,
-        )
-        return edits, plan
+        return edits, block_plan(block, likes[unit[0]], method, filling)
 
 
 def units_of(network: nn.Module, fresh: Collection[str]) -> tuple[tuple[str, ...], ...]:

@@ -116,7 +116,7 @@ class Insertion:
         """
         path = part.stage.container.split(".") if part.stage.container else []
         owners = [".".join(path[:length]) for length in range(len(path), -1, -1)]
-        caller = next((name for name in owners if self.before.passages.get(name)), "")
+        caller = next((name for name in owners if self.before.calls.get(name)), "")
         module = self.traced.standin.get_submodule(caller)
         if isinstance(module, nn.Sequential):
             return part
@@ -201,7 +201,7 @@ class Insertion:
         """
         for new in news:
             for name in (new.after, *new.modules):
-                times = len(evaluated.passages[name])
+                times = len(evaluated.calls[name])
                 if times != 1:
                     raise PlanError(
                         f"{name} runs {times} times in a pass"
@@ -229,11 +229,9 @@ class Insertion:
             PlanError: it does not, or is not.
         """
         inputs, outputs = evaluated.ends(new.modules)
-        given = evaluated.passages[new.after][0].outputs
-        used = {v.index for op in evaluated.outside(new.modules) for v in op.inputs}
-        used |= {value.index for value in evaluated.tape.outputs}
-        arrives = given and given[0].index in {value.index for value in inputs}
-        if not arrives or not used & {value.index for value in outputs}:
+        given = evaluated.calls[new.after][0].outputs
+        arrives = given and given[0] in inputs
+        if not arrives or evaluated.used_outside(new.modules).isdisjoint(outputs):
             raise PlanError(
                 f"the network does not call {new.modules[0]} on what {new.after} gives, or does "
                 "not use what it returns.",

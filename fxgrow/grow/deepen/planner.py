@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from fxgrow.channels.channels import resolve
 from fxgrow.errors import PlanError
-from fxgrow.grow.deepen.insertion import Chosen, Insertion, Trial
+from fxgrow.grow.deepen.insertion import Chosen, Insertion, New, Trial
 from fxgrow.grow.deepen.runs import around, find_stage
 from fxgrow.grow.deepen.templates import Templates
 from fxgrow.grow.identity.concrete_run import Recording, any_inside, is_inside, record
 from fxgrow.grow.identity.filling import METHODS
 from fxgrow.grow.identity.net2deeper import find_unit
-from fxgrow.grow.identity.new_block import NewBlock, tensor_edits
+from fxgrow.grow.identity.new_block import NewBlock, block_plan, tensor_edits
 from fxgrow.grow.identity.stages import Stage, rearrangement
+from fxgrow.grow.widen.planner import aliases_of
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
@@ -89,26 +90,16 @@ def _plan(trial: Trial) -> Plan:
     Raises:
         PlanError: the blocks cannot be the identity.
     """
-    insertion, deeper, evaluated = trial.insertion, trial.deeper, trial.evaluated
+    insertion, evaluated = trial.insertion, trial.evaluated
     traced, request = insertion.traced, insertion.request
     tensors = named_tensors(traced.standin)
-    news = list(insertion.news())
-    trained = trial.in_training()
-    runs = (evaluated,) if trained is None else (evaluated, trained)
-    channels = resolve(evaluated.space)
-    names = new_names(tensors, insertion.rearrangements)
-    came_from = {name: old for name, old, new in names if new}
-    every = named_tensors(deeper.standin)
-    parameters = frozenset(dict(deeper.standin.named_parameters(remove_duplicate=False)))
+    came_from = {
+        name: old for name, old, new in new_names(tensors, insertion.rearrangements) if new
+    }
+    aliases = aliases_of(named_tensors(trial.deeper.standin))
     edits: dict[str, TensorEdit] = {}
-    blocks = []
-    aliases: dict[str, str] = {}
-    for new in news:
-        own = {name: every[name] for name in came_from if any_inside(name, new.modules)}
-        first: dict[int, str] = {}
-        aliases |= {n: known for n, t in own.items() if (known := first.setdefault(id(t), n)) != n}
-        kept = {name: tensor for name, tensor in own.items() if name not in aliases}
-        block = NewBlock(new.modules, new.after, runs, kept, parameters & kept.keys(), channels)
+    blocks: list[BlockPlan] = []
+    for new, block in _new_blocks(trial, came_from.keys() - aliases.keys()):
         try:
             filling = METHODS[request.method](block)
         except PlanError as error:
@@ -117,20 +108,9 @@ def _plan(trial: Trial) -> Plan:
                 name=new.like,
                 way_out=error.way_out,
             ) from error
-        sources = {name: (came_from[name], tensors[came_from[name]]) for name in kept}
+        sources = {name: (came_from[name], tensors[came_from[name]]) for name in block.tensors}
         edits |= tensor_edits(block, filling, sources)
-        blocks.append(
-            BlockPlan(
-                name=new.modules[0],
-                like=new.like,
-                method=request.method,
-                zeroed=filling.zeroed,
-                preserves="exact",
-                reason="; ".join(filling.notes),
-                in_training=filling.in_training,
-                parameters=sum(kept[name].numel() for name in parameters & kept.keys()),
-            )
-        )
+        blocks.append(block_plan(block, new.like, request.method, filling))
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     total = sum(p.numel() for p in traced.standin.parameters())
@@ -143,7 +123,7 @@ def _plan(trial: Trial) -> Plan:
         multipliers=(),
         prediction=(),
         norms=(),
-        aliases=_renamed_aliases(tensors, names) | aliases,
+        aliases=aliases,
         source=fingerprint(tensors),
         inputs=scope.inputs,
         inputs_inferred=scope.inputs_inferred,
@@ -163,13 +143,19 @@ def _plan(trial: Trial) -> Plan:
     )
 
 
-def _renamed_aliases(
-    tensors: Mapping[str, Tensor], names: Sequence[tuple[str, str, bool]]
-) -> dict[str, str]:
-    """Return, for each further name of a tied tensor after the insertion, its first name."""
-    first: dict[int, str] = {}
-    return {
-        name: known
-        for name, old, new in names
-        if not new and (known := first.setdefault(id(tensors[old]), name)) != name
-    }
+def _new_blocks(trial: Trial, fresh: Collection[str]) -> Iterator[tuple[New, NewBlock]]:
+    """Yield the new blocks of a network that has them.
+
+    Args:
+        trial: the network.
+        fresh: the names of all new tensors, tied ones under their first.
+    """
+    standin, trained = trial.deeper.standin, trial.in_training()
+    runs = (trial.evaluated,) if trained is None else (trial.evaluated, trained)
+    channels = resolve(trial.evaluated.space)
+    tensors = {name: tensor for name, tensor in named_tensors(standin).items() if name in fresh}
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    for new in trial.insertion.news():
+        own = {name: tensor for name, tensor in tensors.items() if any_inside(name, new.modules)}
+        kept = frozenset(parameters & own.keys())
+        yield new, NewBlock(new.modules, new.after, runs, own, kept, channels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -81,32 +81,31 @@ def _find_run(traced: Traced, key: str, before: Recording) -> tuple[str, Chain, 
     """
     model = traced.standin
     container, _, local = key.rpartition(".")
-    beside = [chain for chain in chains(model, container, before) if local in chain]
+    own: Chain = next((c for c in chains(model, container, before) if local in c), ())
+    if _alike(model, container, own):
+        return container, own, own.index(local)
     inside = chains(model, key, before)
-
-    def repeats(name: str) -> bool:
-        passage = before.passages[name][0]
-        taken, given = passage.inputs[:1], passage.outputs[:1]
-        same = [value.shape for value in taken] == [value.shape for value in given]
-        return same and any(True for _ in model.get_submodule(name).children())
-
-    for chain in beside:
-        if _alike(model, container, chain):
-            return container, chain, chain.index(local)
     found = [chain for chain in inside if _alike(model, key, chain)]
-    if not found and beside and repeats(key):
-        return container, beside[0], beside[0].index(local)
-    found = found or [chain for chain in inside if repeats(child_of(key, chain[-1]))]
-    if len(found) == 1:
-        return key, found[0], len(found[0]) - 1
-    if found:
+    if not found and own and _repeats(model, key, before):
+        return container, own, own.index(local)
+    found = found or [c for c in inside if _repeats(model, child_of(key, c[-1]), before)]
+    if not found:
+        raise _unknown(traced, key, _obstacle(model, key, before))
+    if len(found) > 1:
         ends = " or ".join(child_of(key, chain[-1]) for chain in found)
         raise PlanError(
             f"{key or 'the network'} holds {len(found)} runs of blocks.",
             name=key,
             way_out=f"Name the block after which new ones come: {ends}.",
         )
-    raise _unknown(traced, key, _obstacle(model, key, before))
+    return key, found[0], len(found[0]) - 1
+
+
+def _repeats(model: nn.Module, name: str, before: Recording) -> bool:
+    """Return whether a module that holds others gives what another one like it could take."""
+    call = before.calls[name][0]
+    taken, given = ([value.shape for value in ends[:1]] for ends in (call.inputs, call.outputs))
+    return taken == given and any(True for _ in model.get_submodule(name).children())
 
 
 def chains(model: nn.Module, container: str, before: Recording) -> list[Chain]:
@@ -118,25 +117,25 @@ def chains(model: nn.Module, container: str, before: Recording) -> list[Chain]:
         before: a run of the network in which they were watched.
     """
     modules = _with_parameters(model, container)
-    passages = {name: before.passages.get(child_of(container, name), []) for name in modules}
-    given = {p.outputs[0].index: name for name in modules for p in passages[name] if p.outputs}
-    links = {
-        (given[p.inputs[0].index], name)
-        for name in modules
-        for p in passages[name]
-        if p.inputs and p.inputs[0].index in given
-    }
-    links = {(a, b) for a, b in links if a != b and type(modules[a]) is type(modules[b])}
+    calls = [(n, call) for n in modules for call in before.calls.get(child_of(container, n), ())]
+    givers = {call.outputs[0]: name for name, call in calls if call.outputs}
+    links = set()
+    for name, call in calls:
+        giver = givers.get(call.inputs[0], name) if call.inputs else name
+        if giver != name and type(modules[giver]) is type(modules[name]):
+            links.add((giver, name))
     befores, afters = Counter(b for _, b in links), Counter(a for a, _ in links)
     follower = {a: b for a, b in links if befores[b] == 1 and afters[a] == 1}
-    found = []
-    for name in modules:
-        if name in follower and name not in follower.values():
-            chain = [name]
-            while chain[-1] in follower:
-                chain.append(follower[chain[-1]])
-            found.append(tuple(chain))
-    return found
+    starts = [name for name in modules if name in follower and name not in follower.values()]
+    return [_chain(start, follower) for start in starts]
+
+
+def _chain(start: str, follower: Mapping[str, str]) -> Chain:
+    """Return a name, the one that follows it, and so on."""
+    found = [start]
+    while found[-1] in follower:
+        found.append(follower[found[-1]])
+    return tuple(found)
 
 
 def _with_parameters(model: nn.Module, container: str) -> dict[str, nn.Module]:
@@ -167,8 +166,8 @@ def _obstacle(model: nn.Module, key: str, before: Recording) -> str:
             "in one or in a run"
         )
     for name in pairs[0]:
-        if len(before.passages[name]) != 1:
-            return f"{name} runs {len(before.passages[name])} times in a pass"
+        if len(before.calls[name]) != 1:
+            return f"{name} runs {len(before.calls[name])} times in a pass"
     return (
         f"{pairs[0][0]} and {pairs[0][1]} are alike, but no run: what the one gives is not what "
         "the other takes"
@@ -189,17 +188,14 @@ def stages(model: nn.Module, before: Recording) -> Iterator[str]:
     }
     for name, module in model.named_modules():
         if isinstance(module, LISTS):
-            kinds = [type(child) for child in module._modules.values() if _has_layers(child)]
-            if kinds and all(kind is kinds[0] for kind in kinds):
+            if len({type(child) for child in module._modules.values() if _has_layers(child)}) == 1:
                 yield name
             continue
-        runs = [
-            alike for chain in chains(model, name, before) if (alike := _alike(model, name, chain))
-        ]
-        for alike in runs:
-            last = child_of(name, alike[-1])
-            if any(is_inside(place, last) for place in sums):
-                yield name if name and len(runs) == 1 else last
+        runs = [_alike(model, name, chain) for chain in chains(model, name, before)]
+        ends = [child_of(name, alike[-1]) for alike in runs if alike]
+        for end in ends:
+            if any(is_inside(place, end) for place in sums):
+                yield name if name and len(ends) == 1 else end
 
 
 def _has_layers(module: nn.Module | None) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from fxgrow.channels.blocks import residual_additions
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import Passage, Recording, is_inside
+from fxgrow.grow.identity.concrete_run import ModuleCall, Recording, is_inside
 from fxgrow.grow.identity.stages import Stage, pattern
 from fxgrow.modules.tensors import named_tensors
 
@@ -59,34 +59,33 @@ class Templates:
         """Return whether a block can be copied, and takes what the one before the new one gives."""
         if place < 0 or self.problem(place):
             return False
-        arriving = self.passages(self.stage.after)
-        taken = self.passages(place)[0].inputs[0]
+        arriving = self.calls(self.stage.after)
+        taken = self.calls(place)[0].inputs[0]
         return len(arriving) == 1 and arriving[0].outputs[0].shape == taken.shape
 
-    def passages(self, place: int) -> list[Passage]:
-        """Return the passes through a module of the stage."""
-        return self.before.passages[self.stage.child(place)]
+    def calls(self, place: int) -> list[ModuleCall]:
+        """Return the calls of a module of the stage."""
+        return self.before.calls[self.stage.child(place)]
 
     def problem(self, place: int) -> str:
         """Return why a block cannot be copied, as far as its surroundings tell, or ""."""
         name = self.stage.child(place)
-        passages = self.passages(place)
-        if len(passages) != 1:
-            times = f"{len(passages)} times in a pass" if passages else "never"
+        calls = self.calls(place)
+        if len(calls) != 1:
+            times = f"{len(calls)} times in a pass" if calls else "never"
             return f"{name} runs {times}"
         if other := self._shared(name):
             return f"{name} shares {other} with the rest of the network"
-        if not passages[0].inputs or not passages[0].outputs:
+        if not calls[0].inputs or not calls[0].outputs:
             return f"{name} takes or gives no numbers"
-        taken, given = passages[0].inputs[0], passages[0].outputs[0]
-        for op in self.before.outside([name]):
-            joined = any(value.index == given.index for value in op.inputs)
-            if joined and op.name == "cat" and taken.shape != given.shape:
-                return (
-                    f"what {name} gives is joined to other channels (aten.cat at {op.module}), so "
-                    "that whatever reads them would have to widen"
-                )
+        taken, given = calls[0].inputs[0], calls[0].outputs[0]
         if taken.shape != given.shape:
+            for op in self.before.outside([name]):
+                if op.name == "cat" and given in op.inputs:
+                    return (
+                        f"what {name} gives is joined to other channels (aten.cat at {op.module}), "
+                        "so that whatever reads them would have to widen"
+                    )
             if layer := self._projections.get(name, ""):
                 return f"the shortcut of {name} projects ({layer})"
             shapes = ["x".join(map(str, shape)) for shape in (taken.shape, given.shape)]
@@ -112,7 +111,7 @@ class Templates:
                 continue
             path = [operations[index] for index in block.skip_path if index >= 0]
             layers = [layer_of(parameter) for op in path for parameter in op.parameters]
-            for name in self.before.passages:
+            for name in self.before.calls:
                 inside = is_inside(operations[block.addition].module, name)
                 if inside and layers and is_inside(layers[0], name):
                     found.setdefault(name, layers[0])

@@ -8,38 +8,30 @@ anything, a stream plus zero, a ReLU of what came out of a ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
-from fxgrow.labels.operators import MOVEMENTS, UNTAGGED, operator_name
+from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced, running_modules
-from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.calling import map_kind, tensors_in
 
-NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
-
-# Where the factors of a product stand among its arguments, and the term that is added to it.
-_FACTORS: dict[str, tuple[tuple[int, ...], int | None]] = {
-    "aten.convolution": ((0, 1), 2),
-    "aten.addmm": ((1, 2), 0),
-    "aten.baddbmm": ((1, 2), 0),
-    "aten.mm": ((0, 1), None),
-    "aten.bmm": ((0, 1), None),
-}
 _DRAWS = 2
 _EXACTLY = 1e-12  # up to the rounding of float64
-_LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Passage:
-    """One pass through a module.
+class ModuleCall:
+    """One call of a module.
 
     Attributes:
         inputs: the floating-point tensors that came in, in order.
@@ -56,12 +48,13 @@ class Recording:
 
     Attributes:
         space, tape: its labels and operations; each operation knows the module that ran it.
-        passages: every pass through the modules that were watched, by name.
+        calls: every call of the modules that were watched, by name.
     """
 
     space: LabelSpace
     tape: Tape
-    passages: dict[str, list[Passage]]
+    calls: dict[str, list[ModuleCall]]
+    _vanishing: dict[tuple[OpOverload, tuple[bool, ...]], bool] = field(default_factory=dict)
 
     def inside(self, modules: Collection[str]) -> list[Operation]:
         """Return the operations that some modules ran, in order."""
@@ -71,9 +64,29 @@ class Recording:
         """Return the operations that none of some modules ran, in order."""
         return [op for op in self.tape.operations if not any_inside(op.module, modules)]
 
+    def used_outside(self, modules: Collection[str]) -> set[Value]:
+        """Return what operations outside of some modules take, and what the network returns."""
+        taken = {value for op in self.outside(modules) for value in op.inputs}
+        return taken.union(self.tape.outputs)
+
     def ends(self, modules: Sequence[str]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
         """Return what came into the first of some modules, and what came out of the last."""
-        return self.passages[modules[0]][0].inputs, self.passages[modules[-1]][0].outputs
+        return self.calls[modules[0]][0].inputs, self.calls[modules[-1]][0].outputs
+
+    def vanishes(self, op: Operation, zeros: Collection[Value]) -> bool:
+        """Return whether a product is zero where some of what it takes is, whatever the rest holds.
+
+        It is linear in each, so that ones, no sum of which is zero, can stand for the rest. The
+        answer is the same at all sizes, and is asked for once.
+        """
+        if not op.is_product:
+            return False
+        key = op.target, tuple(value in zeros for value in op.inputs)
+        if key not in self._vanishing:
+            numbers = {v.index: _filled(v, 0.0 if v in zeros else 1.0) for v in op.inputs}
+            results = run(op, numbers)
+            self._vanishing[key] = bool(results) and not any(bool(x.any()) for x in results)
+        return self._vanishing[key]
 
 
 def any_inside(name: str, modules: Collection[str]) -> bool:
@@ -98,13 +111,8 @@ def record(traced: Traced, modules: Collection[str], *, training: bool = False) 
         Exception: whatever the network raises.
     """
     stack: list[str] = []
-    watches: list[_Watch] = []
-    watched = {name: traced.standin.get_submodule(name) for name in modules}
-
-    def watch(value: Callable[[Tensor], Value]) -> _Watch:
-        watches.append(_Watch(value, watched))
-        return watches[-1]
-
+    calls: dict[str, list[ModuleCall]] = {name: [] for name in modules}
+    watched = {name: traced.standin.get_submodule(name) for name in calls}
     target = traced.target.train(training)
     try:
         with running_modules(traced.standin, stack):
@@ -113,49 +121,44 @@ def record(traced: Traced, modules: Collection[str], *, training: bool = False) 
                 traced.standin,
                 traced.inputs,
                 place=lambda: ("", stack[-1] if stack else ""),
-                watch=watch,
+                watch=partial(_watching, watched, calls),
                 zeros=traced.zeros,
             )
     finally:
         traced.standin.eval()
-    return Recording(space, tape, watches[0].passages)
+    return Recording(space, tape, calls)
 
 
-class _Watch:
-    """A context in which what goes into some modules and comes out of them is recorded."""
+@contextlib.contextmanager
+def _watching(
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, list[ModuleCall]],
+    value: Callable[[Tensor], Value],
+) -> Iterator[None]:
+    """Append what goes into some modules and comes out of them, at each call."""
+    entered: dict[str, tuple[Value, ...]] = {}
 
-    def __init__(self, value: Callable[[Tensor], Value], modules: Mapping[str, nn.Module]) -> None:
-        self.passages: dict[str, list[Passage]] = {name: [] for name in modules}
-        self._value = value
-        self._modules = modules
-        self._entered: dict[str, tuple[Value, ...]] = {}
-        self._handles: list[Any] = []
+    def enter(name: str, _: nn.Module, args: object, kwargs: object) -> None:
+        floating = (t for t in tensors_in((args, kwargs)) if t.is_floating_point())
+        entered[name] = tuple(map(value, floating))
 
-    def __enter__(self) -> _Watch:
-        for name, module in self._modules.items():
+    def leave(name: str, _: nn.Module, args: object, output: object) -> None:
+        del args
+        calls[name].append(ModuleCall(entered[name], tuple(map(value, tensors_in(output)))))
 
-            def enter(_: nn.Module, args: object, kwargs: object, name: str = name) -> None:
-                found = (t for t in tensors_in((args, kwargs)) if t.is_floating_point())
-                self._entered[name] = tuple(self._value(tensor) for tensor in found)
-
-            def leave(_: nn.Module, args: object, output: object, name: str = name) -> None:
-                del args
-                outputs = tuple(self._value(tensor) for tensor in tensors_in(output))
-                self.passages[name].append(Passage(self._entered[name], outputs))
-
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave),
-            ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    handles: list[Any] = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(leave, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
 @dataclass
-class Rehearsal:
+class ConcreteRun:
     """A run of a module's operations on numbers, as far as they are known.
 
     Attributes:
@@ -171,10 +174,11 @@ class Rehearsal:
         number = self.known.get(value.index)
         return number is not None and not bool(number.any())
 
-    def same_as(self, value: Value, entry: Value) -> bool:
-        """Return whether a value is what came in."""
-        found = self.known.get(value.index)
-        sample = self.samples[entry.index]
+    def same_as(self, value: Value, entry: Value, *, flat: bool = False) -> bool:
+        """Return whether a value is what came in; flat, whether its entries are, in their order."""
+        found, sample = self.known.get(value.index), self.samples[entry.index]
+        if found is not None and flat:
+            found, sample = found.flatten(), sample.flatten()
         return (
             found is not None
             and found.shape == sample.shape
@@ -182,21 +186,21 @@ class Rehearsal:
         )
 
 
-def rehearse(
+def run_concretely(
     recording: Recording,
     modules: Sequence[str],
     constants: Mapping[str, float | Tensor],
-    silent: Collection[int] = (),
-) -> Rehearsal:
+    zeroed: Collection[int] = (),
+) -> ConcreteRun:
     """Run what some modules ran one after the other, on numbers.
 
     Args:
         recording: of the network.
         modules: the modules, which were watched and ran once.
         constants: parameters and buffers that are known: one number for all entries, or a tensor.
-        silent: operations (indices) whose result is taken to be zero.
+        zeroed: operations (indices) whose result is taken to be zero.
     """
-    found = Rehearsal()
+    found = ConcreteRun()
     generator = torch.Generator().manual_seed(0)
     entries, _ = recording.ends(modules)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -204,9 +208,15 @@ def rehearse(
             sample = _sample(entry, recording.tape, generator)
             found.samples[entry.index] = found.known[entry.index] = sample
         for op in recording.inside(modules):
-            for value, number in zip(
-                op.outputs, _results(op, found, constants, silent, generator), strict=False
-            ):
+            for value in op.inputs:
+                if value.parameter in constants:
+                    full = torch.as_tensor(constants[value.parameter], dtype=torch.float64)
+                    found.known.setdefault(value.index, full.expand(value.shape))
+            if op.index in zeroed:
+                results: Sequence[Tensor | None] = (_filled(op.outputs[0], 0.0),)
+            else:
+                results = _results(recording, op, found, generator)
+            for value, number in zip(op.outputs, results, strict=False):
                 if number is not None and tuple(number.shape) == value.shape:
                     found.known[value.index] = number
     return found
@@ -216,56 +226,45 @@ def _sample(value: Value, tape: Tape, generator: torch.Generator) -> Tensor:
     """Return random numbers such as a value may hold: those that a ReLU made are not negative."""
     if value.producer is not None:
         op = tape.operations[value.producer]
-        name = operator_name(op.target)
-        moves = op.target.is_view or name in MOVEMENTS
-        if moves or torch.Tag.pointwise in op.target.tags or name in UNTAGGED:
+        traits = traits_of(op.target)
+        if traits.is_movement or traits.is_pointwise:
             drawn: dict[int, Tensor] = {}
             for x in op.inputs:
                 drawn[x.index] = (
-                    _sample(x, tape, generator) if moves else _normal(x.shape, generator)
+                    _sample(x, tape, generator) if traits.is_movement else _normal(x, generator)
                 )
-            result = _run(op, drawn)
-            place = [output.index for output in op.outputs].index(value.index)
+            result = run(op, drawn)
+            place = op.outputs.index(value)
             if place < len(result) and tuple(result[place].shape) == value.shape:
                 return result[place]
-    return _normal(value.shape, generator)
+    return _normal(value, generator)
 
 
-def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
+def _normal(value: Value, generator: torch.Generator) -> Tensor:
+    return torch.randn(value.shape, dtype=torch.float64, generator=generator)
+
+
+def _filled(value: Value, number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64).expand(value.shape)
 
 
 def _results(
-    op: Operation,
-    found: Rehearsal,
-    constants: Mapping[str, float | Tensor],
-    silent: Collection[int],
-    generator: torch.Generator,
+    recording: Recording, op: Operation, found: ConcreteRun, generator: torch.Generator
 ) -> Sequence[Tensor | None]:
     """Return what is known of an operation's outputs."""
-    if op.index in silent:
-        return (torch.zeros(op.outputs[0].shape, dtype=torch.float64),)
-    for value in op.inputs:
-        if value.parameter in constants:
-            full = torch.as_tensor(constants[value.parameter], dtype=torch.float64)
-            found.known.setdefault(value.index, full.expand(value.shape))
     unknown = [value for value in op.inputs if value.index not in found.known]
     zeros = [value for value in op.inputs if found.is_zero(value)]
-    name = operator_name(op.target)
-    if zeros and name in _FACTORS:
-        factors, term = _FACTORS[name]
-        added = None if term is None else op.args[term]
-        if any(found.is_zero(op.args[place]) for place in factors) and (
-            added is None or found.is_zero(added)
-        ):
-            return (torch.zeros(op.outputs[0].shape, dtype=torch.float64),)
-    if (unknown and not zeros) or name.startswith(("aten.empty", "aten.new_empty")):
+    if unknown and not zeros:
         return ()
+    if zeros and recording.vanishes(op, zeros):
+        return (_filled(op.outputs[0], 0.0),)
+    if operator_name(op.target).startswith(("aten.empty", "aten.new_empty")):
+        return ()  # what was in memory may be the same twice, and nothing tells that it need not
     seeded = torch.Tag.nondeterministic_seeded in op.target.tags
     draws = []
     for _ in range(_DRAWS if unknown or seeded else 1):
-        drawn = {value.index: _normal(value.shape, generator) for value in unknown}
-        draws.append(_run(op, {**found.known, **drawn}))
+        drawn = {value.index: _normal(value, generator) for value in unknown}
+        draws.append(run(op, {**found.known, **drawn}))
     return [
         first if all(torch.equal(first, x) for x in others) and _credible(first, seeded) else None
         for first, *others in zip(*draws, strict=True)
@@ -277,30 +276,27 @@ def _credible(number: Tensor, seeded: bool) -> bool:
     return not seeded or (number.is_floating_point() and not bool(number.any()))
 
 
-def _run(op: Operation, numbers: Mapping[int, Tensor]) -> list[Tensor]:
-    """Return the results of an operation on numbers, in float64; none if it does not take them."""
+def run(op: Operation, numbers: Mapping[int, Tensor]) -> list[Tensor]:
+    """Return the results of an operation on numbers, in float64; none if it does not take them.
+
+    Args:
+        op: the operation.
+        numbers: what it takes, by index of the value.
+    """
+    kwargs = {key: item for key, item in op.kwargs.items() if key != "device"}
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        kwargs["dtype"] = torch.float64
+    in_place = traits_of(op.target).is_mutable
 
     def number(value: Value) -> Tensor:
-        return numbers[value.index].clone()
+        return numbers[value.index].clone() if in_place else numbers[value.index]
 
-    kwargs = {key: item for key, item in op.kwargs.items() if key != "device"}
-    if kwargs.get("dtype") in _LOWER:
-        kwargs["dtype"] = torch.float64
     try:
-        return list(tensors_in(op.target(*_with(number, op.args), **_with(number, kwargs))))
+        args, kwargs = map_kind(Value, number, (op.args, kwargs))
+        return tensors_in(op.target(*args, **kwargs))
     except (RuntimeError, TypeError, IndexError, KeyError, NotImplementedError):
         return []
-
-
-def _with(number: Callable[[Value], Tensor], tree: Any) -> Any:
-    """Return a nest of tuples, lists and dicts with every value replaced by its number."""
-    if isinstance(tree, Value):
-        return number(tree)
-    if type(tree) in (tuple, list):
-        return type(tree)([_with(number, item) for item in tree])
-    if type(tree) is dict:
-        return {key: _with(number, item) for key, item in tree.items()}
-    return tree
 
 
 def least(candidates: Sequence[Any], works: Callable[[Collection[Any]], bool]) -> list[Any]:
@@ -322,15 +318,15 @@ def least(candidates: Sequence[Any], works: Callable[[Collection[Any]], bool]) -
     return kept
 
 
-def factors_of(op: Operation) -> list[Value]:
-    """Return the values that a convolution or a matrix product multiplies."""
-    places, _ = _FACTORS.get(operator_name(op.target), ((), None))
-    return [value for place in places if isinstance(value := op.args[place], Value)]
-
-
 def argument(op: Operation, name: str) -> object:
     """Return an argument of an operation by its name in the operator's schema, or None."""
-    for place, declared in enumerate(op.target._schema.arguments):
-        if declared.name == name and place < len(op.args):
-            return op.args[place]
-    return op.kwargs.get(name)
+    place = traits_of(op.target).places.get(name)
+    return op.args[place] if place is not None and place < len(op.args) else op.kwargs.get(name)
+
+
+def norms_among(operations: Iterable[Operation]) -> Iterator[tuple[Operation, str, float]]:
+    """Yield the norms that have a weight, with its name and the eps: what alone takes the two."""
+    for op in operations:
+        weight, eps = argument(op, "weight"), argument(op, "eps")
+        if isinstance(weight, Value) and weight.parameter and isinstance(eps, float):
+            yield op, weight.parameter, eps

@@ -7,7 +7,7 @@ function if the activation after it changes nothing that came out of one before,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import Recording, argument, rehearse
+from fxgrow.grow.identity.concrete_run import Recording, argument, norms_among, run_concretely
 from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, passes
 from fxgrow.grow.identity.stages import Stage
-from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import ModuleEdit
 from fxgrow.plan.init import identity_
 
@@ -50,8 +49,8 @@ def find_unit(model: nn.Module, stage: Stage, before: Recording) -> tuple[Stage,
         )
     unit = [first]
     for place in range(first + 1, len(children)):
-        passages = before.passages[stage.child(place)]
-        kept = all(p.inputs and p.inputs[0].shape == p.outputs[0].shape for p in passages)
+        calls = before.calls[stage.child(place)]
+        kept = all(call.inputs and call.inputs[0].shape == call.outputs[0].shape for call in calls)
         if place in layers or not kept or any(_is_layer(m) for m in children[place].modules()):
             break
         unit.append(place)
@@ -111,7 +110,11 @@ def net2deeper(block: NewBlock) -> Filling:
     train mode it normalises by the statistics of the batch, as any does.
     """
     constants: dict[str, float | Tensor] = {**of_norms(block)}
-    norms = dict(_batch_norms(block))
+    norms = {  # those with statistics of their own
+        weight: eps
+        for op, weight, eps in norms_among(block.runs[0].inside(block.modules))
+        if argument(op, "running_var") is not None
+    }
     constants |= {name: math.sqrt(1 + eps) for name, eps in norms.items()}
     drawn = {name for name, _ in block.fills(("draw",))}
     weights = {name for name in drawn if block.tensors[name].ndim > 1}
@@ -133,28 +136,15 @@ def net2deeper(block: NewBlock) -> Filling:
     )
 
 
-def _batch_norms(block: NewBlock) -> Iterator[tuple[str, float]]:
-    """Yield the weight and the eps of each batch norm with statistics of its own."""
-    for op in block.runs[0].inside(block.modules):
-        weight, eps = argument(op, "weight"), argument(op, "eps")
-        variance = argument(op, "running_var")
-        if "batch_norm" not in op.name or not isinstance(variance, Value):
-            continue
-        if isinstance(weight, Value) and isinstance(eps, float):
-            yield weight.parameter, eps
-
-
 def _obstacle(block: NewBlock, constants: Mapping[str, float | Tensor]) -> str:
     """Return what in a unit does not pass on what it gets."""
     recording = block.runs[0]
-    found = rehearse(recording, block.modules, constants)
+    found = run_concretely(recording, block.modules, constants)
     (_, entry), *_ = block.exits(recording)
     for op in recording.inside(block.modules):
         if not op.inputs or any(value.is_weight for value in op.outputs) or op.target.is_view:
             continue
-        came_in = found.samples[entry.index].flatten()
-        given = [found.known[v.index].flatten() for v in op.outputs if v.index in found.known]
-        if not any(torch.equal(number, came_in) for number in given):  # whatever their shape
+        if not any(found.same_as(value, entry, flat=True) for value in op.outputs):
             return (
                 f"{op.name} at {op.module} does not keep what comes out of the layer before it: "
                 "it is not idempotent"

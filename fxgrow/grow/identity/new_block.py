@@ -11,10 +11,10 @@ from torch import Tensor
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import Recording, rehearse
+from fxgrow.grow.identity.concrete_run import Recording, run_concretely
 from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import Verdict
+from fxgrow.plan.schema import BlockPlan, Verdict
 
 _NORM_VALUES = {"one": 1.0, "zero": 0.0}
 
@@ -25,10 +25,10 @@ class Filling:
 
     Attributes:
         constants: parameters and buffers of which every entry is one number.
-        edits: axes that are laid out so that twins cancel, by tensor.
+        edits: axes that are laid out so that channels cancel by pairs, by tensor.
         identities: weights that pass on what they get.
-        zeroed: what silences the branches (layers that read twins, or parameters that are zero),
-            or what passes on what it gets.
+        zeroed: what makes the branches zero (layers that read pairs, or parameters that are
+            zero), or what passes on what it gets.
         notes: what a reader should know.
         in_training: what becomes of the function in train mode.
     """
@@ -61,11 +61,6 @@ class NewBlock:
     parameters: frozenset[str]
     channels: Channels
 
-    @property
-    def name(self) -> str:
-        """The name of its first module."""
-        return self.modules[0]
-
     def fills(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yield each tensor of the block with an axis that is filled in one of these ways."""
         for axis, fill in zip(self.channels.axes, self.channels.fills, strict=True):
@@ -79,15 +74,13 @@ class NewBlock:
             PlanError: the block does not get what the one before it gives.
         """
         inputs, outputs = recording.ends(self.modules)
-        given = recording.passages[self.after][0].outputs
-        used = {value.index for op in recording.outside(self.modules) for value in op.inputs}
-        used |= {value.index for value in recording.tape.outputs}
-        arrived = {value.index for value in inputs}
+        given = recording.calls[self.after][0].outputs
+        used = recording.used_outside(self.modules)
         pairs = []
         for place, value in enumerate(outputs):
-            if value.index not in used:
+            if value not in used:
                 continue
-            if place >= len(given) or given[place].index not in arrived:
+            if place >= len(given) or given[place] not in inputs:
                 raise PlanError(
                     f"what {self.after} gives does not go into the next block as it is",
                     name=self.after,
@@ -100,10 +93,10 @@ def passes(
     block: NewBlock,
     recording: Recording,
     constants: Mapping[str, float | Tensor],
-    silent: Collection[int] = (),
+    zeroed: Collection[int] = (),
 ) -> bool:
-    """Return whether a block gives what it gets, with these constants and silent operations."""
-    found = rehearse(recording, block.modules, constants, silent)
+    """Return whether a block gives what it gets, if some operations give zero."""
+    found = run_concretely(recording, block.modules, constants, zeroed)
     return all(found.same_as(*pair) for pair in block.exits(recording))
 
 
@@ -123,21 +116,12 @@ def tensor_edits(
         sources: for each tensor of the block, the old one, with its name, that it is like.
     """
     drawn = {name for name, _ in block.fills(("draw",))}
-    writers = {
-        axis.tensor: axis.dim
-        for axis, role in zip(block.channels.axes, block.channels.roles, strict=True)
-        if role == "writer"
-    }
     anew = {layer_of(name) for name in filling.constants if name not in block.parameters}
     found = {}
-    for name, tensor in block.tensors.items():
-        shape = tuple(tensor.shape)
-        weight = f"{layer_of(name)}.weight"
-        owner = weight if tensor.ndim < 2 and weight in block.tensors else name
-        sizes = tuple(block.tensors[owner].shape)
-        fan_in = math.prod(sizes) // max(sizes[writers.get(owner, 0)], 1) if sizes else 1
+    for name, fan_in in _fans_in(block):
+        tensor = block.tensors[name]
         like, old = sources[name]
-        made = TensorEdit(tuple(old.shape), shape, fan_in=fan_in, source=like)
+        made = TensorEdit(tuple(old.shape), tuple(tensor.shape), fan_in=fan_in, source=like)
         if name in filling.identities:
             made = replace(made, fill="identity")
         elif name in filling.constants:
@@ -145,11 +129,43 @@ def tensor_edits(
         elif name in filling.edits:
             made = replace(made, axes=tuple(filling.edits[name]))
         elif name in drawn:
-            run = Run("new", 0, shape[0])
+            run = Run("new", 0, tensor.shape[0])
             made = replace(made, axes=(AxisEdit(0, "writer", 1, (run,)),))
         elif not tensor.ndim and not tensor.is_floating_point() and layer_of(name) in anew:
-            made = replace(
-                made, scale=0.0, fill="constant"
-            )  # the number of batches that a norm has seen
+            # The number of batches that a norm has seen.
+            made = replace(made, scale=0.0, fill="constant")
         found[name] = made
     return found
+
+
+def _fans_in(block: NewBlock) -> Iterator[tuple[str, int]]:
+    """Yield each tensor of a block with the fan_in of its layer."""
+    roles = zip(block.channels.axes, block.channels.roles, strict=True)
+    writers = {axis.tensor: axis.dim for axis, role in roles if role == "writer"}
+    for name, tensor in block.tensors.items():
+        weight = f"{layer_of(name)}.weight"
+        owner = weight if tensor.ndim < 2 and weight in block.tensors else name
+        sizes = tuple(block.tensors[owner].shape)
+        rows = max(sizes[writers.get(owner, 0)], 1) if sizes else 1
+        yield name, math.prod(sizes) // rows
+
+
+def block_plan(block: NewBlock, like: str, method: str, filling: Filling) -> BlockPlan:
+    """Return what a report tells of a new block.
+
+    Args:
+        block: the block.
+        like: what it is a copy of.
+        method: how it is kept from changing anything.
+        filling: what that makes of its tensors.
+    """
+    return BlockPlan(
+        name=block.modules[0],
+        like=like,
+        method=method,
+        zeroed=filling.zeroed,
+        preserves="exact",
+        reason="; ".join(filling.notes),
+        parameters=sum(block.tensors[name].numel() for name in block.parameters),
+        in_training=filling.in_training,
+    )
