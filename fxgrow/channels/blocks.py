@@ -8,6 +8,7 @@ a projection (it has a layer of its own) or data movement such as slicing and pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,13 +21,10 @@ from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
-from fxgrow.labels.operators import FACTORIES, operator_name
+from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Tape
 
 Skip = Literal["identity", "projection", "slice/pad"]
-
-_PRODUCTS = {"convolution", "addmm", "mm", "bmm"}
-_NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def data_flow(tape: Tape) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_node(-1)
     for op in tape.operations:
-        if operator_name(op.target) in FACTORIES:  # made in the image of data, not of it
+        if traits_of(op.target).is_factory:  # made in the image of data, not of it
             continue
         for value in op.inputs:
             producer = -1 if value.is_input else value.producer
@@ -130,7 +128,7 @@ def _between(graph: nx.DiGraph, fork: int, end: int) -> set[int]:
 
 
 def _products(tape: Tape, path: Iterable[int]) -> int:
-    return sum(tape.operations[index].name in _PRODUCTS for index in path if index >= 0)
+    return sum(tape.operations[index].is_product for index in path if index >= 0)
 
 
 def _is_branch(computed: list[int], first: set[int], second: set[int]) -> bool:
@@ -144,8 +142,8 @@ def _block(tape: Tape, addition: Operation, branch: set[int], skip: set[int]) ->
     if _products(tape, skip):
         kind: Skip = "projection"
     else:
-        moved = any(tape.operations[i].name in ("slice", "constant_pad_nd", "cat") for i in skip)
-        kind = "slice/pad" if moved else "identity"
+        resized = any(_is_resizing(tape.operations[index]) for index in skip if index >= 0)
+        kind = "slice/pad" if resized else "identity"
     return ResidualBlock(
         name=common_module(layers) or addition.module or addition.node,
         skip=kind,
@@ -157,12 +155,20 @@ def _block(tape: Tape, addition: Operation, branch: set[int], skip: set[int]) ->
     )
 
 
+def _is_resizing(op: Operation) -> bool:
+    """Return whether an operation moves data and leaves some out, or puts some beside."""
+    traits = traits_of(op.target)
+    if not (traits.is_layout or traits.is_padding):
+        return False
+    return math.prod(op.inputs[0].shape) != math.prod(op.outputs[0].shape)
+
+
 def _is_preactivation(tape: Tape, path: Sequence[Operation]) -> bool:
     """Return whether a branch ends in a product and a norm or an activation precedes its first."""
-    if not path or path[-1].name not in _PRODUCTS:
+    if not path or not path[-1].is_product:
         return False
     first = path[0]
-    if first.name not in _PRODUCTS:
+    if not first.is_product:
         return True
     while first.inputs[0].producer is not None:  # norm and activation may lie before the fork
         first = tape.operations[first.inputs[0].producer]
@@ -201,51 +207,52 @@ def find_pairs(
 ) -> tuple[ResidualBlock, ...]:
     """Return the blocks with the hidden channel groups of their branches as pairs."""
     group_of_label = group_of_channel(channels, groups)[channels.channel_of_label]
-
-    def groups_on(op: Operation) -> set[int]:
-        found: set[int] = set()
-        for layer in (x for value in op.outputs for x in value.layers):
-            carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
-            alike = bool((carried == carried[:1]).all())
-            found.update((carried[:1] if alike else np.unique(carried)).tolist())
-        return found
-
+    written: dict[str, list[int]] = {}  # by each layer, the hidden groups that it is first to write
+    for index, group in enumerate(groups):
+        if group.kind == "hidden":
+            written.setdefault(group.writers[0], []).append(index)
     found = []
     for block in blocks:
         path = [tape.operations[index] for index in block.branch]
-        carried = [groups_on(op) for op in path]
+        carried = [_groups_on(op, group_of_label) for op in path]
         pairs = []
-        for index, group in enumerate(groups):
-            if group.kind != "hidden" or group.writers[0] not in block.layers:
-                continue
+        for index in sorted(i for layer in block.layers for i in written.get(layer, ())):
             inside = [op for op, on in zip(path, carried, strict=True) if index in on]
-            if not inside:
-                continue
-            pairs.append(
-                Pair(
-                    group=group.name,
-                    writers=tuple(name for name in group.writers if name in block.layers),
-                    norms=_distinct(
-                        layer for op in inside if _is_norm(op) for layer in _owners(op)
-                    ),
-                    activations=_distinct(op.name for op in inside if _is_activation(op)),
-                    readers=tuple(name for name in group.readers if name in block.layers),
-                )
-            )
+            if inside:
+                pairs.append(_pair(groups[index], block.layers, inside))
         found.append(replace(block, pairs=tuple(pairs)))
     return tuple(found)
+
+
+def _groups_on(op: Operation, group_of_label: IntArray) -> set[int]:
+    """Return the groups whose channels an operation puts out."""
+    found: set[int] = set()
+    for layer in (x for value in op.outputs for x in value.layers):
+        carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
+        alike = bool((carried == carried[:1]).all())
+        found.update((carried[:1] if alike else np.unique(carried)).tolist())
+    return found
+
+
+def _pair(group: ChannelGroup, layers: Sequence[str], inside: Sequence[Operation]) -> Pair:
+    """Return a hidden group of a branch with these layers, given the operations on its channels."""
+    norms = (op for op in inside if _is_norm(op))
+    return Pair(
+        group=group.name,
+        writers=tuple(name for name in group.writers if name in layers),
+        norms=_distinct(layer_of(name) for op in norms for name in op.parameters),
+        activations=_distinct(op.name for op in inside if _is_activation(op)),
+        readers=tuple(name for name in group.readers if name in layers),
+    )
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _owners(op: Operation) -> Iterable[str]:
-    return (layer_of(name) for name in op.parameters)
-
-
 def _is_norm(op: Operation) -> bool:
-    return any(norm in op.name for norm in _NORMS)
+    """Return whether an operation is a norm: it takes a weight and an eps."""
+    return {"weight", "eps"} <= traits_of(op.target).places.keys()
 
 
 def _is_activation(op: Operation) -> bool:

@@ -128,7 +128,7 @@ def gradmax(correlation: Tensor, slope: float, scale: float, shapes: Shapes) -> 
         As many directions as the correlation has ranks; ``strengths`` are the norms of the
         gradients of the new rows.
     """
-    matrix = as_matrix(correlation)
+    matrix = as_matrix(correlation)  # (inputs, out · kernel)
     _, values, right = _decomposed(matrix, shapes.dtype)
     count = len(values)
     norms = values * abs(slope) * scale
@@ -160,10 +160,10 @@ def tiny(
     Returns:
         As many directions as there are ranks; ``strengths`` are λ.
     """
-    root = inverse_root(gram, shapes.dtype)
-    matrix = root.T @ as_matrix(correlation)
+    root = inverse_root(gram, shapes.dtype)  # (inputs, r)
+    matrix = root.T @ as_matrix(correlation)  # (r, out · kernel)
     left, values, right = _decomposed(matrix, shapes.dtype, scale * _left_over(shapes.dtype))
-    rows = (root @ left).T * (values.sqrt() / slope)[:, None]
+    rows = (root @ left).T * (values.sqrt() / slope)[:, None]  # (k, inputs)
     weights, biases = (rows[:, :-1], rows[:, -1]) if shapes.has_bias else (rows, None)
     return Directions(
         strengths=values,
@@ -191,11 +191,11 @@ def _decomposed(
         dtype: what it was computed in.
         noise: values below this are rounding, too.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # (m, k), (k,), (k, n)
     largest = float(values.amax())
     kept = values > max(largest * _tolerance(max(matrix.shape), dtype), noise)
     left, values, right = left[:, kept], values[kept], right[kept]
-    signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
+    signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
     return left * signs.T, values, right * signs
 
 

@@ -10,12 +10,12 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.inits import DataDriven, shapes_of
-from fxgrow.grow.data.pairs import Pair
+from fxgrow.grow.data.pairs import LayerPair
 from fxgrow.grow.data.statistics import Seen, correlation, patches
 
 
 class GradMax(DataDriven):
-    """New channels that are silent and learn fastest (Evci et al. 2022).
+    """New channels that give zeros and learn fastest (Evci et al. 2022).
 
     New rows are zeros, so that the function is kept. New columns are the leading singular vectors
     of the gradient of an auxiliary layer of zeros, from what the writer reads to what the reader
@@ -26,7 +26,7 @@ class GradMax(DataDriven):
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
+    def _check(self, pair: LayerPair, model: nn.Module) -> None:
         if not pair.slope:
             raise PlanError(
                 f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
@@ -36,7 +36,9 @@ class GradMax(DataDriven):
         if not _mean_norm(model, pair):
             raise PlanError(f"{pair.reader} has no weights but zeros to take a scale from")
 
-    def _directions(self, network: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Directions]:
+    def _directions(
+        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Directions]:
         def correlated(_: str, seen: Seen) -> tuple[Tensor, ...]:
             return (correlation(seen.reader, patches(seen.writer, seen.x), seen.descent),)
 
@@ -52,7 +54,7 @@ class GradMax(DataDriven):
         }
 
 
-def _mean_norm(network: nn.Module, pair: Pair) -> float:
+def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
     """Return the mean norm of the columns of a pair's reader."""
     weight = network.get_parameter(f"{pair.reader}.weight").detach().double()
     return float(weight.transpose(0, 1).flatten(1).norm(dim=1).mean())

@@ -21,7 +21,7 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.directions import Directions, Shapes
-from fxgrow.grow.data.pairs import Pair, find_pair
+from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
@@ -212,9 +212,9 @@ class DataDriven(NamedInit):
 
     def _pairs(
         self, model: nn.Module, analyses: Sequence[Analysis], widths: Mapping[str, int]
-    ) -> tuple[dict[str, Pair], tuple[Refusal, ...]]:
+    ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
         """Return the pairs of layers around the groups that shall grow, and who has none."""
-        pairs: dict[str, Pair] = {}
+        pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
@@ -242,7 +242,7 @@ class DataDriven(NamedInit):
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 
-    def _most(self, pair: Pair, asked: int, multiple_of: int) -> int:
+    def _most(self, pair: LayerPair, asked: int, multiple_of: int) -> int:
         """Return how many new channels a group may get."""
         if self.keep is None or self.keep >= asked:
             return asked
@@ -251,7 +251,7 @@ class DataDriven(NamedInit):
     def _chosen(
         self,
         network: nn.Module,
-        pairs: Mapping[str, Pair],
+        pairs: Mapping[str, LayerPair],
         found: Mapping[str, Directions],
         most: Mapping[str, int],
         multiple_of: int,
@@ -288,7 +288,7 @@ class DataDriven(NamedInit):
     def _why_fewer(self) -> str:
         return "no more are strong enough" if self.threshold else "the batches give no more"
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
+    def _check(self, pair: LayerPair, model: nn.Module) -> None:
         """Return if the method can treat a pair of layers of a network.
 
         Raises:
@@ -296,7 +296,7 @@ class DataDriven(NamedInit):
         """
 
     def _gaining(
-        self, network: nn.Module, pairs: Mapping[str, Pair], chosen: Mapping[str, Directions]
+        self, network: nn.Module, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
     ) -> dict[str, Directions]:
         """Return those of the directions that do what they are for."""
         del network, pairs
@@ -310,18 +310,20 @@ class DataDriven(NamedInit):
     def averages(
         self,
         network: nn.Module,
-        pairs: Mapping[str, Pair],
+        pairs: Mapping[str, LayerPair],
         function: Callable[[str, Seen], tuple[Tensor, ...]],
     ) -> dict[str, tuple[Tensor, ...]]:
         """Return averages over the samples; see :func:`fxgrow.grow.data.statistics.averages`."""
         return statistics.averages(network, [*pairs.values()], self.loss_fn, self.batches, function)
 
     @abc.abstractmethod
-    def _directions(self, network: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Directions]:
+    def _directions(
+        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Directions]:
         """Return all directions of each pair of layers."""
 
 
-def shapes_of(network: nn.Module, pair: Pair) -> Shapes:
+def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
     """Return the shapes of a row and of a column."""
     first = network.get_parameter(f"{pair.writer}.weight")
     second = network.get_parameter(f"{pair.reader}.weight")
@@ -329,7 +331,9 @@ def shapes_of(network: nn.Module, pair: Pair) -> Shapes:
     return Shapes(tuple(first.shape[1:]), column, pair.has_bias, first.dtype)
 
 
-def _from_data(made: Plan, pairs: Mapping[str, Pair], chosen: Mapping[str, Directions]) -> FromData:
+def _from_data(
+    made: Plan, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
+) -> FromData:
     """Return directions as the new entries of the tensors of a plan."""
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}

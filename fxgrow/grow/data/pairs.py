@@ -8,31 +8,31 @@ lies between (a norm, a gate, pooling, a reshape of the channels) is refused by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
-from fxgrow.labels.operators import COPIES, UNTAGGED, aten, operator_name
+from fxgrow.grow.identity.concrete_run import run
+from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Value
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_RESHAPES = COPIES | aten("view _unsafe_view")
 _STEP = 1e-5  # of the one-sided slopes; σ is run in float64
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class LayerPair:
     """The layers on either side of a channel group, and what lies between.
 
     Attributes:
@@ -53,7 +53,7 @@ class Pair:
     slopes: tuple[float, float]
 
 
-def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Pair:
+def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair:
     """Return the pair of layers around a channel group.
 
     Args:
@@ -82,7 +82,7 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Pair
     at_zero = float(between(torch.zeros(1, dtype=torch.float64)))
     if at_zero:
         raise PlanError(f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero")
-    return Pair(
+    return LayerPair(
         group=group.name,
         width=group.width,
         writer=writer,
@@ -121,17 +121,19 @@ class _Path:
 
     Attributes:
         channels_last: whether the channels are the last dim.
-        steps: the operations, in order.
+        steps: the operations that compute something of each number, in order.
+        same: for each value that another one's numbers were only viewed or copied as, that one.
         start: indices of the values that the writer puts out.
         passed: those, and the values computed from them.
-        ends: indices of the values that the reader takes.
+        ends: the values that the reader takes.
     """
 
     channels_last: bool
     steps: list[Operation] = field(default_factory=list)
+    same: dict[int, int] = field(default_factory=dict)
     start: set[int] = field(default_factory=set)
     passed: set[int] = field(default_factory=set)
-    ends: set[int] = field(default_factory=set)
+    ends: set[Value] = field(default_factory=set)
 
 
 def _between(
@@ -149,33 +151,49 @@ def _between(
             path.start |= {value.index for value in op.outputs if not value.is_weight}
             path.passed |= path.start
         elif hidden and op.module == reader:
-            path.ends |= {value.index for value in hidden}
+            path.ends.update(hidden)
         elif hidden:
-            _check_scalar(op, path)
-            path.steps.append(op)
-            path.passed |= {value.index for value in op.outputs}
+            _add_step(op, path)
     _check_once(analysis.tape.operations, writer, reader)
     if len(path.ends) != 1:
         raise PlanError(f"{reader} does not read once what {writer} writes")
     return _replayed(path, model)
 
 
-def _check_scalar(op: Operation, path: _Path) -> None:
-    """Return if an operation treats each number by itself, all of them alike.
+def _add_step(op: Operation, path: _Path) -> None:
+    """Let a path go on through an operation that treats each number by itself, all of them alike.
 
     Raises:
         PlanError: it does not.
     """
-    name = operator_name(op.target)
     others = [value for value in op.inputs if value.index not in path.passed]
-    pointwise = torch.Tag.pointwise in op.target.tags or name in UNTAGGED
     random = torch.Tag.nondeterministic_seeded in op.target.tags
-    same = pointwise and not random and all(_is_number(value) for value in others)
-    dims = slice(-1 if path.channels_last else 0, None)  # others may be viewed as one
-    kept = name in _RESHAPES and op.inputs[0].shape[dims] == op.outputs[0].shape[dims]
-    if not (same or kept):
+    pointwise = traits_of(op.target).is_pointwise and not random
+    if pointwise and all(_is_number(value) for value in others):
+        path.steps.append(op)
+    elif _keeps_order(op, path.channels_last):
+        path.same[op.outputs[0].index] = op.inputs[0].index
+    else:
         where = f" at {op.module}" if op.module else ""
         raise PlanError(f"{op.name}{where} lies between the layers")
+    path.passed |= {value.index for value in op.outputs}
+
+
+def _keeps_order(op: Operation, channels_last: bool) -> bool:
+    """Return whether an operation only views or copies, in order, and does so channel by channel.
+
+    Args:
+        op: the operation.
+        channels_last: whether the channels are the last dim; others may then be viewed as one.
+    """
+    if len(op.inputs) != 1 or not traits_of(op.target).is_movement:
+        return False
+    dims = slice(-1 if channels_last else 0, None)
+    (given,), (taken, *_) = op.inputs, op.outputs
+    places = torch.arange(math.prod(given.shape), dtype=torch.float64).reshape(given.shape)
+    results = run(op, {given.index: places})
+    same = len(results) == 1 and torch.equal(results[0].flatten(), places.flatten())
+    return same and given.shape[dims] == taken.shape[dims]
 
 
 def _is_number(value: Value) -> bool:
@@ -203,21 +221,21 @@ def _replayed(path: _Path, model: nn.Module) -> Function:
     def between(number: Tensor) -> Tensor:
         values = dict.fromkeys(path.start, number)
 
-        def stand_in(argument: Any) -> Any:
-            if not isinstance(argument, Value):
-                return argument
-            if argument.index in values:
-                return values[argument.index].clone()  # some operations work in place
-            return parameters[argument.origins[0]].detach().double().cpu().reshape(1)
+        def at(value: Value) -> Tensor:
+            index = value.index
+            while index in path.same:
+                index = path.same[index]
+            if index in values:
+                return values[index]
+            return parameters[value.origins[0]].detach().double().cpu().reshape(1)
 
         for op in path.steps:
-            if operator_name(op.target) in _RESHAPES:
-                result = values[op.inputs[0].index]
-            else:
-                args, kwargs = pytree.tree_map(stand_in, (op.args, op.kwargs))
-                result = op.target(*args, **kwargs)
-            values |= {value.index: result for value in op.outputs}
-        return values[next(iter(path.ends))]
+            results = run(op, {value.index: at(value) for value in op.inputs})
+            if len(results) != len(op.outputs):
+                raise PlanError(f"{op.name} between the layers does not take one number")
+            values |= {v.index: result for v, result in zip(op.outputs, results, strict=True)}
+        (end,) = path.ends
+        return at(end)
 
     return between
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.pairs import LinearLayer, Pair
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer
 from fxgrow.modules.calling import arguments_of, call, tensors_in
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -49,24 +49,24 @@ class _Recorder:
 
     Attributes:
         inputs: of each layer, by its name.
-        probes: the zeros that were added to the outputs, by name.
+        added: the zeros that were added to the outputs, by name.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    probes: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     def note_input(self, name: str, arguments: tuple[Tensor, ...]) -> None:
         """Keep what a layer is given; a copy, for what follows may work in place."""
         self.inputs[name] = arguments[0].detach().to(torch.float64, copy=True)
 
-    def add_probe(self, name: str, output: Tensor) -> Tensor:
+    def add_zeros(self, name: str, output: Tensor) -> Tensor:
         """Return an output with zeros added, which receive its gradient."""
-        self.probes[name] = torch.zeros_like(output, requires_grad=True)
-        return output + self.probes[name]
+        self.added[name] = torch.zeros_like(output, requires_grad=True)
+        return output + self.added[name]
 
 
 @contextlib.contextmanager
-def _recording(model: nn.Module, pairs: Iterable[Pair]) -> Iterator[_Recorder]:
+def _recording(model: nn.Module, pairs: Iterable[LayerPair]) -> Iterator[_Recorder]:
     """Have a recorder note what the layers of pairs get and put out."""
     recorder = _Recorder()
     readers = {pair.reader for pair in pairs}
@@ -78,7 +78,7 @@ def _recording(model: nn.Module, pairs: Iterable[Pair]) -> Iterator[_Recorder]:
             recorder.note_input(name, args)
 
         def after(_: nn.Module, __: object, output: Tensor, name: str = name) -> Tensor:
-            return recorder.add_probe(name, output)
+            return recorder.add_zeros(name, output)
 
         handles.append(layer.register_forward_pre_hook(before))
         if name in readers:
@@ -138,7 +138,7 @@ def mean_loss(model: nn.Module, loss_fn: LossFunction, batches: Sequence[Batch])
 
 def averages(
     model: nn.Module,
-    pairs: Sequence[Pair],
+    pairs: Sequence[LayerPair],
     loss_fn: LossFunction,
     batches: Sequence[Batch],
     function: Callable[[str, Seen], tuple[Tensor, ...]],
@@ -168,8 +168,8 @@ def averages(
 
 
 def _observed(
-    model: nn.Module, pairs: Sequence[Pair], loss_fn: LossFunction, batch: Batch
-) -> Iterator[tuple[Pair, Seen]]:
+    model: nn.Module, pairs: Sequence[LayerPair], loss_fn: LossFunction, batch: Batch
+) -> Iterator[tuple[LayerPair, Seen]]:
     """Yield what each pair of layers saw of a batch."""
     with torch.enable_grad():
         with _recording(model, pairs) as recorder:
@@ -184,15 +184,15 @@ def _observed(
                 "the loss has no gradient: it does not depend on the outputs, or is detached.",
                 way_out="Compute it from the outputs by differentiable operations.",
             )
-        found = torch.autograd.grad(loss.sum(), [*recorder.probes.values()], materialize_grads=True)
-    gradients = dict(zip(recorder.probes, found, strict=True))
+        found = torch.autograd.grad(loss.sum(), [*recorder.added.values()], materialize_grads=True)
+    gradients = dict(zip(recorder.added, found, strict=True))
     for pair in pairs:
         yield pair, _seen(model, pair, recorder.inputs, gradients, size_of(batch))
 
 
 def _seen(
     model: nn.Module,
-    pair: Pair,
+    pair: LayerPair,
     inputs: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     size: int,
@@ -211,6 +211,7 @@ def _seen(
     first, second = (layer for layer in layers if isinstance(layer, LinearLayer))
     x, h, descent = inputs[pair.writer], inputs[pair.reader], gradient * -size
     if isinstance(first, nn.Linear):
+        # (N, …, channels) -> (positions, channels)
         x, h, descent = (values.reshape(-1, values.shape[-1]) for values in (x, h, descent))
     return Seen(first, second, x, h, descent)
 
@@ -234,6 +235,7 @@ def patches(layer: LinearLayer, inputs: Tensor) -> Tensor:
     kernel = layer.weight.shape[1:]
     if len(kernel) == 1:
         return inputs
+    # A row for each entry of a patch, which picks that entry: (in · kernel, in · kernel)
     one_hot = torch.eye(math.prod(kernel), dtype=inputs.dtype, device=inputs.device)
     return applied(layer, one_hot.reshape(-1, *kernel), inputs)
 
@@ -253,10 +255,11 @@ def correlation(layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:
 
 def readings(layer: LinearLayer, inputs: Tensor) -> Tensor:
     """Return how often a layer reads each position of its inputs, with one channel."""
-    probe = torch.zeros_like(inputs.narrow(channel_dim(layer), 0, 1), requires_grad=True)
-    ones = probe.new_ones(1, 1, *layer.weight.shape[2:])
+    # (N, 1, …): the gradient of a sum of the outputs of a layer of ones counts the readings.
+    channel = torch.zeros_like(inputs.narrow(channel_dim(layer), 0, 1), requires_grad=True)
+    ones = channel.new_ones(1, 1, *layer.weight.shape[2:])
     with torch.enable_grad():
-        (found,) = torch.autograd.grad(applied(layer, ones, probe).sum(), probe)
+        (found,) = torch.autograd.grad(applied(layer, ones, channel).sum(), channel)
     return found
 
 

@@ -15,7 +15,7 @@ from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.inits import DataDriven, FromData, shapes_of
-from fxgrow.grow.data.pairs import Pair
+from fxgrow.grow.data.pairs import LayerPair
 from fxgrow.grow.data.statistics import (
     Seen,
     applied,
@@ -66,7 +66,7 @@ class Tiny(DataDriven):
             )
         return super().plan(model, analyses, request, variance_of)
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
+    def _check(self, pair: LayerPair, model: nn.Module) -> None:
         del model
         if not sum(pair.slopes):
             raise PlanError(
@@ -74,7 +74,9 @@ class Tiny(DataDriven):
                 "both sides of it"
             )
 
-    def _directions(self, network: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Directions]:
+    def _directions(
+        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Directions]:
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}
         fits = self.averages(network, pairs, lambda _, seen: _fit(seen))
         moves = {
@@ -96,7 +98,7 @@ class Tiny(DataDriven):
         }
 
     def _gaining(
-        self, network: nn.Module, pairs: Mapping[str, Pair], chosen: Mapping[str, Directions]
+        self, network: nn.Module, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
     ) -> dict[str, Directions]:
         """Return the directions that lower the loss to first order, signed for the most of it."""
         growing = {name: pair for name, pair in pairs.items() if len(chosen[name])}
@@ -136,10 +138,10 @@ class Tiny(DataDriven):
 
 def _fit(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums for a least-squares fit of V on what the reader reads, and that of V²."""
-    read = as_rows(seen.reader, patches(seen.reader, seen.h))
+    read = as_rows(seen.reader, patches(seen.reader, seen.h))  # (positions, h · kernel)
     if seen.reader.bias is not None:
         read = torch.cat([read, read.new_ones(len(read), 1)], dim=1)
-    wanted = as_rows(seen.reader, seen.descent)
+    wanted = as_rows(seen.reader, seen.descent)  # (positions, out)
     return read.T @ read, read.T @ wanted, wanted.square().sum()
 
 
@@ -157,14 +159,14 @@ def _unreached(seen: Seen, move: Tensor, has_bias: bool) -> tuple[Tensor, Tensor
     """
     kernel = seen.reader.weight.shape[1:]
     count = kernel.numel()
-    weight = move[:count].T.reshape(-1, *kernel)
+    weight = move[:count].T.reshape(-1, *kernel)  # (h · kernel, out) -> (out, h, *kernel)
     bias = move[count] if len(move) > count else None
     left = seen.descent - applied(seen.reader, weight, seen.h, bias)
-    read = patches(seen.writer, seen.x)
+    read = patches(seen.writer, seen.x)  # (N, inputs, …) or (positions, inputs)
     dim = channel_dim(seen.writer)
     if has_bias:
         read = torch.cat([read, torch.ones_like(read.narrow(dim, 0, 1))], dim)
-    counted = as_rows(seen.writer, read * readings(seen.reader, read))
+    counted = as_rows(seen.writer, read * readings(seen.reader, read))  # (positions, inputs)
     return correlation(seen.reader, read, left), counted.T @ as_rows(seen.writer, read)
 
 
@@ -174,12 +176,12 @@ def _gains(seen: Seen, found: Directions, slopes: tuple[float, float]) -> tuple[
     Near zero σ(y) is right·y for positive and left·y for negative y.
     """
     left, right = slopes
-    hidden = applied(seen.writer, found.rows, seen.x, found.biases)
+    hidden = applied(seen.writer, found.rows, seen.x, found.biases)  # (N, k, …)
     positive, negative = (
-        (correlation(seen.reader, part.relu(), seen.descent) * found.columns)
+        (correlation(seen.reader, side.relu(), seen.descent) * found.columns)  # (out, k, *kernel)
         .transpose(0, 1)
         .flatten(1)
-        .sum(1)
-        for part in (hidden, -hidden)
+        .sum(1)  # (k,)
+        for side in (hidden, -hidden)
     )
     return right * positive - left * negative, left * positive - right * negative

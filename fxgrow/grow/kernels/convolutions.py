@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
-from fxgrow.grow.kernels.taps import Convolution, Sizes
+from fxgrow.grow.kernels.taps import Convolution, PerDim
 from fxgrow.modules.calling import call
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import named_tensors
@@ -112,9 +112,9 @@ def _home(module: nn.Module, method: str) -> str:
     return next(classes, _ConvNd).__module__
 
 
-def input_sizes(analysis: Analysis, layer: _ConvNd) -> list[Sizes]:
+def input_sizes(analysis: Analysis, layer: _ConvNd) -> list[PerDim]:
     """Return the sizes in space of the inputs that a convolution gets in a run in eval mode."""
-    found: list[Sizes] = []
+    found: list[PerDim] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         del module

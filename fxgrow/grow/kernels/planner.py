@@ -31,7 +31,7 @@ from fxgrow.version import __version__
 
 
 @dataclass(frozen=True)
-class _Growth:
+class _LargerKernel:
     """A layer with its old settings and its new ones."""
 
     module: _ConvNd
@@ -43,7 +43,7 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     """Return the plan for larger kernels.
 
     Args:
-        analyses: of the whole network, or of parts that have no module in common.
+        analyses: of the whole network, or of submodules that have no module in common.
         request: ``size``, ``include`` and ``exclude`` decide; globs are over the names of layers.
 
     Raises:
@@ -51,7 +51,7 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     """
     parts = {name: part for part in analyses for name in convolutions(part)}
     sizes = _selected(parts, request)
-    found: dict[str, dict[str, _Growth]] = {part.traced.module: {} for part in analyses}
+    found: dict[str, dict[str, _LargerKernel]] = {part.traced.module: {} for part in analyses}
     refused = []
     for name, size in sizes.items():
         try:
@@ -114,7 +114,7 @@ def _check_glob(glob: str, names: Sequence[str]) -> None:
     )
 
 
-def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth]:
+def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _LargerKernel]:
     """Return the growth of a layer and of those that share its weight; none if they are that large.
 
     Raises:
@@ -127,7 +127,7 @@ def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth]:
         old = settings_of(module)
         if kernel == old.kernel:
             return {}
-        found[layer] = _Growth(module, old, enlarged(old, kernel))
+        found[layer] = _LargerKernel(module, old, enlarged(old, kernel))
         _check_inputs(analysis, found[layer])
     if len({growth.new.before for growth in found.values()}) > 1:
         raise PlanError(
@@ -137,7 +137,7 @@ def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth]:
     return found
 
 
-def _check_inputs(analysis: Analysis, growth: _Growth) -> None:
+def _check_inputs(analysis: Analysis, growth: _LargerKernel) -> None:
     """Return if a layer's inputs are long enough for its new padding.
 
     Raises:
@@ -154,8 +154,8 @@ def _check_inputs(analysis: Analysis, growth: _Growth) -> None:
             )
 
 
-def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth]) -> Plan:
-    """Return the plan for one network, or for one part of it.
+def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _LargerKernel]) -> Plan:
+    """Return the plan for one network, or for a submodule of it.
 
     Raises:
         PlanError: the network does not run with these kernels as it did.
@@ -196,7 +196,7 @@ def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth
     return replace(plan, flops=(analysis.tape.flops // batch, after.flops // batch))
 
 
-def _tensor_edit(growth: _Growth) -> TensorEdit:
+def _tensor_edit(growth: _LargerKernel) -> TensorEdit:
     """Return the edit of a weight: zeros around the old taps, along each dim that grows."""
     old, new = growth.old.kernel, growth.new.convolution.kernel
     shape = tuple(growth.module.weight.shape)
@@ -221,7 +221,7 @@ def _runs(before: int, old: int, new: int) -> Iterator[Run]:
             yield Run(kind, 0, length)
 
 
-def _edits(name: str, growth: _Growth) -> Iterator[ModuleEdit]:
+def _edits(name: str, growth: _LargerKernel) -> Iterator[ModuleEdit]:
     """Yield the attributes that follow the kernel; the last is what ``F.pad`` is given."""
     old, new = growth.old, growth.new.convolution
     for attribute, before, after in (
@@ -238,7 +238,7 @@ def _reversed(convolution: Convolution) -> tuple[int, ...]:
     return tuple(size for sides in reversed(convolution.sides) for size in sides)
 
 
-def _kernel_plan(name: str, growth: _Growth) -> KernelPlan:
+def _kernel_plan(name: str, growth: _LargerKernel) -> KernelPlan:
     """Return what a report tells of a layer."""
     old, new = growth.old, growth.new.convolution
     notes = []

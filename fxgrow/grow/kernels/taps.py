@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 
 from fxgrow.errors import PlanError
 
-Sizes: TypeAlias = tuple[int, ...]
+PerDim: TypeAlias = tuple[int, ...]  # a number for each dim of space
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _SIZE = re.compile(r"\+?\d+(x\+?\d+)*")
@@ -40,11 +40,11 @@ class Convolution:
         padding_mode: what the padding holds.
     """
 
-    kernel: Sizes
-    stride: Sizes
-    dilation: Sizes
-    padding: Sizes | str
-    output_padding: Sizes
+    kernel: PerDim
+    stride: PerDim
+    dilation: PerDim
+    padding: PerDim | str
+    output_padding: PerDim
     transposed: bool = False
     padding_mode: PaddingMode = "zeros"
 
@@ -59,7 +59,7 @@ class Convolution:
         return tuple((size, size) for size in self.padding)
 
     @property
-    def least_input(self) -> Sizes:
+    def least_input(self) -> PerDim:
         """The smallest input that the padding can be made of, for each dim."""
         longest = [max(sides) for sides in self.sides]
         more = {"reflect": 1, "circular": 0}.get(self.padding_mode)
@@ -76,10 +76,10 @@ class Enlarged:
     """
 
     convolution: Convolution
-    before: Sizes
+    before: PerDim
 
 
-def new_kernel(size: str, old: Sizes) -> Sizes:
+def new_kernel(size: str, old: PerDim) -> PerDim:
     """Return the kernel that a specification asks for, given the present one.
 
     Args:
@@ -120,7 +120,7 @@ def check_size(size: str) -> None:
         raise PlanError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
 
 
-def enlarged(old: Convolution, kernel: Sizes) -> Enlarged:
+def enlarged(old: Convolution, kernel: PerDim) -> Enlarged:
     """Return the convolution with a larger kernel that computes the same.
 
     Args:
@@ -148,7 +148,7 @@ def enlarged(old: Convolution, kernel: Sizes) -> Enlarged:
     )
 
 
-def _candidates(old: Convolution, kernel: Sizes) -> Iterator[Convolution]:
+def _candidates(old: Convolution, kernel: PerDim) -> Iterator[Convolution]:
     """Yield settings for a kernel that may do; those nearest to the old ones first."""
     if old.transposed:
         yield _transposed_candidate(old, kernel)
@@ -160,7 +160,7 @@ def _candidates(old: Convolution, kernel: Sizes) -> Iterator[Convolution]:
         yield replace(old, kernel=kernel, padding="same")
 
 
-def _transposed_candidate(old: Convolution, kernel: Sizes) -> Convolution:
+def _transposed_candidate(old: Convolution, kernel: PerDim) -> Convolution:
     """Return settings of a transposed convolution for a kernel that may do."""
     before, output_padding = [], []
     for new, has, dilation, present in zip(
@@ -179,7 +179,7 @@ def _transposed_candidate(old: Convolution, kernel: Sizes) -> Convolution:
     )
 
 
-def _padded(old: Convolution, taps: list[int]) -> Sizes:
+def _padded(old: Convolution, taps: list[int]) -> PerDim:
     """Return the padding, the same on both sides, that goes with new taps on the left."""
     return tuple(
         left + dilation * count
@@ -187,7 +187,7 @@ def _padded(old: Convolution, taps: list[int]) -> Sizes:
     )
 
 
-def _taps_before(old: Convolution, new: Convolution) -> Sizes | None:
+def _taps_before(old: Convolution, new: Convolution) -> PerDim | None:
     """Return how many taps to put before the old ones, or None if that does not compute the same.
 
     Example:
@@ -213,7 +213,7 @@ def _taps_before(old: Convolution, new: Convolution) -> Sizes | None:
     return tuple(found)
 
 
-def _nearest(old: Convolution, kernel: Sizes) -> str:
+def _nearest(old: Convolution, kernel: PerDim) -> str:
     """Return the kernels next to one, all of whose differences are even: these always work."""
     odd = [(new - present) % 2 for new, present in zip(kernel, old.kernel, strict=True)]
     near = [
@@ -223,7 +223,7 @@ def _nearest(old: Convolution, kernel: Sizes) -> str:
     return " or ".join(told(sizes) for sizes in near if sizes != old.kernel)
 
 
-def told(sizes: Sizes | str) -> str:
+def told(sizes: PerDim | str) -> str:
     """Return sizes as messages and tables tell them.
 
     Example:
