@@ -42,8 +42,7 @@ def insert_multipliers(
     """
     for module in dict.fromkeys(multiplier.module for multiplier in multipliers):
         own = [multiplier for multiplier in multipliers if multiplier.module == module]
-        part = _as_graph(module_at(model, module), own, both_modes)
-        model = with_part(model, module, part)
+        model = with_submodule(model, module, _as_graph(module_at(model, module), own, both_modes))
     return model
 
 
@@ -65,11 +64,11 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def with_part(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """Return the model with a submodule replaced, in place; the part itself for the name ""."""
+def with_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Return the model with a submodule replaced, in place; the new one itself for the name ""."""
     if not name:
-        return part
-    model.set_submodule(name, part)
+        return new
+    model.set_submodule(name, new)
     return model
 
 

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgrow.apply.graph import graph_module, insert_multipliers, module_at, sized_graph, with_part
+from fxgrow.apply.graph import (
+    graph_module,
+    insert_multipliers,
+    module_at,
+    sized_graph,
+    with_submodule,
+)
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.errors import FxgrowError, PlanError
@@ -242,7 +248,7 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
         graphs = {name: sized_graph(module_at(grown, name), sizes[name]) for name in sizes}
         set_attributes(grown, plan.modules, of=model)
         for name, graph in graphs.items():
-            grown = with_part(grown, name, graph_module(module_at(grown, name), graph))
+            grown = with_submodule(grown, name, graph_module(module_at(grown, name), graph))
         return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
     except (FxgrowError, torch.OutOfMemoryError):
         raise

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fxgrow.apply.calls import with_calls
-from fxgrow.apply.graph import module_at, with_part
+from fxgrow.apply.graph import module_at, with_submodule
 from fxgrow.errors import PlanError
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.bounds import shown
@@ -36,8 +36,8 @@ def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.
         path = edit.container.split(".") if edit.container else []
         old, model = model, _with_children(model, path, edit, held)
         if edit.caller is not None:
-            part = with_calls(module_at(old, edit.caller), module_at(model, edit.caller), edit)
-            model = with_part(model, edit.caller, part)  # every module on the path is the view's
+            calling = with_calls(module_at(old, edit.caller), module_at(model, edit.caller), edit)
+            model = with_submodule(model, edit.caller, calling)  # whose path is the view's own
     return model
 
 

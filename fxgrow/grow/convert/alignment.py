@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fxgrow.errors import PlanError
+from fxgrow.grow.identity.stages import LISTS, child_of
 from fxgrow.grow.widen.planner import eps_attributes
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a larger layer must have in common with a smaller one that it continues.
 _SETTINGS = ("stride", "dilation", "transposed", "output_padding", "padding_mode", "start_dim")
 
@@ -47,7 +47,7 @@ class Alignment:
             owner, _, local = name.rpartition(".")
             if owner not in self.modules:
                 continue
-            before = ".".join(part for part in (self.modules[owner], local) if part)
+            before = child_of(self.modules[owner], local)
             if before not in source:
                 raise PlanError(
                     f"the target has {name}, and the source has no {before}.", name=name
@@ -96,7 +96,7 @@ def _pair(
             text = f"has {setting} {values[0]} in the source, {values[1]} there"
             return _difference(before, after, text)
     old, new = dict(source.named_children()), dict(target.named_children())
-    if old.keys() != new.keys() and not isinstance(target, _LISTS):
+    if old.keys() != new.keys() and not isinstance(target, LISTS):
         lacking = next(iter(old.keys() - new.keys()), None)
         name = lacking or next(iter(new.keys() - old.keys()))
         text = f"has {'no' if lacking else 'a'} {name}, unlike the source's {before or 'network'}"
@@ -109,13 +109,13 @@ def _pair(
     )
     for name, child in new.items():
         if name not in pairs:
-            fresh.append(_join(after, name))
+            fresh.append(child_of(after, name))
             continue
         problem = problem or _pair(
             old[pairs[name]],
             child,
-            _join(before, pairs[name]),
-            _join(after, name),
+            child_of(before, pairs[name]),
+            child_of(after, name),
             modules,
             fresh,
         )
@@ -131,13 +131,13 @@ def _subsequence(
     for name, module in old.items():
         reasons = []
         for candidate, child in waiting:
-            reason = _obstacle(module, child, _join(before, name), _join(after, candidate))
+            reason = _obstacle(module, child, child_of(before, name), child_of(after, candidate))
             if reason is None:
                 pairs[candidate] = name
                 break
             reasons.append(reason.message)
         else:
-            text = f"has nothing that the source's {_join(before, name)} could become"
+            text = f"has nothing that the source's {child_of(before, name)} could become"
             why = f": {reasons[0].rstrip('.')}" if reasons else ""
             return pairs, _difference(before, after, text + why)
     return pairs, None
@@ -160,7 +160,7 @@ def _obstacle(source: nn.Module, target: nn.Module, before: str, after: str) -> 
             return _difference(origin, name, f"has a {odd} in one of them alone")
         for local, small in own[0].items():
             try:
-                _check_shapes(_join(origin, local), small, _join(name, local), own[1][local])
+                _check_shapes(child_of(origin, local), small, child_of(name, local), own[1][local])
             except PlanError as error:
                 return error
     return None
@@ -191,10 +191,6 @@ def _difference(before: str, after: str, text: str) -> PlanError:
     name = after or "the network"
     moved = f" (the source's {before})" if before != after else ""
     return PlanError(f"{name}{moved} {text}.", name=after)
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
 
 
 def setting_differences(

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import Recording, is_inside, record
+from fxgrow.grow.identity.concrete_run import Recording, any_inside, is_inside, record
 from fxgrow.grow.identity.filling import METHODS
 from fxgrow.grow.identity.new_block import Filling, NewBlock, block_plan, of_norms, tensor_edits
+from fxgrow.grow.identity.stages import child_of
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.schema import BlockPlan
@@ -61,7 +62,7 @@ class Fresh:
         """Return the module before a unit in the list that holds both."""
         parent, _, local = unit[0].rpartition(".")
         names = [name for name, _ in self._network.get_submodule(parent).named_children()]
-        return ".".join(part for part in (parent, names[max(names.index(local) - 1, 0)]) if part)
+        return child_of(parent, names[max(names.index(local) - 1, 0)])
 
     def _method(self, unit: tuple[str, ...]) -> str:
         """Return how a unit is kept from changing anything."""
@@ -71,7 +72,7 @@ class Fresh:
         shared = any(
             self._written_by_old[channels.of_axis(index)].any()
             for index, axis in enumerate(channels.axes)
-            if channels.roles[index] == "writer" and _is_in(axis.tensor, unit)
+            if channels.roles[index] == "writer" and any_inside(axis.tensor, unit)
         )
         return "r2deeper" if shared else "read_by_zeros"
 
@@ -82,7 +83,7 @@ class Fresh:
         channels = self.analysis.channels
         written = np.zeros(channels.count, dtype=bool)
         for index, axis in enumerate(channels.axes):
-            if channels.roles[index] == "writer" and not _is_in(axis.tensor, fresh):
+            if channels.roles[index] == "writer" and not any_inside(axis.tensor, fresh):
                 written[channels.of_axis(index)] = True
         return written
 
@@ -107,7 +108,7 @@ class Fresh:
         Raises:
             PlanError: it cannot be kept from changing anything, or the old one has no such tensors.
         """
-        own = {name: tensor for name, tensor in self._tensors.items() if _is_in(name, unit)}
+        own = {name: tensor for name, tensor in self._tensors.items() if any_inside(name, unit)}
         sources = {}
         for module, like in likes.items():
             for name in own:
@@ -148,10 +149,6 @@ def units_of(network: nn.Module, fresh: Collection[str]) -> tuple[tuple[str, ...
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _is_in(name: str, modules: Collection[str]) -> bool:
-    return any(is_inside(name, module) for module in modules)
 
 
 def fitted(edit: TensorEdit) -> TensorEdit:

@@ -14,6 +14,7 @@ from fxgrow.grow.convert.alignment import Alignment, setting_differences
 from fxgrow.grow.convert.fresh import Fresh, bridges, units_of
 from fxgrow.grow.convert.regroup import Regrouping, regrouped, regrouped_towards
 from fxgrow.grow.convert.target import towards
+from fxgrow.grow.identity.stages import child_of
 from fxgrow.grow.widen.planner import aliases_of, attempts_for, plan_of
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
@@ -102,8 +103,7 @@ def _like(alignment: Alignment, target: nn.Module, module: str) -> str:
     siblings = [
         alignment.modules[name]
         for child, sibling in target.get_submodule(parent).named_children()
-        if type(sibling) is kind
-        and (name := f"{parent}.{child}" if parent else child) in alignment.modules
+        if type(sibling) is kind and (name := child_of(parent, child)) in alignment.modules
     ]
     if not siblings:
         raise PlanError(f"the source has nothing like the target's {module}.", name=module)

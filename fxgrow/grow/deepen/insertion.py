@@ -71,7 +71,7 @@ class Insertion:
     @property
     def rearrangements(self) -> tuple[Rearrangement, ...]:
         """One for each stage."""
-        return tuple(part.edit for part in self.chosen)
+        return tuple(chosen.edit for chosen in self.chosen)
 
     def tried(self) -> Trial:
         """Return the network with the new blocks called: by its code or, if need be, in graphs.
@@ -81,12 +81,10 @@ class Insertion:
         """
         if isinstance(self._outcome, Trial):
             return self._outcome
-        chosen = tuple(
-            part if self._runs_with(part) else self._in_graph(part) for part in self.chosen
-        )
-        if chosen == self.chosen:
+        called = tuple(one if self._runs_with(one) else self._in_graph(one) for one in self.chosen)
+        if called == self.chosen:
             raise self._outcome
-        through = replace(self, chosen=chosen)._outcome
+        through = replace(self, chosen=called)._outcome
         if isinstance(through, Trial):
             return through
         raise PlanError(
@@ -104,33 +102,33 @@ class Insertion:
         except PlanError as error:
             return error
 
-    def _runs_with(self, part: Chosen) -> bool:
+    def _runs_with(self, chosen: Chosen) -> bool:
         """Return whether the network runs with the new blocks of one stage of several."""
-        alone = replace(self, chosen=(part,))
+        alone = replace(self, chosen=(chosen,))
         return len(self.chosen) > 1 and isinstance(alone._outcome, Trial)
 
-    def _in_graph(self, part: Chosen) -> Chosen:
+    def _in_graph(self, chosen: Chosen) -> Chosen:
         """Return a stage whose new blocks are called in the graph of the module that ran the old.
 
         An ``nn.Sequential`` calls whatever it holds: a graph of it would do no more.
         """
-        path = part.stage.container.split(".") if part.stage.container else []
+        path = chosen.stage.container.split(".") if chosen.stage.container else []
         owners = [".".join(path[:length]) for length in range(len(path), -1, -1)]
         caller = next((name for name in owners if self.before.calls.get(name)), "")
         module = self.traced.standin.get_submodule(caller)
         if isinstance(module, nn.Sequential):
-            return part
-        return replace(part, edit=replace(part.edit, caller=caller))
+            return chosen
+        return replace(chosen, edit=replace(chosen.edit, caller=caller))
 
     def news(self) -> Iterator[New]:
         """Yield the new blocks by their names after the insertion."""
-        for part in self.chosen:
-            children = inserted(part.stage, part.likes)
-            names = [child_of(part.stage.container, name) for name, _, _ in children]
+        for chosen in self.chosen:
+            children = inserted(chosen.stage, chosen.likes)
+            names = [child_of(chosen.stage.container, name) for name, _, _ in children]
             first = next(place for place, (_, _, new) in enumerate(children) if new)
-            for start in range(first, first + len(part.likes), part.length):
-                like = child_of(part.stage.container, children[start][1])
-                yield New(tuple(names[start : start + part.length]), names[start - 1], like)
+            for start in range(first, first + len(chosen.likes), chosen.length):
+                like = child_of(chosen.stage.container, children[start][1])
+                yield New(tuple(names[start : start + chosen.length]), names[start - 1], like)
 
     def _run(self) -> Trial:
         """Return the network with the new blocks and a run of it in eval mode.
@@ -152,11 +150,11 @@ class Insertion:
         """Return the network with the new blocks, on meta tensors, and what else must change."""
         old = self.traced.standin
         shapes, modules = self._reshaped_layers()
-        for part in self.chosen:
+        for chosen in self.chosen:
             modules += [
                 edit
-                for edit in attribute_edits(old, part.stage, part.likes)
-                if not _in_graph(edit, part)
+                for edit in attribute_edits(old, chosen.stage, chosen.likes)
+                if not _in_graph(edit, chosen)
             ]
         standin = tried(old, shapes, modules, self.rearrangements)
         deeper = replace(self.traced, standin=standin, inferred=False)
@@ -166,12 +164,12 @@ class Insertion:
         """Return the shapes of new layers that take another width than the layers they are like."""
         shapes: dict[str, tuple[int, ...]] = {}
         modules: list[ModuleEdit] = []
-        for part in self.chosen if self.request.method == "net2deeper" else ():
-            for local, source, new in inserted(part.stage, part.likes):
+        for chosen in self.chosen if self.request.method == "net2deeper" else ():
+            for local, source, new in inserted(chosen.stage, chosen.likes):
                 if not new:
                     continue
-                name = child_of(part.stage.container, local)
-                like = child_of(part.stage.container, source)
+                name = child_of(chosen.stage.container, local)
+                like = child_of(chosen.stage.container, source)
                 own, edits = reshaped_layer(self.traced.standin.get_submodule(like), name)
                 shapes |= {f"{name}.{tensor}": shape for tensor, shape in own.items()}
                 modules += edits
@@ -189,7 +187,7 @@ class Insertion:
         except Exception as error:  # a user's forward may raise anything
             raise PlanError(
                 f"the network does not run with blocks inserted into "
-                f"{', '.join(part.stage.key for part in self.chosen)}: {first_line(error)}.",
+                f"{', '.join(chosen.stage.key for chosen in self.chosen)}: {first_line(error)}.",
                 name=self.chosen[0].stage.key,
             ) from error
 
@@ -215,7 +213,7 @@ class Insertion:
             self._check_place(evaluated, new)
         modules = [name for new in news for name in new.modules]
         if _deeds(evaluated.outside(modules)) != _deeds(self.before.tape.operations):
-            stages = ", ".join(part.stage.key for part in self.chosen)
+            stages = ", ".join(chosen.stage.key for chosen in self.chosen)
             raise PlanError(
                 f"with blocks inserted into {stages}, the rest of the network computes something "
                 "else: it does so between the blocks, or by their number.",
@@ -263,11 +261,11 @@ class Trial:
             return None
 
 
-def _in_graph(edit: ModuleEdit, part: Chosen) -> bool:
+def _in_graph(edit: ModuleEdit, chosen: Chosen) -> bool:
     """Return whether an attribute is that of a module whose code becomes a graph."""
-    caller = part.edit.caller
+    caller = chosen.edit.caller
     rewritten = caller is not None and is_inside(edit.module, caller)
-    return rewritten and is_inside(part.stage.container, edit.module)
+    return rewritten and is_inside(chosen.stage.container, edit.module)
 
 
 def _deeds(operations: Sequence[Operation]) -> list[str]:

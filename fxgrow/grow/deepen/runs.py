@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from torch import nn
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, is_inside, record
 from fxgrow.grow.identity.stages import LISTS, Stage, child_of, new_blocks, structure
+from fxgrow.labels.tape import Operation
 from fxgrow.labels.trace import Traced
 
 Chain: TypeAlias = tuple[str, ...]  # names in their container, each of which follows the one before
@@ -92,13 +93,18 @@ def _find_run(traced: Traced, key: str, before: Recording) -> tuple[str, Chain, 
     if not found:
         raise _unknown(traced, key, _obstacle(model, key, before))
     if len(found) > 1:
-        ends = " or ".join(child_of(key, chain[-1]) for chain in found)
-        raise PlanError(
-            f"{key or 'the network'} holds {len(found)} runs of blocks.",
-            name=key,
-            way_out=f"Name the block after which new ones come: {ends}.",
-        )
+        raise _several(key, found)
     return key, found[0], len(found[0]) - 1
+
+
+def _several(key: str, found: Sequence[Chain]) -> PlanError:
+    """Return the error for a module that holds several runs."""
+    ends = " or ".join(child_of(key, chain[-1]) for chain in found)
+    return PlanError(
+        f"{key or 'the network'} holds {len(found)} runs of blocks.",
+        name=key,
+        way_out=f"Name the block after which new ones come: {ends}.",
+    )
 
 
 def _repeats(model: nn.Module, name: str, before: Recording) -> bool:
@@ -124,18 +130,19 @@ def chains(model: nn.Module, container: str, before: Recording) -> list[Chain]:
         giver = givers.get(call.inputs[0], name) if call.inputs else name
         if giver != name and type(modules[giver]) is type(modules[name]):
             links.add((giver, name))
+    return list(_joined(modules, links))
+
+
+def _joined(names: Iterable[str], links: Collection[tuple[str, str]]) -> Iterator[Chain]:
+    """Yield the chains that some links make, where nothing forks and nothing is joined."""
     befores, afters = Counter(b for _, b in links), Counter(a for a, _ in links)
     follower = {a: b for a, b in links if befores[b] == 1 and afters[a] == 1}
-    starts = [name for name in modules if name in follower and name not in follower.values()]
-    return [_chain(start, follower) for start in starts]
-
-
-def _chain(start: str, follower: Mapping[str, str]) -> Chain:
-    """Return a name, the one that follows it, and so on."""
-    found = [start]
-    while found[-1] in follower:
-        found.append(follower[found[-1]])
-    return tuple(found)
+    for start in names:
+        if start in follower and start not in follower.values():
+            chain = [start]
+            while chain[-1] in follower:
+                chain.append(follower[chain[-1]])
+            yield tuple(chain)
 
 
 def _with_parameters(model: nn.Module, container: str) -> dict[str, nn.Module]:
@@ -181,14 +188,10 @@ def stages(model: nn.Module, before: Recording) -> Iterator[str]:
         model: the network.
         before: a run of the network in which all modules were watched.
     """
-    sums = {
-        op.module
-        for op in before.tape.operations
-        if op.name == "add" and not any(value.is_weight for value in op.inputs)
-    }
+    sums = {op.module for op in before.tape.operations if _is_sum_of_data(op)}
     for name, module in model.named_modules():
         if isinstance(module, LISTS):
-            if len({type(child) for child in module._modules.values() if _has_layers(child)}) == 1:
+            if len(set(map(type, filter(_has_layers, module._modules.values())))) == 1:
                 yield name
             continue
         runs = [_alike(model, name, chain) for chain in chains(model, name, before)]
@@ -196,6 +199,11 @@ def stages(model: nn.Module, before: Recording) -> Iterator[str]:
         for end in ends:
             if any(is_inside(place, end) for place in sums):
                 yield name if name and len(ends) == 1 else end
+
+
+def _is_sum_of_data(op: Operation) -> bool:
+    """Return whether an operation adds what is computed from the input alone."""
+    return op.name == "add" and not any(value.is_weight for value in op.inputs)
 
 
 def _has_layers(module: nn.Module | None) -> bool:

@@ -265,15 +265,14 @@ def _results(
     for _ in range(_DRAWS if unknown or seeded else 1):
         drawn = {value.index: _normal(value, generator) for value in unknown}
         draws.append(run(op, {**found.known, **drawn}))
-    return [
-        first if all(torch.equal(first, x) for x in others) and _credible(first, seeded) else None
-        for first, *others in zip(*draws, strict=True)
-    ]
+    return [_agreed(numbers, seeded) for numbers in zip(*draws, strict=True)]
 
 
-def _credible(number: Tensor, seeded: bool) -> bool:
-    """Return whether equal draws tell a number: of what is drawn by chance, only zeros do."""
-    return not seeded or (number.is_floating_point() and not bool(number.any()))
+def _agreed(numbers: Sequence[Tensor], seeded: bool) -> Tensor | None:
+    """Return what all draws gave, if they agree; of what is drawn by chance, only zeros are it."""
+    first = numbers[0]
+    credible = not seeded or (first.is_floating_point() and not bool(first.any()))
+    return first if credible and all(torch.equal(first, other) for other in numbers) else None
 
 
 def run(op: Operation, numbers: Mapping[int, Tensor]) -> list[Tensor]:

@@ -53,10 +53,11 @@ def r2deeper(block: NewBlock) -> Filling:
     norm divides by √eps alone: with a weight of one, a first step would be √(1/eps) times too long.
     """
     products = [list(_products(block, run)) for run in block.runs]
+    every = [product for found in products for product in found]
 
     def filled(weights: Collection[str]) -> dict[str, float]:
-        read = (product for found in products for product in found if product.weight in weights)
-        return {**dict.fromkeys((t for p in read for t in p.terms), 0.0), **of_norms(block)}
+        terms = (term for product in every if product.weight in weights for term in product.terms)
+        return {**dict.fromkeys(terms, 0.0), **of_norms(block)}
 
     def zeroed(weights: Collection[str]) -> list[list[int]]:
         return [[p.operation for p in found if p.weight in weights] for found in products]
@@ -66,19 +67,24 @@ def r2deeper(block: NewBlock) -> Filling:
         runs = zip(block.runs, zeroed(weights), strict=True)
         return all(passes(block, run, constants, zeros) for run, zeros in runs)
 
-    weights = list(dict.fromkeys(product.weight for found in products for product in found))
+    weights = list(dict.fromkeys(product.weight for product in every))
     if not works(weights):
         raise PlanError(obstacle(block, filled(weights), zeroed(weights)))
     last = least(weights, works)
-    found = Filling(filled(last), zeroed=tuple(layer_of(weight) for weight in last))
+    filling = Filling(filled(last), zeroed=tuple(map(layer_of, last)))
     for run, zeros in zip(block.runs, zeroed(last), strict=True):
-        found.constants |= _gentle(block, run, found.constants, zeros)
-    for weight in last:
-        problem = pair_channels(block, weight, last, found)
+        filling.constants |= _gentle(block, run, filling.constants, zeros)
+    _pair_or_zero(block, last, filling)
+    return filling
+
+
+def _pair_or_zero(block: NewBlock, weights: Sequence[str], filling: Filling) -> None:
+    """Let the channels that weights read be pairs, or else the weights zero."""
+    for weight in weights:
+        problem = pair_channels(block, weight, weights, filling)
         if problem:
-            found.constants[weight] = 0.0
-            found.notes.append(f"{layer_of(weight)} begins at zero: {problem}")
-    return found
+            filling.constants[weight] = 0.0
+            filling.notes.append(f"{layer_of(weight)} begins at zero: {problem}")
 
 
 @METHODS.register("zero_last")
@@ -129,20 +135,25 @@ def obstacle(
 
 def _parting(inside: Sequence[Operation], found: ConcreteRun, entry: Value) -> str:
     """Return where what came in is lost on its way through the operations of a block."""
-    sums = [op for op in inside if op.name == "add"]
-    kept = [op for op in sums if found.same_as(op.outputs[0], entry)]
-    for op in sums:
-        if op not in kept and any(found.same_as(value, entry) for value in op.inputs):
-            where = op.module or "the top level"
-            return f"what is added at {where} is not zero, even if all its layers give zero"
-    if not kept:
-        layers = [layer_of(name) for op in inside if entry in op.inputs for name in op.parameters]
-        follow = f" ({', '.join(dict.fromkeys(layers))} follow it)" if layers else ""
+    last = entry
+    for op in inside:
+        if op.name == "add" and found.same_as(op.outputs[0], entry):
+            last = op.outputs[0]
+        elif op.name == "add" and any(found.same_as(value, entry) for value in op.inputs):
+            return f"what is added at {_at(op)} is not zero, even if all its layers give zero"
+    takers = [op for op in inside if last in op.inputs]
+    if last is entry:
+        layers = dict.fromkeys(layer_of(name) for op in takers for name in op.parameters)
+        follow = f" ({', '.join(layers)} follow it)" if layers else ""
         return f"no shortcut around it gives what came in{follow}"
-    last = kept[-1].outputs[0]
-    op = next((op for op in inside if last in op.inputs), kept[-1])
-    where = op.module or "the top level"
-    return f"{op.name} at {where} follows the addition and does not keep what it gets"
+    if not takers:
+        return "it does not give what it gets"
+    follower = f"{takers[0].name} at {_at(takers[0])}"
+    return f"{follower} follows the addition and does not keep what it gets"
+
+
+def _at(op: Operation) -> str:
+    return op.module or "the top level"
 
 
 def _products(block: NewBlock, recording: Recording) -> Iterator[_Product]:
@@ -150,16 +161,22 @@ def _products(block: NewBlock, recording: Recording) -> Iterator[_Product]:
     roles = zip(block.channels.axes, block.channels.roles, strict=True)
     readers = {axis.tensor for axis, role in roles if role == "reader"}
     for op in recording.inside(block.modules):
-        weights = [value for value in op.inputs if value.is_weight and len(value.origins) == 1]
-        if len(weights) == len(op.inputs):  # no data: a computation on the weights themselves
-            continue
-        names = {value.origins[0]: value for value in weights if not value.is_curved}
+        names = _weights_on_data(op)
         for name, value in names.items():
+            # A factor vanishes where all else is zero, unlike a term of the sum.
             others = [other for other in op.inputs if other is not value]
-            is_factor = recording.vanishes(op, others)  # else it is a term, left where they are 0
-            if name in block.parameters and (name in readers or is_factor):
+            reads = name in readers or recording.vanishes(op, others)
+            if reads and name in block.parameters:
                 yield _Product(op.index, name, tuple(other for other in names if other != name))
                 break
+
+
+def _weights_on_data(op: Operation) -> dict[str, Value]:
+    """Return what an operation takes of single parameters, by their names; none without data."""
+    weights = [value for value in op.inputs if value.is_weight and len(value.origins) == 1]
+    if len(weights) == len(op.inputs):  # a computation on the weights themselves
+        return {}
+    return {value.origins[0]: value for value in weights if not value.is_curved}
 
 
 def _gentle(

@@ -7,7 +7,7 @@ function if the activation after it changes nothing that came out of one before,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import Recording, argument, norms_among, run_concretely
+from fxgrow.grow.identity.concrete_run import (
+    ModuleCall,
+    Recording,
+    argument,
+    norms_among,
+    run_concretely,
+)
 from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, passes
 from fxgrow.grow.identity.stages import Stage
 from fxgrow.plan.edits import ModuleEdit
@@ -49,15 +55,19 @@ def find_unit(model: nn.Module, stage: Stage, before: Recording) -> tuple[Stage,
         )
     unit = [first]
     for place in range(first + 1, len(children)):
-        calls = before.calls[stage.child(place)]
-        kept = all(call.inputs and call.inputs[0].shape == call.outputs[0].shape for call in calls)
-        if place in layers or not kept or any(_is_layer(m) for m in children[place].modules()):
+        if not _follows(children[place], before.calls[stage.child(place)]):
             break
         unit.append(place)
     while isinstance(children[unit[-1]], _DropoutNd):
         unit.pop()
     plain = tuple(place for place in unit if not isinstance(children[place], _DropoutNd))
     return replace(stage, after=unit[-1]), plain
+
+
+def _follows(module: nn.Module, calls: Sequence[ModuleCall]) -> bool:
+    """Return whether a module can belong to the layer before it: it has none, and keeps shapes."""
+    kept = all(call.inputs and call.inputs[0].shape == call.outputs[0].shape for call in calls)
+    return kept and not any(map(_is_layer, module.modules()))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -109,20 +119,18 @@ def net2deeper(block: NewBlock) -> Filling:
     A batch norm with mean 0, variance 1 and weight √(1 + eps) changes nothing in eval mode. In
     train mode it normalises by the statistics of the batch, as any does.
     """
-    constants: dict[str, float | Tensor] = {**of_norms(block)}
     norms = {  # those with statistics of their own
         weight: eps
         for op, weight, eps in norms_among(block.runs[0].inside(block.modules))
         if argument(op, "running_var") is not None
     }
-    constants |= {name: math.sqrt(1 + eps) for name, eps in norms.items()}
     drawn = {name for name, _ in block.fills(("draw",))}
     weights = {name for name in drawn if block.tensors[name].ndim > 1}
-    constants |= dict.fromkeys(drawn - weights, 0.0)
-    numbers = {name: value for name, value in constants.items() if isinstance(value, float)}
+    numbers = {**of_norms(block), **dict.fromkeys(drawn - weights, 0.0)}
+    numbers |= {name: math.sqrt(1 + eps) for name, eps in norms.items()}
+    constants: dict[str, float | Tensor] = {**numbers}
     for name in weights:
-        shape = tuple(block.tensors[name].shape)
-        constants[name] = identity_(torch.zeros(shape, dtype=torch.float64))
+        constants[name] = identity_(torch.zeros(block.tensors[name].shape, dtype=torch.float64))
     if not passes(block, block.runs[0], constants):
         raise PlanError(_obstacle(block, constants))
     trained = block.runs[1:]  # none where the network does not run in train mode

@@ -54,13 +54,7 @@ def pair_channels(block: NewBlock, weight: str, readers: Collection[str], fillin
 
 
 def _obstacle(block: NewBlock, members: IntArray, touched: Collection[int]) -> str:
-    """Return why some channels, which some axes of tensors have, cannot be paired; "" if they can.
-
-    Args:
-        block: the block.
-        members: the channels.
-        touched: the axes, by index.
-    """
+    """Return why some channels cannot be paired, given the axes that have them; "" if they can."""
     channels = block.channels
     tensors = (channels.axes[index].tensor for index in touched)
     outside = next((tensor for tensor in tensors if tensor not in block.tensors), "")
@@ -73,12 +67,7 @@ def _obstacle(block: NewBlock, members: IntArray, touched: Collection[int]) -> s
 
 
 def _layout(channels: Channels, kinds: Collection[IntArray]) -> tuple[IntArray, IntArray]:
-    """Return the drawn row of each channel, -1 for none, and the sign with which it is read.
-
-    Args:
-        channels: all of them.
-        kinds: those to be paired, by kind: one can be the pair of another of its kind.
-    """
+    """Return the drawn row of each channel, -1 for none, and its sign; pairs are of one kind."""
     draw = np.full(channels.count, -1, dtype=np.int64)
     sign = np.zeros(channels.count, dtype=np.int64)
     drawn = 0
@@ -93,14 +82,10 @@ def _layout(channels: Channels, kinds: Collection[IntArray]) -> tuple[IntArray, 
 def _edit(
     channels: Channels, index: int, drawn: IntArray, signs: IntArray | None, copied: bool
 ) -> AxisEdit:
-    """Return the edit of an axis.
+    """Return the edit of an axis, given the drawn slice of each position.
 
-    Args:
-        channels: all of them.
-        index: the axis.
-        drawn: the drawn slice of each position.
-        signs: with which sign each is read, 0 for by zeros; None if none is read.
-        copied: whether positions that share a slice copy the first of them, where none is read.
+    It is read with ``signs``, if there are any; else positions that share a slice may be ``copied``
+    from the first of them.
     """
     kind, start = np.full(len(drawn), NEW), drawn
     if signs is not None:
@@ -114,13 +99,7 @@ def _edit(
 
 
 def _drawn_slices(channel: IntArray, rank: IntArray, draw: IntArray) -> IntArray:
-    """Return the drawn slice of each position of an axis; what has no pair has its own.
-
-    Args:
-        channel: of each position.
-        rank: of each position among those of its channel.
-        draw: of each channel, the drawn row that it shares with its pair; -1 for none.
-    """
+    """Return the drawn slice of each position of an axis; what has no pair has its own."""
     own = draw[channel] < 0
     key = np.where(own, -1 - np.arange(len(channel)), draw[channel] * (1 << 31) + rank)
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)

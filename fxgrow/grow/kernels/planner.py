@@ -49,20 +49,20 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     Raises:
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
-    parts = {name: part for part in analyses for name in convolutions(part)}
-    sizes = _selected(parts, request)
-    found: dict[str, dict[str, _LargerKernel]] = {part.traced.module: {} for part in analyses}
+    owners = {name: analysis for analysis in analyses for name in convolutions(analysis)}
+    sizes = _selected(owners, request)
+    found: dict[str, dict[str, _LargerKernel]] = {a.traced.module: {} for a in analyses}
     refused = []
     for name, size in sizes.items():
         try:
-            growths = _growths(parts[name], name, size)
+            growths = _growths(owners[name], name, size)
         except PlanError as error:
             refused.append(Refusal(name, str(error).rstrip(".")))
         else:
-            known = found[parts[name].traced.module]
+            known = found[owners[name].traced.module]
             known |= {layer: new for layer, new in growths.items() if layer not in known}
-    grown = [(part, found[part.traced.module]) for part in analyses]
-    plans = [_plan_of(part, request, growths) for part, growths in grown if growths]
+    grown = [(analysis, found[analysis.traced.module]) for analysis in analyses]
+    plans = [_plan_of(analysis, request, growths) for analysis, growths in grown if growths]
     if not plans:
         why = f"{refused[0].name}: {refused[0].reason}" if refused else "they are that large"
         raise PlanError(
