@@ -595,3 +595,31 @@ def test_the_auxiliary_layer_is_exact_at_borders() -> None:
     # ∂L/∂row of the writer is the correlation applied to the reader's columns
     found = torch.einsum("oihw,ochw->ci", matrix, reader.weight.detach()).reshape(3, 2, 3, 3)
     assert torch.allclose(found, writer.weight.grad)
+
+
+class Reordered(nn.Module):
+    """Two linear layers over as many tokens as there are samples, with a movement between."""
+
+    def __init__(self, movement: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 2)
+        self.movement = movement
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.movement(self.first(x))))
+
+
+def test_numbers_may_be_viewed_otherwise_between_the_layers_but_not_reordered() -> None:
+    inputs = torch.randn(5, 5, 3, dtype=torch.float64)
+    batches = [(inputs, torch.randn(5, 5, 2, dtype=torch.float64))]
+
+    def grown(movement: Callable[[Tensor], Tensor]) -> fxgrow.Grown:
+        model = Reordered(movement).double()
+        return fxgrow.widen(model, "+1", inputs, init=fxgrow.GradMax(F.mse_loss, batches))
+
+    viewed = grown(lambda x: x.flatten(0, 1).clone().unflatten(0, (5, 5)))
+    assert viewed.report.verification.verdict == "preserved"
+    for movement in (lambda x: x.transpose(0, 1), lambda x: x.flip(0)):
+        with pytest.raises(PlanError, match="lies between the layers"):
+            grown(movement)

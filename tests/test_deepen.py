@@ -21,7 +21,9 @@ from fxgrow.api import widen as api
 from fxgrow.api.deepen import plan_deepening
 from fxgrow.cli.app import app
 from fxgrow.cli.options import METHOD_NAMES
+from fxgrow.grow.identity.concrete_run import record
 from fxgrow.grow.identity.filling import METHODS
+from fxgrow.labels.trace import trace
 
 RESNET34 = {"layer1": "+1", "layer2": "+2", "layer3": "+4", "layer4": "+1"}
 INPUTS = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -409,3 +411,16 @@ def test_an_activation_that_is_not_idempotent_is_named():
     blocks = {"encoder.layers.encoder_layer_0.mlp.0": "+1"}
     with pytest.raises(fxgrow.PlanError, match=r"gelu at .* not idempotent"):
         fxgrow.deepen(net, blocks, torch.randn(2, 3, 32, 32), "net2deeper")
+
+
+def test_a_product_vanishes_with_a_factor_of_it_and_not_with_a_term():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Conv1d(2, 2, 3, groups=2, bias=False))
+    recording = record(trace(net, torch.randn(5, 2, 3)), [])
+    product, convolution = (op for op in recording.tape.operations if op.is_product)
+    bias, data, weight = product.inputs
+    assert recording.vanishes(product, [bias, data])
+    assert recording.vanishes(product, [bias, weight])
+    assert not recording.vanishes(product, [data, weight])
+    assert all(recording.vanishes(convolution, [value]) for value in convolution.inputs)
+    activation = next(op for op in recording.tape.operations if op.name == "relu")
+    assert not recording.vanishes(activation, activation.inputs)  # is no product

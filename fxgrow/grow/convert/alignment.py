@@ -166,19 +166,14 @@ def _obstacle(source: nn.Module, target: nn.Module, before: str, after: str) -> 
     return None
 
 
-def _fits(small: Tensor, large: Tensor) -> bool:
-    return small.ndim == large.ndim and all(
-        a <= b for a, b in zip(small.shape, large.shape, strict=True)
-    )
-
-
 def _check_shapes(before: str, small: Tensor, after: str, large: Tensor) -> None:
     """Return if one tensor can grow into another.
 
     Raises:
         PlanError: it is larger somewhere.
     """
-    if not _fits(small, large):
+    longer = (a > b for a, b in zip(small.shape, large.shape, strict=False))
+    if small.ndim != large.ndim or any(longer):
         sizes = ["x".join(map(str, tensor.shape)) or "scalar" for tensor in (small, large)]
         raise PlanError(
             f"{after} would shrink: {before} is {sizes[0]} in the source, and {sizes[1]} there.",

@@ -26,6 +26,7 @@ from fxgrow.labels.tape import Operation, Value
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_START = -1  # in place of the index of a value: what the writer puts out
 _STEP = 1e-5  # of the one-sided slopes; σ is run in float64
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
@@ -122,17 +123,14 @@ class _Path:
     Attributes:
         channels_last: whether the channels are the last dim.
         steps: the operations that compute something of each number, in order.
-        same: for each value that another one's numbers were only viewed or copied as, that one.
-        start: indices of the values that the writer puts out.
-        passed: those, and the values computed from them.
+        passed: for each value computed from what the writer puts out, by index, the value whose
+            number it has: its own, or that of another that it is a view or a copy of.
         ends: the values that the reader takes.
     """
 
     channels_last: bool
     steps: list[Operation] = field(default_factory=list)
-    same: dict[int, int] = field(default_factory=dict)
-    start: set[int] = field(default_factory=set)
-    passed: set[int] = field(default_factory=set)
+    passed: dict[int, int] = field(default_factory=dict)
     ends: set[Value] = field(default_factory=set)
 
 
@@ -148,8 +146,7 @@ def _between(
     for op in analysis.tape.operations:
         hidden = [value for value in op.inputs if value.index in path.passed]
         if op.module == writer:
-            path.start |= {value.index for value in op.outputs if not value.is_weight}
-            path.passed |= path.start
+            path.passed |= {value.index: _START for value in op.outputs if not value.is_weight}
         elif hidden and op.module == reader:
             path.ends.update(hidden)
         elif hidden:
@@ -171,20 +168,18 @@ def _add_step(op: Operation, path: _Path) -> None:
     pointwise = traits_of(op.target).is_pointwise and not random
     if pointwise and all(_is_number(value) for value in others):
         path.steps.append(op)
+        path.passed |= {value.index: value.index for value in op.outputs}
     elif _keeps_order(op, path.channels_last):
-        path.same[op.outputs[0].index] = op.inputs[0].index
+        path.passed[op.outputs[0].index] = path.passed[op.inputs[0].index]
     else:
         where = f" at {op.module}" if op.module else ""
         raise PlanError(f"{op.name}{where} lies between the layers")
-    path.passed |= {value.index for value in op.outputs}
 
 
 def _keeps_order(op: Operation, channels_last: bool) -> bool:
-    """Return whether an operation only views or copies, in order, and does so channel by channel.
+    """Return whether an operation only views or copies, in order, and leaves channels apart.
 
-    Args:
-        op: the operation.
-        channels_last: whether the channels are the last dim; others may then be viewed as one.
+    Where channels are the last dim, the others may be viewed as one.
     """
     if len(op.inputs) != 1 or not traits_of(op.target).is_movement:
         return False
@@ -219,14 +214,11 @@ def _replayed(path: _Path, model: nn.Module) -> Function:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def between(number: Tensor) -> Tensor:
-        values = dict.fromkeys(path.start, number)
+        values = {_START: number}
 
         def at(value: Value) -> Tensor:
-            index = value.index
-            while index in path.same:
-                index = path.same[index]
-            if index in values:
-                return values[index]
+            if value.index in path.passed:
+                return values[path.passed[value.index]]
             return parameters[value.origins[0]].detach().double().cpu().reshape(1)
 
         for op in path.steps:

@@ -39,7 +39,7 @@ def _depths(model: nn.Module, stage: Stage, likes: Sequence[int]) -> Iterator[Mo
     """Yield the numbers of blocks, and the lists with an entry for each block."""
     path = stage.container.split(".") if stage.container else []
     place = _place(model, path)
-    sources = [stage.names.index(source) for _, source, _ in inserted(stage, likes)]
+    sources = [stage.names.index(child.source) for child in inserted(stage, likes)]
     done: set[int] = set()
     for length in range(len(path) + 1):  # what is held by several belongs to the outermost
         owner = ".".join(path[:length])
@@ -115,12 +115,12 @@ def _indices(model: nn.Module, stage: Stage, likes: Sequence[int]) -> Iterator[M
     offset = _offset(blocks)
     if offset is None:
         return
-    for place, (name, source, _) in enumerate(inserted(stage, likes)):
-        block = blocks[stage.names.index(source)]
+    for place, child in enumerate(inserted(stage, likes)):
+        block = blocks[stage.names.index(child.source)]
         for inner, module in block.named_modules():
             for attribute, value in vars(module).items():
                 if is_index(attribute) and type(value) is int and value != place + offset:
-                    owner = child_of(stage.container, name) + (f".{inner}" if inner else "")
+                    owner = child_of(stage.container, child.name) + (f".{inner}" if inner else "")
                     yield ModuleEdit(owner, attribute, value, place + offset)
 
 

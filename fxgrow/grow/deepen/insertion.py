@@ -124,10 +124,10 @@ class Insertion:
         """Yield the new blocks by their names after the insertion."""
         for chosen in self.chosen:
             children = inserted(chosen.stage, chosen.likes)
-            names = [child_of(chosen.stage.container, name) for name, _, _ in children]
-            first = next(place for place, (_, _, new) in enumerate(children) if new)
+            names = [child_of(chosen.stage.container, child.name) for child in children]
+            first = next(place for place, child in enumerate(children) if child.new)
             for start in range(first, first + len(chosen.likes), chosen.length):
-                like = child_of(chosen.stage.container, children[start][1])
+                like = child_of(chosen.stage.container, children[start].source)
                 yield New(tuple(names[start : start + chosen.length]), names[start - 1], like)
 
     def _run(self) -> Trial:
@@ -165,11 +165,9 @@ class Insertion:
         shapes: dict[str, tuple[int, ...]] = {}
         modules: list[ModuleEdit] = []
         for chosen in self.chosen if self.request.method == "net2deeper" else ():
-            for local, source, new in inserted(chosen.stage, chosen.likes):
-                if not new:
-                    continue
-                name = child_of(chosen.stage.container, local)
-                like = child_of(chosen.stage.container, source)
+            for child in [child for child in inserted(chosen.stage, chosen.likes) if child.new]:
+                name = child_of(chosen.stage.container, child.name)
+                like = child_of(chosen.stage.container, child.source)
                 own, edits = reshaped_layer(self.traced.standin.get_submodule(like), name)
                 shapes |= {f"{name}.{tensor}": shape for tensor, shape in own.items()}
                 modules += edits

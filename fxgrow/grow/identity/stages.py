@@ -156,8 +156,8 @@ def pattern(blocks: Sequence[nn.Module]) -> int:
     return 2 if len(blocks) > 1 and shapes[0] == shapes[1] else 1
 
 
-def inserted(stage: Stage, likes: Sequence[int]) -> list[tuple[str, str, bool]]:
-    """Return the modules of a list with new ones in it: name, name of the source, whether new.
+def inserted(stage: Stage, likes: Sequence[int]) -> list[Child]:
+    """Return the modules of a list with new ones in it.
 
     Args:
         stage: where the new ones come.
@@ -179,9 +179,8 @@ def inserted(stage: Stage, likes: Sequence[int]) -> list[tuple[str, str, bool]]:
             match = _NUMBERED.fullmatch(local)
             if match is not None and match["stem"] == stem:
                 local = f"{stem}{int(match['number']) + len(likes)}"
-        found.append((local, stage.names[source], new))
-    names = [name for name, _, _ in found]
-    if len(set(names)) != len(names):
+        found.append(Child(local, stage.names[source], new))
+    if len({child.name for child in found}) != len(found):
         raise PlanError(f"the modules of {stage.container} are not numbered one after the other.")
     return found
 
@@ -214,7 +213,7 @@ def rearrangement(stage: Stage, likes: Sequence[int], children: Iterable[str]) -
     Raises:
         PlanError: there is no plain name for a new module.
     """
-    made = [Child(name, source, new) for name, source, new in inserted(stage, likes)]
+    made = inserted(stage, likes)
     kept = {child.source: child for child in made if not child.new}
     found = []
     for name in children:

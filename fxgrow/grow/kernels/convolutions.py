@@ -7,7 +7,6 @@ it, whose kernels then grow along.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
@@ -15,9 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
+from fxgrow.grow.identity.concrete_run import record
 from fxgrow.grow.kernels.taps import Convolution, PerDim
-from fxgrow.modules.calling import call
-from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import named_tensors
 
 
@@ -112,19 +110,7 @@ def _home(module: nn.Module, method: str) -> str:
     return next(classes, _ConvNd).__module__
 
 
-def input_sizes(analysis: Analysis, layer: _ConvNd) -> list[PerDim]:
+def input_sizes(analysis: Analysis, layer: str, dims: int) -> list[PerDim]:
     """Return the sizes in space of the inputs that a convolution gets in a run in eval mode."""
-    found: list[PerDim] = []
-
-    def see(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        del module
-        given = next(iter((*arguments, *named.values())))
-        found.append(tuple(given.shape[-len(layer.kernel_size) :]))
-
-    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with torch.no_grad(), OnMeta():
-            call(analysis.traced.target, analysis.traced.inputs)
-    finally:
-        handle.remove()
-    return found
+    calls = record(analysis.traced, [layer]).calls[layer]
+    return [call.inputs[0].shape[-dims:] for call in calls]

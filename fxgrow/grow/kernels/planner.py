@@ -128,7 +128,7 @@ def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _LargerKerne
         if kernel == old.kernel:
             return {}
         found[layer] = _LargerKernel(module, old, enlarged(old, kernel))
-        _check_inputs(analysis, found[layer])
+        _check_inputs(analysis, layer, found[layer])
     if len({growth.new.before for growth in found.values()}) > 1:
         raise PlanError(
             f"{' and '.join(found)} share the weight, and their paddings put its taps at different "
@@ -137,7 +137,7 @@ def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _LargerKerne
     return found
 
 
-def _check_inputs(analysis: Analysis, growth: _LargerKernel) -> None:
+def _check_inputs(analysis: Analysis, layer: str, growth: _LargerKernel) -> None:
     """Return if a layer's inputs are long enough for its new padding.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_inputs(analysis: Analysis, growth: _LargerKernel) -> None:
     least = growth.new.convolution.least_input
     if max(least) == 1:
         return
-    for sizes in input_sizes(analysis, growth.module):
+    for sizes in input_sizes(analysis, layer, len(least)):
         if any(size < needed for size, needed in zip(sizes, least, strict=True)):
             raise PlanError(
                 f"its {growth.old.padding_mode} padding would take inputs of at least "
