@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,6 +41,7 @@ TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
 # its mean, say) are not judged by their own size.
 NEGLIGIBLE = 1e-11
 NEGLIGIBLE_UNITS = 4096  # the same for the native dtype, in its rounding units
+_FAULTS = (RuntimeError, ValueError, TypeError, UserWarning)  # of a user's forward or backward
 NATIVE_FACTOR = 100.0  # the grown network may round this many times worse than the old one
 
 
@@ -182,14 +184,14 @@ def judge(
             )
             progress()
         results[mode] = result
-    gradients = _without_gradient(case, batches[0]) if case.edits else ()
+    gradients, unchecked = _without_gradient(case, batches[0]) if case.edits else ((), ())
     return Verification(
         verdict=_verdict(case, results),
         eval=results["eval"],
         train=results["train"],
         inputs=tuple("x".join(map(str, t.shape)) for batch in batches for t in tensors_in(batch)),
         without_gradient=gradients,
-        notes=case.notes,
+        notes=(*case.notes, *unchecked),
     )
 
 
@@ -242,19 +244,24 @@ def _run(
     Raises:
         VerificationError: it does not run; a batch norm in train mode needs more than one value.
     """
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
+    _set_mode(model, mode)
     try:
         with torch.no_grad(), without_chance:
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
-    except (RuntimeError, ValueError, TypeError) as error:
+    except _FAULTS as error:
         raise VerificationError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "
             "(verify=False, --no-verify).",
         ) from error
+
+
+def _set_mode(model: nn.Module, mode: Mode) -> None:
+    """Put a network into a mode, but for dropout, which is off in both."""
+    model.train(mode == "train")
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.eval()
 
 
 def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
@@ -303,8 +310,12 @@ def _absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None
                 module.weight.copy_(weight)
 
 
-def _without_gradient(case: Case, batch: Arguments) -> tuple[str, ...]:
-    """Return grown tensors whose new entries receive no gradient within two steps of SGD."""
+def _without_gradient(case: Case, batch: Arguments) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Look for grown tensors whose new entries receive no gradient within two steps of SGD.
+
+    Returns:
+        Their names; and notes on what could not be checked, because an operation has no derivative.
+    """
     model = case.exact_after
     parameters = {
         name: parameter
@@ -313,31 +324,46 @@ def _without_gradient(case: Case, batch: Arguments) -> tuple[str, ...]:
     }
     waiting = dict(parameters)
     exact = pytree.tree_map_only(Tensor, _to_double, batch)
-    model.train()
-    for _ in range(2):
-        if not waiting:
-            break
-        model.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            outputs = [t for t in tensors_in(call(model, exact)) if t.is_floating_point()]
-            scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
-            loss = torch.stack([t.square().mean() for t in scaled]).sum()
-        if not loss.requires_grad:
-            break
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name in list(waiting):
-            gradient = parameters[name].grad
-            if gradient is not None and _touches_new(gradient, case.edits[name]):
-                del waiting[name]
-        with torch.no_grad():
+    _set_mode(model, "train")
+    try:
+        for _ in range(2):
+            if not waiting or not _backward(model, exact):
+                break
+            for name in list(waiting):
+                gradient = parameters[name].grad
+                if gradient is not None and _touches_new(gradient, case.edits[name]):
+                    del waiting[name]
             for parameter in parameters.values():
-                if parameter.grad is not None:
-                    size = float(parameter.grad.norm())
-                    if size > 0 and math.isfinite(size):
-                        step = 1e-2 * (float(parameter.norm()) or 1.0) / size
-                        parameter.sub_(step * parameter.grad)
+                _descend(parameter)
+    except _FAULTS as error:
+        reason = first_line(error).partition(". ")[0]
+        return (), (f"gradients of {_shown([*waiting])} were not checked: {reason}",)
+    finally:
+        model.zero_grad(set_to_none=True)
+    return tuple(waiting), ()
+
+
+def _backward(model: nn.Module, arguments: Arguments) -> bool:
+    """Give parameters the gradients of a loss of all outputs; return whether it has any."""
     model.zero_grad(set_to_none=True)
-    return tuple(waiting)
+    with warnings.catch_warnings(), torch.enable_grad(), Expectation(exact=True):
+        # Without it, the gradients of an operation of an older library would silently be none.
+        warnings.filterwarnings("error", ".*autograd kernel was not registered")
+        outputs = [t for t in tensors_in(call(model, arguments)) if t.is_floating_point()]
+        scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
+        loss = torch.stack([t.square().mean() for t in scaled]).sum()
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+    return loss.requires_grad
+
+
+@torch.no_grad()
+def _descend(parameter: nn.Parameter) -> None:
+    """Take a step against the gradient of a hundredth of the parameter's norm."""
+    size = 0.0 if parameter.grad is None else float(parameter.grad.norm())
+    if parameter.grad is not None and size > 0 and math.isfinite(size):
+        step = 1e-2 * (float(parameter.norm()) or 1.0) / size
+        parameter.sub_(step * parameter.grad)
 
 
 def _has_new(edit: TensorEdit) -> bool:
@@ -373,5 +399,8 @@ def notes_on(broken: Sequence[str]) -> tuple[str, ...]:
     """Return what to say of tensors with entries that are not finite."""
     if not broken:
         return ()
-    names = ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else "")
-    return (f"{names}: NaN or infinite entries were taken as 0 in the float64 check",)
+    return (f"{_shown(broken)}: NaN or infinite entries were taken as 0 in the float64 check",)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
