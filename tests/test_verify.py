@@ -219,6 +219,7 @@ _LIBRARY.impl("defined", _double, "CPU")
 _LIBRARY.impl("defined", torch.empty_like, "Meta")
 
 
+@pytest.mark.filterwarnings("default")  # as users run it
 @pytest.mark.parametrize("name", ["custom", "defined"])
 def test_gradients_through_an_operation_without_autograd_are_not_checked_and_that_is_told(
     name: str,
