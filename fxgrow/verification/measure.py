@@ -24,7 +24,7 @@ from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import BlockPlan, Plan, Scope
-from fxgrow.verify.judge import (
+from fxgrow.verification.judge import (
     Case,
     Judgement,
     ModeResult,
@@ -33,7 +33,7 @@ from fxgrow.verify.judge import (
     judge,
     notes_on,
 )
-from fxgrow.verify.runs import Mode
+from fxgrow.verification.runs import Mode
 
 _WORST_FIRST: tuple[Judgement, ...] = ("failed", "as predicted", "skipped", "preserved")
 
