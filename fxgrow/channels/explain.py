@@ -232,8 +232,8 @@ def _side(analysis: Analysis, axis: int, group: ChannelGroup, size: int) -> Side
 def _additions(analysis: Analysis) -> list[tuple[IntArray, str]]:
     """Return the labels that each residual addition adds, and its place."""
     found = []
-    for block in analysis.blocks:
-        op = analysis.tape.operations[block.addition]
+    for addition in analysis.additions:
+        op = analysis.tape.operations[addition]
         layers = [layer for value in op.inputs for layer in value.layers]
         labels = [core(layer, support(layer)).numpy().ravel() for layer in layers]
         if labels:
