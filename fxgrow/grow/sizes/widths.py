@@ -10,11 +10,11 @@ from fractions import Fraction
 
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError
+from fxgrow.labels.pins import PinKind
 from fxgrow.plan.schema import Refusal, Request
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _SHOWN = 3  # groups that a message names
-_OUTPUT = "an output of the network"
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
@@ -106,7 +106,12 @@ def select(
 
 
 def _is_unknown(group: ChannelGroup) -> bool:
-    return group.reason.startswith("no rule for")
+    return group.pin is not None and group.pin.kind is PinKind.NO_RULE
+
+
+def _ease(group: ChannelGroup) -> int:
+    """Return how hard a group is to free: by an option, by another network, not at all."""
+    return 0 if group.pin is None else 2 if group.pin.kind is PinKind.OUTPUT else 1
 
 
 def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError:
@@ -116,8 +121,7 @@ def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError
         count: the number of groups.
         passed: those that the globs select and that are pinned, or of the other kind.
     """
-    # What one option frees comes first, and what nothing frees comes last.
-    order = sorted(passed, key=lambda g: (g.kind == "pinned", g.reason == _OUTPUT))
+    order = sorted(passed, key=_ease)
     told = [
         f"{group.name}: {group.reason}"
         if group.kind == "pinned"

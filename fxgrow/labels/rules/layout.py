@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.step import Step, rule
 
 
@@ -53,7 +54,7 @@ def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None
     for tensor, layer in zip(tensors, members, strict=True):
         if layer is None and not step.value(tensor).is_uniform:
             fixed = [dim for dim in support(first) if tensor.shape[dim] > 1]
-            step.space.fix(first, fixed, f"joined with a tensor of fixed width ({step.place})")
+            step.space.fix(first, fixed, "joined with a tensor")
     return first
 
 
@@ -80,7 +81,7 @@ def as_strided(step: Step) -> tuple[Layers, ...]:
         size == 1 or stride == x.stride(dim)
         for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
     )
-    return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
+    return (step.layers(x),) if same else step.give_up(PinKind.LAYOUT, str(step.target))
 
 
 @rule("aten.tril", "aten.triu", "aten.diagonal")
@@ -90,7 +91,7 @@ def triangle(step: Step) -> tuple[Layers, ...]:
     first = step.argument("dim1", 0) % x.ndim if is_diagonal else x.ndim - 2
     second = step.argument("dim2", 1) % x.ndim if is_diagonal else x.ndim - 1
     kept = set(range(x.ndim)) - {first, second}
-    layers = step.beside(x, kept, "entries are picked by comparing two dims")
+    layers = step.beside(x, kept, PinKind.LOOKED_UP, "comparing two dims")
     if is_diagonal:
         layers = tuple(layer.diagonal(0, first, second) for layer in layers)
     return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
@@ -106,11 +107,11 @@ def index(step: Step) -> tuple[Layers, ...]:
     boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
     apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
     if boolean or apart:
-        return step.give_up("looked up by a mask or in dims apart")
+        return step.give_up(PinKind.LOOKED_UP, "a mask or in dims apart")
     out: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) & set(looked_up):
-            step.pin((layer,), "looked up by index")
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
             continue
         for dim in reversed(looked_up):
             layer = layer.select(dim, 0)
@@ -127,7 +128,7 @@ def gather(step: Step) -> tuple[Layers, ...]:
     out: list[Layer] = []
     for layer in step.layers(x):
         if dim in support(layer):
-            step.pin((layer,), "looked up by index")
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
         else:
             out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
     return (tuple(out),)
@@ -148,7 +149,7 @@ def copy(step: Step) -> tuple[Layers, ...]:
         return (theirs,)
     pairs = clusters([mine, theirs])
     if any(None in pair for pair in pairs):
-        return step.give_up("written over by other channels")
+        return step.give_up(PinKind.OVERWRITTEN)
     out: list[Layer] = []
     for mine_along, theirs_along in pairs:
         if mine_along is not None and theirs_along is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.step import Step, rule
 
 
@@ -18,15 +21,15 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
         raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
     if not kernel.is_weight:
-        return step.give_up("a convolution whose kernel is computed from data")
+        return step.give_up(PinKind.KERNEL)
     depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
     depthwise = depthwise and weight.shape[1] == 1
     if groups > 1 and not depthwise and (transposed or not kernel.parameter):
         kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(f"a grouped convolution, {kind}")
+        return step.give_up(PinKind.GROUPED, kind)
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), "a convolution over these positions")
+    beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     incoming = step.line(x, 1)
 
     rows, columns = (1, 0) if transposed else (0, 1)
@@ -50,7 +53,7 @@ def convolution(step: Step) -> tuple[Layers, ...]:
             if incoming is not None:
                 step.space.unify(read, incoming)
         elif incoming is not None:
-            step.pin((incoming,), "convolved with a kernel of fixed width")
+            step.pin((incoming,), PinKind.FIXED, "convolved with a kernel")
         if outgoing is not None:
             step.space.mark(outgoing, "writer")
     if bias is not None and outgoing is not None:
@@ -69,7 +72,7 @@ def _depthwise_in_heads(
 
     These kernels are to the heads what the weight of a norm over their positions is.
     """
-    found = step.beside(x, (0, 1), "a convolution over these positions")
+    found = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     step.space.convolution_groups[step.value(weight).parameter] = 0
     for layer in found:
         if 1 in support(layer):
@@ -93,7 +96,7 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     lines = [step.line(left, left.ndim - 1), step.line(right, 0)]
     weights = [step.value(tensor).is_weight for tensor in (left, right)]
     if lines[0] is None or lines[1] is None or weights[0] == weights[1]:
-        step.pin(tuple(x for x in lines if x is not None), "multiplied by what is no weight of its")
+        _pin_contracted(step, lines, weights)
     else:
         step.space.unify(lines[0], lines[1])
         reader = weights.index(True)
@@ -110,12 +113,11 @@ def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     if written is not None:
         step.accompany(bias, written, "draw")
     elif step.layers(bias):
-        step.pin(step.layers(bias), "added to a product of fixed width")
+        step.pin(step.layers(bias), PinKind.FIXED, "added to a product")
     elif not step.value(bias).is_uniform:
         for layer in layers:
             dims = [d for d in sorted(support(layer)) if bias.shape[d - layer.ndim] > 1]
-            reason = f"added to a tensor of fixed width ({step.place})"
-            step.space.fix(core(layer, support(layer)), dims, reason)
+            step.space.fix(core(layer, support(layer)), dims, "added to a tensor")
     return (layers,)
 
 
@@ -137,17 +139,12 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
         weights = [False, True]  # a linear layer of a table or of learned tokens
     lines = [step.line(tensor, dim) for tensor, dim in sides]
     if weights[0] == weights[1]:
-        reason = "two activations are multiplied over these channels"
-        if weights[0]:
-            reason = "two parameters are multiplied over these channels"
-        elif None in lines:
-            reason = "multiplied by a fixed matrix"
-        step.pin(tuple(line for line in lines if line is not None), reason)
+        _pin_contracted(step, lines, weights)
     else:
         if lines[0] is not None and lines[1] is not None:
             step.space.unify(lines[0], lines[1])
         elif lines[weights.index(True)] is None or not _is_uniform(step, sides, weights):
-            step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
+            _pin_contracted(step, lines, weights)
         read = lines[weights.index(True)]
         if read is not None:
             step.read(read, step.value(sides[weights.index(True)][0]))
@@ -165,6 +162,17 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
     if written is not None and weights == [False, True]:
         step.space.mark(written, "writer")
     return tuple(out), written
+
+
+def _pin_contracted(step: Step, lines: Sequence[Tensor | None], weights: list[bool]) -> None:
+    """Pin channels that a product sums over without a parameter of their own to read them."""
+    found = tuple(line for line in lines if line is not None)
+    if all(weights):
+        step.pin(found, PinKind.PARAMETERS)
+    elif len(found) == 2:
+        step.pin(found, PinKind.ACTIVATIONS)
+    else:
+        step.pin(found, PinKind.FIXED, "multiplied by a matrix")
 
 
 def _is_uniform(step: Step, sides: tuple[tuple[Tensor, int], ...], weights: list[bool]) -> bool:
@@ -190,10 +198,10 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
                 whole = core(layer, support(layer) | {0})
                 step.space.unify(heads.expand_as(whole), whole)
             elif dim in support(layer):
-                step.pin((layer,), "every head reads these positions alike")
+                step.pin((layer,), PinKind.EVERY_HEAD)
             else:
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
-    step.space.several(heads, f"all its channels are one head ({step.place})")
+    step.space.several(heads)
     return (heads.expand(step.outputs[0].shape), *out)
 
 

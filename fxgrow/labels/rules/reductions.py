@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxgrow.labels.layers import Layer, Layers, compact, core, cover, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.step import Step, rule
 
 
@@ -46,7 +47,7 @@ def spatial(step: Step) -> tuple[Layers, ...]:
     spatial_dims = 3 if "3d" in name else 1 if "1d" in name else 2
     leading = range(x.ndim - spatial_dims)
     shape = step.outputs[0].shape
-    kept = step.beside(x, leading, f"{name} over these positions")
+    kept = step.beside(x, leading, PinKind.POSITIONS, name)
     if name == "roi_align":  # boxes take the place of samples
         kept = tuple(core(layer, (1,)) for layer in kept if 1 in support(layer))
     return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
@@ -89,7 +90,7 @@ def reduction(step: Step) -> tuple[Layers, ...]:
             if _is_invariant_under_copies(step):
                 step.space.mix(core(layer, support(layer)), step.place)
             else:
-                step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+                step.pin((layer,), PinKind.MIXED, step.target._opname)
             continue
         left = step.flat(layer, set(range(x.ndim)) - reduced)
         for dim in sorted(reduced, reverse=True):
@@ -133,7 +134,7 @@ def along_a_dim(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= dims:
-            step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+            step.pin((layer,), PinKind.MIXED, step.target._opname)
         else:
             kept.append(step.flat(layer, support(layer) - dims))
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)
@@ -163,7 +164,7 @@ def unfold(step: Step) -> tuple[Layers, ...]:
     area = 1
     for size in step.argument("kernel_size"):
         area *= size
-    step.beside(x, (0, 1), f"{step.target._opname} over these positions")
+    step.beside(x, (0, 1), PinKind.POSITIONS, step.target._opname)
     channels = step.line(x, 1)
     if channels is None:
         return ((),)
