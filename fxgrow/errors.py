@@ -31,6 +31,11 @@ class FxgrowError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.way_out}".rstrip()
 
+    @property
+    def reason(self) -> str:
+        """The message without its full stop, to be told within another sentence."""
+        return self.message.rstrip(".")
+
 
 class SourceError(FxgrowError):
     """A file or an architecture that cannot be read, recognised or written."""

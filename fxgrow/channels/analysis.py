@@ -31,6 +31,8 @@ class Analysis:
         tape: the operations of one run.
         channels: the channel of every position of every parameter axis.
         groups: channel groups in order of execution.
+        additions: the residual additions, as places on the tape: those of blocks, and of what the
+            gates of a recurrent layer add.
         blocks: residual blocks in order of execution, with their pairs.
     """
 
@@ -38,6 +40,7 @@ class Analysis:
     tape: Tape
     channels: Channels
     groups: tuple[ChannelGroup, ...]
+    additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
 
     @cached_property
@@ -156,4 +159,18 @@ def analyse(traced: Traced) -> Analysis:
     channels = resolve(space)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
-    return Analysis(traced, tape, channels, groups, find_pairs(bare, groups, channels, tape))
+    blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]
+    return Analysis(
+        traced,
+        tape,
+        channels,
+        groups,
+        tuple(block.addition for block in bare),
+        find_pairs(blocks, groups, channels, tape),
+    )
+
+
+def _is_in_layer(block: ResidualBlock, traced: Traced, tape: Tape) -> bool:
+    """Return whether the addition is of a layer of torch's own, as the gates of an LSTM are."""
+    module = traced.standin.get_submodule(tape.operations[block.addition].module)
+    return not any(module.children()) and fx.Tracer().is_leaf_module(module, "")

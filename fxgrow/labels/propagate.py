@@ -14,6 +14,7 @@ from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
@@ -181,10 +182,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             try:
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
-                return step.give_up(f"{step.target} cannot move labels")
+                return step.give_up(PinKind.LAYOUT, str(step.target))
         if step.traits.is_pointwise:
             return generic.pointwise(step)
-        return step.give_up(f"no rule for {step.target}")
+        return step.give_up(PinKind.NO_RULE, str(step.target))
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -249,9 +250,10 @@ def propagate(
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
+    space.place = ""
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
         labeller.tape.outputs.append(value)
         for layer in value.layers:
-            space.pin(layer, "an output of the network")
+            space.pin(layer, PinKind.OUTPUT)
     return space, labeller.tape

@@ -8,7 +8,6 @@ from typing import Any
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.explain import Explanation, explain
-from fxgrow.labels.remedies import remedy_for
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.judge import Verification
 from fxgrow.version import __version__
@@ -135,7 +134,7 @@ class Inspection:
                     "carriers": list(group.carriers),
                     "readers": list(group.readers),
                     "reason": group.reason,
-                    "needed": remedy_for(group.reason) if group.reason else "",
+                    "needed": group.pin.remedy if group.pin else "",
                 }
                 for part in self.parts
                 for group in part.groups

@@ -79,7 +79,7 @@ def _problem(source: Analysis, layer: str, old: _Groups, new: _Groups) -> str:
     try:
         sharing_weight(source, layer)
     except PlanError as error:
-        return error.message.rstrip(".")
+        return error.reason
     return ""
 
 

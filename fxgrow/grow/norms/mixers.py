@@ -16,7 +16,6 @@ import numpy as np
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
-from fxgrow.errors import PlanError
 from fxgrow.grow.norms.padding import Surplus
 from fxgrow.labels.forest import IntArray
 
@@ -52,7 +51,7 @@ class Mixed:
 def mixed_groups(
     analysis: Analysis,
     widths: Mapping[str, int],
-    surplus_of: Callable[[ChannelGroup, int], Surplus],
+    surplus_of: Callable[[ChannelGroup, int], Surplus | str],
     extended: Collection[str],
 ) -> Mixed:
     """Return how the growing groups on which some mixer depends can grow.
@@ -61,7 +60,7 @@ def mixed_groups(
         analysis: of the network.
         widths: wanted width by group name.
         surplus_of: returns how a group grows to a width that is no multiple of its present one,
-            or raises an error that says why it cannot.
+            or why it cannot.
         extended: the weights of group norms that get new groups, which ask for nothing.
     """
     groups = analysis.groups
@@ -90,14 +89,14 @@ def mixed_groups(
                     "alike"
                 )
             elif width % group.width and group.name not in found.surplus:
-                try:
-                    found.surplus[group.name] = surplus_of(group, width)
-                except PlanError as error:
+                surplus = surplus_of(group, width)
+                if isinstance(surplus, str):
                     found.problems[group.name] = (
-                        f"{place} depends on all {group.width} channels together, and "
-                        f"{error.message.rstrip('.')}, so they grow by whole copies; possible: "
-                        f"{2 * group.width}"
+                        f"{place} depends on all {group.width} channels together, and {surplus}, "
+                        f"so they grow by whole copies; possible: {2 * group.width}"
                     )
+                else:
+                    found.surplus[group.name] = surplus
     alone = [members for name, members in copied.items() if name not in found.surplus]
     if alone:
         found.copied = np.unique(np.concatenate(alone))

@@ -9,10 +9,12 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError, UnsupportedOperationError
+from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError
+from fxgrow.labels.pins import PinKind
 from fxgrow.plan.schema import Refusal, Request
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
+_SHOWN = 3  # groups that a message names
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
@@ -63,7 +65,8 @@ def select(
         request: ``where``, ``include``, ``exclude``, ``width`` and ``multiple_of`` decide.
 
     Returns:
-        New width by group name, in the groups' order, and the pinned groups that a glob named.
+        New width by group name, in the groups' order, and refusals of the groups that a glob named
+        and of those that an operation without a rule pins.
 
     Raises:
         PlanError: a glob matches nothing, a width is malformed or below the present one, or
@@ -78,6 +81,7 @@ def select(
         _must_match(pattern, groups)
     chosen: dict[str, int] = {}
     refused: list[Refusal] = []
+    passed: list[ChannelGroup] = []  # those that could grow, or were asked for, and do not
     for group in groups:
         width = next((w for glob, w in globs.items() if matches(group, glob)), None)
         named = any(matches(group, glob) for glob in request.include)
@@ -85,25 +89,55 @@ def select(
             continue
         if any(matches(group, glob) for glob in request.exclude):
             continue
-        if group.kind == "pinned":
-            if named or request.where == "all":
-                refused.append(Refusal(group.name, group.reason))
+        if group.kind != "pinned" and request.where in ("all", group.kind):
+            chosen[group.name] = new_width(
+                width, group.width, multiple_of=request.multiple_of, name=group.name
+            )
             continue
-        if request.where not in ("all", group.kind):
+        passed.append(group)
+        if group.kind != "pinned":
             if named:
                 refused.append(Refusal(group.name, f"a {group.kind} group; ask for --where all"))
-            continue
-        chosen[group.name] = new_width(
-            width, group.width, multiple_of=request.multiple_of, name=group.name
-        )
+        elif named or request.where == "all" or _is_unknown(group):
+            refused.append(Refusal(group.name, group.reason))
     if not chosen:
-        why = f" {refused[0].name}: {refused[0].reason}." if refused else ""
-        unsupported = bool(refused) and refused[0].reason.startswith("no rule for")
-        raise (UnsupportedOperationError if unsupported else PlanError)(
-            f"nothing to widen: the request selects none of the {len(groups)} channel groups.{why}",
-            way_out="See `fxgrow inspect` for the groups, and --where, --include, --exclude.",
-        )
+        raise _nothing_selected(len(groups), passed)
     return chosen, tuple(refused)
+
+
+def _is_unknown(group: ChannelGroup) -> bool:
+    return group.pin is not None and group.pin.kind is PinKind.NO_RULE
+
+
+def _ease(group: ChannelGroup) -> int:
+    """Return how hard a group is to free: by an option, by another network, not at all."""
+    return 0 if group.pin is None else 2 if group.pin.kind is PinKind.OUTPUT else 1
+
+
+def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError:
+    """Return the error for a request that selects none of so many groups.
+
+    Args:
+        count: the number of groups.
+        passed: those that the globs select and that are pinned, or of the other kind.
+    """
+    order = sorted(passed, key=_ease)
+    told = [
+        f"{group.name}: {group.reason}"
+        if group.kind == "pinned"
+        else f"{group.name} is a {'stream' if group.kind == 'stream' else 'hidden group'}: "
+        "--where all"
+        for group in order[:_SHOWN]
+    ]
+    if len(order) > _SHOWN:
+        told.append(f"and {len(order) - _SHOWN} more")
+    why = f" {'; '.join(told)}." if told else ""
+    error = UnsupportedOperationError if order and _is_unknown(order[0]) else PlanError
+    return error(
+        f"nothing to widen: the request selects none of the {count} channel groups.{why}",
+        name=order[0].name if order else "",
+        way_out="See `fxgrow inspect` for the groups, and --where, --include, --exclude.",
+    )
 
 
 def matches(group: ChannelGroup, glob: str) -> bool:

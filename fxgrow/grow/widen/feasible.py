@@ -113,18 +113,12 @@ class Attempts:
                 )
         return found
 
-    def surplus(self, group: ChannelGroup, width: int) -> Surplus:
-        """Return how a group grows by more than whole copies; its run is followed once.
-
-        Raises:
-            PlanError: it cannot; the message says why.
-        """
+    def surplus(self, group: ChannelGroup, width: int) -> Surplus | str:
+        """Return how a group grows by more than whole copies, or why not; it is followed once."""
         if group.name not in self._flows:
             self._flows[group.name] = follow_surplus(self.analysis, group)
         flow = self._flows[group.name]
-        if flow.refusal:
-            raise PlanError(flow.refusal)
-        return find_surplus(flow, group, width)
+        return flow.refusal or find_surplus(flow, group, width)
 
     def make(self, widths: Mapping[str, int]) -> Feasible:
         """Return what comes of some widths; those that no count allows are refused.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fxgrow.labels.layers import Layers, along, core, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.products import gain_with_bias, layer_padding
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
@@ -33,16 +34,16 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
         raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
     if not kernel.is_weight:
-        return step.give_up("a convolution whose kernel is computed from data")
+        return step.give_up(PinKind.KERNEL)
     depthwise = 1 < groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
     if groups > 1 and not depthwise and (transposed or not kernel.parameter):
         kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(f"a grouped convolution, {kind}")
+        return step.give_up(PinKind.GROUPED, kind)
     if groups > 1 and kernel.parameter:
         step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), "a convolution over these positions")
+    beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     # A depthwise weight is (channels, 1, …), transposed or not.
     outgoing = step.line(weight, 1 if transposed and not depthwise else 0)
     if depthwise:
@@ -73,7 +74,7 @@ def _read(step: Step, incoming: Tensor | None, weight: Tensor, dim: int, groups:
         if incoming is not None:
             step.space.unify(read, incoming)
     elif incoming is not None:
-        step.pin((incoming,), "convolved with a kernel of fixed width")
+        step.pin((incoming,), PinKind.FIXED, "convolved with a kernel")
 
 
 def _accompany(step: Step, incoming: Tensor | None, kernels: Tensor | None) -> None:
@@ -90,7 +91,7 @@ def _depthwise_in_heads(
 
     These kernels are to the heads what the weight of a norm over their positions is.
     """
-    found = step.beside(x, (0, 1), "a convolution over these positions")
+    found = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     for layer in found:
         if 1 in support(layer):
             step.accompany_each(weight, layer, 1, "draw")

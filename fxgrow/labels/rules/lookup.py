@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxgrow.labels.layers import Layer, Layers, along, core, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.products import layer_padding
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
@@ -20,11 +21,11 @@ def index(step: Step) -> tuple[Layers, ...]:
     boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
     apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
     if boolean or apart:
-        return step.give_up("looked up by a mask or in dims apart")
+        return step.give_up(PinKind.LOOKED_UP, "a mask or in dims apart")
     out: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) & set(looked_up):
-            step.pin((layer,), "looked up by index")
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
             continue
         for dim in reversed(looked_up):
             layer = layer.select(dim, 0)
@@ -41,7 +42,7 @@ def gather(step: Step) -> tuple[Layers, ...]:
     out: list[Layer] = []
     for layer in step.layers(x):
         if dim in support(layer):
-            step.pin((layer,), "looked up by index")
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
         else:
             out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
     return (tuple(out),)

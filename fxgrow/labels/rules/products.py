@@ -15,6 +15,7 @@ from torch import Tensor
 from fxgrow.labels.gains import Gain, GainFlow, same
 from fxgrow.labels.layers import Layer, Layers, core, cover, narrowed, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.arithmetic import product_gain, zero_times
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
@@ -141,7 +142,7 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     lines = [step.line(left, left.ndim - 1), step.line(right, 0)]
     weights = [step.value(tensor).is_weight for tensor in (left, right)]
     if lines[0] is None or lines[1] is None or weights[0] == weights[1]:
-        step.pin(tuple(x for x in lines if x is not None), "multiplied by what is no weight of its")
+        _pin_contracted(step, lines, weights)
     else:
         step.space.unify(lines[0], lines[1])
         reader = weights.index(True)
@@ -158,12 +159,11 @@ def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     if written is not None:
         step.accompany(bias, written, "draw")
     elif step.layers(bias):
-        step.pin(step.layers(bias), "added to a product of fixed width")
+        step.pin(step.layers(bias), PinKind.FIXED, "added to a product")
     elif not step.value(bias).is_uniform:
         for layer in layers:
             dims = [d for d in sorted(support(layer)) if bias.shape[d - layer.ndim] > 1]
-            reason = f"added to a tensor of fixed width ({step.place})"
-            step.space.fix(core(layer, support(layer)), dims, reason)
+            step.space.fix(core(layer, support(layer)), dims, "added to a tensor")
     return (layers,)
 
 
@@ -203,12 +203,7 @@ def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence
     """Unify what is contracted and mark it as read by the weight; pin it if neither is one."""
     lines = [step.line(tensor, dim) for tensor, dim in sides]
     if weights[0] == weights[1]:
-        reason = "two activations are multiplied over these channels"
-        if weights[0]:
-            reason = "two parameters are multiplied over these channels"
-        elif None in lines:
-            reason = "multiplied by a fixed matrix"
-        step.pin(tuple(line for line in lines if line is not None), reason)
+        _pin_contracted(step, lines, weights)
         return
     reader, _ = sides[weights.index(True)]
     other, _ = sides[weights.index(False)]
@@ -217,9 +212,20 @@ def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence
         step.space.unify(lines[0], lines[1])
     elif read is None or not step.value(other).is_uniform:
         # One constant (a first state of zeros) may have any width: what reads new ones cancels.
-        step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
+        _pin_contracted(step, lines, weights)
     if read is not None:
         step.read(read, step.value(reader))
+
+
+def _pin_contracted(step: Step, lines: Sequence[Tensor | None], weights: Sequence[bool]) -> None:
+    """Pin channels that a product sums over and that no parameter of their own reads."""
+    found = tuple(line for line in lines if line is not None)
+    if all(weights):
+        step.pin(found, PinKind.PARAMETERS)
+    elif len(found) == 2:
+        step.pin(found, PinKind.ACTIVATIONS)
+    else:
+        step.pin(found, PinKind.FIXED, "multiplied by a matrix")
 
 
 def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:
@@ -237,10 +243,10 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
                 whole = core(layer, support(layer) | {0})
                 step.space.unify(heads.expand_as(whole), whole)
             elif dim in support(layer):
-                step.pin((layer,), "every head reads these positions alike")
+                step.pin((layer,), PinKind.EVERY_HEAD)
             else:
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
-    step.space.several(heads, f"all its channels are one head ({step.place})")
+    step.space.several(heads)
     return (heads.expand(step.outputs[0].shape), *out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxgrow.labels.layers import Layers, compact, core, cover, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 
@@ -47,7 +48,7 @@ def spatial(step: Step) -> tuple[Layers, ...]:
     spatial_dims = 3 if "3d" in name else 1 if "1d" in name else 2
     leading = range(x.ndim - spatial_dims)
     shape = step.outputs[0].shape
-    kept = step.beside(x, leading, f"{name} over these positions")
+    kept = step.beside(x, leading, PinKind.POSITIONS, name)
     if name == "roi_align":  # boxes take the place of samples
         kept = tuple(core(layer, (1,)) for layer in kept if 1 in support(layer))
     return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
@@ -60,7 +61,7 @@ def unfold(step: Step) -> tuple[Layers, ...]:
     area = 1
     for size in step.argument("kernel_size"):
         area *= size
-    step.beside(x, (0, 1), f"{step.target._opname} over these positions")
+    step.beside(x, (0, 1), PinKind.POSITIONS, step.target._opname)
     channels = step.line(x, 1)
     if channels is None:
         return ((),)
