@@ -56,7 +56,6 @@ def test_every_dim_with_channels_is_labelled_beside_data_and_weights() -> None:
     assert ("d", "d") not in ways
 
 
-@pytest.mark.xfail(reason="rules are still to be put right")
 def test_a_rule_that_says_what_is_so_is_right() -> None:
     found = outcomes(torch.nn.functional.linear, drawn(2, 3), drawn(4, 3), drawn(4))
     assert found["d1,p,p"].kind == "right"
@@ -150,14 +149,12 @@ def test_a_failure_is_told_with_what_runs_it_again(
     assert again or line.startswith("…")
 
 
-@pytest.mark.xfail(reason="rules are still to be put right")
 @pytest.mark.parametrize("name", BY_HAND)
 def test_torchvisions_operators_are_right(name: str) -> None:
     calls = {name: list(operators()[name]())}
     assert not validate(calls, 60.0)[name].wrong
 
 
-@pytest.mark.xfail(reason="rules are still to be put right")
 def test_the_rules_are_right_on_torchs_own_samples() -> None:
     calls: dict[str, list[Call]] = {name: first(make()) for name, make in operators().items()}
     wrong = [line for tally in validate(calls, 30.0).values() for line in tally.wrong]
