@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxgrow.labels.layers import support
-from fxgrow.labels.rules import RULES, Step
+from fxgrow.labels.rules import RULES, OpRule, Step
 from fxgrow.labels.validate.__main__ import main, spread, validate
 from fxgrow.labels.validate.case import Outcome, outcomes_of
 from fxgrow.labels.validate.claims import Call, ways_of
@@ -36,7 +36,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that puts another rule in the place of an operator's."""
 
     def put(name: str, rule: Callable[[Step], Any]) -> None:
-        monkeypatch.setitem(RULES._entries, name, rule)
+        monkeypatch.setitem(RULES._entries, name, OpRule(rule))
 
     return put
 

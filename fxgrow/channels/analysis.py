@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 from torch import Tensor, fx
 
 from fxgrow.channels.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels.channels import Channels, resolve
-from fxgrow.channels.groups import ChannelGroup, find_groups
+from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.propagate import Watch
 from fxgrow.labels.sizes import Recorder, SizedCall
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Tape, Value
+from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import stand_in
 
@@ -76,6 +77,27 @@ class Analysis:
         # By name: a graph has x + y where the code has x += y.
         ran, known = ([op.name for op in run.operations] for run in (tape, self.tape))
         return tuple(op.node for op in tape.operations) if ran == known else ()
+
+    @cached_property
+    def _operations(self) -> dict[str, list[Operation]]:
+        """The operations that touch each channel group, by its name, in order."""
+        group_of = group_of_channel(self.channels, self.groups)
+        touched: dict[int, tuple[int, ...]] = {}  # groups by value
+        found: dict[str, list[Operation]] = {group.name: [] for group in self.groups}
+        for op in self.tape.operations:
+            own: set[int] = set()
+            for value in op.inputs:
+                if value.layers and value.index not in touched:
+                    groups = np.unique(group_of[self.channels.of_layers(value.layers)])
+                    touched[value.index] = tuple(groups[groups >= 0].tolist())
+                own.update(touched.get(value.index, ()))
+            for index in own:
+                found[self.groups[index].name].append(op)
+        return found
+
+    def operations_of(self, group: ChannelGroup) -> Sequence[Operation]:
+        """Return the operations that get any channel of a group, in order of execution."""
+        return self._operations[group.name]
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""

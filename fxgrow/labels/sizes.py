@@ -148,9 +148,9 @@ def check_sizes(node: fx.Node, function: str, sizes: Sequence[int | None]) -> No
     called = node.target if isinstance(node.target, str) else function_name(node.target)
     called = {"getitem": "__getitem__"}.get(called, called)
     if node.op not in ("call_function", "call_method") or called != function:
-        reason = f"the sizes {list(sizes)} are fixed inside {called or node.op}"
+        why = f"the sizes {list(sizes)} are fixed inside {called or node.op}"
     elif len(sizes_in(function, node.args, node.kwargs)) != len(sizes):
-        reason = f"the sizes {list(sizes)} of {function} are computed as a whole"
+        why = f"the sizes {list(sizes)} of {function} are computed as a whole"
     else:
         return
-    raise TraceError(f"{reason}, so that they cannot be rewritten in the graph", name=node.name)
+    raise TraceError(f"{why}, so that they cannot be rewritten in the graph", name=node.name)

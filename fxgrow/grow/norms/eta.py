@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fxgrow.grow.norms.gain_flow import GainFlow
 from fxgrow.grow.norms.gains import propagate_gains
 from fxgrow.grow.norms.padding import Surplus
+from fxgrow.labels.gains import GainFlow
 from fxgrow.labels.tape import Tape
 
 
