@@ -275,7 +275,7 @@ def _resolved(space: LabelSpace, entering: Sequence[Value], leaving: Sequence[Va
         group=group,
         is_read=is_read,
         is_mixed=is_mixed,
-        pins=tuple(reason for _, reason in space.pinned(roots)),
+        pins=tuple(str(pin) for _, pin in space.pinned(roots)),
     )
 
 
