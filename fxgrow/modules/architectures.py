@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import SourceError
-from fxgrow.modules.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class, one_line
+from fxgrow.errors import SourceError, one_line, shown
+from fxgrow.modules.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class
 from fxgrow.modules.uninitialised import ExceededError, Limit, build_uninitialised
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
@@ -73,7 +73,7 @@ class Architecture:
         # The fields of a config.json are looked at where they are used.
         if self.origin and abs(largest) > LARGEST and not self.name.startswith("transformers:"):
             raise self._refusal(
-                f"{self.name} has an argument of {one_line(str(largest), 20)}, which is no size",
+                f"{self.name} has an argument of {shown(str(largest), 20)}, which is no size",
                 "Name the architecture with --arch.",
             )
         object.__setattr__(self, "arguments", plain)
@@ -85,11 +85,8 @@ class Architecture:
         return SourceError(f"{where}{text}.", name=self.name, way_out=way_out)
 
     def __str__(self) -> str:
-        shown = {
-            key: "…" if isinstance(v, dict) else one_line(repr(v), 80)
-            for key, v in self.arguments.items()
-        }
-        arguments = ", ".join(f"{key}={value}" for key, value in shown.items())
+        values = {k: "…" if isinstance(v, dict) else repr(v) for k, v in self.arguments.items()}
+        arguments = ", ".join(f"{key}={shown(value, 80)}" for key, value in values.items())
         return f"{self.name}({arguments})" if arguments else self.name
 
     @property
@@ -178,13 +175,13 @@ class Architecture:
                 name=origin,
                 way_out="Name the architecture with --arch.",
             )
-        shown = one_line(ascii(name)[1:-1], 80)
+        told = shown(name, 80)
         if name.partition(":")[0] not in _LIBRARIES and not trust_code:
             raise SourceError(
-                f"{origin} names {shown} as its architecture, which is code outside of "
+                f"{origin} names {told} as its architecture, which is code outside of "
                 f"{' and '.join(_LIBRARIES)}.",
                 name=name,
-                way_out=f"If you trust it, name it yourself: --arch {shown}.",
+                way_out=f"If you trust it, name it yourself: --arch {told}.",
             )
         return cls(name, arguments, origin)
 

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, one_line
 from fxgrow.files.checkpoint.archive import Archive, read_archive
 from fxgrow.files.checkpoint.reading import Readable, parse_json, reading
 from fxgrow.files.checkpoint.unpickling import load_untrusted
@@ -223,7 +223,7 @@ def _refuse(file: Readable, what: str) -> NoReturn:
         SourceError: always.
     """
     raise SourceError(
-        f"{file.path} is a torch.export program with {' '.join(what.split())[:200]}, which loading "
+        f"{file.path} is a torch.export program with {one_line(what, 200)}, which loading "
         "it might execute, so it was not loaded.",
         name=str(file.path),
         way_out="If you trust the file, pass --trust-pickle, which executes whatever it holds.",

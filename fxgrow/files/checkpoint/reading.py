@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.errors import FxgrowError, SourceError, one_line
 
 AGAIN = "Copy or download it again."
 _MOST = 1 << 30  # bytes; one read of the system's returns at most 2 GB
@@ -258,7 +258,7 @@ def refuse_damaged(path: Path, reason: str, error: Exception | None = None) -> N
     Raises:
         SourceError: always.
     """
-    short = " ".join(reason.split())[:300] or type(error).__name__
+    short = one_line(reason) or type(error).__name__
     refuse_source(path, f"is truncated or damaged: {short.rstrip('.')}", AGAIN, error)
 
 

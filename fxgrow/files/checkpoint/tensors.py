@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fxgrow.errors import shown
 from fxgrow.files.checkpoint.formats import FORMATS, Contents, FileFormat, Shards, sniff
 from fxgrow.files.checkpoint.headers import read_tensors
 from fxgrow.files.checkpoint.reading import AGAIN, FileReader, parse_json, read_bytes, refuse_source
@@ -76,7 +77,7 @@ class _Sharded(FileFormat):
                 if name not in found:
                     refuse_source(
                         path,
-                        f"says that {_shown(name)} is in {_shown(shard)}, where it is not",
+                        f"says that {shown(name, 80)} is in {shown(shard, 80)}, where it is not",
                         "Copy or download it and the index again.",
                     )
             limit = max(limit, sum(tensor.nbytes for tensor in found.values()))
@@ -158,8 +159,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for shard, name in first.items():
         if not _is_name(shard) or shard.endswith(_INDICES):
             what = "no file's name" if not _is_name(shard) else "an index itself"
-            shown = _shown(places[name])
-            refuse_source(path, f"says that {_shown(name)} is in '{shown}', which is {what}", AGAIN)
+            told = f"says that {shown(name, 80)} is in '{shown(str(places[name]), 80)}'"
+            refuse_source(path, f"{told}, which is {what}", AGAIN)
     metadata = index.get("metadata")
     kept = dict(metadata) if isinstance(metadata, dict) else {}
     for size in ("total_size", "total_parameters"):  # no longer true of other weights
@@ -170,12 +171,6 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 def _is_name(name: str) -> bool:
     """Return whether a text is a file's name on any system, without a directory."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-
-
-def _shown(value: object) -> str:
-    """Return a name for a message: in one line, and not all of a long one."""
-    text = ascii(value)[1:-1] if isinstance(value, str) else ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -191,7 +186,7 @@ def check_inside(folder: Path, path: Path) -> None:
     Raises:
         SourceError: it is a directory or no regular file, or a link to anything else.
     """
-    what = f"holds '{_shown(os.path.relpath(path, folder))}', which"
+    what = f"holds '{shown(os.path.relpath(path, folder), 80)}', which"
     try:
         mode = os.lstat(path).st_mode
         if not stat.S_ISLNK(mode):
@@ -225,7 +220,7 @@ def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
     if not os.path.lexists(path):
         refuse_source(
             index,
-            f"needs {_shown(path.name)}, which is not beside it",
+            f"needs {shown(path.name, 80)}, which is not beside it",
             "Copy or download that file too.",
         )
     check_inside(path.parent, path)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.errors import FxgrowError, SourceError, one_line
 from fxgrow.files.checkpoint.directory import WEIGHTS
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.leftovers import temporary_folder, tidy
@@ -135,7 +135,7 @@ def _cause(error: Exception, handled: BaseException | None) -> BaseException:
 
 def _refuse_failed(out: Path, error: Exception) -> NoReturn:
     """Say why writing failed."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(str(error)) or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if told := re.search(r"\(os error (\d+)\)", reason):  # as safetensors tells of it
         number = int(told[1])
