@@ -22,6 +22,8 @@ import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.cli.arguments import parse_shapes, parse_widths
 from fxgrow.cli.options import INIT_NAMES
+from fxgrow.files.checkpoint import archive, formats, unpickling
+from fxgrow.files.checkpoint.reading import FileReader
 from fxgrow.plan.init import INITS
 
 SHAPE = ("--input-shape", "2x3x16x16")
@@ -286,6 +288,19 @@ def test_a_folder_without_write_permission_is_refused(source):
 def test_wrong_usage_ends_with_2():
     for arguments in (["widen"], ["nonsense"], ["widen", "a.pt", "--wdith", "2x"]):
         assert run(*arguments).exit_code == 2
+
+
+def test_the_members_of_an_archive_are_looked_up_once(source, monkeypatch):
+    looked, read = [], archive.read_archive
+
+    def look(file: FileReader) -> archive.Archive:
+        looked.append(file.path)
+        return read(file)
+
+    for user in (formats, unpickling):
+        monkeypatch.setattr(user, "read_archive", look)
+    assert run("widen", source, "--width", "2x", *SHAPE).exit_code == 0
+    assert looked == [source]
 
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(source, monkeypatch):

@@ -103,12 +103,10 @@ def convert(
     with Run() as run:
         from fxgrow.api.convert import convert_by, plan_for_target
         from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
         from fxgrow.files.checkpoint.reading import about
         from fxgrow.files.pretrained import target_architecture
         from fxgrow.modules.architectures import parse_arguments
 
-        sniff(source)
         if to is None:
             _list(run, run.open(source, arch, arch_arg, trust_pickle=trust_pickle))
             return

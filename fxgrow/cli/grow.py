@@ -103,11 +103,9 @@ def apply(
     with Run() as run:
         from fxgrow.api.widen import carry_out
         from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
         from fxgrow.files.checkpoint.reading import about
 
         made = read_plan(plan)
-        sniff(source)
         files = Outputs(output or default_output(source, plan_label(made)), report=report)
         check_outputs((files.out, report), [source, plan], force=force)
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)

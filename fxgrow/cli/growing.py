@@ -61,11 +61,9 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
     with Run() as run:
         from fxgrow.api.widen import carry_out
         from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
         from fxgrow.files.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
-        sniff(source)  # a missing source is a better reason to stop than its output
         files = Outputs(
             settings.output or default_output(source, label), settings.plan, settings.report
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,17 +30,22 @@ def check_report_name(path: Path | None) -> None:
 
 
 def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:
-    """Check that the files may be written and that none of them is another or is read from.
+    """Check that files may be written, and that none of them is another or one that is read.
 
     What runs that were killed have left beside them is removed first.
 
     Raises:
-        SourceError: one of them may not.
+        SourceError: one of them may not, or a source is missing.
     """
     from fxgrow.files.checkpoint import check_output
     from fxgrow.files.checkpoint.leftovers import tidy
+    from fxgrow.files.checkpoint.reading import FileReader
 
     sources = tuple(sources)
+    for source in sources:  # a missing one is a better reason to stop than its output
+        if not os.path.isdir(source):
+            with FileReader(source):
+                pass
     wanted = [path for path in paths if path is not None]
     for folder in sorted({path.parent for path in wanted}):
         tidy(folder)

@@ -66,13 +66,17 @@ class _NotPlainError(Exception):
     """A part of an archive that torch might execute."""
 
 
-def checked_program(file: Readable) -> io.BytesIO:
+def checked_program(file: Readable, archive: Archive | None = None) -> io.BytesIO:
     """Return an archive with what a program's file holds, made of what was checked alone.
+
+    Args:
+        file: the program.
+        archive: what lies where in it, if that is known.
 
     Raises:
         SourceError: the file is damaged, or the first part that is not plain is named.
     """
-    archive = read_archive(file)
+    archive = read_archive(file) if archive is None else archive
     checked = io.BytesIO()
     with reading(file.path), zipfile.ZipFile(checked, "w") as written:
         try:

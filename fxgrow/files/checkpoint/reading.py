@@ -74,6 +74,24 @@ class FilePart(Readable):
         self._whole.read_into(self._start + start, buffer)
 
 
+class NoBytes(Readable):
+    """What there is to read of a directory.
+
+    Args:
+        path: the directory.
+    """
+
+    size = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill an empty buffer; see :class:`Readable`."""
+        if buffer:
+            refuse_damaged(self.path, "it is a directory")
+
+
 class FileReader(Readable):
     """A regular file that is open for reading.
 

@@ -18,9 +18,16 @@ from typing import Any, cast
 from torch import Tensor
 
 from fxgrow.errors import shown
-from fxgrow.files.checkpoint.formats import FORMATS, Contents, FileFormat, Shards, sniff
+from fxgrow.files.checkpoint.formats import (
+    FORMATS,
+    Candidate,
+    Contents,
+    FileFormat,
+    Shards,
+    read_file,
+)
 from fxgrow.files.checkpoint.headers import read_tensors
-from fxgrow.files.checkpoint.reading import AGAIN, FileReader, parse_json, read_bytes, refuse_source
+from fxgrow.files.checkpoint.reading import AGAIN, parse_json, read_bytes, refuse_source
 from fxgrow.files.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
@@ -34,12 +41,11 @@ class _Safetensors(FileFormat):
     name = "safetensors"
     suffixes = (_SUFFIX,)
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return len(head) > 8 and head[7:9] == b"\x00{"  # a header's length in 8 bytes, then JSON
+    def sniff(self, found: Candidate) -> bool:
+        return found.head[7:9] == b"\x00{"  # a header's length in 8 bytes, then JSON
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        with FileReader(path) as file:
-            tensors, header = read_tensors(file)
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        tensors, header = read_tensors(found.file)
         return Contents(_unpacked(tensors, header), header)
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -59,10 +65,11 @@ class _Sharded(FileFormat):
     name = "sharded"
     suffixes = (INDEX_SUFFIX,)
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return path.name.endswith(".index.json") and head.lstrip().startswith(b"{")
+    def sniff(self, found: Candidate) -> bool:
+        return found.path.name.endswith(_INDICES) and found.head.lstrip().startswith(b"{")
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        path = found.path
         places, metadata = read_index(path)
         names: dict[str, list[str]] = {}
         for name, shard in places.items():
@@ -72,18 +79,18 @@ class _Sharded(FileFormat):
         limit = 0
         for shard in names:
             contents = _read_shard(path, path.with_name(shard), trust_pickle=trust_pickle)
-            found = cast("OrderedDict[str, Tensor]", contents.data)
+            held = cast("OrderedDict[str, Tensor]", contents.data)
             for name in names[shard]:
-                if name not in found:
+                if name not in held:
                     refuse_source(
                         path,
                         f"says that {shown(name, 80)} is in {shown(shard, 80)}, where it is not",
                         "Copy or download it and the index again.",
                     )
-            limit = max(limit, sum(tensor.nbytes for tensor in found.values()))
-            tensors.update(found)
+            limit = max(limit, sum(tensor.nbytes for tensor in held.values()))
+            tensors.update(held)
             header.update(contents.header)
-            vars(tensors).update(vars(found))
+            vars(tensors).update(vars(held))
         return Contents(_unpacked(tensors, header), header, Shards(limit, metadata))
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -224,7 +231,7 @@ def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
             "Copy or download that file too.",
         )
     check_inside(path.parent, path)
-    contents = sniff(path).read(path, trust_pickle=trust_pickle)
+    _, contents = read_file(path, trust_pickle=trust_pickle)
     if not isinstance(contents.data, Mapping):
         refuse_source(path, "holds no tensors by name", AGAIN)
     items = contents.data.items()
