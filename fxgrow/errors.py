@@ -71,6 +71,12 @@ class PlanError(FxgrowError):
     """A request that cannot be planned, or a plan that does not fit its source."""
 
 
+class UsageError(PlanError):
+    """A request that none could mean: of a form, or by a name, that there is not."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class NotPreservedError(FxgrowError):
     """``strict`` was asked for and the plan predicts a change of the output."""
 

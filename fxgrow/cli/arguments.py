@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxgrow.errors import PlanError, SourceError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from fxgrow.files.models import Opened
@@ -19,7 +19,7 @@ def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str,
     """Read ``--width`` (or ``--size``): one for all, or ``GLOB=WIDTH`` pairs, in order.
 
     Raises:
-        PlanError: a glob is given twice, or more than one width for all.
+        UsageError: a glob is given twice, or more than one width for all.
 
     Example:
         >>> parse_widths(["2x"]), parse_widths(["layer1.*=2x", "+8"])
@@ -32,7 +32,7 @@ def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str,
         glob, equals, width = text.rpartition("=")
         glob = glob if equals else "*"
         if glob in widths:
-            raise PlanError(
+            raise UsageError(
                 f"there are two {option}s for {glob!r}.",
                 name=glob,
                 way_out=f"Give one, or use globs: --{option} 'layer1.*={width}' --{option} …",
@@ -74,7 +74,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     """Read ``--input-shape``.
 
     Raises:
-        PlanError: a text is no shape.
+        UsageError: a text is no shape.
 
     Example:
         >>> parse_shapes(["1x3x224x224"])
@@ -84,7 +84,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     for text in texts:
         sizes = text.strip().lower().split("x")
         if not all(_is_size(size) for size in sizes):
-            raise PlanError(
+            raise UsageError(
                 f"the input shape {text!r} cannot be read.",
                 name=text,
                 way_out="Write sizes joined by x, batch first: --input-shape 1x3x224x224.",
@@ -119,7 +119,7 @@ def open_source(
     from fxgrow.modules.architectures import parse_arguments
 
     if arguments and arch is None:
-        raise SourceError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
+        raise UsageError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
     return open_model(
         path, arch=arch, arch_arguments=parse_arguments(arguments), trust_pickle=trust_pickle
     )

@@ -12,7 +12,7 @@ from fxgrow.cli.base import app
 from fxgrow.cli.outputs import check_outputs, check_report_name
 from fxgrow.cli.run import Outputs, Run, show, tell_plan
 from fxgrow.cli.terminal import print_table
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     from fxgrow.files.models import Opened
@@ -96,7 +96,7 @@ def convert(
     shapes = parse_shapes(input_shape or ())
     check_report_name(report)
     if (to is None) != list_targets:
-        raise SourceError(
+        raise UsageError(
             "a conversion needs a target.",
             way_out="Give --to ARCH, or --list to see what the source can become.",
         )

@@ -11,7 +11,7 @@ from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.outputs import check_outputs, check_report_name
 from fxgrow.cli.run import Outputs, Run, read_plan, show, tell_plan
 from fxgrow.cli.terminal import Steps
-from fxgrow.errors import SourceError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
     shapes = parse_shapes(settings.input_shape or ())
     check_report_name(settings.report)
     if settings.dry_run and (settings.output or settings.report):
-        raise SourceError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
+        raise UsageError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
     source, after = settings.source, settings.after
     with Run() as run:
         from fxgrow.api.widen import carry_out

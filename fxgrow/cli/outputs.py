@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxgrow.cli.arguments import REPORT_SUFFIXES
-from fxgrow.errors import PlanError, SourceError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from fxgrow.api.report.data import Report
@@ -19,10 +19,10 @@ def check_report_name(path: Path | None) -> None:
     """Check that the name of a report says which kind it is.
 
     Raises:
-        PlanError: it does not end in .json or .html.
+        UsageError: it does not end in .json or .html.
     """
     if path is not None and path.suffix.lower() not in REPORT_SUFFIXES:
-        raise PlanError(
+        raise UsageError(
             f"the report {path} is of no known kind.",
             name=str(path),
             way_out=f"Name it {' or '.join(path.stem + suffix for suffix in REPORT_SUFFIXES)}.",
@@ -36,6 +36,7 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
 
     Raises:
         SourceError: one of them may not, or a source is missing.
+        UsageError: one is named twice.
     """
     from fxgrow.files.checkpoint import check_output
     from fxgrow.files.checkpoint.leftovers import tidy
@@ -54,7 +55,7 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
         for source in sources:
             check_output(path, source, force=force)
         if path.resolve() in seen:
-            raise SourceError(
+            raise UsageError(
                 f"{path} is asked for twice.", name=str(path), way_out="Name different files."
             )
         seen.add(path.resolve())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import SourceError, one_line, shown
+from fxgrow.errors import SourceError, UsageError, one_line, shown
 from fxgrow.modules.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class
 from fxgrow.modules.uninitialised import ExceededError, Limit, build_uninitialised
 
@@ -266,7 +266,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, object]:
     """Read ``KEY=VALUE`` pairs; a value that is no Python literal is a text.
 
     Raises:
-        SourceError: a pair has no ``=``, its key is no identifier, or a key is given twice.
+        UsageError: a pair has no ``=``, its key is no identifier, or a key is given twice.
 
     Example:
         >>> parse_arguments(["num_classes=10", "norm=none", "size=(8, 8)"])
@@ -276,12 +276,12 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, object]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(
+            raise UsageError(
                 f"the architecture argument {pair!r} is not of the form KEY=VALUE.",
                 way_out="For example: --arch-arg num_classes=10.",
             )
         if key in arguments:
-            raise SourceError(
+            raise UsageError(
                 f"the architecture argument {key!r} is given twice.", way_out="Give it once."
             )
         try:
