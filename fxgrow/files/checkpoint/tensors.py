@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from fxgrow.errors import shown
+from fxgrow.errors import SourceError, shown
 from fxgrow.files.checkpoint.formats import (
     FORMATS,
     Candidate,
@@ -173,6 +174,30 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for size in ("total_size", "total_parameters"):  # no longer true of other weights
         kept.pop(size, None)
     return places, kept
+
+
+def superseded(index: Path, new: Collection[str]) -> set[str]:
+    """Return the shards of an index that another index in its place would leave behind.
+
+    Args:
+        index: the old index, if there is one.
+        new: the names of the new one and of its shards.
+
+    Returns:
+        Names of shards, as those of this index are called, that no other index beside it names.
+    """
+    stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
+    gone = {name for name in _shards(index) if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
+    others = (path for path in index.parent.glob(f"*{_INDICES}") if path != index)
+    return gone.difference(new, *map(_shards, others)) if gone else gone
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the files that an index names; none if there is no such index."""
+    try:
+        return set(read_index(index)[0].values())
+    except SourceError:
+        return set()
 
 
 def _is_name(name: str) -> bool:

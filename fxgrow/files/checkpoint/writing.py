@@ -16,6 +16,7 @@ from fxgrow.files.checkpoint.directory import WEIGHTS
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.leftovers import temporary_folder, tidy
 from fxgrow.files.checkpoint.moving import NEW, move_all, sync_tree
+from fxgrow.files.checkpoint.tensors import INDEX_SUFFIX, superseded
 
 Check: TypeAlias = Callable[[Path], object]
 
@@ -96,7 +97,7 @@ def write_whole(
 
     Args:
         out: the file or directory to write. Files of other names that ``write`` leaves (shards)
-            come to lie beside it, before it does.
+            come to lie beside it, before it does; those of an index that it replaces are removed.
         write: gets the path to write to, whose name is that of ``out``.
         source: the file the data came from, which is never written to.
         force: overwrite what is there.
@@ -113,7 +114,9 @@ def write_whole(
             names = sorted(os.listdir(folder / NEW), key=lambda name: (name == out.name, name))
             for name in names:  # writing takes a while; others may have come
                 check_output(out.with_name(name), source, force=force)
-            move_all(folder, names, force=force)
+            gone = superseded(out, names) if force and out.name.endswith(INDEX_SUFFIX) else ()
+            kept = "" if source is None else source.name  # it may be a shard itself
+            move_all(folder, names, force=force, superseded=sorted({*gone} - {kept}))
     except FxgrowError:
         raise
     except Exception as error:
