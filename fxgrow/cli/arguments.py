@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
-    from fxgrow.files.models import Opened
+    from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
 
 REPORT_SUFFIXES = (".json", ".html")
@@ -93,7 +92,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def inputs_of(shapes: Sequence[tuple[int, ...]], opened: Opened) -> object:
+def inputs_of(shapes: Sequence[tuple[int, ...]], opened: OpenedModel) -> object:
     """Return meta tensors of the given shapes in a model's dtype; without, what its file tells.
 
     Verification draws the values.
@@ -105,24 +104,6 @@ def inputs_of(shapes: Sequence[tuple[int, ...]], opened: Opened) -> object:
     floating = (p.dtype for p in opened.model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-
-
-def open_source(
-    path: Path, arch: str | None, arguments: Sequence[str], *, trust_pickle: bool
-) -> Opened:
-    """Read a model from a file with the options of the command line.
-
-    Raises:
-        SourceError: the file or its architecture cannot be read.
-    """
-    from fxgrow.files.models import open_model
-    from fxgrow.modules.architectures import parse_arguments
-
-    if arguments and arch is None:
-        raise UsageError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
-    return open_model(
-        path, arch=arch, arch_arguments=parse_arguments(arguments), trust_pickle=trust_pickle
-    )
 
 
 def _is_size(text: str) -> bool:

@@ -26,6 +26,7 @@ from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import output_format
+from fxgrow.files.checkpoint.weights import RECORD_KEY
 from fxgrow.files.checkpoint.writing import write_file
 from fxgrow.files.configuration import grown_config
 from fxgrow.files.optimizer import grow_state_dict
@@ -50,10 +51,14 @@ from fxgrow.plan.schema import Plan, plans_of
 from fxgrow.version import __version__
 
 RECORD_SCHEMA = 1
+_PICKLED_GRAPH = (
+    "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
+    "--trust-pickle. Widen a state_dict to avoid that."
+)
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A model read from a file, with what is needed to write the same kind of file again.
 
     Attributes:
@@ -86,7 +91,7 @@ def open_model(
     arch: str | None = None,
     arch_arguments: Mapping[str, object] | None = None,
     trust_pickle: bool = False,
-) -> Opened:
+) -> OpenedModel:
     """Read a file and return its model, ready to use.
 
     Args:
@@ -105,19 +110,21 @@ def open_model(
         source = load_source(path, trust_pickle=trust_pickle)
         notes = list(source.warnings)
         if source.model is not None:
-            return Opened(source, source.model, None, (), notes, source.inputs)
+            return OpenedModel(source, source.model, None, (), notes, source.inputs)
         if source.config is not None and arch is None:
             architecture = architecture_of(source.path, source.config)
             model, source, more = open_pretrained(source, architecture)
-            return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
+            return OpenedModel(
+                source, model, architecture, (), [*notes, *more], example_inputs(model)
+            )
         architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
         limit = Limit.of(source.state_dict) if architecture.origin else None
         model = rebuild(architecture, plans, limit)
         _put_weights(model, source, architecture)
         if not is_pretrained(architecture):
-            return Opened(source, model, architecture, plans, notes)
+            return OpenedModel(source, model, architecture, plans, notes)
         notes += reaching(architecture.arguments["config"], source.path)  # type: ignore[arg-type]
-        return Opened(source, model, architecture, plans, notes, example_inputs(model))
+        return OpenedModel(source, model, architecture, plans, notes, example_inputs(model))
 
 
 def load(
@@ -140,7 +147,7 @@ def load(
 
 @exclusive
 def write_grown(
-    opened: Opened,
+    opened: OpenedModel,
     grown: Grown,
     out: str | Path,
     *,
@@ -165,27 +172,10 @@ def write_grown(
         VerificationError: what was written is not the grown model when it is read again.
     """
     out = Path(out)
+    source = opened.source
     known = is_pretrained(opened.architecture)
-    target = output_format(opened.source, out, configured=known)
-    first, *others = opened.source.state_dicts
-    new = grown.model.state_dict()
-    weights: list[Mapping[str, Tensor]] = [
-        OrderedDict(
-            (name, new[name] if name in new else first[before])
-            for name, before in carried_names(first, grown.plan).items()
-        )
-    ]
-    weights += [apply_to_state_dict(grown.plan, other, grown.init, first) for other in others]
-    notes = []
-    pickled = opened.source.model is not None and target.startswith("torch")
-    graphs = any(isinstance(module, fx.GraphModule) for module in grown.model.modules())
-    if pickled and graphs and opened.source.format != "pt2":
-        notes.append(
-            "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow "
-            "only with --trust-pickle. Widen a state_dict to avoid that."
-        )
-    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
-    record = _record(opened.architecture, plans)
+    target = output_format(source, out, configured=known)
+    notes = [_PICKLED_GRAPH] if _pickles_graph(source, grown.model, target) else []
 
     def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
@@ -193,23 +183,43 @@ def write_grown(
         return changed
 
     config, check, example = None, None, None
-    if target == "pt2" or (target == "directory" and (known or opened.source.config is not None)):
+    described = target == "directory" and (known or source.config is not None)
+    if target == "pt2" or described:
         given = opened.inputs if inputs is None else inputs
         example = _inputs_of(grown, opened.model, given)
-        again = check_program if target == "pt2" else check_directory
+        again = check_directory if described else check_program
         check = functools.partial(again, grown=grown.model, inputs=example)
-        if target == "directory":
-            config, weights = _for_directory(opened, grown)
-    model = grown.model if opened.source.model is not None or target == "pt2" else None
+    if described:
+        config, weights = _for_directory(opened, grown)
+    else:
+        weights = _grown_weights(source, grown)
+    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
     written = save_source(
-        opened.source, weights, out, record=record, model=model, optimizer=optimizer,
-        config=config, inputs=example, check=check, force=force,
+        source, weights, out, record=_record(opened.architecture, plans),
+        model=grown.model if source.model is not None or target == "pt2" else None,
+        optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
     return notes + written
 
 
+def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:
+    """Return whether a whole module is written as a pickle, and a part of it is a GraphModule."""
+    if source.model is None or not target.startswith("torch") or source.format == "pt2":
+        return False
+    return any(isinstance(module, fx.GraphModule) for module in model.modules())
+
+
+def _grown_weights(source: Source, grown: Grown) -> list[Mapping[str, Tensor]]:
+    """Return what becomes of each of a source's state_dicts, the network's own first."""
+    first, *others = source.state_dicts
+    new = grown.model.state_dict()
+    carried = carried_names(first, grown.plan).items()
+    own = OrderedDict((n, new[n] if n in new else first[before]) for n, before in carried)
+    return [own, *(apply_to_state_dict(grown.plan, old, grown.init, first) for old in others)]
+
+
 def _for_directory(
-    opened: Opened, grown: Grown
+    opened: OpenedModel, grown: Grown
 ) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
     """Return the configuration and the weights of a grown model as a directory holds them.
 
@@ -286,17 +296,15 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
             name=str(out),
             way_out="Save grown.model.state_dict() and grown.plan.to_json() yourself.",
         )
-    if architecture is None:
-        write_file(Contents(grown.model), out, "torch", source=None, force=force)
-        return
-    record = _record(architecture, plans)
-    if wants_safetensors:
+    target, contents = "torch", Contents(grown.model)
+    if architecture is not None and wants_safetensors:
         tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
-        header = {"format": "pt", "_fxgrow": json.dumps(record)}
-        write_file(Contents(tensors, header), out, "safetensors", source=None, force=force)
-        return
-    state_dict._metadata["_fxgrow"] = record  # type: ignore[attr-defined]
-    write_file(Contents(state_dict), out, "torch", source=None, force=force)
+        header = {"format": "pt", RECORD_KEY: json.dumps(_record(architecture, plans))}
+        target, contents = "safetensors", Contents(tensors, header)
+    elif architecture is not None:
+        state_dict._metadata[RECORD_KEY] = _record(architecture, plans)  # type: ignore[attr-defined]
+        contents = Contents(state_dict)
+    write_file(contents, out, target, source=None, force=force)
 
 
 def rebuild(

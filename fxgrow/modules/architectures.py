@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -303,18 +304,14 @@ def _torchvision_names() -> list[str]:
     return names
 
 
-def _timm(required: bool) -> ModuleType | None:
+def _timm_names(required: bool) -> list[str]:
     try:
-        return importlib.import_module("timm")
+        timm: Any = importlib.import_module("timm")
     except ModuleNotFoundError as error:
         if not required:
-            return None
+            return []
         raise SourceError("timm is not installed.", way_out="pip install timm") from error
-
-
-def _timm_names(required: bool) -> list[str]:
-    timm = _timm(required)
-    return [] if timm is None else list(timm.list_models())
+    return list(timm.list_models())
 
 
 def _find_builder(full: str) -> Callable[..., object]:
@@ -336,14 +333,10 @@ def _find_torchvision(name: str) -> Callable[..., object]:
 
 def _find_timm(name: str) -> Callable[..., object]:
     names = _timm_names(required=True)  # create_model itself would also take hubs and folders
-    timm = _timm(required=True)
-    if name not in names or timm is None:
+    if name not in names:
         raise _unknown(name, "timm", names)
-
-    def create(**arguments: object) -> object:
-        return timm.create_model(name, **arguments)
-
-    return create
+    timm: Any = importlib.import_module("timm")
+    return functools.partial(timm.create_model, name)
 
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:

@@ -24,7 +24,7 @@ from fxgrow.files.checkpoint.reading import (
     refuse_source,
     refuse_unreadable,
 )
-from fxgrow.files.checkpoint.tensors import check_inside, read_index
+from fxgrow.files.checkpoint.safetensors_files import check_inside, read_index
 
 CONFIG = "config.json"
 _SINGLE = "model.safetensors"

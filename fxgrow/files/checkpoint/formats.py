@@ -2,7 +2,7 @@
 
 A format is an object registered under its name in :data:`FORMATS`; the order of registration is
 the order in which :func:`sniff` asks. Those of ``torch.save`` stand here, the others in modules of
-their own: :mod:`.tensors` (safetensors, in one file or in shards), :mod:`.directory` and
+their own: :mod:`.safetensors_files` (safetensors, in one file or in shards), :mod:`.directory` and
 :mod:`.exported`.
 """
 

@@ -102,17 +102,12 @@ class _Words:
         load: returns the memory of a tensor by its key: (key, dtype, number of entries).
     """
 
+    find = staticmethod(harmless.resolve)
+    is_class = staticmethod(harmless.is_class)
+    build = staticmethod(harmless.build)
+
     def __init__(self, load: Any = None) -> None:
         self._load = load
-
-    def find(self, module: str, name: str) -> object:
-        return harmless.resolve(module, name)
-
-    def is_class(self, value: object) -> bool:
-        return harmless.is_class(value)
-
-    def build(self, instance: Any, state: object) -> None:
-        harmless.build(instance, state)
 
     def load_persistent(self, identity: object) -> object:
         plain = type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage"

@@ -16,7 +16,7 @@ from fxgrow.files.checkpoint.directory import WEIGHTS
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.leftovers import temporary_folder, tidy
 from fxgrow.files.checkpoint.moving import NEW, move_all, sync_tree
-from fxgrow.files.checkpoint.tensors import INDEX_SUFFIX, superseded
+from fxgrow.files.checkpoint.safetensors_files import INDEX_SUFFIX, superseded
 
 Check: TypeAlias = Callable[[Path], object]
 
@@ -201,14 +201,13 @@ def _check_source(out: Path, source: Path) -> None:
         SourceError: it does.
     """
     here, there = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if here == there or _is_same_file(out, source):
-        _refuse_output(out, "is the source, which is never written to", "Name another with -o.")
-    if there in here.parents and there.is_dir():
-        _refuse_output(
-            out, "lies in the source, which is never written to", "Name another with -o."
-        )
-    if here in there.parents and _holds_weights(out):
-        _refuse_output(out, "holds the source, which is never written to", "Name another with -o.")
+    for holds, how in (
+        (here == there or _is_same_file(out, source), "is"),
+        (there in here.parents and there.is_dir(), "lies in"),
+        (here in there.parents and _holds_weights(out), "holds"),
+    ):
+        if holds:
+            _refuse_output(out, f"{how} the source, which is never written to", _ANOTHER)
 
 
 def _check_directory(out: Path) -> None:
@@ -220,9 +219,7 @@ def _check_directory(out: Path) -> None:
     if not _holds_weights(out):
         _refuse_output(out, "is a directory", "Name a file in it with -o.")
     if os.path.lexists(out / ".git"):
-        _refuse_output(
-            out, "is the checkout of a repository, which is never replaced", "Name another with -o."
-        )
+        _refuse_output(out, "is the checkout of a repository, which is never replaced", _ANOTHER)
 
 
 def _holds_weights(path: Path) -> bool:
