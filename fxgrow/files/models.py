@@ -171,8 +171,7 @@ def write_grown(
             is left behind.
         VerificationError: what was written is not the grown model when it is read again.
     """
-    out = Path(out)
-    source = opened.source
+    out, source = Path(out), opened.source
     known = is_pretrained(opened.architecture)
     target = output_format(source, out, configured=known)
     notes = [_PICKLED_GRAPH] if _pickles_graph(source, grown.model, target) else []
@@ -185,8 +184,7 @@ def write_grown(
     config, check, example = None, None, None
     described = target == "directory" and (known or source.config is not None)
     if target == "pt2" or described:
-        given = opened.inputs if inputs is None else inputs
-        example = _inputs_of(grown, opened.model, given)
+        example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
         again = check_directory if described else check_program
         check = functools.partial(again, grown=grown.model, inputs=example)
     if described:
@@ -204,9 +202,8 @@ def write_grown(
 
 def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:
     """Return whether a whole module is written as a pickle, and a part of it is a GraphModule."""
-    if source.model is None or not target.startswith("torch") or source.format == "pt2":
-        return False
-    return any(isinstance(module, fx.GraphModule) for module in model.modules())
+    whole = source.model is not None and target.startswith("torch") and source.format != "pt2"
+    return whole and any(isinstance(module, fx.GraphModule) for module in model.modules())
 
 
 def _grown_weights(source: Source, grown: Grown) -> list[Mapping[str, Tensor]]:
@@ -279,7 +276,6 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
         program = Contents(grown.model, inputs=inputs)
         write_file(program, out, "pt2", source=None, force=force, check=check)
         return
-    wants_safetensors = out.suffix == ".safetensors"
     state_dict = grown.model.state_dict()
     plans = () if grown.plan.names else grown.plan.steps  # a conversion ends in an architecture
     source = grown.plan.steps[0].source
@@ -290,20 +286,22 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
         architecture: Architecture | None = recognise(shapes)
     except SourceError:
         architecture = None
-    if architecture is None and (wants_safetensors or isinstance(grown.model, fx.GraphModule)):
+    target = "safetensors" if out.suffix == ".safetensors" else "torch"
+    if architecture is None and (target != "torch" or isinstance(grown.model, fx.GraphModule)):
         raise SourceError(
             f"{out} cannot hold this model: it grew from no known architecture.",
             name=str(out),
             way_out="Save grown.model.state_dict() and grown.plan.to_json() yourself.",
         )
-    target, contents = "torch", Contents(grown.model)
-    if architecture is not None and wants_safetensors:
+    contents = Contents(state_dict)
+    if architecture is None:
+        contents = Contents(grown.model)
+    elif target == "torch":
+        state_dict._metadata[RECORD_KEY] = _record(architecture, plans)  # type: ignore[attr-defined]
+    else:
         tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
         header = {"format": "pt", RECORD_KEY: json.dumps(_record(architecture, plans))}
-        target, contents = "safetensors", Contents(tensors, header)
-    elif architecture is not None:
-        state_dict._metadata[RECORD_KEY] = _record(architecture, plans)  # type: ignore[attr-defined]
-        contents = Contents(state_dict)
+        contents = Contents(tensors, header)
     write_file(contents, out, target, source=None, force=force)
 
 
@@ -354,28 +352,26 @@ def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -
     try:
         result = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        raise SourceError(
-            f"the weights in {source.path} do not fit {architecture}: {lines[-1].strip()}",
-            name=str(source.path),
-            way_out="Name the architecture with --arch (and --arch-arg).",
-        ) from error
+        last = str(error).strip().splitlines()[-1].strip()
+        raise _misfit(source, architecture, last, str(source.path)) from error
     missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
-    wrong = missing or result.unexpected_keys
-    if wrong:
+    if wrong := missing or result.unexpected_keys:
         what = "miss" if missing else "have an unexpected"
-        raise SourceError(
-            f"the weights in {source.path} do not fit {architecture}: they {what} {wrong[0]}"
-            + (f" and {len(wrong) - 1} more." if len(wrong) > 1 else "."),
-            name=wrong[0],
-            way_out="Name the architecture with --arch (and --arch-arg).",
-        )
-
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise _misfit(source, architecture, f"they {what} {wrong[0]}{more}.", wrong[0])
     for name, same in ties.items():
         one, other = model.get_parameter(same), model.get_parameter(name)
         if one.data_ptr() == other.data_ptr() or other.is_meta:
             owner, _, local = name.rpartition(".")
             setattr(model.get_submodule(owner), local, one)
+
+
+def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+    return SourceError(
+        f"the weights in {source.path} do not fit {architecture}: {how}",
+        name=name,
+        way_out="Name the architecture with --arch (and --arch-arg).",
+    )
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

@@ -112,7 +112,12 @@ def build_uninitialised(
         ExceededError: it takes more than ``limit``.
     """
     if limit is not None:
-        return _build_within(limit, construct, device)
+        budget = _Budget(limit)
+        try:
+            return build_uninitialised(lambda: budget.run(construct), device)
+        except _Exceeded:
+            more = f"; {limit.known}" if limit.known else ""
+            raise ExceededError(f"{budget.reason}{more}") from None
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -126,18 +131,6 @@ def build_uninitialised(
     if isinstance(built, nn.Module):
         _place_(built, torch.device(device))
     return built
-
-
-def _build_within(
-    limit: Limit, construct: Callable[[], object], device: str | torch.device
-) -> object:
-    """Build a module as :func:`build_uninitialised` does, within a limit."""
-    budget = _Budget(limit)
-    try:
-        return build_uninitialised(lambda: budget.run(construct), device)
-    except _Exceeded:
-        more = f"; {limit.known}" if limit.known else ""
-        raise ExceededError(f"{budget.reason}{more}") from None
 
 
 class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
