@@ -139,6 +139,38 @@ class Step:
             named = " and ".join(weight.origins)
             self.pin((columns,), PinKind.CURVED, named)
 
+    def contract(self, incoming: Tensor | None, weight: Tensor, dim: int) -> None:
+        """Let a weight read the channels that come in along one of its dims.
+
+        Args:
+            incoming: their labels, as :meth:`line` returns them.
+            weight: the weight.
+            dim: the dim of it that is contracted with them.
+        """
+        columns = self.line(weight, dim)
+        if columns is not None:
+            self.read(columns, self.value(weight))
+            if incoming is not None:
+                self.space.unify(columns, incoming)
+        elif incoming is not None:
+            self.pin((incoming,), PinKind.FIXED, "multiplied by a tensor")
+
+    def write(self, weight: Tensor, dim: int, out: int, bias: Tensor | None = None) -> Layers:
+        """Return the channels that a weight writes along a dim of the first output.
+
+        Args:
+            weight: the weight.
+            dim: the dim of it that is there in the output, too.
+            out: that dim of the output.
+            bias: what is added to each of them.
+        """
+        rows = self.line(weight, dim)
+        if rows is None:
+            return ()
+        self.space.mark(rows, "writer")
+        self.accompany(bias, rows, "draw")
+        return (along(rows, out, self.outputs[0].shape),)
+
     def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
         if vector is None:

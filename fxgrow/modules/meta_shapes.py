@@ -140,7 +140,7 @@ def matrix_product(
     del beta, alpha
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         return NotImplemented
-    if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or not left.dtype == right.dtype:
+    if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or left.dtype != right.dtype:
         return NotImplemented
     return _empty((left.shape[0], right.shape[1]), left)
 

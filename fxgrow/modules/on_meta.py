@@ -65,7 +65,11 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.device.type == "meta" or not tensor.ndim:
             return tensor
         if id(tensor) not in self._twins:
-            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            # As it lies in memory: a dim that was expanded has no values of its own.
+            twin = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            self._twins[id(tensor)] = (tensor, twin)
             self.joined(*self._twins[id(tensor)])
         return self._twins[id(tensor)][1]
 

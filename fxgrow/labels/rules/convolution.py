@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from fxgrow.labels.gains import Gain, GainFlow, not_homogeneous
 from fxgrow.labels.layers import Layers, along, core, support
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
@@ -44,44 +45,32 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
     beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
-    # A depthwise weight is (channels, 1, …), transposed or not.
-    outgoing = step.line(weight, 1 if transposed and not depthwise else 0)
-    if depthwise:
-        _accompany(step, step.line(x, 1), outgoing)
-    else:
-        _read(step, step.line(x, 1), weight, 0 if transposed else 1, groups)
-        if outgoing is not None:
-            step.space.mark(outgoing, "writer")
-    if bias is not None and outgoing is not None:
-        step.accompany(bias, outgoing, "draw")
-    shape = step.outputs[0].shape
-    out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
-    if outgoing is not None:
-        out.append(along(outgoing, 1, shape))
-    return (tuple(out),)
-
-
-def _read(step: Step, incoming: Tensor | None, weight: Tensor, dim: int, groups: int) -> None:
-    """Let the columns of a weight read the channels that come in."""
-    kernel = step.value(weight)
+    kept = tuple(core(x, (0,)).expand(step.outputs[0].shape) for x in beside if support(x) == {0})
+    incoming = step.line(x, 1)
+    if depthwise:  # transposed or not, its weight is (channels, 1, …)
+        return ((*kept, *_accompanied(step, incoming, weight, bias)),)
     if groups > 1:
-        size = groups * weight.shape[1]
-        read: Tensor | None = step.space.axis(kernel.parameter, 1, size, groups)
-    else:
-        read = step.line(weight, dim)
-    if read is not None:
+        read = step.space.axis(kernel.parameter, 1, groups * weight.shape[1], groups)
         step.read(read, kernel)
         if incoming is not None:
             step.space.unify(read, incoming)
-    elif incoming is not None:
-        step.pin((incoming,), PinKind.FIXED, "convolved with a kernel")
+    else:
+        step.contract(incoming, weight, 0 if transposed else 1)
+    return ((*kept, *step.write(weight, 1 if transposed else 0, 1, bias)),)
 
 
-def _accompany(step: Step, incoming: Tensor | None, kernels: Tensor | None) -> None:
-    """Let kernels, one for each channel, accompany these."""
-    if kernels is not None and incoming is not None:
+def _accompanied(
+    step: Step, incoming: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Layers:
+    """Let kernels, one for each channel, accompany what comes in."""
+    kernels = step.line(weight, 0)
+    if kernels is None:
+        return ()
+    if incoming is not None:
         step.space.unify(kernels, incoming)
         step.space.mark(kernels, "carrier")
+    step.accompany(bias, kernels, "draw")
+    return (along(kernels, 1, step.outputs[0].shape),)
 
 
 def _depthwise_in_heads(
@@ -98,3 +87,24 @@ def _depthwise_in_heads(
             step.accompany_each(bias, layer, 1, "draw")
     shape = step.outputs[0].shape
     return (tuple(layer.expand(shape) for layer in found),)
+
+
+def deformable_gain(flow: GainFlow, op: Operation) -> Gain:
+    """As for any layer, of what it samples; offsets and masks take no gain."""
+    if any(flow.of(value).scale != 1.0 for value in op.args[2:4]):
+        return not_homogeneous(flow, op)
+    return gain_with_bias(flow, op, x=0, weight=1, bias=4)
+
+
+@rule("torchvision.deform_conv2d", gain=deformable_gain, padding=partial(layer_padding, bias=4))
+def deformable_convolution(step: Step) -> tuple[Layers, ...]:
+    """A convolution that samples where its offsets say: these are positions, not channels."""
+    x, weight, offset, mask, bias = step.args[:5]
+    if not step.value(weight).is_weight:
+        return step.give_up(PinKind.KERNEL)
+    if (step.argument("groups"), step.argument("offset_groups")) != (1, 1):
+        return step.give_up(PinKind.GROUPED, "one that samples by groups")
+    for tensor, dims in ((x, (1,)), (offset, ()), (mask, ())):
+        step.beside(tensor, dims, PinKind.POSITIONS, "a convolution")
+    step.contract(step.line(x, 1), weight, 1)
+    return (step.write(weight, 0, 1, bias),)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fxgrow.labels.layers import Layer, Layers, along, core, support
+from fxgrow.labels.gains import agree
+from fxgrow.labels.layers import Layer, Layers, clusters, core, support
+from fxgrow.labels.padding import joined
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.products import layer_padding
 from fxgrow.labels.rules.record import rule
@@ -48,6 +50,31 @@ def gather(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
+@rule("aten.index_add", "aten.scatter_add", gain=agree, padding=joined)
+def accumulate(step: Step) -> tuple[Layers, ...]:
+    """Add at positions of one dim: along the others, both operands have the same channels."""
+    x, dim, positions, added = step.args[:4]
+    dim %= max(x.ndim, 1)
+    out: list[Layer] = []
+    for mine, theirs in clusters([step.layers(x), step.layers(added)]):
+        layers = [layer for layer in (mine, theirs) if layer is not None]
+        dims = frozenset().union(*map(support, layers))
+        begins = mine is None and step.value(x).is_uniform and theirs is not None
+        if dim in dims or theirs is None or not (mine is not None or begins):
+            step.pin(tuple(layers), PinKind.LOOKED_UP, "index")
+            continue
+        labels = core(theirs, dims)
+        if mine is None:
+            step.value(x).taken.append(labels.expand(x.shape))
+        else:
+            step.space.unify(core(mine, dims), labels)
+        own = [d for d in sorted(dims) if positions.ndim == x.ndim and positions.stride(d)]
+        if own:  # positions of their own for each channel
+            step.space.fix(labels, own, "added at positions")
+        out.append(labels.expand(x.shape))
+    return (tuple(out),)
+
+
 @rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
 def embedding_bag(step: Step) -> tuple[Layers, ...]:
     """Sums of rows of a table: its columns are what it writes."""
@@ -59,9 +86,4 @@ def embedding_bag(step: Step) -> tuple[Layers, ...]:
 def embedding(step: Step) -> tuple[Layers, ...]:
     """Look rows of a table up: its columns are what it writes."""
     weight = step.args[0]
-    columns = step.line(weight, 1)
-    if columns is None:
-        return ((),)
-    step.space.mark(columns, "writer")
-    shape = step.outputs[0].shape
-    return ((along(columns, len(shape) - 1, shape),),)
+    return (step.write(weight, 1, step.outputs[0].ndim - 1),)

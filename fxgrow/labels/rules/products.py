@@ -254,3 +254,35 @@ def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
     """Return whether a tensor is a parameter's transpose: what a linear layer multiplies with."""
     value = step.value(tensor)
     return not value.parameter and len(value.origins) == 1 and value.is_view
+
+
+@rule("aten._trilinear", gain=partial(product_gain, reads=True), padding=layer_padding)
+def trilinear(step: Step) -> tuple[Layers, ...]:
+    """The sum over some dims of a product of three, broadcast: what ``nn.Bilinear`` runs."""
+    *factors, expand1, expand2, expand3, summed = step.args[:7]
+    weights = [step.value(tensor).is_weight for tensor in factors]
+    if sum(weights) != 1:
+        return step.give_up(PinKind.PARAMETERS if any(weights) else PinKind.ACTIVATIONS)
+    place = weights.index(True)
+    names = [_places(x, dims) for x, dims in zip(factors, (expand1, expand2, expand3), strict=True)]
+    out: list[Layer] = []
+    wide = len(step.outputs[0].shape) + len(summed)
+    rest = [dim for dim in range(wide) if dim not in summed]
+    for dim in range(wide):
+        own = names[place].index(dim) if dim in names[place] else None
+        for other, known in enumerate(names):
+            if other == place or dim not in known:
+                continue
+            line = step.line(factors[other], known.index(dim))
+            if own is None or dim not in summed:
+                step.pin(() if line is None else (line,), PinKind.ACTIVATIONS)
+            else:
+                step.contract(line, factors[place], own)
+        if own is not None and dim not in summed:
+            out.extend(step.write(factors[place], own, rest.index(dim)))
+    return (tuple(out),)
+
+
+def _places(tensor: Tensor, expanded: Sequence[int]) -> list[int]:
+    """Return where each dim of a tensor lies after dims of one entry were put between them."""
+    return [dim for dim in range(tensor.ndim + len(expanded)) if dim not in expanded]
