@@ -200,7 +200,7 @@ def _sides(analysis: Analysis, axis: int) -> Iterator[Side]:
 
 def _side(analysis: Analysis, axis: int, group: ChannelGroup, size: int) -> Side:
     channels = analysis.channels
-    found = _Search(channels, axis, group)
+    found = _ShortestPaths(channels, axis, group)
     cause: Chain | None = None
     if group.kind == "pinned":
         ends = [(labels, str(pin)) for labels, pin in channels.pinned if pin == group.pin]
@@ -241,7 +241,7 @@ def _additions(analysis: Analysis) -> list[tuple[IntArray, str]]:
     return found
 
 
-class _Search:
+class _ShortestPaths:
     """Shortest paths along unions from one axis, over the labels of one group.
 
     The labels of one channel of the axis suffice for most; those of the whole group, in which the

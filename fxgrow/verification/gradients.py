@@ -18,7 +18,7 @@ from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.verification.runs import FAULTS, in_double, set_mode, shown
+from fxgrow.verification.forward import FAULTS, in_double, set_mode, shown
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain, TensorEdit
+from fxgrow.verification.forward import Mode, in_double, outputs_of, shown
 from fxgrow.verification.gradients import check_gradients
-from fxgrow.verification.runs import Mode, in_double, outputs_of, shown
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
 

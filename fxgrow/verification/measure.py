@@ -24,6 +24,7 @@ from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import BlockPlan, Plan, Scope
+from fxgrow.verification.forward import Mode
 from fxgrow.verification.judge import (
     Case,
     Judgement,
@@ -33,7 +34,6 @@ from fxgrow.verification.judge import (
     judge,
     notes_on,
 )
-from fxgrow.verification.runs import Mode
 
 _WORST_FIRST: tuple[Judgement, ...] = ("failed", "as predicted", "skipped", "preserved")
 

@@ -81,13 +81,10 @@ def select(
         _must_match(pattern, groups)
     chosen: dict[str, int] = {}
     refused: list[Refusal] = []
-    passed: list[ChannelGroup] = []  # those that could grow, or were asked for, and do not
+    passed: list[ChannelGroup] = []
     for group in groups:
-        width = next((w for glob, w in globs.items() if matches(group, glob)), None)
-        named = any(matches(group, glob) for glob in request.include)
-        if width is None or (request.include and not named):
-            continue
-        if any(matches(group, glob) for glob in request.exclude):
+        width = _asked_width(group, globs, request)
+        if width is None:
             continue
         if group.kind != "pinned" and request.where in ("all", group.kind):
             chosen[group.name] = new_width(
@@ -95,14 +92,20 @@ def select(
             )
             continue
         passed.append(group)
-        if group.kind != "pinned":
-            if named:
-                refused.append(Refusal(group.name, f"a {group.kind} group; ask for --where all"))
-        elif named or request.where == "all" or _is_unknown(group):
-            refused.append(Refusal(group.name, group.reason))
+        if request.include or (group.pin and (request.where == "all" or _is_unknown(group))):
+            reason = group.reason or f"a {group.kind} group; ask for --where all"
+            refused.append(Refusal(group.name, reason))
     if not chosen:
         raise _nothing_selected(len(groups), passed)
     return chosen, tuple(refused)
+
+
+def _asked_width(group: ChannelGroup, globs: Mapping[str, str], request: Request) -> str | None:
+    """Return the width that the globs of a request ask for, or None if they leave a group out."""
+    included = not request.include or any(matches(group, glob) for glob in request.include)
+    if not included or any(matches(group, glob) for glob in request.exclude):
+        return None
+    return next((width for glob, width in globs.items() if matches(group, glob)), None)
 
 
 def _is_unknown(group: ChannelGroup) -> bool:
@@ -132,11 +135,12 @@ def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError
     if len(order) > _SHOWN:
         told.append(f"and {len(order) - _SHOWN} more")
     why = f" {'; '.join(told)}." if told else ""
-    error = UnsupportedOperationError if order and _is_unknown(order[0]) else PlanError
-    return error(
+    unknown = bool(order) and _is_unknown(order[0])
+    see = "See `fxgrow inspect` for the groups, and --where, --include, --exclude."
+    return (UnsupportedOperationError if unknown else PlanError)(
         f"nothing to widen: the request selects none of the {count} channel groups.{why}",
         name=order[0].name if order else "",
-        way_out="See `fxgrow inspect` for the groups, and --where, --include, --exclude.",
+        way_out=f"To free it: {PinKind.NO_RULE.remedy}. {see}" if unknown else see,
     )
 
 
