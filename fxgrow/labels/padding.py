@@ -287,28 +287,33 @@ def layer_padding(flow: PaddingFlow, op: Operation, *, apart: bool = False) -> H
         op: a product with a weight, or a look-up in one.
         apart: parts of what it writes read different channels, and so do not sum over the same.
     """
-    passing = [value for value in flow.carriers(op) if not value.is_weight]
+    states = [flow.of(value) for value in flow.carriers(op) if not value.is_weight]
     weights = [value for value in flow.carriers(op) if value.is_weight]
-    states = [flow.of(value) for value in passing]
-    zero = bool(states) and all(held.what == "zero" for held in states)
-    for axis in (axis for value in op.inputs for axis in flow.axes_of(value, "reader")):
-        flow.free[axis] = flow.free.get(axis, True) and zero
-        if not zero:
-            why = next((held.why for held in states if held.why), "")
-            flow.reasons.setdefault(axis, why or f"{op.place} reads them by themselves")
+    _note_readers(flow, op, states)
     if not any(map(flow.carries, op.outputs)):
         return Held(None)
     axes = [axis for value in weights for axis in flow.axes_of(value, "writer")]
     if not axes:
         return _passed(flow, op, states, weights)
-    whole = all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
-    fits = (whole and not apart) or flow.holds == "zero"
-    if not (fits and all(flow.of(value).what == flow.holds for value in weights)):
+    whole = not apart and all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
+    if not (whole or flow.holds == "zero"):
+        return flow.lost(op)
+    if any(flow.of(value).what != flow.holds for value in weights):
         return flow.lost(op)
     flow.filled.update(axes)
     for value in weights:
         flow.fill(value)
     return Held(flow.holds)
+
+
+def _note_readers(flow: PaddingFlow, op: Operation, states: Sequence[Held]) -> None:
+    """Note whether all is zero that the group's readers in an operation read."""
+    zero = bool(states) and all(held.what == "zero" for held in states)
+    why = next((held.why for held in states if held.why), f"{op.place} reads them by themselves")
+    for axis in (axis for value in op.inputs for axis in flow.axes_of(value, "reader")):
+        flow.free[axis] = flow.free.get(axis, True) and zero
+        if not zero:
+            flow.reasons.setdefault(axis, why)
 
 
 def _passed(
