@@ -27,12 +27,18 @@ from fxgrow.modules.calling import map_tensors, tensors_in
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
-    # What turns a tensor in place must not turn the layers that other values share.
-    torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int,
-    torch.ops.aten.t_.default: torch.ops.aten.t.default,
-    torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim,
-    torch.ops.aten.unsqueeze_.default: torch.ops.aten.unsqueeze.default,
 }
+
+
+def _on_labels(step: Step) -> Callable[..., Any]:
+    """Return what does to layers what an operation does to data.
+
+    What turns a tensor in place must not turn the layers that other values share.
+    """
+    if step.traits.is_mutable:
+        functional: Callable[..., Any] = getattr(torch.ops.aten, step.target._opname.rstrip("_"))
+        return functional
+    return _ON_LABELS.get(step.target, step.target)
 
 
 def alters(step: Step) -> str:
@@ -75,7 +81,7 @@ def movement(step: Step) -> tuple[Layers, ...]:
     if step.traits.name in COPIES:
         return (step.layers(operands[0]),)
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
-    move = _ON_LABELS.get(step.target, step.target)
+    move = _on_labels(step)
     out: list[list[Layer]] = [[] for _ in step.outputs]
     for cluster in clusters([step.layers(tensor) for tensor in operands]):
         layers = [

@@ -80,11 +80,12 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
         return found
 
-    def enter_input(self, tensor: Tensor) -> None:
-        """Announce an input of the network."""
-        self._enter(tensor, (), is_input=True)
+    def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
+        """Announce an input of the network, and the labels that it brings along."""
+        self._enter(tensor, layers, is_input=True)
 
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
+        layers = layers if tensor.numel() else ()  # what has no entries has no channels
         value = Value(len(self.tape.values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         self.tape.values.append(value)
         self._values[id(tensor)] = value

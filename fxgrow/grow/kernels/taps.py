@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 
 Sizes: TypeAlias = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -116,7 +116,7 @@ def check_size(size: str) -> None:
         PlanError: it cannot.
     """
     if _SIZE.fullmatch(size.strip()) is None:
-        raise PlanError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
+        raise UsageError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
 
 
 def enlarged(old: Convolution, kernel: Sizes) -> Enlarged | str:

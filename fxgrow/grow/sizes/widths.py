@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError
+from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError, UsageError
 from fxgrow.labels.pins import PinKind
 from fxgrow.plan.schema import Refusal, Request
 
@@ -36,13 +36,13 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
     """
     match = _WIDTH.fullmatch(width.strip())
     if match is None or (match["sign"] and match["ratio"]):
-        raise PlanError(f"the width {width!r} cannot be read.", way_out=_FORMS)
+        raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)
     number = Fraction(match["number"])
     if match["ratio"]:
         wanted = number * old
         asked = (wanted + Fraction(1, 2)).__floor__()
     elif number.denominator != 1:
-        raise PlanError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
+        raise UsageError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
     else:
         asked = int(number) + (old if match["sign"] else 0)
     if asked < old:
@@ -74,7 +74,7 @@ def select(
         UnsupportedOperationError: nothing is left, because of an operation without a rule.
     """
     if request.multiple_of < 1:
-        raise PlanError(f"multiple_of must be at least 1, not {request.multiple_of}.")
+        raise UsageError(f"multiple_of must be at least 1, not {request.multiple_of}.")
     per_glob = isinstance(request.width, dict)
     globs = request.width if isinstance(request.width, dict) else {"*": request.width}
     for pattern in (*request.include, *request.exclude, *(globs if per_glob else ())):
@@ -181,4 +181,4 @@ def checked_widths(width: str | Mapping[str, str]) -> str | dict[str, str]:
         return width
     if isinstance(width, Mapping) and width and all(isinstance(v, str) for v in width.values()):
         return {str(glob): str(value) for glob, value in width.items()}
-    raise PlanError(f"the width {width!r} cannot be read.", way_out=_FORMS)
+    raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)

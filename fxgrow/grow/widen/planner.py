@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxgrow.apply.module import fingerprint
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
 from fxgrow.grow.norms.gains import propagate_gains
@@ -43,7 +43,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         PlanError: the request is malformed or nothing that it selects can grow.
     """
     if not (request.noise >= 0 and math.isfinite(request.noise)):
-        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+        raise UsageError(f"the noise must not be negative, but it is {request.noise}.")
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
     found = feasible(attempts_for(analysis, request), widths)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fxgrow.labels.gains import Gain, GainFlow, not_homogeneous
 from fxgrow.labels.layers import Layers, along, core, support
-from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.padding import Held, PaddingFlow, layer_padding
 from fxgrow.labels.pins import PinKind
-from fxgrow.labels.rules.products import gain_with_bias, layer_padding
+from fxgrow.labels.rules.products import gain_with_bias
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation
@@ -18,7 +18,7 @@ from fxgrow.labels.tape import Operation
 
 def convolution_padding(flow: PaddingFlow, op: Operation) -> Held:
     """As for any layer; the groups of a grouped one read different channels."""
-    return layer_padding(flow, op, bias=2, apart=op.args[8] > 1)
+    return layer_padding(flow, op, apart=op.args[8] > 1)
 
 
 @rule(
@@ -96,7 +96,7 @@ def deformable_gain(flow: GainFlow, op: Operation) -> Gain:
     return gain_with_bias(flow, op, x=0, weight=1, bias=4)
 
 
-@rule("torchvision.deform_conv2d", gain=deformable_gain, padding=partial(layer_padding, bias=4))
+@rule("torchvision.deform_conv2d", gain=deformable_gain)
 def deformable_convolution(step: Step) -> tuple[Layers, ...]:
     """A convolution that samples where its offsets say: these are positions, not channels."""
     x, weight, offset, mask, bias = step.args[:5]

@@ -8,7 +8,6 @@ from fxgrow.labels.gains import agree
 from fxgrow.labels.layers import Layer, Layers, clusters, core, support
 from fxgrow.labels.padding import joined
 from fxgrow.labels.pins import PinKind
-from fxgrow.labels.rules.products import layer_padding
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 
@@ -82,7 +81,7 @@ def embedding_bag(step: Step) -> tuple[Layers, ...]:
     return (layers, *(() for _ in step.outputs[1:]))
 
 
-@rule("aten.embedding", padding=layer_padding)
+@rule("aten.embedding")
 def embedding(step: Step) -> tuple[Layers, ...]:
     """Look rows of a table up: its columns are what it writes."""
     weight = step.args[0]

@@ -1,8 +1,7 @@
 """Matrix products: where channels are written and read.
 
 Gain: that of a product is the product of its factors' gains, and a bias that is a parameter takes
-it too. Padding: what a weight writes is filled, what it reads is noted, and zero times anything
-is zero.
+it too.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from fxgrow.labels.gains import Gain, GainFlow, same
 from fxgrow.labels.layers import Layer, Layers, core, cover, narrowed, support
-from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.padding import layer_padding
 from fxgrow.labels.pins import PinKind
-from fxgrow.labels.rules.arithmetic import product_gain, zero_times
+from fxgrow.labels.rules.arithmetic import product_gain
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
@@ -50,81 +49,6 @@ def with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: obje
     return Gain(taken.scale, sources)
 
 
-# ── padding ───────────────────────────────────────────────────────────────────────────────────
-
-
-def layer_padding(
-    flow: PaddingFlow, op: Operation, *, bias: int | None = None, apart: bool = False
-) -> Held:
-    """What is written is filled; what is read by any weight is noted; what passes, passes.
-
-    Args:
-        flow: the state.
-        op: a product, or a look-up.
-        bias: position of a bias among its arguments.
-        apart: parts of what it writes read different channels, and so do not sum over the same.
-    """
-    passing = [value for value in flow.carriers(op) if not value.is_weight]
-    _note_readers(flow, op, [flow.of(value) for value in passing])
-    if not any(map(flow.carries, op.outputs)):
-        return Held(None)
-    weights = [value for value in flow.carriers(op) if value.is_weight]
-    axes = [axis for value in weights for axis in flow.axes_of(value, "writer")]
-    if axes:
-        return _written(flow, op, axes, weights, None if bias is None else op.args[bias], apart)
-    return _passed(flow, op, passing, weights)
-
-
-def _note_readers(flow: PaddingFlow, op: Operation, states: Sequence[Held]) -> None:
-    """Note whether all is zero that the group's readers in an operation read."""
-    for value in op.inputs:
-        for axis in flow.axes_of(value, "reader"):
-            zero = bool(states) and all(held.what == "zero" for held in states)
-            flow.free[axis] = flow.free.get(axis, True) and zero
-            if not zero:
-                why = next((held.why for held in states if held.why), "")
-                flow.reasons.setdefault(axis, why or f"{op.place} reads them by themselves")
-
-
-def _written(
-    flow: PaddingFlow,
-    op: Operation,
-    axes: Sequence[int],
-    weights: Sequence[Value],
-    bias: object,
-    apart: bool,
-) -> Held:
-    """Have new rows filled, where what they then write is what the rows are."""
-    parts = [value for value in (*weights, bias) if isinstance(value, Value)]
-    whole = all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
-    filled = (whole and not apart) or flow.holds == "zero"
-    if not (filled and all(flow.of(value).what == flow.holds for value in parts)):
-        return flow.lost(op)
-    flow.filled.update(axes)
-    flow.fill(bias)
-    return Held(flow.holds)
-
-
-def _passed(
-    flow: PaddingFlow, op: Operation, passing: Sequence[Value], weights: Sequence[Value]
-) -> Held:
-    """Return what is held after a product over another dim, or by a kernel for each channel."""
-    states = [flow.of(value) for value in passing]
-    if len(passing) == 1 and len(op.inputs) == 2 and not weights:
-        return states[0]  # another dim is contracted, without a bias
-    every = len(passing) + len(weights) == len(op.inputs)
-    nothing = zero_times(flow, op, [*passing], states) if every else None
-    if nothing is None:
-        return next((held for held in states if held.why), flow.lost(op))
-    # A depthwise kernel and its bias accompany them, or it is of heads.
-    biases = [value for value in weights if value is not op.args[1]]
-    if biases and flow.holds != "zero":
-        return flow.lost(op)
-    for value in biases:
-        flow.fill(value)
-    return nothing
-
-
 # ── labels ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -151,7 +75,7 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     return (tuple(kept) if left.ndim > 1 else (),)
 
 
-@rule("aten.addmm", "aten.baddbmm", gain=gain_with_bias, padding=partial(layer_padding, bias=0))
+@rule("aten.addmm", "aten.baddbmm", gain=gain_with_bias, padding=layer_padding)
 def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     """``bias + (M, K) @ (K, N)``: what ``nn.Linear`` runs."""
     bias, left, right = step.args[:3]
@@ -256,7 +180,7 @@ def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
     return not value.parameter and len(value.origins) == 1 and value.is_view
 
 
-@rule("aten._trilinear", gain=partial(product_gain, reads=True), padding=layer_padding)
+@rule("aten._trilinear", gain=partial(product_gain, reads=True))
 def trilinear(step: Step) -> tuple[Layers, ...]:
     """The sum over some dims of a product of three, broadcast: what ``nn.Bilinear`` runs."""
     *factors, expand1, expand2, expand3, summed = step.args[:7]
