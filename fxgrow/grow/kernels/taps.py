@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import UsageError
 
 Sizes: TypeAlias = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -89,7 +89,7 @@ def new_kernel(size: str, old: Sizes) -> Sizes | str:
         old: the present kernel.
 
     Raises:
-        PlanError: the specification is malformed.
+        UsageError: the specification is malformed.
 
     Example:
         >>> new_kernel("5", (3, 3)), new_kernel("5x3", (3, 3)), new_kernel("+2", (1, 7))
@@ -113,7 +113,7 @@ def check_size(size: str) -> None:
     """Return if a specification can be read.
 
     Raises:
-        PlanError: it cannot.
+        UsageError: it cannot.
     """
     if _SIZE.fullmatch(size.strip()) is None:
         raise UsageError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
