@@ -96,9 +96,9 @@ class Channels:
         return self.of_axis(places.index((weight, 0))).reshape(self.norm_groups[weight], -1)
 
     @cached_property
-    def deeds(self) -> tuple[tuple[str, IntArray], ...]:
+    def history(self) -> tuple[tuple[str, IntArray], ...]:
         """For each operation that altered values, in order, what it did and to which labels."""
-        return tuple((deed, core(x, support(x)).numpy().ravel()) for deed, x in self.noted)
+        return tuple((done, core(x, support(x)).numpy().ravel()) for done, x in self.noted)
 
     @cached_property
     def rows(self) -> Rows:
@@ -145,14 +145,14 @@ class Channels:
         first = np.asarray([axis.start for axis in self.axes], dtype=np.int64)
         return first[self.axis_of_row] + self.position_of_row
 
-    def ranks(self, treatment: HashArray) -> IntArray:
+    def ranks(self, row_hashes: HashArray) -> IntArray:
         """Return, for each row, how many rows of the same axis and channel come before it.
 
         Args:
-            treatment: for each label a number that tells its row from others of its channel.
+            row_hashes: for each label a number that tells its row from others of its channel.
         """
-        treated = treatment[self.label_of_row]
-        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
+        hashes = row_hashes[self.label_of_row]
+        order = np.lexsort((self.position_of_row, hashes, self.channel, self.axis_of_row))
         axis, channel = self.axis_of_row[order], self.channel[order]
         fresh = np.ones(len(order), dtype=bool)
         fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
@@ -204,7 +204,7 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
-        noted=tuple(space.deeds),
+        noted=tuple(space.history),
         first_labels=np.asarray([axis.start for axis in space.axes], dtype=np.int64),
     )
 
