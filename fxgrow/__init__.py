@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from fxgrow.plan.pairing import apply_pairing as apply_pairing
     from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
-    from fxgrow.verify.judge import Verification as Verification
-    from fxgrow.verify.measure import verify as verify
+    from fxgrow.verification.judge import Verification as Verification
+    from fxgrow.verification.measure import verify as verify
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api.widen"),
@@ -71,8 +71,8 @@ _HOMES: dict[str, str] = {
     "grow_optimizer_": "fxgrow.files.optimizer.growth",
     "Plan": "fxgrow.plan.schema",
     **dict.fromkeys(("Inspection", "Report"), "fxgrow.api.report.data"),
-    "Verification": "fxgrow.verify.judge",
-    "verify": "fxgrow.verify.measure",
+    "Verification": "fxgrow.verification.judge",
+    "verify": "fxgrow.verification.measure",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -23,8 +23,8 @@ from fxgrow.modules.standin import float64_copy, stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name, init_of_plan
 from fxgrow.plan.schema import Plan, Request
-from fxgrow.verify.judge import Case, Verification, judge, notes_on
-from fxgrow.verify.measure import judged_modes, told
+from fxgrow.verification.judge import Case, Verification, judge, notes_on
+from fxgrow.verification.measure import judged_modes, told
 
 
 @exclusive

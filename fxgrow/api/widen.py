@@ -26,8 +26,8 @@ from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.rescaling import gain_value
 from fxgrow.plan.schema import Grouped, Plan, Request, Where
-from fxgrow.verify.judge import Verification
-from fxgrow.verify.measure import failure, measure, variance
+from fxgrow.verification.judge import Verification
+from fxgrow.verification.measure import failure, measure, variance
 
 Progress: TypeAlias = Callable[[str], None]
 

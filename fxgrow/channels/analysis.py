@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 from torch import Tensor, fx
 
 from fxgrow.channels.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels.channels import Channels, resolve
-from fxgrow.channels.groups import ChannelGroup, find_groups
+from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
-from fxgrow.labels.tape import Tape, Value
+from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import stand_in
 
@@ -67,6 +68,42 @@ class Analysis:
     def _block_of_layer(self) -> dict[str, str]:
         """The first residual block that each layer is a part of the branch of."""
         return {layer: block.name for block in reversed(self.blocks) for layer in block.layers}
+
+    @cached_property
+    def _operations(self) -> dict[str, list[Operation]]:
+        """The operations that touch each channel group, by its name, in order."""
+        group_of = group_of_channel(self.channels, self.groups)
+        touched: dict[int, tuple[int, ...]] = {}  # groups by value
+        found: dict[str, list[Operation]] = {group.name: [] for group in self.groups}
+        for op in self.tape.operations:
+            own: set[int] = set()
+            for value in op.inputs:
+                if value.layers and value.index not in touched:
+                    groups = np.unique(group_of[self.channels.of_layers(value.layers)])
+                    touched[value.index] = tuple(groups[groups >= 0].tolist())
+                own.update(touched.get(value.index, ()))
+            for index in own:
+                found[self.groups[index].name].append(op)
+        return found
+
+    def operations_of(self, group: ChannelGroup) -> Sequence[Operation]:
+        """Return the operations that get any channel of a group, in order of execution."""
+        return self._operations[group.name]
+
+    @cached_property
+    def _mixers(self) -> dict[str, list[str]]:
+        """Where operations over several channels ran, by the name of each group among these."""
+        group_of = group_of_channel(self.channels, self.groups)
+        found: dict[str, list[str]] = {}
+        for mixer in self.channels.mixers:
+            for index in np.unique(group_of[mixer.channels]).tolist():
+                if index >= 0:
+                    found.setdefault(self.groups[index].name, []).append(mixer.place)
+        return found
+
+    def mixers_of(self, group: ChannelGroup) -> Sequence[str]:
+        """Return where operations ran that depend on several of a group's channels together."""
+        return self._mixers.get(group.name, ())
 
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""

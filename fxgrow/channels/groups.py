@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fxgrow.channels.channels import Channels
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.space import Axis
+from fxgrow.modules.tensors import layer_of as layer_of
 
 Kind = Literal["hidden", "stream", "pinned"]
 
@@ -57,19 +58,6 @@ class ChannelGroup:
             return str(self.width)
         whole = self.width % count == 0
         return f"{count} × {self.width // count} rows" if whole else f"{count} in {self.width} rows"
-
-
-def layer_of(tensor: str) -> str:
-    """Return the layer that owns a parameter: ``layer1.0.conv1`` for its ``.weight``.
-
-    Example:
-        >>> layer_of("layer1.0.conv1.weight"), layer_of("class_token")
-        ('layer1.0.conv1', 'class_token')
-        >>> layer_of("fc.parametrizations.weight.original0")
-        'fc'
-    """
-    owner, _, parametrized = tensor.partition(".parametrizations.")
-    return owner if parametrized else tensor.rpartition(".")[0] or tensor
 
 
 def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ...]:

@@ -85,7 +85,7 @@ def verify(
         from fxgrow.api.report.data import plain
         from fxgrow.api.report.tables import verification_table
         from fxgrow.files.checkpoint.reading import about
-        from fxgrow.verify.measure import verify as verify_models
+        from fxgrow.verification.measure import verify as verify_models
 
         opened = run.open(before, arch, arch_arg, trust_pickle=trust_pickle)
         other = run.open(after, arch, arch_arg, trust_pickle=trust_pickle)

@@ -20,7 +20,7 @@ from fxgrow.files.checkpoint.formats import FORMATS
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
-from fxgrow.verify.judge import NATIVE_FACTOR
+from fxgrow.verification.judge import NATIVE_FACTOR
 
 
 def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:

@@ -8,7 +8,6 @@ of its operands where they broadcast together.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,16 +15,13 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
-from fxgrow.labels.operators import COPIES, aten
-from fxgrow.labels.rules import Step
+from fxgrow.labels.operators import COPIES
+from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Value
 from fxgrow.modules.calling import map_tensors, tensors_in
 
-# Of weights: linear; linear in each operand; linear if the operands stem from the same parameter.
-LINEAR = aten("neg sum mean cat index gather embedding constant_pad_nd cumsum")
-PRODUCTS = aten("mul div mm bmm")
-SUMS = aten("add sub")
 # A layer is expanded, hence not contiguous: where the data could be viewed, its labels are copied.
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
@@ -62,15 +58,14 @@ def is_curved(step: Step, weights: Sequence[Value]) -> bool:
     """Return whether an operation on weights alone is not linear in each parameter, or one was."""
     if any(value.is_curved for value in weights):
         return True
-    name = step.traits.name
-    if step.traits.is_movement or name in LINEAR:
+    if step.traits.is_movement:
         return False
-    origins = [set(value.origins) for value in weights]
-    if name in PRODUCTS:  # linear in each of several, not in a square
-        return any(a & b for a, b in itertools.combinations(origins, 2))
-    if name in SUMS and not any(isinstance(a, float) for a in step.args):
-        return any(mine != origins[0] for mine in origins) or not origins[0]
-    return bool(set().union(*origins))
+    numbers = [v for v in weights if v.dtype.is_floating_point or v.dtype.is_complex]
+    origins = dict.fromkeys(name for value in numbers for name in value.origins)
+    return any(
+        not ask.is_linear(step.call, [value for value in numbers if name in value.origins])
+        for name in origins
+    )
 
 
 def movement(step: Step) -> tuple[Layers, ...]:

@@ -55,6 +55,7 @@ class Traits:
         is_commutative: its operands may change places.
         is_factory: it makes a tensor of its own.
         is_uniform: it makes a tensor with one value everywhere.
+        is_likeness: it makes a tensor in the image of another, whatever that holds.
         is_padding: it puts one constant beside what it gets.
         places: position of each argument by its name in the schema.
     """
@@ -68,6 +69,7 @@ class Traits:
     is_commutative: bool
     is_factory: bool
     is_uniform: bool
+    is_likeness: bool
     is_padding: bool
     places: dict[str, int]
 
@@ -87,6 +89,7 @@ def traits_of(target: OpOverload) -> Traits:
         is_commutative=name in COMMUTATIVE,
         is_factory=name in FACTORIES,
         is_uniform=name in UNIFORM,
+        is_likeness=name in LIKENESSES,
         is_padding=name == "aten.constant_pad_nd",
         places={argument.name: place for place, argument in enumerate(target._schema.arguments)},
     )

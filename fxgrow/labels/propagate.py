@@ -14,8 +14,9 @@ from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
-from fxgrow.labels.rules import RULES, Step
+from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
+from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
@@ -83,7 +84,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._enter(tensor, (), is_input=True)
 
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
-        value = Value(len(self.tape.values), tuple(tensor.shape), layers, **facts)
+        value = Value(len(self.tape.values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         self.tape.values.append(value)
         self._values[id(tensor)] = value
         self._alive.append(tensor)
@@ -174,8 +175,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
         rule = RULES.get(step.traits.name)
-        if rule is not None:
-            return rule(step)
+        if rule is not None and rule.labels is not None:
+            return rule.labels(step)
         if step.traits.is_movement:
             try:
                 return generic.movement(step)

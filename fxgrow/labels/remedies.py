@@ -9,6 +9,7 @@ from __future__ import annotations
 # A phrase of the reason and what would be needed; the first phrase found counts.
 REMEDIES: tuple[tuple[str, str], ...] = (
     ("an output of the network", "nothing to do: fxgrow never changes what the network returns"),
+    (" is the same tensor, outside of ", "follow the whole network: no --module"),
     ("no rule for ", "register a rule for the operation: see fxgrow.labels.rules"),
     (
         "tied weights",

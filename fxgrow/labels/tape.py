@@ -20,7 +20,7 @@ class Value:
 
     Attributes:
         index: its place on the tape's ``values``.
-        shape: its shape.
+        shape, dtype: of the tensor.
         layers: its label layers.
         producer: index of the operation that computed it, or None for inputs and parameters.
         parameter: fully qualified name if it is a parameter or buffer, else "".
@@ -37,6 +37,7 @@ class Value:
 
     index: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
     layers: Layers
     producer: int | None = None
     parameter: str = ""
@@ -77,6 +78,11 @@ class Operation:
     def name(self) -> str:
         """The operator's name without namespace, overload and in-place mark: ``"relu"``."""
         return self.target._opname.rstrip("_")
+
+    @property
+    def place(self) -> str:
+        """Where it ran, for reasons: ``"relu at layer1.0"``."""
+        return f"{self.name} at {self.module or self.node or 'the top level'}"
 
     @property
     def parameters(self) -> tuple[str, ...]:

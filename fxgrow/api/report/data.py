@@ -10,7 +10,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.explain import Explanation, explain
 from fxgrow.labels.remedies import remedy_for
 from fxgrow.plan.schema import Plan
-from fxgrow.verify.judge import Verification
+from fxgrow.verification.judge import Verification
 from fxgrow.version import __version__
 
 REPORT_SCHEMA = 1

@@ -21,7 +21,7 @@ from rich.text import Text
 from fxgrow.api.report.changes import blocks_line, blocks_table, kernels_line, kernels_table
 from fxgrow.api.report.layout import indented, name_list, new_table, some, verdict_text
 from fxgrow.plan.schema import GroupPlan, Plan, Refusal
-from fxgrow.verify.judge import TOLERANCE, Verification
+from fxgrow.verification.judge import TOLERANCE, Verification
 
 if TYPE_CHECKING:
     from fxgrow.grow.convert.planner import Possible

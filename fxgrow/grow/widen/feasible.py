@@ -18,12 +18,12 @@ from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
 from fxgrow.grow.norms.mixers import Mixed, mixed_groups
 from fxgrow.grow.norms.padding import Surplus, find_surplus, follow_surplus
-from fxgrow.grow.norms.padding_flow import SurplusFlow
 from fxgrow.grow.norms.zero_channels import Silence, follow_silence
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.padding import PaddingFlow
 from fxgrow.plan.pairing import Pairing
 from fxgrow.plan.schema import Grouped, Refusal
 
@@ -72,8 +72,8 @@ class Attempts:
     pairing: Pairing
     with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     scale_writers: bool = True
-    _flows: dict[str, SurplusFlow | PlanError] = field(default_factory=dict)
-    _silences: dict[str, Silence | PlanError] = field(default_factory=dict)
+    _flows: dict[str, PaddingFlow] = field(default_factory=dict)
+    _silences: dict[str, Silence | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
 
     def silent(
@@ -90,8 +90,8 @@ class Attempts:
             if group.name not in self._silences:
                 self._silences[group.name] = follow_silence(self.analysis, group)
             silence = self._silences[group.name]
-            if isinstance(silence, PlanError):
-                problems[group.name] = silence.message.rstrip(".")
+            if isinstance(silence, str):
+                problems[group.name] = silence
             else:
                 found[group.name] = silence
         return found, problems
@@ -114,21 +114,15 @@ class Attempts:
                 )
         return found
 
-    def surplus(self, group: ChannelGroup, width: int) -> Surplus:
-        """Return how a group grows by more than whole copies; its run is followed once.
+    def surplus(self, group: ChannelGroup, width: int) -> Surplus | str:
+        """Return how a group grows by more than whole copies, or why it cannot.
 
-        Raises:
-            PlanError: it cannot; the message says why.
+        Its run is followed once.
         """
         if group.name not in self._flows:
-            try:
-                self._flows[group.name] = follow_surplus(self.analysis, group)
-            except PlanError as error:
-                self._flows[group.name] = error
+            self._flows[group.name] = follow_surplus(self.analysis, group)
         flow = self._flows[group.name]
-        if isinstance(flow, PlanError):
-            raise flow
-        return find_surplus(flow, width)
+        return flow.refusal or find_surplus(flow, group, width)
 
     def make(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
         """Return what comes of some widths; those that no count allows are refused.

@@ -14,12 +14,12 @@ from fxgrow.channels.groups import ChannelGroup, layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
-from fxgrow.grow.norms.gain_flow import Absorbed, GainFlow, Mismatch
 from fxgrow.grow.norms.gains import propagate_gains
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded

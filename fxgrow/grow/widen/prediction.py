@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
-from fxgrow.grow.norms.gain_flow import GainFlow, Mismatch
+from fxgrow.labels.gains import GainFlow, Mismatch
 from fxgrow.labels.graphs import operands_from
 from fxgrow.labels.operators import MOVEMENTS, operator_name
 from fxgrow.labels.tape import Tape

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxgrow.labels.gains import agree
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
-from fxgrow.labels.rules.step import Step, rule
+from fxgrow.labels.padding import joined
+from fxgrow.labels.rules.record import RULES, OpRule, rule
+from fxgrow.labels.step import Step
 
 
-@rule("aten.cat")
+@rule("aten.cat", gain=agree, padding=joined)
 def concatenate(step: Step) -> tuple[Layers, ...]:
     """Join the layers of each tensor.
 
@@ -96,43 +99,6 @@ def triangle(step: Step) -> tuple[Layers, ...]:
     return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
 
 
-@rule("aten.index")
-def index(step: Step) -> tuple[Layers, ...]:
-    """Look positions up in some dims: labels along the others pass."""
-    x, indices = step.args[:2]
-    shape = step.outputs[0].shape
-    looked_up = [dim for dim, found in enumerate(indices) if found is not None]
-    width = max(indices[dim].ndim for dim in looked_up)
-    boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
-    apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
-    if boolean or apart:
-        return step.give_up("looked up by a mask or in dims apart")
-    out: list[Layer] = []
-    for layer in step.layers(x):
-        if support(layer) & set(looked_up):
-            step.pin((layer,), "looked up by index")
-            continue
-        for dim in reversed(looked_up):
-            layer = layer.select(dim, 0)
-        for _ in range(width):
-            layer = layer.unsqueeze(looked_up[0])
-        out.append(layer.expand(shape))
-    return (tuple(out),)
-
-
-@rule("aten.gather", "aten.index_select", "aten.take_along_dim")
-def gather(step: Step) -> tuple[Layers, ...]:
-    """Look positions up along one dim: labels along the others pass."""
-    x, dim = step.args[0], step.args[1] % max(step.args[0].ndim, 1)
-    out: list[Layer] = []
-    for layer in step.layers(x):
-        if dim in support(layer):
-            step.pin((layer,), "looked up by index")
-        else:
-            out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
-    return (tuple(out),)
-
-
 @rule("aten.copy")
 def copy(step: Step) -> tuple[Layers, ...]:
     """Written over: the destination's channels are the source's."""
@@ -157,3 +123,6 @@ def copy(step: Step) -> tuple[Layers, ...]:
             step.space.unify(old.contiguous(), new.contiguous())
             out.append(torch.where(new != 0, new, old).expand(shape))
     return (tuple(out),)
+
+
+RULES.register("aten.stack")(OpRule(gain=agree, padding=joined))

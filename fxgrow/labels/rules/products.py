@@ -1,85 +1,133 @@
-"""Convolutions, matrix products and look-ups: where channels are written and read."""
+"""Matrix products: where channels are written and read.
+
+Gain: that of a product is the product of its factors' gains, and a bias that is a parameter takes
+it too. Padding: what a weight writes is filled, what it reads is noted, and zero times anything
+is zero.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from torch import Tensor
 
-from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
-from fxgrow.labels.rules.step import Step, rule
+from fxgrow.labels.gains import Gain, GainFlow, same
+from fxgrow.labels.layers import Layer, Layers, core, cover, narrowed, support
+from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.rules.arithmetic import product_gain, zero_times
+from fxgrow.labels.rules.record import rule
+from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation, Value
+
+# ── gain ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@rule("aten.convolution")
-def convolution(step: Step) -> tuple[Layers, ...]:
-    """Contract input channels with the weight's input axis; write its output axis."""
-    x, weight, bias = step.args[:3]
-    transposed, groups = bool(step.args[6]), int(step.args[8])
-    kernel = step.value(weight)
-    taken = weight.shape[0] if transposed else groups * weight.shape[1]
-    if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
-        raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
-    if not kernel.is_weight:
-        return step.give_up("a convolution whose kernel is computed from data")
-    depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
-    depthwise = depthwise and weight.shape[1] == 1
-    if groups > 1 and not depthwise and (transposed or not kernel.parameter):
-        kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(f"a grouped convolution, {kind}")
-    if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
-        return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), "a convolution over these positions")
-    incoming = step.line(x, 1)
-
-    rows, columns = (1, 0) if transposed else (0, 1)
-    if depthwise:
-        rows = 0  # transposed or not, a depthwise weight is (channels, 1, …)
-    if groups > 1 and kernel.parameter:
-        step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
-    outgoing = step.line(weight, rows)
-    if depthwise:
-        if outgoing is not None and incoming is not None:
-            step.space.unify(outgoing, incoming)
-            step.space.mark(outgoing, "carrier")
-    else:
-        if groups > 1:
-            size = groups * weight.shape[1]
-            read: Tensor | None = step.space.axis(kernel.parameter, 1, size, groups)
-        else:
-            read = step.line(weight, columns)
-        if read is not None:
-            step.read(read, kernel)
-            if incoming is not None:
-                step.space.unify(read, incoming)
-        elif incoming is not None:
-            step.pin((incoming,), "convolved with a kernel of fixed width")
-        if outgoing is not None:
-            step.space.mark(outgoing, "writer")
-    if bias is not None and outgoing is not None:
-        step.accompany(bias, outgoing, "draw")
-    shape = step.outputs[0].shape
-    out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
-    if outgoing is not None:
-        out.append(along(outgoing, 1, shape))
-    return (tuple(out),)
+def gain_with_bias(
+    flow: GainFlow, op: Operation, *, x: int = 1, weight: int = 2, bias: int = 0
+) -> Gain:
+    """The product of input and weight gains; the bias follows. Arguments are given by position."""
+    return with_bias(flow, op, op.args[x], op.args[weight], op.args[bias])
 
 
-def _depthwise_in_heads(
-    step: Step, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Layers, ...]:
-    """Filter heads that lie in the batch dim: a kernel for each position in a head, alike for all.
+def with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: object) -> Gain:
+    """Return the gain of a product plus a bias, which takes it, or parts from it."""
+    gain = flow.undo(weight, flow.of(x)).times(flow.of(weight))
+    if bias is None or flow.follow(bias, gain):
+        return gain
+    # The sum is what the old one would be for an input times gain / own, all of it times own.
+    taken = flow.taken_by(bias)
+    if isinstance(bias, Value) and not bias.is_weight:
+        taken = flow.of(bias)
+        if same(taken.scale, gain.scale):
+            return gain
+    sources = gain.sources | taken.sources
+    why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
+    if not same(taken.scale, 1.0):
+        why += f", having taken one of {taken.scale:.6g} where it is used as well"
+    flow.part_ways(op, x, Gain(gain.scale / taken.scale, sources), "no", why)
+    return Gain(taken.scale, sources)
 
-    These kernels are to the heads what the weight of a norm over their positions is.
+
+# ── padding ───────────────────────────────────────────────────────────────────────────────────
+
+
+def layer_padding(
+    flow: PaddingFlow, op: Operation, *, bias: int | None = None, apart: bool = False
+) -> Held:
+    """What is written is filled; what is read by any weight is noted; what passes, passes.
+
+    Args:
+        flow: the state.
+        op: a product, or a look-up.
+        bias: position of a bias among its arguments.
+        apart: parts of what it writes read different channels, and so do not sum over the same.
     """
-    found = step.beside(x, (0, 1), "a convolution over these positions")
-    step.space.convolution_groups[step.value(weight).parameter] = 0
-    for layer in found:
-        if 1 in support(layer):
-            step.accompany_each(weight, layer, 1, "draw")
-            step.accompany_each(bias, layer, 1, "draw")
-    shape = step.outputs[0].shape
-    return (tuple(layer.expand(shape) for layer in found),)
+    passing = [value for value in flow.carriers(op) if not value.is_weight]
+    _note_readers(flow, op, [flow.of(value) for value in passing])
+    if not any(map(flow.carries, op.outputs)):
+        return Held(None)
+    weights = [value for value in flow.carriers(op) if value.is_weight]
+    axes = [axis for value in weights for axis in flow.axes_of(value, "writer")]
+    if axes:
+        return _written(flow, op, axes, weights, None if bias is None else op.args[bias], apart)
+    return _passed(flow, op, passing, weights)
 
 
-@rule("aten.mm", "aten.bmm")
+def _note_readers(flow: PaddingFlow, op: Operation, states: Sequence[Held]) -> None:
+    """Note whether all is zero that the group's readers in an operation read."""
+    for value in op.inputs:
+        for axis in flow.axes_of(value, "reader"):
+            zero = bool(states) and all(held.what == "zero" for held in states)
+            flow.free[axis] = flow.free.get(axis, True) and zero
+            if not zero:
+                why = next((held.why for held in states if held.why), "")
+                flow.reasons.setdefault(axis, why or f"{op.place} reads them by themselves")
+
+
+def _written(
+    flow: PaddingFlow,
+    op: Operation,
+    axes: Sequence[int],
+    weights: Sequence[Value],
+    bias: object,
+    apart: bool,
+) -> Held:
+    """Have new rows filled, where what they then write is what the rows are."""
+    parts = [value for value in (*weights, bias) if isinstance(value, Value)]
+    whole = all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
+    filled = (whole and not apart) or flow.holds == "zero"
+    if not (filled and all(flow.of(value).what == flow.holds for value in parts)):
+        return flow.lost(op)
+    flow.filled.update(axes)
+    flow.fill(bias)
+    return Held(flow.holds)
+
+
+def _passed(
+    flow: PaddingFlow, op: Operation, passing: Sequence[Value], weights: Sequence[Value]
+) -> Held:
+    """Return what is held after a product over another dim, or by a kernel for each channel."""
+    states = [flow.of(value) for value in passing]
+    if len(passing) == 1 and len(op.inputs) == 2 and not weights:
+        return states[0]  # another dim is contracted, without a bias
+    every = len(passing) + len(weights) == len(op.inputs)
+    nothing = zero_times(flow, op, [*passing], states) if every else None
+    if nothing is None:
+        return next((held for held in states if held.why), flow.lost(op))
+    # A depthwise kernel and its bias accompany them, or it is of heads.
+    biases = [value for value in weights if value is not op.args[1]]
+    if biases and flow.holds != "zero":
+        return flow.lost(op)
+    for value in biases:
+        flow.fill(value)
+    return nothing
+
+
+# ── labels ────────────────────────────────────────────────────────────────────────────────────
+
+
+@rule("aten.mm", "aten.bmm", gain=partial(product_gain, reads=True), padding=layer_padding)
 def matrix_product(step: Step) -> tuple[Layers, ...]:
     """``(M, K) @ (K, N)``, with a batch dim for ``bmm``."""
     layers, _ = _product(step, step.args[0], step.args[1])
@@ -102,7 +150,7 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     return (tuple(kept) if left.ndim > 1 else (),)
 
 
-@rule("aten.addmm", "aten.baddbmm")
+@rule("aten.addmm", "aten.baddbmm", gain=gain_with_bias, padding=partial(layer_padding, bias=0))
 def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     """``bias + (M, K) @ (K, N)``: what ``nn.Linear`` runs."""
     bias, left, right = step.args[:3]
@@ -122,19 +170,37 @@ def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
 def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | None]:
     """Contract (…, M, K) with (…, K, N); return the layers and the labels written along N."""
     sides = ((left, left.ndim - 1), (right, right.ndim - 2))
-    contracted = [cover(step.layers(tensor), dim) for tensor, dim in sides]
     batched = [
         layer
         for tensor, _ in sides
         for layer in step.layers(tensor)
         if tensor.ndim > 2 and 0 in support(layer)
     ]
-    shape = step.outputs[0].shape
     if batched:
         return _product_by_heads(step, left, right, batched), None
     weights = [step.value(tensor).is_weight for tensor, _ in sides]
     if all(weights) and _is_transposed_parameter(step, right):
         weights = [False, True]  # a linear layer of a table or of learned tokens
+    _contract(step, sides, weights)
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    written: Tensor | None = None
+    for tensor, dim in sides:
+        contracted = cover(step.layers(tensor), dim)
+        rows = tensor.ndim - 1 if tensor is right else tensor.ndim - 2
+        for kept in (layer for layer in step.layers(tensor) if layer is not contracted):
+            out.append(kept.narrow(dim, 0, 1).expand(shape))
+            if support(kept) != {rows}:
+                continue
+            line = core(kept, support(kept)).reshape(-1)
+            written = line if tensor is right else written
+            if weights == [tensor is left, tensor is right]:
+                step.space.mark(line, "writer")
+    return tuple(out), written
+
+
+def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence[bool]) -> None:
+    """Unify what is contracted and mark it as read by the weight; pin it if neither is one."""
     lines = [step.line(tensor, dim) for tensor, dim in sides]
     if weights[0] == weights[1]:
         reason = "two activations are multiplied over these channels"
@@ -143,36 +209,17 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
         elif None in lines:
             reason = "multiplied by a fixed matrix"
         step.pin(tuple(line for line in lines if line is not None), reason)
-    else:
-        if lines[0] is not None and lines[1] is not None:
-            step.space.unify(lines[0], lines[1])
-        elif lines[weights.index(True)] is None or not _is_uniform(step, sides, weights):
-            step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
-        read = lines[weights.index(True)]
-        if read is not None:
-            step.read(read, step.value(sides[weights.index(True)][0]))
-    out: list[Layer] = []
-    written: Tensor | None = None
-    for (tensor, dim), layer in zip(sides, contracted, strict=True):
-        for kept in step.layers(tensor):
-            if kept is layer:
-                continue
-            out.append(kept.narrow(dim, 0, 1).expand(shape))
-            if tensor is right and support(kept) == {right.ndim - 1}:
-                written = core(kept, support(kept)).reshape(-1)
-            elif tensor is left and weights == [True, False] and support(kept) == {left.ndim - 2}:
-                step.space.mark(core(kept, support(kept)).reshape(-1), "writer")
-    if written is not None and weights == [False, True]:
-        step.space.mark(written, "writer")
-    return tuple(out), written
-
-
-def _is_uniform(step: Step, sides: tuple[tuple[Tensor, int], ...], weights: list[bool]) -> bool:
-    """Return whether the data of a product is one constant (a first state of zeros).
-
-    Any number of channels may have this value, since what reads new ones cancels.
-    """
-    return step.value(sides[weights.index(False)][0]).is_uniform
+        return
+    reader, _ = sides[weights.index(True)]
+    other, _ = sides[weights.index(False)]
+    read = lines[weights.index(True)]
+    if lines[0] is not None and lines[1] is not None:
+        step.space.unify(lines[0], lines[1])
+    elif read is None or not step.value(other).is_uniform:
+        # One constant (a first state of zeros) may have any width: what reads new ones cancels.
+        step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
+    if read is not None:
+        step.read(read, step.value(reader))
 
 
 def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:
@@ -201,22 +248,3 @@ def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
     """Return whether a tensor is a parameter's transpose: what a linear layer multiplies with."""
     value = step.value(tensor)
     return not value.parameter and len(value.origins) == 1 and value.is_view
-
-
-@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
-def embedding_bag(step: Step) -> tuple[Layers, ...]:
-    """Sums of rows of a table: its columns are what it writes."""
-    layers, *_ = embedding(step)
-    return (layers, *(() for _ in step.outputs[1:]))
-
-
-@rule("aten.embedding")
-def embedding(step: Step) -> tuple[Layers, ...]:
-    """Look rows of a table up: its columns are what it writes."""
-    weight = step.args[0]
-    columns = step.line(weight, 1)
-    if columns is None:
-        return ((),)
-    step.space.mark(columns, "writer")
-    shape = step.outputs[0].shape
-    return ((along(columns, len(shape) - 1, shape),),)

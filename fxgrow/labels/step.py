@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fxgrow.labels import ask
+from fxgrow.labels.ask import Call
 from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
 from fxgrow.labels.operators import Traits
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.tape import Value
-from fxgrow.registry import Registry
+from fxgrow.modules.calling import map_tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class Step:
     outputs: tuple[Tensor, ...]
     value: Callable[[Tensor], Value]
     place: str
+
+    @cached_property
+    def call(self) -> Call:
+        """The operation with a value for each tensor, to be asked."""
+        args, kwargs = map_tensors(self.value, (self.args, self.kwargs))
+        return Call(self.target, args, kwargs)
+
+    def ignores_copies(self, tensor: Tensor, dims: Sequence[int]) -> bool:
+        """Return whether the result stays as it is if all along some dims is there twice."""
+        return ask.ignores_copies(self.call, self.value(tensor), dims)
 
     def argument(self, name: str, default: Any = None) -> Any:
         """Return an argument by its name in the operator's schema."""
@@ -158,12 +171,3 @@ class Step:
         for tensor in self.operands:
             self.pin(self.layers(tensor), reason)
         return tuple(() for _ in self.outputs)
-
-
-Rule: TypeAlias = Callable[[Step], tuple[Layers, ...]]
-RULES: Registry[Rule] = Registry("operation rule")
-
-
-def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule for operators such as ``"aten.addmm"``."""
-    return RULES.register(*operators)

@@ -23,7 +23,7 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import BlockPlan, Plan, Scope
-from fxgrow.verify.judge import (
+from fxgrow.verification.judge import (
     Case,
     Judgement,
     Mode,
