@@ -151,14 +151,19 @@ class Channels:
         Args:
             row_hashes: for each label a number that tells its row from others of its channel.
         """
-        hashes = row_hashes[self.label_of_row]
-        order = np.lexsort((self.position_of_row, hashes, self.channel, self.axis_of_row))
-        axis, channel = self.axis_of_row[order], self.channel[order]
+        keys = self.axis_of_row * self.count + self.channel
+        ordered = np.sort(keys)
+        rank = np.zeros(len(keys), dtype=np.int64)
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(again):
+            return rank
+        several = np.flatnonzero(np.isin(keys, again))
+        keys, hashes = keys[several], row_hashes[self.label_of_row[several]]
+        order = np.lexsort((self.position_of_row[several], hashes, keys))
         fresh = np.ones(len(order), dtype=bool)
-        fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
+        fresh[1:] = np.diff(keys[order]) != 0
         firsts = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - firsts
+        rank[several[order]] = np.arange(len(order)) - firsts
         return rank
 
 

@@ -54,6 +54,8 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
     forest, constraints = Forest(len(channel)), list[Union]()
     for left, right, place in unions:
         wanted = several[left]
+        if not wanted.any():
+            continue
         pairs = distinct(left[wanted].astype(np.int64) * len(channel) + right[wanted])
         left, right = pairs // len(channel), pairs % len(channel)
         one, other = forest.find(left), forest.find(right)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -54,6 +55,15 @@ class Matching:
     surplus: npt.NDArray[np.bool_]
     old_rank: IntArray
     new_rank: IntArray
+
+    @cached_property
+    def is_copied(self) -> npt.NDArray[np.bool_]:
+        """Whether each old channel has copies."""
+        found = np.zeros(
+            max(int(self.old.max(initial=-1)), int(self.copy.max(initial=-1))) + 1, dtype=bool
+        )
+        found[self.copy[self.copy >= 0]] = True
+        return found
 
 
 def _signatures(

@@ -306,9 +306,14 @@ def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tup
 def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     """Yield the attributes of an object that are integers or tuples of them.
 
-    Those of a layer that are known to repeat a size of its tensors are no candidates.
+    Those of a layer that are known to repeat a size of the tensors that it has are no candidates.
     """
-    if following(holder):
+    own = (
+        (*holder._parameters.values(), *holder._buffers.values())
+        if isinstance(holder, nn.Module)
+        else ()
+    )
+    if following(holder) and any(tensor is not None for tensor in own):
         return
     for name, value in vars(holder).items():
         if name.startswith("_") or isinstance(value, bool):

@@ -96,7 +96,7 @@ class _Rerun:
     def find(self) -> Resized | Obstacle:
         """Run as it is, else with other attributes, else with another graph."""
         watch = _Watch(self.analysis.traced, self.analysis.calls, self._shapes)
-        found = self._run(self.follow, watch)
+        found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
         if not watch.repairs:
             return found if isinstance(found, Resized) else self._rewritten(()) or found
         plain = self._run(self.follow)  # labels foretell what most code does, and not all
@@ -204,16 +204,16 @@ class _Rerun:
         opened = self.analysis.opened
         if opened is None:
             return None
-        watch = _Watch(opened.traced, self.analysis.calls, self._shapes)
-        found = self._run(self.follow, watch, opened)
-        if isinstance(found, Obstacle):  # it may make other calls than the network's own forward
-            if opened.run is None:
-                return None
+        found: Resized | Obstacle | None = None
+        if repairs:  # it may make the same calls as the network's own forward
+            watch = _Watch(opened.traced, self.analysis.calls, self._shapes)
+            found = self._run(self.follow, watch, opened)
+        if not isinstance(found, Resized) and opened.run is not None:
             growth = self._shapes.growth.among(self.analysis.channels, opened.run.channels)
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
             watch = _Watch(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
-        if isinstance(found, Obstacle):
+        if not isinstance(found, Resized):
             return None
         nodes = {node.name: node for node in opened.graph.nodes}
         if any(why_fixed(nodes[r.node], r.function, r.given) for r in watch.repairs):
@@ -309,4 +309,6 @@ def _resized(
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, local = name.rpartition(".")
-        setattr(standin.get_submodule(owner), local, tensor)
+        module = standin.get_submodule(owner)
+        held = module._parameters if local in module._parameters else module._buffers
+        held[local] = tensor  # type: ignore[assignment]
