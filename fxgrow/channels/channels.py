@@ -97,9 +97,9 @@ class Channels:
         return self.of_axis(places.index((weight, 0))).reshape(self.norm_groups[weight], -1)
 
     @cached_property
-    def deeds(self) -> tuple[tuple[str, IntArray], ...]:
+    def history(self) -> tuple[tuple[str, IntArray], ...]:
         """For each operation that altered values, in order, what it did and to which labels."""
-        return tuple((deed, core(x, support(x)).numpy().ravel()) for deed, x in self.noted)
+        return tuple((done, core(x, support(x)).numpy().ravel()) for done, x in self.noted)
 
     @cached_property
     def rows(self) -> Rows:
@@ -146,20 +146,25 @@ class Channels:
         first = np.asarray([axis.start for axis in self.axes], dtype=np.int64)
         return first[self.axis_of_row] + self.position_of_row
 
-    def ranks(self, treatment: HashArray) -> IntArray:
+    def ranks(self, row_hashes: HashArray) -> IntArray:
         """Return, for each row, how many rows of the same axis and channel come before it.
 
         Args:
-            treatment: for each label a number that tells its row from others of its channel.
+            row_hashes: for each label a number that tells its row from others of its channel.
         """
-        treated = treatment[self.label_of_row]
-        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
-        axis, channel = self.axis_of_row[order], self.channel[order]
+        keys = self.axis_of_row * self.count + self.channel
+        ordered = np.sort(keys)
+        rank = np.zeros(len(keys), dtype=np.int64)
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(again):
+            return rank
+        several = np.flatnonzero(np.isin(keys, again))
+        keys, hashes = keys[several], row_hashes[self.label_of_row[several]]
+        order = np.lexsort((self.position_of_row[several], hashes, keys))
         fresh = np.ones(len(order), dtype=bool)
-        fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
+        fresh[1:] = np.diff(keys[order]) != 0
         firsts = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - firsts
+        rank[several[order]] = np.arange(len(order)) - firsts
         return rank
 
 
@@ -205,7 +210,7 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
-        noted=tuple(space.deeds),
+        noted=tuple(space.history),
         first_labels=np.asarray([axis.start for axis in space.axes], dtype=np.int64),
     )
 

@@ -9,7 +9,6 @@ the whole.
 from __future__ import annotations
 
 import difflib
-import gc
 from collections.abc import Iterator
 
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from fxgrow.channels.analysis import Analysis, analyse
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.trace import trace
+from fxgrow.modules.collection import uncollected
 
 _MOST_PARTS = 32  # that are tried before the search is given up
 
@@ -60,19 +60,11 @@ def follow(
 def _analysed(model: nn.Module, example_inputs: object = None, module: str = "") -> Analysis:
     """Return what is found in a network or one part of it.
 
-    Nothing that is made on the way forms cycles, and a lot is made: looking for cycles would take
-    a fifth of the time.
-
     Raises:
         TraceError: it cannot be followed.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         return analyse(trace(model, example_inputs, module))
-    finally:
-        if collects:
-            gc.enable()
 
 
 def check_module(model: nn.Module, module: str) -> None:

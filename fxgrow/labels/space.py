@@ -62,7 +62,7 @@ class LabelSpace:
     mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], Pin]] = field(default_factory=list)
     heads: list[tuple[IntArray, Pin]] = field(default_factory=list)
-    deeds: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
+    history: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     place: str = ""
@@ -191,9 +191,9 @@ class LabelSpace:
         """
         self.mixers.append((labels.numpy().ravel().copy(), place, norm))
 
-    def note(self, deed: str, layer: Layer) -> None:
+    def note(self, done: str, layer: Layer) -> None:
         """Record that an operation altered the values of these channels."""
-        self.deeds.append((deed, layer))
+        self.history.append((done, layer))
 
     def fix(self, labels: Tensor, dims: Sequence[int], how: str) -> None:
         """Record that these dims of ``labels`` keep their size: something of fixed width joins.

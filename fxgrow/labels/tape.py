@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,13 +107,18 @@ class Tape:
 
 
 def _flops(op: Operation) -> int:
-    """Return the floating-point operations of one operation; the formulas ask for shapes."""
+    """Return the floating-point operations of one operation."""
     formula = flop_registry.get(op.target.overloadpacket)
     if formula is None:
         return 0
-    args, kwargs = map_kind(Value, _like, (op.args, op.kwargs))
-    outputs = tuple(_like(value) for value in op.outputs)
-    return int(formula(*args, **kwargs, out_val=outputs if len(outputs) > 1 else outputs[0]))
+    of_shapes = getattr(formula, "__wrapped__", None)  # most take shapes, and torch wraps these
+    seen: Callable[[Value], Any] = _like if of_shapes is None else operator.attrgetter("shape")
+    args, kwargs = map_kind(Value, seen, (op.args, op.kwargs))
+    outputs = tuple(seen(value) for value in op.outputs)
+    out = outputs if len(outputs) > 1 else outputs[0]
+    if of_shapes is None:
+        return int(formula(*args, **kwargs, out_val=out))
+    return int(of_shapes(*args, **kwargs, out_shape=out))
 
 
 def _like(value: Value) -> Tensor:

@@ -21,6 +21,11 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: to keep dynamo away, torch wraps what is called here for each operation."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: OpOverload,

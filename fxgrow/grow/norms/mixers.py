@@ -36,7 +36,10 @@ class Mixed:
 
     def lays_out(self, group: ChannelGroup) -> bool:
         """Return whether a norm says how the new channels of a group are laid out."""
-        return group.name in self.surplus or bool(np.isin(group.channels[0], self.copied))
+        first = group.channels[0]
+        place = int(np.searchsorted(self.copied, first))
+        alone = place < len(self.copied) and bool(self.copied[place] == first)
+        return alone or group.name in self.surplus
 
     def copies(self, groups: Sequence[ChannelGroup]) -> dict[int, int]:
         """Return, for each channel of a group with a surplus, how many of it there are to be."""
@@ -90,13 +93,13 @@ def mixed_groups(
                 )
             elif width % group.width and group.name not in found.surplus:
                 surplus = surplus_of(group, width)
-                if isinstance(surplus, str):
+                if isinstance(surplus, Surplus):
+                    found.surplus[group.name] = surplus
+                else:
                     found.problems[group.name] = (
                         f"{place} depends on all {group.width} channels together, and {surplus}, "
                         f"so they grow by whole copies; possible: {2 * group.width}"
                     )
-                else:
-                    found.surplus[group.name] = surplus
     alone = [members for name, members in copied.items() if name not in found.surplus]
     if alone:
         found.copied = np.unique(np.concatenate(alone))
