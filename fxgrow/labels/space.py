@@ -201,7 +201,9 @@ class LabelSpace:
         That pins the channels, unless every channel turns out to fill these dims by itself: the
         positions inside an attention head may each have a constant of their own.
         """
-        if bool((labels > 0).any()):
+        if all(size == 1 or dim in dims for dim, size in enumerate(labels.shape)):
+            self.pin(labels, reason)  # no dim is left for channels to be beside one another in
+        elif bool((labels > 0).any()):
             self.fixed.append((labels.numpy(), tuple(dims), reason))
 
     def share(self, whole: Tensor, part: Tensor, dims: Sequence[int]) -> None:

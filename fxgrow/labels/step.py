@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Step:
         outputs: the tensors it returned.
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
+        positions: by output, the channels among which it tells positions; to be filled.
     """
 
     space: LabelSpace
@@ -47,6 +48,7 @@ class Step:
     outputs: tuple[Tensor, ...]
     value: Callable[[Tensor], Value]
     place: str
+    positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
 
     @cached_property
     def call(self) -> Call:
@@ -139,9 +141,12 @@ class Step:
             named = " and ".join(weight.origins)
             self.pin((columns,), f"read by a weight that is not linear in {named}")
 
-    def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
+    def accompany(self, vector: Tensor | None, channels: Tensor | None, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
         if vector is None:
+            return
+        if channels is None:
+            self.pin(self.layers(vector), "combined with a tensor of fixed width")
             return
         line = self.line(vector, vector.ndim - 1)
         if line is not None:

@@ -32,6 +32,8 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     taken = weight.shape[0] if transposed else groups * weight.shape[1]
     if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
         raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
+    if bias is not None and bias.shape[0] != step.outputs[0].shape[1]:
+        raise ValueError(f"a convolution of {len(bias)} biases writes {step.outputs[0].shape[1]}")
     if not kernel.is_weight:
         return step.give_up("a convolution whose kernel is computed from data")
     depthwise = 1 < groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
@@ -51,8 +53,7 @@ def convolution(step: Step) -> tuple[Layers, ...]:
         _read(step, step.line(x, 1), weight, 0 if transposed else 1, groups)
         if outgoing is not None:
             step.space.mark(outgoing, "writer")
-    if bias is not None and outgoing is not None:
-        step.accompany(bias, outgoing, "draw")
+    step.accompany(bias, outgoing, "draw")
     shape = step.outputs[0].shape
     out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
     if outgoing is not None:
@@ -81,6 +82,9 @@ def _accompany(step: Step, incoming: Tensor | None, kernels: Tensor | None) -> N
     if kernels is not None and incoming is not None:
         step.space.unify(kernels, incoming)
         step.space.mark(kernels, "carrier")
+        return
+    alone = tuple(labels for labels in (kernels, incoming) if labels is not None)
+    step.pin(alone, "combined with kernels of fixed width, or they with others")
 
 
 def _depthwise_in_heads(

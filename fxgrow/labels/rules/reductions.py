@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fxgrow.labels.gains import Gain, GainFlow
 from fxgrow.labels.layers import Layer, Layers, core, support
@@ -66,13 +67,18 @@ def reduction(step: Step) -> tuple[Layers, ...]:
     dims = range(x.ndim) if given is None or given == [] else _sequence(given)
     reduced = {dim % x.ndim for dim in dims}
     keepdim = bool(step.argument("keepdim", False))
+    mixed = f"{step.target._opname} over the channels mixes all of them"
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= reduced:
             if step.ignores_copies(x, sorted(reduced)):
                 step.space.mix(core(layer, support(layer)), step.place)
+                for place, out in enumerate(step.outputs):
+                    if out.dtype == torch.int64 and x.dtype != torch.int64:  # of the largest
+                        told = (core(layer, support(layer)), f"{mixed} ({step.place})")
+                        step.positions[place] = (*step.positions.get(place, ()), told)
             else:
-                step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+                step.pin((layer,), mixed)
             continue
         left = step.flat(layer, set(range(x.ndim)) - reduced)
         for dim in sorted(reduced, reverse=True):
