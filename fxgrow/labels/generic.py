@@ -88,6 +88,10 @@ def movement(step: Step) -> tuple[Layers, ...]:
             torch.zeros((), dtype=torch.int32).expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(operands, cluster, strict=True)
         ]
+        for tensor, own in zip(operands, cluster, strict=True):
+            if own is None and not step.value(tensor).is_uniform:  # stacked beside channels
+                for other in (layer for layer in cluster if layer is not None):
+                    step.join_fixed(other, tensor, tensor.shape)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
@@ -99,6 +103,15 @@ def movement(step: Step) -> tuple[Layers, ...]:
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
     return tuple(_apart(step, layers) for layers in out)
+
+
+def repeated(step: Step) -> frozenset[int]:
+    """Return the dims of the output in which entries are the same because there was one."""
+    if step.traits.name != "aten.repeat":
+        return frozenset()
+    x, out = step.operands[0], step.outputs[0]
+    sizes = (*[1] * (out.ndim - x.ndim), *x.shape)
+    return frozenset(dim for dim, size in enumerate(sizes) if size == 1)
 
 
 def _apart(step: Step, layers: list[Layer]) -> Layers:

@@ -89,6 +89,10 @@ class PinKind(Enum):
         "laid out in one dim with other channels",
         "keep the two sets of channels in dims of their own",
     )
+    EMPTY = (
+        "nothing is computed of them on these inputs",
+        "give example inputs for which all of it is computed",
+    )
     LAYER_NORM = (
         "a layer norm over more than the channels",
         "normalise over the channels alone",

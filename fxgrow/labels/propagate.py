@@ -107,6 +107,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             if output.numel() > self._most and _is_larger(output, operands):
                 raise _too_large(func, module, output)
         inputs = tuple([self.value(tensor) for tensor in operands])
+        for value in inputs:
+            self._use(value)
         where = self.space.place = place_of(func, node, module)
         traits = traits_of(func)
         step = Step(self.space, func, traits, args, kwargs, operands, outputs, self.value, where)
@@ -121,6 +123,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             traits.is_movement and bool(inputs) and all(v.is_uniform for v in inputs)
         )
         curved = weight and generic.is_curved(step, inputs)
+        repeated = generic.repeated(step)
         index = len(self.tape.operations)
         values = tuple(
             self._enter(
@@ -133,13 +136,21 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 is_uniform=uniform,
                 is_padded=traits.is_padding,
                 is_curved=curved,
+                repeated=repeated,
+                positions=step.positions.get(place),
             )
-            for tensor, flow in zip(outputs, layers, strict=True)
+            for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         )
         self._write_back(step, index)
         self.tape.operations.append(
             Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
         )
+
+    def _use(self, value: Value) -> None:
+        """Pin the channels among which a value that is used tells positions."""
+        if value.positions is not None:
+            for layer, name in value.positions:
+                self.space.pin(layer, PinKind.MIXED, name)
 
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
@@ -176,6 +187,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
+        if step.outputs and not any(tensor.numel() for tensor in step.outputs):
+            return step.give_up(PinKind.EMPTY)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -254,6 +267,7 @@ def propagate(
     space.place = ""
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
+        labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:
             space.pin(layer, PinKind.OUTPUT)

@@ -203,8 +203,10 @@ class LabelSpace:
         That pins the channels, unless every channel turns out to fill these dims by itself: the
         positions inside an attention head may each have a constant of their own.
         """
-        if bool((labels > 0).any()):
-            pin = Pin(PinKind.FIXED, self.place, (how,))
+        pin = Pin(PinKind.FIXED, self.place, (how,))
+        if all(size == 1 or dim in dims for dim, size in enumerate(labels.shape)):
+            self.pin(labels, PinKind.FIXED, how)  # no dim is left for channels side by side
+        elif bool((labels > 0).any()):
             self.fixed.append((labels.numpy(), tuple(dims), pin))
 
     def share(self, whole: Tensor, part: Tensor, dims: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,7 @@ class Step:
         outputs: the tensors it returned.
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
+        positions: by output, the channels among which it tells positions; to be filled.
     """
 
     space: LabelSpace
@@ -48,6 +49,7 @@ class Step:
     outputs: tuple[Tensor, ...]
     value: Callable[[Tensor], Value]
     place: str
+    positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
 
     @cached_property
     def call(self) -> Call:
@@ -165,15 +167,18 @@ class Step:
             bias: what is added to each of them.
         """
         rows = self.line(weight, dim)
+        self.accompany(bias, rows, "draw")
         if rows is None:
             return ()
         self.space.mark(rows, "writer")
-        self.accompany(bias, rows, "draw")
         return (along(rows, out, self.outputs[0].shape),)
 
-    def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
+    def accompany(self, vector: Tensor | None, channels: Tensor | None, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
         if vector is None:
+            return
+        if channels is None:
+            self.pin(self.layers(vector), PinKind.FIXED, "combined with a tensor")
             return
         line = self.line(vector, vector.ndim - 1)
         if line is not None:

@@ -34,6 +34,8 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     taken = weight.shape[0] if transposed else groups * weight.shape[1]
     if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
         raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
+    if bias is not None and bias.shape[0] != step.outputs[0].shape[1]:
+        raise ValueError(f"a convolution of {len(bias)} biases writes {step.outputs[0].shape[1]}")
     if not kernel.is_weight:
         return step.give_up(PinKind.KERNEL)
     depthwise = 1 < groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
@@ -64,13 +66,14 @@ def _accompanied(
 ) -> Layers:
     """Let kernels, one for each channel, accompany what comes in."""
     kernels = step.line(weight, 0)
-    if kernels is None:
-        return ()
-    if incoming is not None:
+    if kernels is not None and incoming is not None:
         step.space.unify(kernels, incoming)
         step.space.mark(kernels, "carrier")
+    else:
+        alone = tuple(labels for labels in (kernels, incoming) if labels is not None)
+        step.pin(alone, PinKind.FIXED, "combined with a tensor")
     step.accompany(bias, kernels, "draw")
-    return (along(kernels, 1, step.outputs[0].shape),)
+    return () if kernels is None else (along(kernels, 1, step.outputs[0].shape),)
 
 
 def _depthwise_in_heads(

@@ -28,7 +28,11 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     for members in clusters([step.layers(tensor) for tensor in tensors]):
         dims = frozenset().union(*(support(m) for m in members if m is not None))
         if dim not in dims:
-            out.append(_same_channels(step, tensors, members).expand(shape))
+            first = _same_channels(step, tensors, members).expand(shape)
+            for tensor in same_rank:
+                if not tensor.shape[dim] and not step.value(tensor).is_uniform:
+                    step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
+            out.append(first)
             continue
         blank = torch.zeros((), dtype=torch.int32)
         pieces = [
@@ -112,6 +116,9 @@ def copy(step: Step) -> tuple[Layers, ...]:
                 step.join_fixed(layer, source, shape)
         return (mine,)
     if not mine:
+        if not step.value(destination).is_uniform:
+            for layer in theirs:
+                step.join_fixed(layer, destination, shape)
         return (theirs,)
     pairs = clusters([mine, theirs])
     if any(None in pair for pair in pairs):

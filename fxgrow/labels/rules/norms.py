@@ -15,6 +15,7 @@ from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
+from fxgrow.labels.space import Fill
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
@@ -121,18 +122,13 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
         if 1 not in support(layer):  # batch statistics are taken over all other dims
             step.space.mix(core(layer, support(layer)), step.place)
     channels = step.line(step.args[0], 1)
-    if channels is not None:
-        vectors = zip(
-            step.args[1:3] + _statistics(step), ("one", "zero", "zero", "one"), strict=False
-        )
-        for vector, fill in vectors:
-            if isinstance(vector, Tensor):
-                step.accompany(vector, channels, fill)  # type: ignore[arg-type]
-    return (step.layers(step.args[0]), *(() for _ in step.outputs[1:]))
-
-
-def _statistics(step: Step) -> tuple[object, ...]:
-    return (step.argument("running_mean"), step.argument("running_var"))
+    fills: dict[str, Fill] = {
+        "weight": "one", "bias": "zero", "running_mean": "zero", "running_var": "one"
+    }  # fmt: skip
+    for name, fill in fills.items():
+        step.accompany(step.argument(name), channels, fill)
+    own = () if channels is None else (channels,)  # of the statistics of a batch, if it takes any
+    return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
 @rule("aten._weight_norm_interface")
@@ -144,6 +140,8 @@ def weight_norm(step: Step) -> tuple[Layers, ...]:
     if rows is not None and beside is not None:
         step.space.unify(rows, beside)
         step.space.mark(beside, "carrier", "copy")
+    elif rows is not None or beside is not None:
+        return step.give_up(PinKind.FIXED, "combined with a tensor")
     return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 
@@ -159,12 +157,14 @@ def layer_norm(step: Step) -> tuple[Layers, ...]:
         step.space.mix(core(layer, (last,)), step.place)
         step.accompany_each(weight, layer, last, "one")
         step.accompany_each(step.argument("bias"), layer, last, "zero")
-    elif layer is not None:
-        channels = step.flat(layer, (last,)).reshape(-1)
-        step.space.mix(channels, step.place)
+    else:
+        channels = None if layer is None else step.flat(layer, (last,)).reshape(-1)
+        if channels is not None:
+            step.space.mix(channels, step.place)
         step.accompany(weight, channels, "one")
         step.accompany(step.argument("bias"), channels, "zero")
-    return (step.layers(x), *(() for _ in step.outputs[1:]))
+    beside = [own.narrow(last, 0, 1) for own in step.layers(x) if last not in support(own)]
+    return (step.layers(x), *(tuple(beside) for _ in step.outputs[1:]))
 
 
 @rule("aten.native_group_norm", gain=layer_norm_gain, padding=batch_norm_padding)
@@ -181,7 +181,10 @@ def group_norm(step: Step) -> tuple[Layers, ...]:
         if named:
             step.space.norm_groups[named] = groups
         step.space.mix(channels, step.place, named)
-        step.accompany(weight, channels, "one")
-        step.accompany(bias, channels, "zero")
+    step.accompany(weight, channels, "one")
+    step.accompany(bias, channels, "zero")
+    samples = tuple(own for own in kept if support(own) == {0})
+    taken = step.outputs[1].shape  # (N, groups)
+    statistics = tuple(core(own, (0,)).reshape(-1, 1).expand(taken) for own in samples)
     shape = step.outputs[0].shape
-    return (tuple(x.expand(shape) for x in kept if support(x)), *(() for _ in step.outputs[1:]))
+    return (tuple(own.expand(shape) for own in kept if support(own)), statistics, statistics)

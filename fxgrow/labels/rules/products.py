@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fxgrow.labels.gains import Gain, GainFlow, same
-from fxgrow.labels.layers import Layer, Layers, core, cover, narrowed, support
+from fxgrow.labels.layers import Layer, Layers, clusters, core, cover, narrowed, support
 from fxgrow.labels.padding import layer_padding
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.arithmetic import product_gain
@@ -55,8 +56,7 @@ def with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: obje
 @rule("aten.mm", "aten.bmm", gain=partial(product_gain, reads=True), padding=layer_padding)
 def matrix_product(step: Step) -> tuple[Layers, ...]:
     """``(M, K) @ (K, N)``, with a batch dim for ``bmm``."""
-    layers, _ = _product(step, step.args[0], step.args[1])
-    return (layers,)
+    return (_product(step, step.args[0], step.args[1]),)
 
 
 @rule("aten.mv", "aten.dot", "aten.vdot")
@@ -79,20 +79,25 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
 def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     """``bias + (M, K) @ (K, N)``: what ``nn.Linear`` runs."""
     bias, left, right = step.args[:3]
-    layers, written = _product(step, left, right)
-    if written is not None:
-        step.accompany(bias, written, "draw")
-    elif step.layers(bias):
-        step.pin(step.layers(bias), PinKind.FIXED, "added to a product")
-    elif not step.value(bias).is_uniform:
-        for layer in layers:
-            dims = [d for d in sorted(support(layer)) if bias.shape[d - layer.ndim] > 1]
-            step.space.fix(core(layer, support(layer)), dims, "added to a tensor")
+    layers = _product(step, left, right)
+    shape, added = step.outputs[0].shape, step.value(bias)
+    for product, own in clusters([layers, step.stretched(bias, shape)]):
+        if own is None:
+            if product is not None and not added.is_uniform:
+                step.join_fixed(product, bias, shape)
+        elif product is None:
+            step.pin((own,), PinKind.FIXED, "added to a product")
+        else:
+            dims = support(product) | support(own)
+            whole = torch.Size([size if dim in dims else 1 for dim, size in enumerate(shape)])
+            step.space.unify(core(own, dims).expand(whole), core(product, dims).expand(whole))
+            if added.is_weight:
+                step.space.mark(core(own, support(own)).reshape(-1), "carrier", "draw")
     return (layers,)
 
 
-def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | None]:
-    """Contract (…, M, K) with (…, K, N); return the layers and the labels written along N."""
+def _product(step: Step, left: Tensor, right: Tensor) -> Layers:
+    """Contract (…, M, K) with (…, K, N); return the layers."""
     sides = ((left, left.ndim - 1), (right, right.ndim - 2))
     batched = [
         layer
@@ -101,26 +106,21 @@ def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | 
         if tensor.ndim > 2 and 0 in support(layer)
     ]
     if batched:
-        return _product_by_heads(step, left, right, batched), None
+        return _product_by_heads(step, left, right, batched)
     weights = [step.value(tensor).is_weight for tensor, _ in sides]
     if all(weights) and _is_transposed_parameter(step, right):
         weights = [False, True]  # a linear layer of a table or of learned tokens
     _contract(step, sides, weights)
     shape = step.outputs[0].shape
     out: list[Layer] = []
-    written: Tensor | None = None
     for tensor, dim in sides:
         contracted = cover(step.layers(tensor), dim)
         rows = tensor.ndim - 1 if tensor is right else tensor.ndim - 2
         for kept in (layer for layer in step.layers(tensor) if layer is not contracted):
             out.append(kept.narrow(dim, 0, 1).expand(shape))
-            if support(kept) != {rows}:
-                continue
-            line = core(kept, support(kept)).reshape(-1)
-            written = line if tensor is right else written
-            if weights == [tensor is left, tensor is right]:
-                step.space.mark(line, "writer")
-    return tuple(out), written
+            if support(kept) == {rows} and weights == [tensor is left, tensor is right]:
+                step.space.mark(core(kept, {rows}).reshape(-1), "writer")
+    return tuple(out)
 
 
 def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence[bool]) -> None:
@@ -162,6 +162,8 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     heads = narrowed(batched[0], (0,))
     out: list[Layer] = []
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
+        if cover(step.layers(tensor), 0) is None and not step.value(tensor).is_uniform:
+            step.pin((heads,), PinKind.FIXED, "multiplied by matrices of a tensor")
         for layer in step.layers(tensor):
             if 0 in support(layer):
                 whole = core(layer, support(layer) | {0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fxgrow.labels.gains import Gain, GainFlow
 from fxgrow.labels.layers import Layer, Layers, core, support
@@ -72,6 +73,10 @@ def reduction(step: Step) -> tuple[Layers, ...]:
         if support(layer) and support(layer) <= reduced:
             if step.ignores_copies(x, sorted(reduced)):
                 step.space.mix(core(layer, support(layer)), step.place)
+                for place, out in enumerate(step.outputs):
+                    if out.dtype == torch.int64 and x.dtype != torch.int64:  # of the largest
+                        told = (core(layer, support(layer)), step.target._opname)
+                        step.positions[place] = (*step.positions.get(place, ()), told)
             else:
                 step.pin((layer,), PinKind.MIXED, step.target._opname)
             continue

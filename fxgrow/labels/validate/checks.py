@@ -65,7 +65,7 @@ def check_flow(case: Case) -> str:
         return ""
     moved = [_reordered(*pair, image) for pair in zip(case.operands, claims.operands, strict=True)]
     expected = [_reordered(*p, image) for p in zip(case.results, claims.results, strict=True)]
-    return _difference(expected, run(case.call, moved), "channels in another order")
+    return _difference(case, expected, run(case.call, moved), "channels in another order")
 
 
 def _reordered(x: Tensor, layers: Sequence[Located], image: IntArray) -> Tensor:
@@ -96,11 +96,13 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y.permute(order).contiguous().permute(np.argsort(order).tolist()) if order else y
 
 
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> str:
+def _difference(case: Case, expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> str:
     """Return how two results differ, or ""."""
     if len(expected) != len(found):
         return f"{what}: {len(found)} results for {len(expected)}"
     for place, (before, after) in enumerate(zip(expected, found, strict=True)):
+        if case.claims.is_open[place]:
+            continue
         if before.shape != after.shape:
             return f"{what}: result {place} is of {list(after.shape)}, not {list(before.shape)}"
         wrong = ~alike(before, after)
@@ -131,6 +133,8 @@ def check_locality(case: Case) -> str:
         ]
         found = run(case.call, changed)
         for place, (before, after) in enumerate(zip(case.results, found, strict=True)):
+            if claims.is_open[place]:
+                continue
             if before.shape != after.shape:
                 return f"another channel: result {place} has another shape"
             wrong = ~alike(before, after)

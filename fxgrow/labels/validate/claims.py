@@ -150,10 +150,13 @@ class Claims:
         group: for each channel the convolution group that it is tied to.
         is_read, is_mixed: for each channel, whether a parameter contracts it, and whether the
             result depends on a set of channels with it.
+        treated: for each operation that altered values, the channels of these.
         pins: the reasons for which the other labels are pinned.
         operators: the ATen operators that ran.
         numbers: the numbers that they took.
         is_sized: some laid its operand out by literal sizes, or none took some operand.
+        is_open: for each result, that nothing is claimed of it: whoever uses it pins channels.
+        shapes: of the results on meta tensors.
         is_random: some drew numbers, or left memory as it was.
     """
 
@@ -162,10 +165,13 @@ class Claims:
     group: IntArray
     is_read: BoolArray
     is_mixed: BoolArray
+    treated: tuple[IntArray, ...]
     pins: tuple[str, ...]
     operators: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     is_sized: bool = False
+    is_open: tuple[bool, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
     is_random: bool = False
 
     @property
@@ -180,7 +186,8 @@ class Claims:
         channels = self.channels
         layers = [x for layers in (*self.operands, *self.results) for x in layers]
         size = len(self.group)
-        counts = [np.bincount(layer.channels, minlength=size)[channels] for layer in layers]
+        every = [*(layer.channels for layer in layers), *self.treated]
+        counts = [np.bincount(found, minlength=size)[channels] for found in every]
         found: dict[tuple[int, ...], list[int]] = {}
         table = np.stack([self.group[channels], *counts], 1).tolist()
         for channel, row in zip(channels.tolist(), table, strict=True):
@@ -230,6 +237,8 @@ def claims_of(call: Call, way: Way, operands: Sequence[Tensor]) -> Claims:
         operators=tuple(sorted(target._name for target in targets)),
         numbers=tuple(numbers),
         is_sized=any(map(_is_sized, targets)) or not used.issuperset(x.index for x in entering),
+        is_open=tuple(value.positions is not None for value in leaving),
+        shapes=tuple(value.shape for value in leaving),
         is_random=any(map(_is_random, targets)),
     )
 
@@ -275,6 +284,9 @@ def _resolved(space: LabelSpace, entering: Sequence[Value], leaving: Sequence[Va
         group=group,
         is_read=is_read,
         is_mixed=is_mixed,
+        treated=tuple(
+            channel[core(layer, support(layer)).numpy().ravel()] for _, layer in space.history
+        ),
         pins=tuple(str(pin) for _, pin in space.pinned(roots)),
     )
 
