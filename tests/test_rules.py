@@ -59,7 +59,7 @@ RULES = {
     "embedding": (
         lambda w: F.embedding(POSITIONS, w),
         "w*[v=7 o=4]",
-        "w*[v o:writer] -> [3 o]",
+        "w*[v! o:writer] -> [3 o]",
     ),
     "batch_norm": (
         lambda x, m, v, w: F.batch_norm(x, m, v.abs(), w),
