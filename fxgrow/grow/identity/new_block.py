@@ -14,7 +14,7 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, rehearse
 from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import Verdict
+from fxgrow.plan.step import Verdict
 
 _NORM_VALUES = {"one": 1.0, "zero": 0.0}
 

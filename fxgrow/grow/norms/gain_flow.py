@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from fxgrow.labels.tape import Operation, Value
-from fxgrow.plan.schema import Verdict
+from fxgrow.plan.step import Verdict
 
 
 @dataclass(frozen=True)

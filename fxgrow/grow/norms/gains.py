@@ -18,7 +18,7 @@ from fxgrow.channels.groups import layer_of
 from fxgrow.grow.norms.gain_flow import Absorbed, Gain, GainFlow, Mismatch, same
 from fxgrow.labels.operators import LIKENESSES, MOVEMENTS, aten, operator_name
 from fxgrow.labels.tape import Operation, Tape, Value
-from fxgrow.plan.schema import Verdict
+from fxgrow.plan.step import Verdict
 from fxgrow.registry import Registry
 
 GainRule: TypeAlias = Callable[[GainFlow, Operation], Gain]

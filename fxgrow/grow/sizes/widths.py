@@ -10,7 +10,8 @@ from fractions import Fraction
 
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UnsupportedOperationError
-from fxgrow.plan.schema import Refusal, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
@@ -54,7 +55,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
 
 
 def select(
-    groups: Sequence[ChannelGroup], request: Request
+    groups: Sequence[ChannelGroup], request: Widen
 ) -> tuple[dict[str, int], tuple[Refusal, ...]]:
     """Return the new width of each group that the request selects.
 
