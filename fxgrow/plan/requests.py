@@ -6,8 +6,8 @@ with its verb as the tag that tells one from another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 Where = Literal["hidden", "stream", "all"]
 Grouped = Literal["width", "count"]
@@ -30,8 +30,20 @@ class Drawing:
     split_noise: float = 0.1
 
 
+class _Request:
+    """What all requests tell."""
+
+    @property
+    def drawing(self) -> Drawing:
+        """How new weights are drawn; what this request has no field for is at its default."""
+        told: dict[str, Any] = {
+            entry.name: getattr(self, entry.name, entry.default) for entry in fields(Drawing)
+        }
+        return Drawing(**told)
+
+
 @dataclass(frozen=True)
-class Widen:
+class Widen(_Request):
     """More channels: the arguments of :func:`fxgrow.widen`."""
 
     width: str | dict[str, str]
@@ -51,14 +63,9 @@ class Widen:
     module: str = ""
     verb: Literal["widen"] = "widen"
 
-    @property
-    def drawing(self) -> Drawing:
-        """How new weights are drawn."""
-        return Drawing(self.init, self.seed, self.noise, self.split_noise)
-
 
 @dataclass(frozen=True)
-class Deepen:
+class Deepen(_Request):
     """More blocks: the arguments of :func:`fxgrow.deepen`."""
 
     blocks: dict[str, str]
@@ -68,14 +75,9 @@ class Deepen:
     module: str = ""
     verb: Literal["deepen"] = "deepen"
 
-    @property
-    def drawing(self) -> Drawing:
-        """How new weights are drawn."""
-        return Drawing(self.init, self.seed)
-
 
 @dataclass(frozen=True)
-class MorphKernel:
+class MorphKernel(_Request):
     """Larger kernels: the arguments of :func:`fxgrow.morph_kernel`."""
 
     size: str | dict[str, str]
@@ -84,14 +86,9 @@ class MorphKernel:
     module: str = ""
     verb: Literal["morph_kernel"] = "morph_kernel"
 
-    @property
-    def drawing(self) -> Drawing:
-        """How new weights are drawn; new taps are zero."""
-        return Drawing()
-
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(_Request):
     """Another architecture: the arguments of :func:`fxgrow.convert`, the target by its name."""
 
     target: str
@@ -100,11 +97,6 @@ class Convert:
     seed: int = 0
     split_noise: float = 0.1
     verb: Literal["convert"] = "convert"
-
-    @property
-    def drawing(self) -> Drawing:
-        """How new weights are drawn."""
-        return Drawing(self.init, self.seed, split_noise=self.split_noise)
 
 
 Request: TypeAlias = Widen | Deepen | MorphKernel | Convert
