@@ -429,7 +429,7 @@ def test_the_whole_need_not_be_followed():
     net = nn.ModuleDict({"body": Net(), "rest": nn.Linear(2, 2)})
     grown = fxgrow.morph_kernel(net, "5", INPUT, include=["*.one"], module="body")
     assert grown.model["body"].one.kernel_size == (5, 5)
-    assert grown.plan.submodules[0].module == "body"
+    assert grown.plan.scopes[0].module == "body"
     assert grown.report.verification.verdict == "preserved"
 
 

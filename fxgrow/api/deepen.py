@@ -18,7 +18,8 @@ from fxgrow.grow.identity.concrete_run import is_inside
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import Deepen
+from fxgrow.plan.schema import Plan
 
 
 def plan_deepening(
@@ -40,13 +41,8 @@ def plan_deepening(
         PlanError: the request is malformed, or a block cannot be inserted as an identity.
     """
     find_init(init)
-    request = Request(
-        width={},
-        init=init_name(init),
-        seed=int(seed),
-        module=module,
-        blocks=_checked_blocks(blocks),
-        method=method,
+    request = Deepen(
+        _checked_blocks(blocks), method, init=init_name(init), seed=int(seed), module=module
     )
     notes = check_tensors(named_tensors(model))
     progress("following the network")

@@ -14,7 +14,8 @@ from fxgrow.errors import UsageError
 from fxgrow.grow.kernels.planner import plan_kernels
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import MorphKernel
+from fxgrow.plan.schema import Plan
 
 
 def plan(
@@ -34,8 +35,7 @@ def plan(
         TraceError: the network cannot be followed.
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
-    request = Request(
-        width="",
+    request = MorphKernel(
         size=_checked(size),
         include=globs(include),
         exclude=globs(exclude),

@@ -24,8 +24,9 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
+from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
-from fxgrow.plan.schema import Grouped, Plan, Request, Where
+from fxgrow.plan.schema import Plan
 from fxgrow.verification.judge import Verification
 from fxgrow.verification.measure import failure, measure, variance
 
@@ -107,7 +108,7 @@ def plan(
     find_init(init)
     if isinstance(init, DataDriven):
         chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
-    request = Request(
+    request = Widen(
         width=checked_widths(width),
         rescaling=chosen_rescaling,
         pairing=chosen_pairing,
@@ -266,7 +267,7 @@ def carry_out(
         require_exact(made)
     if verify:
         require_values(model)
-    fill = init_of_plan(made.request.init) if init is None else find_init(init)
+    fill = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
     progress("growing the weights")

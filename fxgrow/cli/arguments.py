@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fxgrow.errors import UsageError
+from fxgrow.plan.requests import Deepen, MorphKernel, Request, Widen
 
 if TYPE_CHECKING:
     from fxgrow.files.models import OpenedModel
@@ -54,9 +55,18 @@ def width_label(width: str | Mapping[str, str]) -> str:
 
 def plan_label(plan: Plan) -> str:
     """Return what the default output of a plan is called after: what each step asks for."""
-    requests = [step.request for step in plan.steps]
-    asked = [(width_label(r.width), width_label(r.blocks), kernel_label(r.size)) for r in requests]
-    return " ".join(text for texts in asked for text in texts if text)
+    return " ".join(filter(None, (_asked(step.request) for step in plan.steps)))
+
+
+def _asked(request: Request) -> str:
+    match request:
+        case Widen():
+            return width_label(request.width)
+        case Deepen():
+            return width_label(request.blocks)
+        case MorphKernel():
+            return kernel_label(request.size)
+    return ""  # a conversion is called after its target, where it is carried out
 
 
 def kernel_label(size: str | Mapping[str, str]) -> str:

@@ -46,8 +46,7 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.uninitialised import Limit
-from fxgrow.plan.checks import MOST_STEPS
-from fxgrow.plan.schema import Plan, plans_of
+from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
 from fxgrow.version import __version__
 
 RECORD_SCHEMA = 1
@@ -243,13 +242,13 @@ def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Argume
     Raises:
         SourceError: it was not the whole network that was followed, so its inputs are not known.
     """
-    plan = grown.plan
-    if plan.submodules and example_inputs is None:
+    scope = grown.plan.scopes[0]
+    if scope.module and example_inputs is None:
         raise SourceError(
             "only parts of this network could be followed, so its inputs are not known.",
             way_out="Write its weights: -o model.pt or -o model.safetensors.",
         )
-    return batches_for(model, plan.inputs, plan.inputs_inferred, example_inputs)[0]
+    return batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs)[0]
 
 
 @exclusive

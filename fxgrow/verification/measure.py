@@ -23,7 +23,9 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
-from fxgrow.plan.schema import BlockPlan, Plan, Scope
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.verification.forward import Mode
 from fxgrow.verification.judge import (
     Case,
@@ -71,7 +73,8 @@ def measure(
     if made.prediction:
         start = float64_copy(model)[0] if reference is exact else reference
         reference = insert_multipliers(start, made.prediction, both_modes=False)
-    predictable = not made.request.noise and cancels(made.request.pairing)
+    asked = made.request
+    predictable = not isinstance(asked, Widen) or (not asked.noise and cancels(asked.pairing))
     notes = notes_on(broken)
     if not predictable:
         notes += ("new channels do not cancel: the change was measured, not predicted",)
@@ -213,7 +216,7 @@ def failure(
 
 def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Sequence[str]) -> Plan:
     """Return the same plan for some of its groups or kernels."""
-    if not made.groups:
+    if not isinstance(made.request, Widen):
         return only_kernels(made, names)
     widths = {group.name: str(group.width[1]) for group in made.groups if group.name in names}
     request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
@@ -271,22 +274,22 @@ def verify(
     """
     if example_inputs is None:
         traced = [analysis.traced for analysis in follow(before, None, module)[0]]
-        scopes = [Scope(t.module, t.input_shapes, t.inferred, t.tracer) for t in traced]
+        parts = [(t.module, t.input_shapes, t.inferred) for t in traced]
     else:
         if module:
             check_module(before, module)
-        scopes = [Scope(module, (), False, "")]
+        parts = [(module, (), False)]
     exact_before, broken = float64_copy(before)
     exact_after, _ = float64_copy(after)
     found = []
     try:
-        for scope in scopes:
+        for name, shapes, inferred in parts:
             old, new, exact_old, exact_new = (
-                network.get_submodule(scope.module)
+                network.get_submodule(name)
                 for network in (before, after, exact_before, exact_after)
             )
             case = Case(old, new, exact_old, exact_new, exact_old, notes=notes_on(broken))
-            batches = batches_for(old, scope.inputs, scope.inputs_inferred, example_inputs)
+            batches = batches_for(old, shapes, inferred, example_inputs)
             judged = judge(case, batches)
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, case) for result in results)
@@ -295,4 +298,4 @@ def verify(
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise VerificationError(f"the networks cannot be compared: {error}.") from error
-    return _combined(found, [scope.module for scope in scopes])
+    return _combined(found, [name for name, _, _ in parts])

@@ -11,6 +11,7 @@ from fxgrow.channels.blocks import ResidualBlock
 from fxgrow.channels.explain import Explanation, explain
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.judge import Verification
 from fxgrow.version import __version__
 
@@ -51,18 +52,14 @@ class Report:
             "fxgrow": __version__,
             "request": plan["request"],
             "before": [step["request"] for step in plan["after"]],
-            "groups": [
-                {key: value for key, value in group.items() if key != "pairing"}
-                for step in steps
-                for group in step["groups"]
-            ],
+            "groups": [_group_plan(group) for step in self.plan.steps for group in step.groups],
             **{
                 key: [entry for step in steps for entry in step[key]]
                 for key in ("blocks", "kernels", "refused")
             },
             "parameters": [steps[0]["parameters"][0], plan["parameters"][1]],
             "flops": [steps[0]["flops"][0], plan["flops"][1]],
-            "tracer": plan["tracer"],
+            "tracer": ", ".join(dict.fromkeys(scope["tracer"] for scope in plan["scopes"])),
             "warnings": list(self.warnings),
             "verification": plain(self.verification),
         }
@@ -71,6 +68,12 @@ class Report:
         from fxgrow.api.report.tables import as_text, report_table
 
         return as_text(report_table(self.plan, self.verification, self.warnings))
+
+
+def _group_plan(group: GroupPlan) -> dict[str, Any]:
+    """Return what a report tells of a group."""
+    told = plain(group) | {"alpha_beta": group.alpha_beta}
+    return {key: value for key, value in told.items() if key != "pairing"}
 
 
 @dataclass(frozen=True)

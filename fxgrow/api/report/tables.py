@@ -18,9 +18,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxgrow.api.report.changes import blocks_line, blocks_table, kernels_line, kernels_table
+from fxgrow.api.report.changes import (
+    blocks_line,
+    blocks_table,
+    kernels_line,
+    kernels_table,
+    target_line,
+)
 from fxgrow.api.report.elements import indented, new_table, reasons, some, verdict_text
-from fxgrow.plan.schema import GroupPlan, Plan
+from fxgrow.plan.requests import Convert, Deepen, MorphKernel
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.judge import TOLERANCE, Verification
 
 if TYPE_CHECKING:
@@ -224,15 +232,16 @@ def _by_block(groups: Iterable[GroupPlan]) -> Iterator[tuple[str, list[GroupPlan
 
 def _request_line(plan: Plan) -> Text:
     """Return what was asked for, defaults that mean nothing left out."""
-    request = plan.request
-    if request.blocks:
-        return blocks_line(request)
-    if request.size:
-        return kernels_line(request)
+    match request := plan.request:
+        case Deepen():
+            return blocks_line(request)
+        case MorphKernel():
+            return kernels_line(request)
+        case Convert():
+            return target_line(request)
     width = request.width
     shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
     settings = {
-        "target": request.target,
         "width": shown,
         "rescaling": request.rescaling,
         "pairing": request.pairing,
@@ -251,10 +260,11 @@ def _request_line(plan: Plan) -> Text:
 
 def _costs(plan: Plan) -> Table:
     """Return parameters and FLOPs, before and after."""
-    shapes = [shape[1:] if plan.inputs_inferred else shape for shape in plan.inputs]
+    inferred = all(scope.inputs_inferred for scope in plan.scopes)
+    shapes = [s[1:] if inferred else s for scope in plan.scopes for s in scope.inputs]
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     first = plan.steps[0]
-    one = "one " if plan.inputs_inferred else ""
+    one = "one " if inferred else ""
     grid = Table.grid(padding=(0, 2))
     for name, (before, after), note in (
         ("parameters", (first.parameters[0], plan.parameters[1]), ""),

@@ -29,7 +29,9 @@ from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init, NamedInit
-from fxgrow.plan.schema import GroupPlan, Plan, Refusal, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan, Refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ class DataDriven(NamedInit):
         self,
         model: nn.Module,
         analyses: Sequence[Analysis],
-        request: Request,
+        request: Widen,
         variance_of: VarianceOf,
     ) -> Plan:
         """Compute new weights, and return the plan that makes room for them.

@@ -20,7 +20,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.labels.operators import COPIES, UNTAGGED, aten, operator_name
 from fxgrow.labels.tape import Operation, Value
-from fxgrow.plan.schema import Refusal
+from fxgrow.plan.step import Refusal
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d

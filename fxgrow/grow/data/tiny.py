@@ -26,7 +26,9 @@ from fxgrow.grow.data.statistics import (
     readings,
 )
 from fxgrow.grow.widen.planner import VarianceOf
-from fxgrow.plan.schema import GroupPlan, Plan, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 
 
 class Tiny(DataDriven):
@@ -50,7 +52,7 @@ class Tiny(DataDriven):
         self,
         model: nn.Module,
         analyses: Sequence[Analysis],
-        request: Request,
+        request: Widen,
         variance_of: VarianceOf,
     ) -> Plan:
         """Compute new weights, and return the plan that makes room for them.

@@ -27,7 +27,9 @@ from fxgrow.grow.widen.submodules import merged
 from fxgrow.labels.tape import Tape
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Run, RunKind, TensorEdit
-from fxgrow.plan.schema import KernelPlan, Plan, Refusal, Request, Scope
+from fxgrow.plan.requests import MorphKernel
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import KernelPlan, Refusal, Scope
 from fxgrow.version import __version__
 
 
@@ -40,7 +42,7 @@ class _Growth:
     new: Enlarged
 
 
-def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
+def plan_kernels(analyses: Sequence[Analysis], request: MorphKernel) -> Plan:
     """Return the plan for larger kernels.
 
     Args:
@@ -72,7 +74,7 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     return replace(merged(plans), request=request, refused=tuple(refused))
 
 
-def _selected(names: Iterable[str], request: Request) -> dict[str, str]:
+def _selected(names: Iterable[str], request: MorphKernel) -> dict[str, str]:
     """Return the size asked for of each layer that a request selects.
 
     Raises:
@@ -159,7 +161,7 @@ def _input_problem(analysis: Analysis, growth: _Growth) -> str:
     return ""
 
 
-def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth]) -> Plan:
+def _plan_of(analysis: Analysis, request: MorphKernel, growths: Mapping[str, _Growth]) -> Plan:
     """Return the plan for one network, or for one part of it.
 
     Raises:
@@ -172,28 +174,18 @@ def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth
         aliases.get(f"{name}.weight", f"{name}.weight"): _tensor_edit(growth)
         for name, growth in growths.items()
     }
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     parameters = sum(parameter.numel() for parameter in traced.standin.parameters())
     added = sum(math.prod(e.new_shape) - math.prod(e.shape) for e in edits.values())
     plan = Plan(
         request=request,
-        groups=(),
-        refused=(),
         tensors={name: edits[name] for name in tensors if name in edits},
         modules=tuple(edit for name, growth in growths.items() for edit in _edits(name, growth)),
-        multipliers=(),
-        prediction=(),
-        norms=(),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(Scope.of(traced),),
         parameters=(parameters, parameters + added),
         flops=(0, 0),
-        warnings=(),
         fxgrow=__version__,
-        submodules=(scope,) if traced.module else (),
         kernels=tuple(_kernel_plan(name, growth) for name, growth in growths.items()),
     )
     batch = traced.input_shapes[0][0] if traced.inferred else 1

@@ -11,7 +11,8 @@ from fractions import Fraction
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError, UsageError
 from fxgrow.labels.pins import PinKind
-from fxgrow.plan.schema import Refusal, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _SHOWN = 3  # groups that a message names
@@ -56,7 +57,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
 
 
 def select(
-    groups: Sequence[ChannelGroup], request: Request
+    groups: Sequence[ChannelGroup], request: Widen
 ) -> tuple[dict[str, int], tuple[Refusal, ...]]:
     """Return the new width of each group that the request selects.
 
@@ -100,7 +101,7 @@ def select(
     return chosen, tuple(refused)
 
 
-def _asked_width(group: ChannelGroup, globs: Mapping[str, str], request: Request) -> str | None:
+def _asked_width(group: ChannelGroup, globs: Mapping[str, str], request: Widen) -> str | None:
     """Return the width that the globs of a request ask for, or None if they leave a group out."""
     included = not request.include or any(matches(group, glob) for glob in request.include)
     if not included or any(matches(group, glob) for glob in request.exclude):

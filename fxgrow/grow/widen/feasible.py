@@ -25,7 +25,8 @@ from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
 from fxgrow.plan.pairing import Pairing
-from fxgrow.plan.schema import Grouped, Refusal
+from fxgrow.plan.requests import Grouped
+from fxgrow.plan.step import Refusal
 
 
 @dataclass(frozen=True)
