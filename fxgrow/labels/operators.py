@@ -31,13 +31,15 @@ LAYOUTS = aten("cat stack repeat _unsafe_view _reshape_alias unsafe_split")
 LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
 # Tensors of given sizes that take nothing but dtype and device from another.
 FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
-# Tensors with one value everywhere.
-UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
+# Tensors with one value everywhere, or with none yet.
+UNIFORM = aten(
+    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+    "new_empty zero"
+)
 COMMUTATIVE = aten("add mul maximum minimum")
 # Pointwise operations that torch does not tag as such.
 UNTAGGED = aten(
-    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
-    "masked_fill bucketize"
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill"
 )
 
 
@@ -55,6 +57,7 @@ class Traits:
         is_commutative: its operands may change places.
         is_factory: it makes a tensor of its own.
         is_uniform: it makes a tensor with one value everywhere.
+        is_likeness: it makes a tensor in the image of another, whatever that holds.
         is_padding: it puts one constant beside what it gets.
         places: position of each argument by its name in the schema.
     """
@@ -68,6 +71,7 @@ class Traits:
     is_commutative: bool
     is_factory: bool
     is_uniform: bool
+    is_likeness: bool
     is_padding: bool
     places: dict[str, int]
 
@@ -87,6 +91,7 @@ def traits_of(target: OpOverload) -> Traits:
         is_commutative=name in COMMUTATIVE,
         is_factory=name in FACTORIES,
         is_uniform=name in UNIFORM,
+        is_likeness=name in LIKENESSES,
         is_padding=name == "aten.constant_pad_nd",
         places={argument.name: place for place, argument in enumerate(target._schema.arguments)},
     )

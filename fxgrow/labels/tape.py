@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ class Value:
 
     Attributes:
         index: its place on the tape's ``values``.
-        shape: its shape.
+        shape, dtype: of the tensor.
         layers: its label layers.
         producer: index of the operation that computed it, or None for inputs and parameters.
         parameter: fully qualified name if it is a parameter or buffer, else "".
@@ -32,11 +34,15 @@ class Value:
         is_padded: one constant at some positions of a dim with channels, beside these.
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
+        repeated: dims along which it is the same by construction: it had one entry there.
+        positions: channels among which it tells positions (of the largest one), with the name of
+            the operation: where it is used, they cannot change.
         taken: for a uniform or a padded one, layers it met: they tell what its sizes stand for.
     """
 
     index: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
     layers: Layers
     producer: int | None = None
     parameter: str = ""
@@ -47,6 +53,8 @@ class Value:
     is_uniform: bool = False
     is_padded: bool = False
     is_curved: bool = False
+    repeated: frozenset[int] = frozenset()
+    positions: tuple[tuple[Layer, str], ...] | None = None
     taken: list[Layer] = field(default_factory=list)
 
 
@@ -84,6 +92,11 @@ class Operation:
         return self.target.overloadpacket in flop_registry
 
     @property
+    def place(self) -> str:
+        """Where it ran, for reasons: ``"relu at layer1.0"``."""
+        return f"{self.name} at {self.module or self.node or 'the top level'}"
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The parameters and buffers it uses, directly or through a view of them."""
         return tuple(dict.fromkeys(name for value in self.inputs for name in value.origins))
@@ -104,13 +117,18 @@ class Tape:
 
 
 def _flops(op: Operation) -> int:
-    """Return the floating-point operations of one operation; the formulas ask for shapes."""
+    """Return the floating-point operations of one operation."""
     formula = flop_registry.get(op.target.overloadpacket)
     if formula is None:
         return 0
-    args, kwargs = map_kind(Value, _like, (op.args, op.kwargs))
-    outputs = tuple(_like(value) for value in op.outputs)
-    return int(formula(*args, **kwargs, out_val=outputs if len(outputs) > 1 else outputs[0]))
+    of_shapes = getattr(formula, "__wrapped__", None)  # most take shapes, and torch wraps these
+    seen: Callable[[Value], Any] = _like if of_shapes is None else operator.attrgetter("shape")
+    args, kwargs = map_kind(Value, seen, (op.args, op.kwargs))
+    outputs = tuple(seen(value) for value in op.outputs)
+    out = outputs if len(outputs) > 1 else outputs[0]
+    if of_shapes is None:
+        return int(formula(*args, **kwargs, out_val=out))
+    return int(of_shapes(*args, **kwargs, out_shape=out))
 
 
 def _like(value: Value) -> Tensor:

@@ -2,7 +2,7 @@
 
 torch computes the meta result of a norm, a softmax or an activation by running its decomposition,
 some thirty operations each; that was half the time of following a network. These return an empty
-tensor of the right shape, and refuse what the operation would refuse.
+tensor of the right shape, or ``NotImplemented``: what they do not serve, torch takes or refuses.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
     "aten::roll",
     "aten::_safe_softmax",
 )
-def like_first(x: Tensor, *_: object, **__: object) -> Any:
+def like_first(x: Tensor, *rest: object, **_: object) -> Any:
     """A function of one tensor, of its shape and dtype."""
-    return _empty_like(x) if x.is_floating_point() else NotImplemented
+    is_real = x.is_floating_point() and not any(isinstance(arg, complex) for arg in rest)
+    return _empty_like(x) if is_real else NotImplemented
 
 
 @SHORTCUTS.register(
@@ -79,13 +80,17 @@ def in_place(x: Tensor, *_: object) -> Tensor:
 def of_two(x: Tensor, y: Tensor, *, alpha: float = 1) -> Any:
     """A function of two tensors of one dtype that broadcast together."""
     del alpha
-    if not isinstance(y, Tensor) or x.dtype != y.dtype or y.device.type != "meta":
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):  # either may be a number
         return NotImplemented
-    if not x.is_floating_point():  # the quotient of integers is none
-        return NotImplemented
+    if x.dtype != y.dtype or y.device.type != "meta" or not x.is_floating_point():
+        return NotImplemented  # the quotient of integers is none
     if x.shape == y.shape:
         return _empty_like(x)
-    return _empty(torch.broadcast_shapes(x.shape, y.shape), x)  # type: ignore[no-untyped-call]
+    try:
+        shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return NotImplemented
+    return _empty(shape, x)
 
 
 @SHORTCUTS.register("aten::add_.Tensor", "aten::mul_.Tensor")
@@ -103,57 +108,55 @@ def batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    training: bool,
     *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each vector must have an entry per channel."""
-    for vector in (weight, bias, running_mean, running_var):
-        _must_fit(vector, x.shape[1:2])
-    return _normalized(x)
+) -> Any:
+    """Each vector has an entry per channel, and so have the statistics of a batch."""
+    taken = x.shape[1:2] if training else (0,)
+    return _normalized(x, taken, x.shape[1:2], weight, bias, running_mean, running_var)
 
 
 @SHORTCUTS.register("aten::native_layer_norm")
 def layer_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, _: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The last dims must have the normalized shape, and so must the vectors."""
-    if tuple(x.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
-        raise RuntimeError(
-            f"the input of shape {list(x.shape)} does not end in {list(normalized_shape)}, the "
-            "normalized shape"
-        )
-    _must_fit(weight, normalized_shape)
-    _must_fit(bias, normalized_shape)
-    return _normalized(x)
+) -> Any:
+    """The last dims have the normalized shape, and so have the vectors."""
+    shape = x.shape[max(x.ndim - len(normalized_shape), 0) :]
+    if tuple(shape) != tuple(normalized_shape):
+        return NotImplemented
+    statistics = (*x.shape[: x.ndim - len(shape)], *[1] * len(shape))
+    return _normalized(x, statistics, shape, weight, bias)
 
 
-def _normalized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a norm's result; its statistics serve the backward pass alone."""
-    return _empty_like(x), _empty((0,), x), _empty((0,), x)
-
-
-def _must_fit(vector: Tensor | None, shape: Sequence[int]) -> None:
-    if vector is not None and tuple(vector.shape) != tuple(shape):
-        raise RuntimeError(f"a vector of {list(vector.shape)} where {list(shape)} is needed")
+def _normalized(
+    x: Tensor, statistics: Sequence[int], shape: Sequence[int], *vectors: Tensor | None
+) -> Any:
+    """Return a norm's result and its two statistics, if all vectors are of a shape."""
+    if any(vector is not None and vector.shape != shape for vector in vectors):
+        return NotImplemented
+    return _empty_like(x), _empty(statistics, x), _empty(statistics, x)
 
 
 @SHORTCUTS.register("aten::addmm")
 def matrix_product(
     bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    """The inner sizes must agree, and the bias must be one row or a number."""
+) -> Any:
+    """The inner sizes agree, and the bias is one row or a number."""
     del beta, alpha
-    if left.shape[1] != right.shape[0] or bias.shape[-1:] not in ((right.shape[1],), (1,), ()):
-        raise RuntimeError(
-            f"{list(left.shape)} times {list(right.shape)} plus {list(bias.shape)} do not fit"
-        )
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        return NotImplemented
+    if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or left.dtype != right.dtype:
+        return NotImplemented
     return _empty((left.shape[0], right.shape[1]), left)
 
 
 @SHORTCUTS.register("aten::bmm")
-def batched_product(left: Tensor, right: Tensor) -> Tensor:
-    """A product for each of a batch; the inner sizes and the batches must agree."""
+def batched_product(left: Tensor, right: Tensor) -> Any:
+    """A product for each of a batch; the inner sizes and the batches agree."""
+    if left.ndim != 3 or right.ndim != 3 or left.dtype != right.dtype:
+        return NotImplemented
     if (left.shape[0], left.shape[2]) != (right.shape[0], right.shape[1]):
-        raise RuntimeError(f"{list(left.shape)} times {list(right.shape)} do not fit")
+        return NotImplemented
     return _empty((*left.shape[:2], right.shape[2]), left)
 
 
@@ -169,18 +172,17 @@ def convolution(
     _: Sequence[int],
     groups: int,
 ) -> Any:
-    """Each kernel must fit its input.
+    """Each kernel fits its input.
 
     Source of the sizes: the formula in the documentation of ``torch.nn.Conv2d``.
     """
     dims = x.ndim - 2
     if transposed or {dims} != {weight.ndim - 2, len(stride), len(padding), len(dilation)}:
         return NotImplemented
-    if x.shape[1] != weight.shape[1] * groups:
-        raise RuntimeError(
-            f"an input of {list(x.shape)} for kernels of {list(weight.shape)} in {groups} groups"
-        )
-    _must_fit(bias, weight.shape[:1])
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return NotImplemented
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return NotImplemented
     covered = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     spatial = zip(x.shape[2:], padding, covered, stride, strict=True)
     sizes = [(size + 2 * pad - part) // step + 1 for size, pad, part, step in spatial]
@@ -193,6 +195,8 @@ def convolution(
 def concatenation(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """Tensors of one dtype that differ in one dim alone."""
     first = tensors[0]
+    if not -first.ndim <= dim < first.ndim:
+        return NotImplemented
     dim %= first.ndim
     shapes = [list(x.shape) for x in tensors]
     total = sum(shape.pop(dim) for shape in shapes if len(shape) == first.ndim)
@@ -205,6 +209,8 @@ def concatenation(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 def mean(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, **others: object) -> Any:
     """The mean over some dims."""
     if not dims or others or not x.is_floating_point():
+        return NotImplemented
+    if not all(-x.ndim <= dim < x.ndim for dim in dims):
         return NotImplemented
     reduced = {range(x.ndim)[dim] for dim in dims}
     sizes = [1 if dim in reduced else size for dim, size in enumerate(x.shape)]

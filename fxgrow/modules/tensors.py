@@ -53,3 +53,16 @@ def _fleeting(model: nn.Module) -> Iterator[str]:
     for prefix, module in _prefixed_modules(model):
         for local in module._non_persistent_buffers_set:
             yield prefix + local
+
+
+def layer_of(tensor: str) -> str:
+    """Return the layer that owns a parameter: ``layer1.0.conv1`` for its ``.weight``.
+
+    Example:
+        >>> layer_of("layer1.0.conv1.weight"), layer_of("class_token")
+        ('layer1.0.conv1', 'class_token')
+        >>> layer_of("fc.parametrizations.weight.original0")
+        'fc'
+    """
+    owner, _, parametrized = tensor.partition(".parametrizations.")
+    return owner if parametrized else tensor.rpartition(".")[0] or tensor

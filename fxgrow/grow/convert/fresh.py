@@ -25,7 +25,7 @@ from fxgrow.grow.identity.new_block import Filling, NewBlock, block_plan, of_nor
 from fxgrow.grow.identity.stages import child_of
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import BlockPlan
+from fxgrow.plan.step import BlockPlan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ lies between (a norm, a gate, pooling, a reshape of the channels) is refused by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import run
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Value
+from fxgrow.plan.step import Refusal
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -54,52 +55,60 @@ class LayerPair:
     slopes: tuple[float, float]
 
 
-def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair:
-    """Return the pair of layers around a channel group.
+def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair | Refusal:
+    """Return the pair of layers around a channel group, or why it has none.
 
     Args:
         analysis: of the network or of a part of it.
         group: one of its groups.
         model: the network itself, whose parameters σ may use.
-
-    Raises:
-        PlanError: the group has no such pair; the message says why.
     """
-    if group.kind != "hidden":
-        raise PlanError(f"it is a {group.kind} group, with more than one layer on either side")
-    for role, layers in (("write", group.writers), ("read", group.readers)):
-        if len(layers) != 1:
-            raise PlanError(f"{len(layers)} layers {role} it ({', '.join(layers)})")
-    if group.carriers:
-        raise PlanError(f"{group.carriers[0]} lies between the layers")
+    problem = next(_problems_around(group, model), None)
+    if problem is not None:
+        return Refusal(group.name, problem)
     (writer,), (reader,) = group.writers, group.readers
-    first, second = _linear_layer(model, writer), _linear_layer(model, reader)
-    rows, columns = first.weight.shape[0], second.weight.shape[1]
-    if not rows == columns == group.width == len(group.channels):
-        raise PlanError(f"its channels are not each one row of {writer} and one column of {reader}")
-    if first.weight.ndim != second.weight.ndim:
-        raise PlanError(f"{writer} and {reader} are not of one kind")
-    between = _between(analysis, model, writer, reader, first.weight.ndim == 2)
+    is_linear = model.get_parameter(f"{writer}.weight").ndim == 2
+    path = _path(analysis, writer, reader, channels_last=is_linear)
+    problem = next(_problems_between(analysis, path, writer, reader), None)
+    if problem is not None:
+        return Refusal(group.name, problem)
+    between = _replayed(path, model)
     at_zero = float(between(torch.zeros(1, dtype=torch.float64)))
     if at_zero:
-        raise PlanError(f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero")
+        text = f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero"
+        return Refusal(group.name, text)
     return LayerPair(
         group=group.name,
         width=group.width,
         writer=writer,
         reader=reader,
-        has_bias=first.bias is not None,
+        has_bias=model.get_submodule(writer)._parameters["bias"] is not None,
         slope=_slope(between),
         slopes=_one_sided(between),
     )
 
 
-def _linear_layer(model: nn.Module, name: str) -> LinearLayer:
-    """Return a layer that applies its own weight (out, in, *kernel) and nothing else.
+def _problems_around(group: ChannelGroup, model: nn.Module) -> Iterator[str]:
+    """Yield why the layers around a group are no pair; each holds if those before do not."""
+    if group.kind != "hidden":
+        yield f"it is a {group.kind} group, with more than one layer on either side"
+    for role, layers in (("write", group.writers), ("read", group.readers)):
+        if len(layers) != 1:
+            yield f"{len(layers)} layers {role} it ({', '.join(layers)})"
+    if group.carriers:
+        yield f"{group.carriers[0]} lies between the layers"
+    (writer,), (reader,) = group.writers, group.readers
+    yield from _problems_of(model, writer)
+    yield from _problems_of(model, reader)
+    first, second = (model.get_parameter(f"{layer}.weight").shape for layer in (writer, reader))
+    if not first[0] == second[1] == group.width == len(group.channels):
+        yield f"its channels are not each one row of {writer} and one column of {reader}"
+    if len(first) != len(second):
+        yield f"{writer} and {reader} are not of one kind"
 
-    Raises:
-        PlanError: it is of another kind, or shares its weight.
-    """
+
+def _problems_of(model: nn.Module, name: str) -> Iterator[str]:
+    """Yield why a layer does more than apply a weight (out, in, *kernel) of its own."""
     layer = dict(model.named_modules()).get(name)
     plain = [kind.forward for kind in _LAYERS]
     if (
@@ -107,13 +116,13 @@ def _linear_layer(model: nn.Module, name: str) -> LinearLayer:
         or "weight" not in layer._parameters  # a parametrized one is computed
         or type(layer).forward not in plain
     ):
-        raise PlanError(f"{name} is no plain linear layer or convolution")
+        yield f"{name} is no plain linear layer or convolution"
+        return
     if getattr(layer, "groups", 1) != 1:
-        raise PlanError(f"{name} is a grouped convolution")
+        yield f"{name} is a grouped convolution"
     uses = [p for _, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
     if len(uses) > 1:
-        raise PlanError(f"the weight of {name} is shared")
-    return layer
+        yield f"the weight of {name} is shared"
 
 
 @dataclass
@@ -126,22 +135,18 @@ class _Path:
         passed: for each value computed from what the writer puts out, by index, the value whose
             number it has: its own, or that of another that it is a view or a copy of.
         ends: the values that the reader takes.
+        guilty: the operations that do not treat each number by itself.
     """
 
     channels_last: bool
     steps: list[Operation] = field(default_factory=list)
     passed: dict[int, int] = field(default_factory=dict)
     ends: set[Value] = field(default_factory=set)
+    guilty: list[Operation] = field(default_factory=list)
 
 
-def _between(
-    analysis: Analysis, model: nn.Module, writer: str, reader: str, channels_last: bool
-) -> Function:
-    """Return σ: what one number becomes between two layers.
-
-    Raises:
-        PlanError: something on the way is no function of each number by itself.
-    """
+def _path(analysis: Analysis, writer: str, reader: str, *, channels_last: bool) -> _Path:
+    """Return what lies between two layers."""
     path = _Path(channels_last)
     for op in analysis.tape.operations:
         hidden = [value for value in op.inputs if value.index in path.passed]
@@ -151,29 +156,33 @@ def _between(
             path.ends.update(hidden)
         elif hidden:
             _add_step(op, path)
-    _check_once(analysis.tape.operations, writer, reader)
+    return path
+
+
+def _problems_between(analysis: Analysis, path: _Path, writer: str, reader: str) -> Iterator[str]:
+    """Yield why what lies between two layers is no function of each number by itself."""
+    for op in path.guilty:
+        where = f" at {op.module}" if op.module else ""
+        yield f"{op.name}{where} lies between the layers"
+    for layer in (writer, reader):
+        used = [op for op in analysis.tape.operations if f"{layer}.weight" in op.parameters]
+        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
+            yield f"{layer} is used more than once"
     if len(path.ends) != 1:
-        raise PlanError(f"{reader} does not read once what {writer} writes")
-    return _replayed(path, model)
+        yield f"{reader} does not read once what {writer} writes"
 
 
 def _add_step(op: Operation, path: _Path) -> None:
-    """Let a path go on through an operation that treats each number by itself, all of them alike.
-
-    Raises:
-        PlanError: it does not.
-    """
+    """Let a path go on through an operation, which may treat each number by itself or not."""
     others = [value for value in op.inputs if value.index not in path.passed]
     random = torch.Tag.nondeterministic_seeded in op.target.tags
     pointwise = traits_of(op.target).is_pointwise and not random
-    if pointwise and all(_is_number(value) for value in others):
-        path.steps.append(op)
-        path.passed |= {value.index: value.index for value in op.outputs}
-    elif _keeps_order(op, path.channels_last):
+    if _keeps_order(op, path.channels_last):
         path.passed[op.outputs[0].index] = path.passed[op.inputs[0].index]
-    else:
-        where = f" at {op.module}" if op.module else ""
-        raise PlanError(f"{op.name}{where} lies between the layers")
+        return
+    scalar = pointwise and all(_is_number(value) for value in others)
+    (path.steps if scalar else path.guilty).append(op)
+    path.passed |= {value.index: value.index for value in op.outputs}
 
 
 def _keeps_order(op: Operation, channels_last: bool) -> bool:
@@ -196,19 +205,6 @@ def _is_number(value: Value) -> bool:
     return value.is_weight and len(value.origins) == 1 and set(value.shape) <= {1}
 
 
-def _check_once(operations: Sequence[Operation], *layers: str) -> None:
-    """Return if each layer is applied once.
-
-    Raises:
-        PlanError: it is applied more often.
-    """
-    for layer in layers:
-        weight = f"{layer}.weight"
-        used = [op for op in operations if weight in op.parameters]
-        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
-            raise PlanError(f"{layer} is used more than once")
-
-
 def _replayed(path: _Path, model: nn.Module) -> Function:
     """Return the function that runs the operations of a path on a tensor of shape (1,)."""
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -224,7 +220,7 @@ def _replayed(path: _Path, model: nn.Module) -> Function:
         for op in path.steps:
             results = run(op, {value.index: at(value) for value in op.inputs})
             if len(results) != len(op.outputs):
-                raise PlanError(f"{op.name} between the layers does not take one number")
+                raise PlanError(f"{op.name} between the layers does not take one number.")
             values |= {v.index: result for v, result in zip(op.outputs, results, strict=True)}
         (end,) = path.ends
         return at(end)

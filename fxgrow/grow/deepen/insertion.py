@@ -24,7 +24,7 @@ from fxgrow.labels.tape import Operation
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.edits import ModuleEdit, Rearrangement
-from fxgrow.plan.schema import Request
+from fxgrow.plan.requests import Deepen
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Insertion:
     """Blocks to insert into a network, all at once."""
 
     traced: Traced
-    request: Request
+    request: Deepen
     before: Recording
     chosen: tuple[Chosen, ...]
 
@@ -88,8 +88,7 @@ class Insertion:
         if isinstance(through, Trial):
             return through
         raise PlanError(
-            f"{self._outcome.message.removesuffix('.')}; nor can it be called in a graph: "
-            f"{through.message.removesuffix('.')}.",
+            f"{self._outcome.reason}; nor can it be called in a graph: {through.reason}.",
             name=self._outcome.name,
             way_out="Put the blocks into an nn.ModuleList that the code iterates over.",
         ) from through

@@ -22,11 +22,13 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.names import new_names
-from fxgrow.plan.schema import BlockPlan, Plan, Request, Scope
+from fxgrow.plan.requests import Deepen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.version import __version__
 
 
-def plan_blocks(traced: Traced, request: Request) -> Plan:
+def plan_blocks(traced: Traced, request: Deepen) -> Plan:
     """Return the plan that inserts blocks.
 
     Args:
@@ -111,23 +113,15 @@ def _plan(trial: Trial) -> Plan:
         sources = {name: (came_from[name], tensors[came_from[name]]) for name in block.tensors}
         edits |= tensor_edits(block, filling, sources)
         blocks.append(block_plan(block, new.like, request.method, filling))
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     total = sum(p.numel() for p in traced.standin.parameters())
     return Plan(
         request=request,
-        groups=(),
-        refused=(),
         tensors=edits,
         modules=trial.modules,
-        multipliers=(),
-        prediction=(),
-        norms=(),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(Scope.of(traced),),
         parameters=(total, total + sum(block.parameters for block in blocks)),
         flops=(insertion.before.tape.flops // batch, evaluated.tape.flops // batch),
         warnings=tuple(
@@ -137,7 +131,6 @@ def _plan(trial: Trial) -> Plan:
             if edit.caller is not None
         ),
         fxgrow=__version__,
-        submodules=(scope,) if traced.module else (),
         rearrangements=insertion.rearrangements,
         blocks=tuple(blocks),
     )

@@ -12,9 +12,10 @@ from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, run_concretely
+from fxgrow.labels.gains import Verdict
 from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import BlockPlan, Verdict
+from fxgrow.plan.step import BlockPlan
 
 _NORM_VALUES = {"one": 1.0, "zero": 0.0}
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fxgrow.grow.norms.gain_flow import GainFlow
 from fxgrow.grow.norms.gains import propagate_gains
 from fxgrow.grow.norms.padding import Surplus
+from fxgrow.labels.gains import GainFlow
 from fxgrow.labels.tape import Tape
 
 
@@ -82,8 +82,10 @@ def settle(
     if not unsettled:
         return eta, {}
     problems = {}
+    sources = frozenset[str]().union(*(mismatch.sources for mismatch in unsettled))
     for name, found in surplus.items():
-        mismatches = flow(eta_of(tape, {name: found}, scale_writers=False)).mismatches
+        alone = eta_of(tape, {name: found}, scale_writers=False)
+        mismatches = flow(alone).mismatches if alone.undone & sources else ()
         if mismatches:
             problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
     together = f"η cannot be taken up: {unsettled[0].reason}"

@@ -6,7 +6,7 @@ add nothing to the squares, which are averaged over T and so become η² = k·D/
 
 Whoever writes the group writes that mean (it is linear in the rows of a weight) or that zero. What
 the surplus then holds is followed through a run, from the writers to the norms and readers
-(:mod:`fxgrow.grow.norms.padding_flow`), and where it is neither, the answer is no.
+(:mod:`fxgrow.labels.padding`), and where it is neither, the answer is no.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError
-from fxgrow.grow.norms.padding_flow import Holds, SurplusFlow
-from fxgrow.labels.operators import operator_name
+from fxgrow.labels.interpreter import interpret
+from fxgrow.labels.operators import place_of
+from fxgrow.labels.padding import Holds, PaddingFlow
 
 
 @dataclass(frozen=True)
@@ -45,39 +45,30 @@ class Surplus:
     sole: bool
 
 
-def follow_surplus(analysis: Analysis, group: ChannelGroup) -> SurplusFlow:
+def follow_surplus(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
     """Return what the surplus channels of a group must hold, and where.
 
-    Raises:
-        PlanError: some norm over its channels would not compute what it did; the message says
-            why, as the end of a sentence.
+    Its ``refusal`` tells why some norm over its channels would not compute what it did, if so.
     """
-    mine = set(group.channels.tolist())
-    places = [
-        mixer.place
-        for mixer in analysis.channels.mixers
-        if not mine.isdisjoint(mixer.channels.tolist())
-    ]
+    places = analysis.mixers_of(group)
+    layer_norms = any(place.startswith("aten.native_layer_norm") for place in places)
+    flow = PaddingFlow(analysis.channels, group, "mean" if layer_norms else "zero")
     group_norm = next((place for place in places if place.startswith("aten.native_group_norm")), "")
     if group_norm:
-        raise PlanError(f"{group_norm} is no LayerNorm or RMSNorm")
-    layer_norms = any(place.startswith("aten.native_layer_norm") for place in places)
-    flow = SurplusFlow(analysis, group, "mean" if layer_norms else "zero")
-    flow.run()
+        flow.refuse(f"{group_norm} is no LayerNorm or RMSNorm")
+        return flow
+    interpret(analysis.operations_of(group), flow)
     operations = [analysis.tape.operations[index] for index in flow.statistics]
-    seen = {
-        f"{operator_name(op.target)} at {op.module or op.node or 'the top level'}"
-        for op in operations
-    }
+    seen = {place_of(op.target, op.node, op.module) for op in operations}
     unseen = [place for place in places if place not in seen]
     if unseen:
-        raise PlanError(f"{unseen[0]} is no LayerNorm or RMSNorm")
+        flow.refuse(f"{unseen[0]} is no LayerNorm or RMSNorm")
     return flow
 
 
-def find_surplus(flow: SurplusFlow, width: int) -> Surplus:
+def find_surplus(flow: PaddingFlow, group: ChannelGroup, width: int) -> Surplus:
     """Return how a group grows to a width that is no multiple of its present one."""
-    channels, group = flow.analysis.channels, flow.group
+    channels = flow.table
     axes = [axis for axis in group.axes if channels.roles[axis] == "writer"]
     copies = width // group.width
     return Surplus(

@@ -7,12 +7,15 @@ and behind one such channels would stay zero for ever.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError
-from fxgrow.grow.norms.padding_flow import SurplusFlow
+from fxgrow.channels.groups import ChannelGroup
+from fxgrow.labels.interpreter import interpret
+from fxgrow.labels.padding import PaddingFlow
+from fxgrow.labels.tape import Operation
+from fxgrow.modules.tensors import layer_of
 
 
 @dataclass(frozen=True)
@@ -26,41 +29,41 @@ class Silence:
     filled: frozenset[int]
 
 
-def follow_silence(analysis: Analysis, group: ChannelGroup) -> Silence | PlanError:
+def follow_silence(analysis: Analysis, group: ChannelGroup) -> Silence | str:
     """Return which axes of a group are filled with zeros, or why its new channels cannot be zero.
 
     Args:
         analysis: of the network.
         group: the group; no norm over its channels says how they are laid out.
     """
-    flow = SurplusFlow(analysis, group, "zero", silent=True)
+    flow = PaddingFlow(analysis.channels, group, "zero", gradient_later=True)
     channels = analysis.channels
-    try:
-        flow.run()
-    except PlanError as error:
-        return error
+    operations = analysis.operations_of(group)
+    interpret(operations, flow)
+    if flow.refusal:
+        return flow.refusal
     readers = [axis for axis in group.axes if channels.roles[axis] == "reader"]
     for axis in readers:
         if not flow.free.get(axis, False):
             layer = layer_of(channels.axes[axis].tensor)
             why = flow.reasons.get(axis, "they come to it in an unknown way")
-            return PlanError(f"new channels need not be zero where {layer} reads them: {why}")
+            return f"new channels need not be zero where {layer} reads them: {why}"
     writers = {axis for axis in group.axes if channels.roles[axis] == "writer"}
-    mute = _without_gradient(flow)
+    mute = _without_gradient(flow, operations)
     if mute is not None:
         why = next(iter(flow.flat.values()), "no gradient comes back to them")
-        return PlanError(f"new channels of {mute} would stay zero: {why}")
+        return f"new channels of {mute} would stay zero: {why}"
     return Silence(frozenset(flow.filled | writers))
 
 
-def _without_gradient(flow: SurplusFlow) -> str | None:
+def _without_gradient(flow: PaddingFlow, operations: Sequence[Operation]) -> str | None:
     """Return a layer that writes zeros to which no reader sends a gradient, or None.
 
     A factor that multiplies zeros (a gate) gets its gradient as soon as these have learned.
     """
     live: set[int] = set()  # values that some reader sends a gradient to
-    for op in reversed(flow.analysis.tape.operations):
-        carriers = [value for value in op.inputs if flow.carries(value)]
+    for op in reversed(operations):
+        carriers = flow.carriers(op)
         sent = any(value.index in live for value in op.outputs)
         writer = next((v for v in op.inputs if flow.axes_of(v, "writer")), None)
         if carriers and writer is not None and not sent:

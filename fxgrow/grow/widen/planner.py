@@ -10,27 +10,31 @@ from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
-from fxgrow.grow.norms.gain_flow import Absorbed, GainFlow, Mismatch
 from fxgrow.grow.norms.gains import propagate_gains
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
+from fxgrow.labels.trace import Tracer
+from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
+from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
+from fxgrow.plan.requests import Widen
 from fxgrow.plan.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
-from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan, Scope
 from fxgrow.version import __version__
 
 VarianceOf = Callable[[str], float]
 
 
-def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> Plan:
+def make_plan(analysis: Analysis, request: Widen, variance_of: VarianceOf) -> Plan:
     """Return the plan for a request.
 
     Args:
@@ -43,14 +47,16 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         PlanError: the request is malformed or nothing that it selects can grow.
     """
     if not (request.noise >= 0 and math.isfinite(request.noise)):
-        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+        raise UsageError(f"the noise must not be negative, but it is {request.noise}.")
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
-    found = feasible(attempts_for(analysis, request), widths)
-    return plan_of(analysis, request, replace(found, refused=refused + found.refused), variance_of)
+    with uncollected():
+        found = feasible(attempts_for(analysis, request), widths)
+        found = replace(found, refused=refused + found.refused)
+        return plan_of(analysis, request, found, variance_of)
 
 
-def attempts_for(analysis: Analysis, request: Request) -> Attempts:
+def attempts_for(analysis: Analysis, request: Widen) -> Attempts:
     """Return all that the search for sizes depends on but the widths."""
     standin = analysis.traced.standin
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(standin).items()}
@@ -64,7 +70,7 @@ def attempts_for(analysis: Analysis, request: Request) -> Attempts:
     )
 
 
-def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: VarianceOf) -> Plan:
+def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: VarianceOf) -> Plan:
     """Return the plan that takes a network to sizes that work out.
 
     Args:
@@ -127,7 +133,8 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         if group.name in sizes.widths
     )
     prediction = multipliers(analysis, flow)
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
+    tracer: Tracer = "torch.fx" if resized.sizes else traced.tracer  # such a graph ran
+    scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
         request=request,
@@ -139,20 +146,14 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         if request.compensate
         else (),
         prediction=() if request.compensate else prediction,
-        norms=tuple(
-            NormGain(norm.layer, norm.gain) for norm in flow.absorbed.values() if norm.running_var
-        ),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(scope,),
         parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
         warnings=tuple(warnings),
         fxgrow=__version__,
         sizes=resized.sizes,
-        submodules=(scope,) if traced.module else (),
     )
 
 
@@ -179,7 +180,7 @@ def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
 
 
 def _factors(
-    request: Request,
+    request: Widen,
     weights: Mapping[str, Mapping[str, int]],
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
@@ -258,7 +259,7 @@ def _absorptions(norm: Absorbed) -> Iterable[tuple[str, Absorption]]:
 
 def _group_plan(
     analysis: Analysis,
-    request: Request,
+    request: Widen,
     group: ChannelGroup,
     sizes: Sizes,
     factors: Mapping[str, float],
@@ -291,7 +292,6 @@ def _group_plan(
         factors={layer_of(name): factors[name] for name in own if name in factors},
         alpha=alpha,
         beta=beta,
-        alpha_beta=None if alpha is None or beta is None else alpha * beta,
         absorbed_by=tuple(n.layer for n in flow.absorbed.values() if n.sources & touching),
         gain=math.prod(m.gain for m in mismatches),
         preserves=verdict,
@@ -301,7 +301,7 @@ def _group_plan(
 
 
 def _layout(
-    analysis: Analysis, request: Request, group: ChannelGroup, found: Feasible
+    analysis: Analysis, request: Widen, group: ChannelGroup, found: Feasible
 ) -> tuple[str, str]:
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
@@ -323,7 +323,7 @@ def _layout(
     )
 
 
-def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
+def _verdict(request: Widen, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
     """Return what becomes of the function, and why."""
     if not cancels(pairing):
         return "no", f"pairing {pairing!r}: the new channels do not cancel"

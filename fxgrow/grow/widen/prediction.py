@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
-from fxgrow.grow.norms.gain_flow import GainFlow, Mismatch
+from fxgrow.labels.gains import GainFlow, Mismatch
 from fxgrow.labels.graphs import operands_from
 from fxgrow.labels.operators import MOVEMENTS, operator_name
 from fxgrow.labels.tape import Tape
@@ -20,6 +20,8 @@ def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
             no graph.
     """
+    if not flow.mismatches:
+        return ()
     names = analysis.nodes
     graph = analysis.traced.graph if names else None
     nodes = {node.name: node for node in graph.nodes} if graph else {}

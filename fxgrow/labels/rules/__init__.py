@@ -1,12 +1,36 @@
-"""The rules of the operations that compute across a dim, one small function for each kind.
+"""The rules of the operations, one record for each, one file for each family.
 
-Data movement and pointwise operations need no rule of their own: see
-:mod:`fxgrow.labels.generic`. An operation nobody knows pins what it touches. Register a rule for
-an operator of your own with ``@rule("mylib.myop")``: the operator's name is its namespace and its
-name without overload (``"aten.convolution"``).
+Data movement and pointwise operations need no labels of their own (:mod:`fxgrow.labels.generic`),
+and most need no gain or padding, since they are asked (:mod:`fxgrow.labels.ask`). An operation
+nobody knows pins what it touches. ``README.md`` shows how to add one of your own.
 """
 
-from fxgrow.labels.rules import layout, norms, products, reductions
-from fxgrow.labels.rules.step import RULES, Rule, Step, rule
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules import (
+    arithmetic,
+    convolution,
+    layout,
+    lookup,
+    norms,
+    products,
+    reductions,
+    windows,
+)
+from fxgrow.labels.rules.record import RULES, OpRule, rule
+from fxgrow.labels.step import Step
 
-__all__ = ["RULES", "Rule", "Step", "layout", "norms", "products", "reductions", "rule"]
+__all__ = [
+    "RULES",
+    "OpRule",
+    "PinKind",
+    "Step",
+    "arithmetic",
+    "convolution",
+    "layout",
+    "lookup",
+    "norms",
+    "products",
+    "reductions",
+    "rule",
+    "windows",
+]

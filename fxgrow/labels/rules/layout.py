@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxgrow.labels.gains import agree
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
-from fxgrow.labels.rules.step import Step, rule
+from fxgrow.labels.padding import joined
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules.record import RULES, OpRule, rule
+from fxgrow.labels.step import Step
 
 
-@rule("aten.cat")
+@rule("aten.cat", gain=agree, padding=joined)
 def concatenate(step: Step) -> tuple[Layers, ...]:
     """Join the layers of each tensor.
 
@@ -24,7 +28,11 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     for members in clusters([step.layers(tensor) for tensor in tensors]):
         dims = frozenset().union(*(support(m) for m in members if m is not None))
         if dim not in dims:
-            out.append(_same_channels(step, tensors, members).expand(shape))
+            first = _same_channels(step, tensors, members).expand(shape)
+            for tensor in same_rank:
+                if not tensor.shape[dim] and not step.value(tensor).is_uniform:
+                    step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
+            out.append(first)
             continue
         blank = torch.zeros((), dtype=torch.int32)
         pieces = [
@@ -53,7 +61,7 @@ def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None
     for tensor, layer in zip(tensors, members, strict=True):
         if layer is None and not step.value(tensor).is_uniform:
             fixed = [dim for dim in support(first) if tensor.shape[dim] > 1]
-            step.space.fix(first, fixed, f"joined with a tensor of fixed width ({step.place})")
+            step.space.fix(first, fixed, "joined with a tensor")
     return first
 
 
@@ -80,7 +88,7 @@ def as_strided(step: Step) -> tuple[Layers, ...]:
         size == 1 or stride == x.stride(dim)
         for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
     )
-    return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
+    return (step.layers(x),) if same else step.give_up(PinKind.LAYOUT, str(step.target))
 
 
 @rule("aten.tril", "aten.triu", "aten.diagonal")
@@ -90,47 +98,10 @@ def triangle(step: Step) -> tuple[Layers, ...]:
     first = step.argument("dim1", 0) % x.ndim if is_diagonal else x.ndim - 2
     second = step.argument("dim2", 1) % x.ndim if is_diagonal else x.ndim - 1
     kept = set(range(x.ndim)) - {first, second}
-    layers = step.beside(x, kept, "entries are picked by comparing two dims")
+    layers = step.beside(x, kept, PinKind.LOOKED_UP, "comparing two dims")
     if is_diagonal:
         layers = tuple(layer.diagonal(0, first, second) for layer in layers)
     return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
-
-
-@rule("aten.index")
-def index(step: Step) -> tuple[Layers, ...]:
-    """Look positions up in some dims: labels along the others pass."""
-    x, indices = step.args[:2]
-    shape = step.outputs[0].shape
-    looked_up = [dim for dim, found in enumerate(indices) if found is not None]
-    width = max(indices[dim].ndim for dim in looked_up)
-    boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
-    apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
-    if boolean or apart:
-        return step.give_up("looked up by a mask or in dims apart")
-    out: list[Layer] = []
-    for layer in step.layers(x):
-        if support(layer) & set(looked_up):
-            step.pin((layer,), "looked up by index")
-            continue
-        for dim in reversed(looked_up):
-            layer = layer.select(dim, 0)
-        for _ in range(width):
-            layer = layer.unsqueeze(looked_up[0])
-        out.append(layer.expand(shape))
-    return (tuple(out),)
-
-
-@rule("aten.gather", "aten.index_select", "aten.take_along_dim")
-def gather(step: Step) -> tuple[Layers, ...]:
-    """Look positions up along one dim: labels along the others pass."""
-    x, dim = step.args[0], step.args[1] % max(step.args[0].ndim, 1)
-    out: list[Layer] = []
-    for layer in step.layers(x):
-        if dim in support(layer):
-            step.pin((layer,), "looked up by index")
-        else:
-            out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
-    return (tuple(out),)
 
 
 @rule("aten.copy")
@@ -145,10 +116,13 @@ def copy(step: Step) -> tuple[Layers, ...]:
                 step.join_fixed(layer, source, shape)
         return (mine,)
     if not mine:
+        if not step.value(destination).is_uniform:
+            for layer in theirs:
+                step.join_fixed(layer, destination, shape)
         return (theirs,)
     pairs = clusters([mine, theirs])
     if any(None in pair for pair in pairs):
-        return step.give_up("written over by other channels")
+        return step.give_up(PinKind.OVERWRITTEN)
     out: list[Layer] = []
     for mine_along, theirs_along in pairs:
         if mine_along is not None and theirs_along is not None:
@@ -157,3 +131,6 @@ def copy(step: Step) -> tuple[Layers, ...]:
             step.space.unify(old.contiguous(), new.contiguous())
             out.append(torch.where(new != 0, new, old).expand(shape))
     return (tuple(out),)
+
+
+RULES.register("aten.stack")(OpRule(gain=agree, padding=joined))

@@ -1,11 +1,111 @@
-"""Normalisations: the channels pass through, with vectors for company."""
+"""Normalisations: the channels pass through, with vectors for company.
+
+Gain: a norm takes a gain up, in its running statistics or by its eps. Padding: a LayerNorm makes
+zero of a mean; a BatchNorm divides zeros by √eps, and their gradients with them.
+"""
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
+from fxgrow.labels.gains import Absorbed, Gain, GainFlow, same
 from fxgrow.labels.layers import Layers, core, cover, support
-from fxgrow.labels.rules.step import Step, rule
+from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules.record import rule
+from fxgrow.labels.space import Fill
+from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation, Value
+from fxgrow.modules.tensors import layer_of
+
+# ── gain ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def batch_norm_gain(flow: GainFlow, op: Operation) -> Gain:
+    """Running statistics take the gain up exactly, if there are any."""
+    _, weight, _, mean, variance = op.args[:5]
+    names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
+    layer = layer_of(next(filter(None, names), "")) or op.module
+    gain, eps = flow.of(op.args[0]), float(op.args[-1])
+    if not _takes_up(flow, op, layer, gain):
+        return Gain()
+    if all(names):
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
+        return Gain()
+    if flow.eps_of(layer, eps):  # statistics without a weight: exact in both modes
+        scales = zip(names[1:], (gain.scale, gain.scale**2), strict=True)
+        flow.vectors |= {name: scale for name, scale in scales if name}
+    _absorb_by_eps(flow, op, layer, eps, gain)
+    return Gain()
+
+
+def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
+    """A norm over the sample's own statistics: exact in both modes with eps' = s²·eps.
+
+    Over more channels than before, its standard deviation differs by η, and the weight by 1/η.
+    """
+    layer = layer_of(next(iter(op.parameters), "")) or op.module
+    eta = Gain(math.sqrt(flow.statistics.get(op.index, 1.0)), frozenset({op.module}))
+    gain = flow.of(op.args[0]).times(eta)
+    if _takes_up(flow, op, layer, gain):
+        _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
+    return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+
+
+def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
+    """Return whether a norm has a gain to take up; one that is used twice takes up its first."""
+    taken = flow.taken_before(layer, gain)
+    if taken is None:
+        return gain.scale != 1.0
+    if not same(taken.scale, gain.scale):
+        ratio = Gain(gain.scale / taken.scale, gain.sources | taken.sources)
+        why = f"{layer} is used twice, with different gains"
+        flow.part_ways(op, op.args[0], ratio, "no", why)
+    return False
+
+
+def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: Gain) -> None:
+    """Let a norm's eps take up a gain, if it can be set."""
+    attribute = flow.eps_of(layer, eps)
+    if attribute:
+        flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, attribute=attribute)
+    else:
+        where = layer or op.name
+        why = f"{where} has no statistics or eps to absorb a gain with"
+        flow.part_ways(op, op.args[0], gain, "no", why)
+
+
+# ── padding ───────────────────────────────────────────────────────────────────────────────────
+
+
+def batch_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """A channel of zeros has variance zero, and gradients are divided by its root."""
+    held = flow.of(op.args[0])
+    if held.what != "zero":
+        return held if held.why else flow.lost(op)
+    eps = float(op.args[-1])
+    return flow.refuse(
+        f"in training, the norm {op.module} divides its channels by their standard deviation, "
+        f"which is √eps for zeros: their gradients would be multiplied by {eps**-0.5:.3g}"
+    )
+
+
+def layer_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """Where the new channels are the mean of all that is normalised, they are zero afterwards."""
+    x = op.args[0]
+    mixed = flow.along(x, {len(x.shape) - 1})
+    if mixed is None:
+        return flow.lost(op)
+    held = flow.of(x)
+    if held.what != "mean" or not flow.is_whole(mixed):
+        return flow.refuse(held.why or "it does not get all of them, and nothing else")
+    flow.statistics.append(op.index)
+    return Held("zero")
+
+
+# ── labels ────────────────────────────────────────────────────────────────────────────────────
 
 
 @rule(
@@ -13,6 +113,8 @@ from fxgrow.labels.rules.step import Step, rule
     "aten.cudnn_batch_norm",
     "aten._native_batch_norm_legit",
     "aten._native_batch_norm_legit_no_training",
+    gain=batch_norm_gain,
+    padding=batch_norm_padding,
 )
 def batch_norm(step: Step) -> tuple[Layers, ...]:
     """Per channel: nothing is mixed."""
@@ -20,18 +122,13 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
         if 1 not in support(layer):  # batch statistics are taken over all other dims
             step.space.mix(core(layer, support(layer)), step.place)
     channels = step.line(step.args[0], 1)
-    if channels is not None:
-        vectors = zip(
-            step.args[1:3] + _statistics(step), ("one", "zero", "zero", "one"), strict=False
-        )
-        for vector, fill in vectors:
-            if isinstance(vector, Tensor):
-                step.accompany(vector, channels, fill)  # type: ignore[arg-type]
-    return (step.layers(step.args[0]), *(() for _ in step.outputs[1:]))
-
-
-def _statistics(step: Step) -> tuple[object, ...]:
-    return (step.argument("running_mean"), step.argument("running_var"))
+    fills: dict[str, Fill] = {
+        "weight": "one", "bias": "zero", "running_mean": "zero", "running_var": "one"
+    }  # fmt: skip
+    for name, fill in fills.items():
+        step.accompany(step.argument(name), channels, fill)
+    own = () if channels is None else (channels,)  # of the statistics of a batch, if it takes any
+    return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
 @rule("aten._weight_norm_interface")
@@ -43,44 +140,51 @@ def weight_norm(step: Step) -> tuple[Layers, ...]:
     if rows is not None and beside is not None:
         step.space.unify(rows, beside)
         step.space.mark(beside, "carrier", "copy")
+    elif rows is not None or beside is not None:
+        return step.give_up(PinKind.FIXED, "combined with a tensor")
     return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 
-@rule("aten.native_layer_norm")
+@rule("aten.native_layer_norm", gain=layer_norm_gain, padding=layer_norm_padding)
 def layer_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over the last dim: a mixer; inside each head, where there are several."""
     x, normalized = step.args[:2]
     if len(normalized) > 1:
-        return step.give_up("a layer norm over more than the channels")
+        return step.give_up(PinKind.LAYER_NORM)
     last, weight = x.ndim - 1, step.argument("weight")
     layer = cover(step.layers(x), last)
     if layer is not None and support(layer) != {last} and isinstance(weight, Tensor):
         step.space.mix(core(layer, (last,)), step.place)
         step.accompany_each(weight, layer, last, "one")
         step.accompany_each(step.argument("bias"), layer, last, "zero")
-    elif layer is not None:
-        channels = step.flat(layer, (last,)).reshape(-1)
-        step.space.mix(channels, step.place)
+    else:
+        channels = None if layer is None else step.flat(layer, (last,)).reshape(-1)
+        if channels is not None:
+            step.space.mix(channels, step.place)
         step.accompany(weight, channels, "one")
         step.accompany(step.argument("bias"), channels, "zero")
-    return (step.layers(x), *(() for _ in step.outputs[1:]))
+    beside = [own.narrow(last, 0, 1) for own in step.layers(x) if last not in support(own)]
+    return (step.layers(x), *(tuple(beside) for _ in step.outputs[1:]))
 
 
-@rule("aten.native_group_norm")
+@rule("aten.native_group_norm", gain=layer_norm_gain, padding=batch_norm_padding)
 def group_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over each group of channels: a mixer inside each group."""
     x, weight, bias = step.args[:3]
-    kept = step.beside(x, (0, 1), "a group norm over these positions")
+    kept = step.beside(x, (0, 1), PinKind.POSITIONS, "a group norm")
     channels = step.line(x, 1)
     if channels is not None:
         named = step.value(weight).parameter if isinstance(weight, Tensor) else ""
         groups = int(step.args[6])
         if not named and groups > 1:
-            return step.give_up("a group norm without a weight, whose groups cannot be told")
+            return step.give_up(PinKind.GROUP_NORM)
         if named:
             step.space.norm_groups[named] = groups
         step.space.mix(channels, step.place, named)
-        step.accompany(weight, channels, "one")
-        step.accompany(bias, channels, "zero")
+    step.accompany(weight, channels, "one")
+    step.accompany(bias, channels, "zero")
+    samples = tuple(own for own in kept if support(own) == {0})
+    taken = step.outputs[1].shape  # (N, groups)
+    statistics = tuple(core(own, (0,)).reshape(-1, 1).expand(taken) for own in samples)
     shape = step.outputs[0].shape
-    return (tuple(x.expand(shape) for x in kept if support(x)), *(() for _ in step.outputs[1:]))
+    return (tuple(own.expand(shape) for own in kept if support(own)), statistics, statistics)

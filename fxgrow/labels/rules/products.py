@@ -1,89 +1,62 @@
-"""Convolutions, matrix products and look-ups: where channels are written and read."""
+"""Matrix products: where channels are written and read.
+
+Gain: that of a product is the product of its factors' gains, and a bias that is a parameter takes
+it too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
+import torch
 from torch import Tensor
 
-from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
-from fxgrow.labels.rules.step import Step, rule
+from fxgrow.labels.gains import Gain, GainFlow, same
+from fxgrow.labels.layers import Layer, Layers, clusters, core, cover, narrowed, support
+from fxgrow.labels.padding import layer_padding
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules.arithmetic import product_gain
+from fxgrow.labels.rules.record import rule
+from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation, Value
+
+# ── gain ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@rule("aten.convolution")
-def convolution(step: Step) -> tuple[Layers, ...]:
-    """Contract input channels with the weight's input axis; write its output axis."""
-    x, weight, bias = step.args[:3]
-    transposed, groups = bool(step.args[6]), int(step.args[8])
-    kernel = step.value(weight)
-    taken = weight.shape[0] if transposed else groups * weight.shape[1]
-    if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
-        raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
-    if not kernel.is_weight:
-        return step.give_up("a convolution whose kernel is computed from data")
-    depthwise = groups > 1 and groups == x.shape[1] and weight.shape[0] == groups
-    depthwise = depthwise and weight.shape[1] == 1
-    if groups > 1 and not depthwise and (transposed or not kernel.parameter):
-        kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(f"a grouped convolution, {kind}")
-    if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
-        return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), "a convolution over these positions")
-    incoming = step.line(x, 1)
-
-    rows, columns = (1, 0) if transposed else (0, 1)
-    if depthwise:
-        rows = 0  # transposed or not, a depthwise weight is (channels, 1, …)
-    if groups > 1 and kernel.parameter:
-        step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
-    outgoing = step.line(weight, rows)
-    if depthwise:
-        if outgoing is not None and incoming is not None:
-            step.space.unify(outgoing, incoming)
-            step.space.mark(outgoing, "carrier")
-    else:
-        if groups > 1:
-            size = groups * weight.shape[1]
-            read: Tensor | None = step.space.axis(kernel.parameter, 1, size, groups)
-        else:
-            read = step.line(weight, columns)
-        if read is not None:
-            step.read(read, kernel)
-            if incoming is not None:
-                step.space.unify(read, incoming)
-        elif incoming is not None:
-            step.pin((incoming,), "convolved with a kernel of fixed width")
-        if outgoing is not None:
-            step.space.mark(outgoing, "writer")
-    if bias is not None and outgoing is not None:
-        step.accompany(bias, outgoing, "draw")
-    shape = step.outputs[0].shape
-    out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
-    if outgoing is not None:
-        out.append(along(outgoing, 1, shape))
-    return (tuple(out),)
+def gain_with_bias(
+    flow: GainFlow, op: Operation, *, x: int = 1, weight: int = 2, bias: int = 0
+) -> Gain:
+    """The product of input and weight gains; the bias follows. Arguments are given by position."""
+    return with_bias(flow, op, op.args[x], op.args[weight], op.args[bias])
 
 
-def _depthwise_in_heads(
-    step: Step, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Layers, ...]:
-    """Filter heads that lie in the batch dim: a kernel for each position in a head, alike for all.
+def with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: object) -> Gain:
+    """Return the gain of a product plus a bias, which takes it, or parts from it."""
+    gain = flow.undo(weight, flow.of(x)).times(flow.of(weight))
+    if bias is None or flow.follow(bias, gain):
+        return gain
+    # The sum is what the old one would be for an input times gain / own, all of it times own.
+    taken = flow.taken_by(bias)
+    if isinstance(bias, Value) and not bias.is_weight:
+        taken = flow.of(bias)
+        if same(taken.scale, gain.scale):
+            return gain
+    sources = gain.sources | taken.sources
+    why = f"the bias of {op.module} cannot take a gain of {gain.scale:.6g}"
+    if not same(taken.scale, 1.0):
+        why += f", having taken one of {taken.scale:.6g} where it is used as well"
+    flow.part_ways(op, x, Gain(gain.scale / taken.scale, sources), "no", why)
+    return Gain(taken.scale, sources)
 
-    These kernels are to the heads what the weight of a norm over their positions is.
-    """
-    found = step.beside(x, (0, 1), "a convolution over these positions")
-    step.space.convolution_groups[step.value(weight).parameter] = 0
-    for layer in found:
-        if 1 in support(layer):
-            step.accompany_each(weight, layer, 1, "draw")
-            step.accompany_each(bias, layer, 1, "draw")
-    shape = step.outputs[0].shape
-    return (tuple(layer.expand(shape) for layer in found),)
+
+# ── labels ────────────────────────────────────────────────────────────────────────────────────
 
 
-@rule("aten.mm", "aten.bmm")
+@rule("aten.mm", "aten.bmm", gain=partial(product_gain, reads=True), padding=layer_padding)
 def matrix_product(step: Step) -> tuple[Layers, ...]:
     """``(M, K) @ (K, N)``, with a batch dim for ``bmm``."""
-    layers, _ = _product(step, step.args[0], step.args[1])
-    return (layers,)
+    return (_product(step, step.args[0], step.args[1]),)
 
 
 @rule("aten.mv", "aten.dot", "aten.vdot")
@@ -93,7 +66,7 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     lines = [step.line(left, left.ndim - 1), step.line(right, 0)]
     weights = [step.value(tensor).is_weight for tensor in (left, right)]
     if lines[0] is None or lines[1] is None or weights[0] == weights[1]:
-        step.pin(tuple(x for x in lines if x is not None), "multiplied by what is no weight of its")
+        _pin_contracted(step, lines, weights)
     else:
         step.space.unify(lines[0], lines[1])
         reader = weights.index(True)
@@ -102,77 +75,81 @@ def matrix_vector_product(step: Step) -> tuple[Layers, ...]:
     return (tuple(kept) if left.ndim > 1 else (),)
 
 
-@rule("aten.addmm", "aten.baddbmm")
+@rule("aten.addmm", "aten.baddbmm", gain=gain_with_bias, padding=layer_padding)
 def matrix_product_with_bias(step: Step) -> tuple[Layers, ...]:
     """``bias + (M, K) @ (K, N)``: what ``nn.Linear`` runs."""
     bias, left, right = step.args[:3]
-    layers, written = _product(step, left, right)
-    if written is not None:
-        step.accompany(bias, written, "draw")
-    elif step.layers(bias):
-        step.pin(step.layers(bias), "added to a product of fixed width")
-    elif not step.value(bias).is_uniform:
-        for layer in layers:
-            dims = [d for d in sorted(support(layer)) if bias.shape[d - layer.ndim] > 1]
-            reason = f"added to a tensor of fixed width ({step.place})"
-            step.space.fix(core(layer, support(layer)), dims, reason)
+    layers = _product(step, left, right)
+    shape, added = step.outputs[0].shape, step.value(bias)
+    for product, own in clusters([layers, step.stretched(bias, shape)]):
+        if own is None:
+            if product is not None and not added.is_uniform:
+                step.join_fixed(product, bias, shape)
+        elif product is None:
+            step.pin((own,), PinKind.FIXED, "added to a product")
+        else:
+            dims = support(product) | support(own)
+            whole = torch.Size([size if dim in dims else 1 for dim, size in enumerate(shape)])
+            step.space.unify(core(own, dims).expand(whole), core(product, dims).expand(whole))
+            if added.is_weight:
+                step.space.mark(core(own, support(own)).reshape(-1), "carrier", "draw")
     return (layers,)
 
 
-def _product(step: Step, left: Tensor, right: Tensor) -> tuple[Layers, Tensor | None]:
-    """Contract (…, M, K) with (…, K, N); return the layers and the labels written along N."""
+def _product(step: Step, left: Tensor, right: Tensor) -> Layers:
+    """Contract (…, M, K) with (…, K, N); return the layers."""
     sides = ((left, left.ndim - 1), (right, right.ndim - 2))
-    contracted = [cover(step.layers(tensor), dim) for tensor, dim in sides]
     batched = [
         layer
         for tensor, _ in sides
         for layer in step.layers(tensor)
         if tensor.ndim > 2 and 0 in support(layer)
     ]
-    shape = step.outputs[0].shape
     if batched:
-        return _product_by_heads(step, left, right, batched), None
+        return _product_by_heads(step, left, right, batched)
     weights = [step.value(tensor).is_weight for tensor, _ in sides]
     if all(weights) and _is_transposed_parameter(step, right):
         weights = [False, True]  # a linear layer of a table or of learned tokens
+    _contract(step, sides, weights)
+    shape = step.outputs[0].shape
+    out: list[Layer] = []
+    for tensor, dim in sides:
+        contracted = cover(step.layers(tensor), dim)
+        rows = tensor.ndim - 1 if tensor is right else tensor.ndim - 2
+        for kept in (layer for layer in step.layers(tensor) if layer is not contracted):
+            out.append(kept.narrow(dim, 0, 1).expand(shape))
+            if support(kept) == {rows} and weights == [tensor is left, tensor is right]:
+                step.space.mark(core(kept, {rows}).reshape(-1), "writer")
+    return tuple(out)
+
+
+def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence[bool]) -> None:
+    """Unify what is contracted and mark it as read by the weight; pin it if neither is one."""
     lines = [step.line(tensor, dim) for tensor, dim in sides]
     if weights[0] == weights[1]:
-        reason = "two activations are multiplied over these channels"
-        if weights[0]:
-            reason = "two parameters are multiplied over these channels"
-        elif None in lines:
-            reason = "multiplied by a fixed matrix"
-        step.pin(tuple(line for line in lines if line is not None), reason)
+        _pin_contracted(step, lines, weights)
+        return
+    reader, _ = sides[weights.index(True)]
+    other, _ = sides[weights.index(False)]
+    read = lines[weights.index(True)]
+    if lines[0] is not None and lines[1] is not None:
+        step.space.unify(lines[0], lines[1])
+    elif read is None or not step.value(other).is_uniform:
+        # One constant (a first state of zeros) may have any width: what reads new ones cancels.
+        _pin_contracted(step, lines, weights)
+    if read is not None:
+        step.read(read, step.value(reader))
+
+
+def _pin_contracted(step: Step, lines: Sequence[Tensor | None], weights: Sequence[bool]) -> None:
+    """Pin channels that a product sums over and that no parameter of their own reads."""
+    found = tuple(line for line in lines if line is not None)
+    if all(weights):
+        step.pin(found, PinKind.PARAMETERS)
+    elif len(found) == 2:
+        step.pin(found, PinKind.ACTIVATIONS)
     else:
-        if lines[0] is not None and lines[1] is not None:
-            step.space.unify(lines[0], lines[1])
-        elif lines[weights.index(True)] is None or not _is_uniform(step, sides, weights):
-            step.pin(tuple(x for x in lines if x is not None), "multiplied by a fixed matrix")
-        read = lines[weights.index(True)]
-        if read is not None:
-            step.read(read, step.value(sides[weights.index(True)][0]))
-    out: list[Layer] = []
-    written: Tensor | None = None
-    for (tensor, dim), layer in zip(sides, contracted, strict=True):
-        for kept in step.layers(tensor):
-            if kept is layer:
-                continue
-            out.append(kept.narrow(dim, 0, 1).expand(shape))
-            if tensor is right and support(kept) == {right.ndim - 1}:
-                written = core(kept, support(kept)).reshape(-1)
-            elif tensor is left and weights == [True, False] and support(kept) == {left.ndim - 2}:
-                step.space.mark(core(kept, support(kept)).reshape(-1), "writer")
-    if written is not None and weights == [False, True]:
-        step.space.mark(written, "writer")
-    return tuple(out), written
-
-
-def _is_uniform(step: Step, sides: tuple[tuple[Tensor, int], ...], weights: list[bool]) -> bool:
-    """Return whether the data of a product is one constant (a first state of zeros).
-
-    Any number of channels may have this value, since what reads new ones cancels.
-    """
-    return step.value(sides[weights.index(False)][0]).is_uniform
+        step.pin(found, PinKind.FIXED, "multiplied by a tensor")
 
 
 def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:
@@ -185,15 +162,17 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     heads = narrowed(batched[0], (0,))
     out: list[Layer] = []
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
+        if cover(step.layers(tensor), 0) is None and not step.value(tensor).is_uniform:
+            step.pin((heads,), PinKind.FIXED, "multiplied by matrices of a tensor")
         for layer in step.layers(tensor):
             if 0 in support(layer):
                 whole = core(layer, support(layer) | {0})
                 step.space.unify(heads.expand_as(whole), whole)
             elif dim in support(layer):
-                step.pin((layer,), "every head reads these positions alike")
+                step.pin((layer,), PinKind.EVERY_HEAD)
             else:
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
-    step.space.several(heads, f"all its channels are one head ({step.place})")
+    step.space.several(heads)
     return (heads.expand(step.outputs[0].shape), *out)
 
 
@@ -203,20 +182,33 @@ def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
     return not value.parameter and len(value.origins) == 1 and value.is_view
 
 
-@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
-def embedding_bag(step: Step) -> tuple[Layers, ...]:
-    """Sums of rows of a table: its columns are what it writes."""
-    layers, *_ = embedding(step)
-    return (layers, *(() for _ in step.outputs[1:]))
+@rule("aten._trilinear", gain=partial(product_gain, reads=True))
+def trilinear(step: Step) -> tuple[Layers, ...]:
+    """The sum over some dims of a product of three, broadcast: what ``nn.Bilinear`` runs."""
+    *factors, expand1, expand2, expand3, summed = step.args[:7]
+    weights = [step.value(tensor).is_weight for tensor in factors]
+    if sum(weights) != 1:
+        return step.give_up(PinKind.PARAMETERS if any(weights) else PinKind.ACTIVATIONS)
+    place = weights.index(True)
+    names = [_places(x, dims) for x, dims in zip(factors, (expand1, expand2, expand3), strict=True)]
+    out: list[Layer] = []
+    wide = len(step.outputs[0].shape) + len(summed)
+    rest = [dim for dim in range(wide) if dim not in summed]
+    for dim in range(wide):
+        own = names[place].index(dim) if dim in names[place] else None
+        for other, known in enumerate(names):
+            if other == place or dim not in known:
+                continue
+            line = step.line(factors[other], known.index(dim))
+            if own is None or dim not in summed:
+                step.pin(() if line is None else (line,), PinKind.ACTIVATIONS)
+            else:
+                step.contract(line, factors[place], own)
+        if own is not None and dim not in summed:
+            out.extend(step.write(factors[place], own, rest.index(dim)))
+    return (tuple(out),)
 
 
-@rule("aten.embedding")
-def embedding(step: Step) -> tuple[Layers, ...]:
-    """Look rows of a table up: its columns are what it writes."""
-    weight = step.args[0]
-    columns = step.line(weight, 1)
-    if columns is None:
-        return ((),)
-    step.space.mark(columns, "writer")
-    shape = step.outputs[0].shape
-    return ((along(columns, len(shape) - 1, shape),),)
+def _places(tensor: Tensor, expanded: Sequence[int]) -> list[int]:
+    """Return where each dim of a tensor lies after dims of one entry were put between them."""
+    return [dim for dim in range(tensor.ndim + len(expanded)) if dim not in expanded]

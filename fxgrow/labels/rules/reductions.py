@@ -1,59 +1,44 @@
-"""Pooling, reductions and what else runs along a dim."""
+"""Reductions, and what else runs along a dim."""
 
 from __future__ import annotations
 
-from fxgrow.labels.layers import Layer, Layers, compact, core, cover, support
-from fxgrow.labels.rules.step import Step, rule
+import numpy as np
+import torch
+
+from fxgrow.labels.gains import Gain, GainFlow
+from fxgrow.labels.layers import Layer, Layers, core, support
+from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules.record import rule
+from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation
 
 
+def mean_gain(flow: GainFlow, op: Operation) -> Gain:
+    """Homogeneous; one of squares, over more channels than before, differs by a known ratio."""
+    ratio = Gain(flow.statistics.get(op.index, 1.0), frozenset({op.module}))
+    return flow.of(op.inputs[0]).times(ratio)
+
+
+def mean_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """Over other dims it passes; over the channels it is an RMSNorm's mean of squares."""
+    x = op.args[0]
+    given = op.args[1] if len(op.args) > 1 else None
+    reduced = {dim % len(x.shape) for dim in given} if given else set(range(len(x.shape)))
+    mixed = flow.along(x, reduced)
+    held = flow.of(x)
+    if mixed is None:
+        return held
+    times = np.unique(mixed, return_counts=True)[1]
+    alike = len(times) == len(flow.group.channels) and len(np.unique(times)) == 1
+    if held.what != "zero" or not alike or not flow.is_alone(mixed):
+        return flow.refuse(held.why or "they are averaged together with others")
+    flow.statistics.append(op.index)
+    return Held(None)
+
+
+@rule("aten.mean", gain=mean_gain, padding=mean_padding)
 @rule(
-    "aten.max_pool2d_with_indices",
-    "aten.max_pool3d_with_indices",
-    "aten.avg_pool2d",
-    "aten.avg_pool3d",
-    "aten._adaptive_avg_pool2d",
-    "aten._adaptive_avg_pool3d",
-    "aten.adaptive_max_pool2d",
-    "aten.adaptive_max_pool3d",
-    "aten.upsample_nearest1d",
-    "aten.upsample_nearest2d",
-    "aten.upsample_nearest3d",
-    "aten._upsample_nearest_exact2d",
-    "aten.upsample_linear1d",
-    "aten.upsample_bilinear2d",
-    "aten.upsample_bicubic2d",
-    "aten.upsample_trilinear3d",
-    "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa",
-    "aten.reflection_pad1d",
-    "aten.reflection_pad2d",
-    "aten.reflection_pad3d",
-    "aten.replication_pad1d",
-    "aten.replication_pad2d",
-    "aten.replication_pad3d",
-    "aten.grid_sampler_2d",
-    "aten.grid_sampler_3d",
-    "aten.max_unpool2d",
-    "aten.max_unpool3d",
-    "aten.fractional_max_pool2d",
-    "aten.fractional_max_pool3d",
-    "torchvision.roi_align",
-)
-def spatial(step: Step) -> tuple[Layers, ...]:
-    """Pooling, resampling, mirrored padding: the spatial dims are mixed, the leading ones pass."""
-    x = step.args[0]
-    name = step.target._opname
-    spatial_dims = 3 if "3d" in name else 1 if "1d" in name else 2
-    leading = range(x.ndim - spatial_dims)
-    shape = step.outputs[0].shape
-    kept = step.beside(x, leading, f"{name} over these positions")
-    if name == "roi_align":  # boxes take the place of samples
-        kept = tuple(core(layer, (1,)) for layer in kept if 1 in support(layer))
-    return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
-
-
-@rule(
-    "aten.mean",
     "aten.sum",
     "aten.prod",
     "aten.amax",
@@ -86,10 +71,14 @@ def reduction(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= reduced:
-            if _is_invariant_under_copies(step):
+            if step.ignores_copies(x, sorted(reduced)):
                 step.space.mix(core(layer, support(layer)), step.place)
+                for place, out in enumerate(step.outputs):
+                    if out.dtype == torch.int64 and x.dtype != torch.int64:  # of the largest
+                        told = (core(layer, support(layer)), step.target._opname)
+                        step.positions[place] = (*step.positions.get(place, ()), told)
             else:
-                step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+                step.pin((layer,), PinKind.MIXED, step.target._opname)
             continue
         left = step.flat(layer, set(range(x.ndim)) - reduced)
         for dim in sorted(reduced, reverse=True):
@@ -100,16 +89,6 @@ def reduction(step: Step) -> tuple[Layers, ...]:
 
 def _sequence(dims: int | list[int]) -> list[int]:
     return [dims] if isinstance(dims, int) else list(dims)
-
-
-def _is_invariant_under_copies(step: Step) -> bool:
-    """Return whether k copies of everything leave the result as it is."""
-    name = step.target._opname
-    if name in ("var", "var_mean", "std", "std_mean"):  # sums of squares over n, not over n − 1
-        return step.argument("correction", 1) == 0 or step.argument("unbiased", True) is False
-    if name in ("linalg_vector_norm", "norm"):
-        return step.argument("ord", step.argument("p", 2)) in (float("inf"), float("-inf"))
-    return name in ("mean", "amax", "amin", "max", "min", "any", "all")
 
 
 @rule(
@@ -133,7 +112,7 @@ def along_a_dim(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= dims:
-            step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+            step.pin((layer,), PinKind.MIXED, step.target._opname)
         else:
             kept.append(step.flat(layer, support(layer) - dims))
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)
@@ -153,43 +132,4 @@ def gated_half(step: Step) -> tuple[Layers, ...]:
             out.append(first)
         else:
             out.append(layer.narrow(dim, 0, x.shape[dim] // 2))
-    return (tuple(out),)
-
-
-@rule("aten.im2col", "aten.col2im")
-def unfold(step: Step) -> tuple[Layers, ...]:
-    """Patches as columns: each channel of (N, C·k·k, L) has its k·k positions side by side."""
-    x = step.args[0]
-    area = 1
-    for size in step.argument("kernel_size"):
-        area *= size
-    step.beside(x, (0, 1), f"{step.target._opname} over these positions")
-    channels = step.line(x, 1)
-    if channels is None:
-        return ((),)
-    shape = step.outputs[0].shape
-    if step.target._opname == "im2col":
-        channels = channels.repeat_interleave(area)
-    else:
-        patches = channels.view(-1, area)
-        step.space.unify(patches[:, :1].expand_as(patches), patches)
-        channels = patches[:, 0]
-    view = [1] * len(shape)
-    view[1] = -1
-    return ((channels.reshape(view).expand(shape),),)
-
-
-@rule("aten.unfold")
-def windows(step: Step) -> tuple[Layers, ...]:
-    """Sliding windows along one dim, as a last dim of their own."""
-    x = step.args[0]
-    dim = step.argument("dimension") % x.ndim
-    out = []
-    layer_along = cover(step.layers(x), dim)
-    for layer in step.layers(x):
-        if layer is layer_along:
-            moved = layer.unfold(dim, step.argument("size"), step.argument("step"))
-            out.append(compact(moved.clone()))
-        else:
-            out.append(layer.narrow(dim, 0, 1).unsqueeze(-1).expand(step.outputs[0].shape))
     return (tuple(out),)

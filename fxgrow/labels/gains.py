@@ -1,13 +1,23 @@
-"""The state of a gain propagation: what each activation is scaled by, and who takes it up."""
+"""Gains: the scalar by which each activation of a grown network differs, and who takes it up.
+
+A factor on a layer's weights travels on: a product multiplies gains, what is homogeneous passes
+them on to some power, a norm absorbs them, and where gains differ that must agree, or one reaches
+what is not homogeneous, the function changes. :class:`GainFlow` is the state that the rules of the
+operations read and write; an operation without a rule is asked (:mod:`fxgrow.labels.ask`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+from fxgrow.labels import ask
+from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Value
-from fxgrow.plan.schema import Verdict
+
+Verdict = Literal["exact", "scaled", "no"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,53 @@ class GainFlow:
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
     norms: dict[str, Gain] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
+    part: ClassVar[Literal["gain"]] = "gain"
+    is_over: ClassVar[bool] = False
     _gains: dict[int, Gain] = field(default_factory=dict)
     _whose: dict[str, frozenset[str]] = field(default_factory=dict)  # sources of the vectors' gains
+
+    def concerns(self, op: Operation) -> bool:
+        """Return whether an operation changes a gain, or gets one: all may, until asked."""
+        return True
+
+    def generic(self, op: Operation) -> Gain | tuple[Gain, ...]:
+        """Return the gains after an operation without a rule, which is asked for powers."""
+        traits = traits_of(op.target)
+        if traits.is_uniform or traits.is_likeness:
+            return Gain()
+        if traits.is_movement:
+            return agree(self, op)
+        scaled = [v for v in dict.fromkeys(op.inputs) if self.of(v).scale != 1.0]
+        return self._powers(op, scaled) if scaled else Gain()
+
+    def _powers(self, op: Operation, scaled: list[Value]) -> Gain | tuple[Gain, ...]:
+        """Return the gain of each output of an operation that is homogeneous in what is scaled.
+
+        In each operand by itself, or in all of its data together, if they are scaled alike.
+        """
+        found: list[Gain] = []
+        each = [ask.degrees(op, [value]) for value in scaled]
+        if any(None in powers for powers in each):
+            first = self.of(scaled[0])
+            alike = all(same(self.of(value).scale, first.scale) for value in scaled)
+            each = [ask.degrees(op, scaled)] if alike else []
+        for place, _ in enumerate(op.outputs):
+            total = Gain()
+            for value, powers in zip(scaled, each, strict=False):
+                power = powers[place] if place < len(powers) else None
+                if power is None:
+                    return not_homogeneous(self, op)
+                gain = self.of(value)
+                total = total.times(Gain(gain.scale**power, gain.sources))
+            found.append(total)
+        return tuple(found) if each else not_homogeneous(self, op)
+
+    def record(self, op: Operation, fact: Gain | tuple[Gain, ...]) -> None:
+        """Record the gains of an operation's outputs; a single one is that of the first."""
+        if isinstance(fact, Gain):
+            fact = (fact,) * (len(op.outputs) if op.target.is_view else 1)
+        for value, gain in zip(op.outputs, fact, strict=False):
+            self.set(value, gain)
 
     def of(self, value: Value) -> Gain:
         """Return the gain of a value."""
@@ -143,7 +198,25 @@ class GainFlow:
             return self.of(vector)
         return Gain(self.vectors.get(name, 1.0), self._whose.get(name, frozenset()))
 
-    def part(self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str) -> None:
+    def taken_before(self, layer: str, gain: Gain) -> Gain | None:
+        """Return what a norm took up where it was used before, or None at its first use.
+
+        It took up nothing if the first gain was one, or if it has nothing to absorb a gain with.
+        """
+        first = self.norms.get(layer)
+        if first is None:
+            self.norms[layer] = gain
+            return None
+        absorbed = self.absorbed.get(layer)
+        return Gain(1.0 if absorbed is None else absorbed.gain, first.sources)
+
+    def eps_of(self, layer: str, eps: float) -> str:
+        """Return the attribute of a layer that holds its eps, or ""."""
+        return next((name for name, v in self.with_eps.get(layer, {}).items() if v == eps), "")
+
+    def part_ways(
+        self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str
+    ) -> None:
         """Record a mismatch on the edge from ``value`` to ``op``."""
         producer = -1 if value.producer is None else value.producer
         self.mismatches.append(Mismatch(producer, op.index, gain.scale, verdict, why, gain.sources))
@@ -152,3 +225,44 @@ class GainFlow:
 def same(first: float, second: float) -> bool:
     """Return whether two scales are equal but for rounding."""
     return math.isclose(first, second, rel_tol=1e-12)
+
+
+def not_homogeneous(flow: GainFlow, op: Operation) -> Gain:
+    """Return what comes out of an operation for which any gain that comes in is a mismatch."""
+    for value in op.inputs:
+        gain = flow.of(value)
+        if gain.scale != 1.0:
+            where = f" at {op.module}" if op.module else ""
+            why = f"a gain of {gain.scale:.6g} reaches {op.name}{where}, which is not homogeneous"
+            flow.part_ways(op, value, gain, "no", why)
+    return Gain()
+
+
+def agree(flow: GainFlow, op: Operation, *, constant: bool = False) -> Gain:
+    """Return the gain of what is joined: all must agree, parameters follow, others part.
+
+    Args:
+        flow: the state.
+        op: the operation.
+        constant: whether a number is added that no attribute holds, so that nothing can follow.
+    """
+    joins = "a constant that no attribute holds" if constant else "another path"
+    data = [value for value in op.inputs if not value.is_weight]
+    if not data:
+        return flow.of(op.inputs[0]) if op.inputs else Gain()
+    gains = [flow.of(value) for value in data]
+    common = next((gain for gain in gains if gain.scale == 1.0), gains[0])
+    common = Gain() if constant else common
+    for value in (value for value in op.inputs if value.is_weight):
+        taken = common if flow.follow(value, common) else flow.taken_by(value)
+        if not same(taken.scale, common.scale):  # where it is used as well
+            common = Gain(taken.scale, common.sources | taken.sources)
+            joins = "a constant or shared parameter"
+    for value, gain in zip(data, gains, strict=True):
+        if not same(gain.scale, common.scale):
+            where = f" at {op.module}" if op.module else ""
+            why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
+            sources = gain.sources | common.sources
+            ratio = Gain(gain.scale / common.scale, sources)
+            flow.part_ways(op, value, ratio, "no" if constant else "scaled", why)
+    return common
