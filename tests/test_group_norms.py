@@ -18,8 +18,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 import fxgrow
 from fxgrow.channels.analysis import analyse
 from fxgrow.errors import PlanError
-from fxgrow.grow.match.assignment import Laid, apart
-from fxgrow.grow.match.tied import bundles
+from fxgrow.grow.match.assignment import Assignment, part_twins
+from fxgrow.grow.match.tied import tied_channels
 from fxgrow.labels.trace import trace
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -170,8 +170,8 @@ def test_twins_that_read_other_channels_are_read_by_zeros() -> None:
     assert grown[3].weight[:, 4:].eq(0).all()
 
 
-@pytest.mark.parametrize("bundled", [False, True])
-def test_twins_part_where_what_they_depend_on_does(bundled: bool) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_twins_part_where_what_they_depend_on_does(tied: bool) -> None:
     layers = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 3, 1)
     channels = analyse(trace(nn.Sequential(*layers))).channels
     grown = [i for i, axis in enumerate(channels.axes) if axis.tensor == "1.weight"]
@@ -180,15 +180,17 @@ def test_twins_part_where_what_they_depend_on_does(bundled: bool) -> None:
     )
     continued = np.arange(channels.count)
     continued[[*read[4:], *written[4:]]] = -1  # two new groups, each of two channels
-    laid = Laid.empty(bundles(channels, {}, np.zeros(channels.count, dtype=np.uint64)))
-    if bundled:
-        laid.bundles.first[read[[5, 7]]] = read[[4, 6]]
-    laid.draw[read[4:]], laid.sign[read[4:]] = [0, 1, 0, 2], [1, 0, -1, 0]
-    laid.draw[written[4:]], laid.sign[written[4:]] = [3, 4, 3, 4], [1, 1, -1, -1]
-    laid.drawn = 5
-    apart(channels, grown, continued, laid)
-    assert laid.sign[written].tolist() == [0] * 8
-    assert laid.sign[read[4:]].tolist() == ([0] * 4 if bundled else [1, 0, -1, 0])
+    assignment = Assignment.empty(
+        tied_channels(channels, {}, np.zeros(channels.count, dtype=np.uint64))
+    )
+    if tied:
+        assignment.tied.first[read[[5, 7]]] = read[[4, 6]]
+    assignment.draw[read[4:]], assignment.sign[read[4:]] = [0, 1, 0, 2], [1, 0, -1, 0]
+    assignment.draw[written[4:]], assignment.sign[written[4:]] = [3, 4, 3, 4], [1, 1, -1, -1]
+    assignment.drawn = 5
+    part_twins(channels, grown, continued, assignment)
+    assert assignment.sign[written].tolist() == [0] * 8
+    assert assignment.sign[read[4:]].tolist() == ([0] * 4 if tied else [1, 0, -1, 0])
 
 
 def test_one_group_stays_one_and_groups_of_one_channel_stay_so() -> None:

@@ -38,7 +38,7 @@ def test_what_repeats_rows_makes_more_of_them() -> None:
     space.unify(one[:, None].expand(2, 3).contiguous(), columns)
     channels = resolve(space)
     assert channels.rows.of_label[columns.numpy()].tolist() == columns.tolist()
-    ((left, right, _),) = channels.rows.meetings
+    ((left, right, _),) = channels.rows.constraints
     pairs = zip(one.repeat_interleave(3).tolist(), columns.tolist(), strict=True)
     assert sorted(zip(left.tolist(), right.tolist(), strict=True)) == sorted(pairs)
     assert channels.of_axis(0).tolist() == [0, 0, 0, 1, 1, 1]

@@ -11,7 +11,7 @@ from torch import nn
 from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data.calibration import calibrate_, new_norms
 from fxgrow.grow.deepen.planner import plan_blocks
 from fxgrow.grow.identity.concrete_run import is_inside
@@ -148,7 +148,7 @@ def _checked_blocks(blocks: Mapping[str, str]) -> dict[str, str]:
     """
     if isinstance(blocks, Mapping) and blocks and all(isinstance(v, str) for v in blocks.values()):
         return {str(key): str(value) for key, value in blocks.items()}
-    raise PlanError(
+    raise UsageError(
         f"the blocks {blocks!r} cannot be read.",
         way_out='Give a mapping of stages to numbers of blocks: {"layer3": "+2"}.',
     )

@@ -10,7 +10,7 @@ from torch import nn
 from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, globs, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 from fxgrow.grow.kernels.planner import plan_kernels
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
@@ -114,5 +114,5 @@ def _checked(size: str | Mapping[str, str]) -> str | dict[str, str]:
     texts = {"*": size} if isinstance(size, str) else size
     fits = isinstance(texts, Mapping) and texts and all(isinstance(t, str) for t in texts.values())
     if not fits:
-        raise PlanError(f"the kernel size {size!r} cannot be read.", way_out='Give a text: "5".')
+        raise UsageError(f"the kernel size {size!r} cannot be read.", way_out='Give a text: "5".')
     return size if isinstance(size, str) else {str(glob): text for glob, text in size.items()}

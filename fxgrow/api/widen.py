@@ -16,7 +16,7 @@ from fxgrow.api.report.data import Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.channels.scope import follow
-from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
+from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
@@ -125,7 +125,7 @@ def plan(
         module=module,
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
-        raise PlanError(f"split_noise must not be negative, but it is {request.split_noise}.")
+        raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
     notes = check_tensors(named_tensors(model))
     progress("following the channels")
     analyses, parts = follow(grown_by(after, model), example_inputs, module)
@@ -359,5 +359,5 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
         PlanError: it is not.
     """
     if value not in allowed:
-        raise PlanError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
+        raise UsageError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
     return value

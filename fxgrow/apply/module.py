@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from fxgrow.apply.graph import graph_module, insert_multipliers, module_at, sized_graph, with_part
 from fxgrow.apply.rearrange import names_after, rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
-from fxgrow.errors import FxgrowError, PlanError
+from fxgrow.errors import FxgrowError, PlanError, shown
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.init import Init, init_name
 from fxgrow.plan.schema import Plan

@@ -14,9 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import first_line
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import AxisEdit, Run, RunKind, TensorEdit
 from fxgrow.plan.init import Init, copy_normal, draw, init_of_plan, zeros
 from fxgrow.plan.schema import Plan

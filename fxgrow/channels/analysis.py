@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor, fx
@@ -14,9 +14,7 @@ from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
-from fxgrow.labels.propagate import Watch
 from fxgrow.labels.sizes import Recorder, SizedCall
-from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import stand_in
@@ -31,38 +29,29 @@ class Analysis:
         tape: the operations of one run.
         channels: the channel of every position of every parameter axis.
         groups: channel groups in order of execution.
+        additions: the residual additions, as places on the tape: those of blocks, and of what the
+            gates of a recurrent layer add.
         blocks: residual blocks in order of execution, with their pairs.
+        calls: that took sizes, in order: in eval mode, and in train mode if that was run.
     """
 
     traced: Traced
     tape: Tape
     channels: Channels
     groups: tuple[ChannelGroup, ...]
+    additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
+    calls: tuple[tuple[SizedCall, ...], ...]
 
     @cached_property
-    def own_forward(self) -> SizedRun:
-        """A run of the network's own forward, at its present sizes.
-
-        Raises:
-            TraceError: the network does not run.
-        """
-        return sized_run(self.traced.label)
-
-    @cached_property
-    def opened(self) -> Opened | TraceError:
-        """A copy of the stand-in with a graph in which sizes can be rewritten, and a run of it.
-
-        If there is no such graph, the error that tells why.
-        """
+    def opened(self) -> Opened | None:
+        """A copy of the stand-in with a graph in which sizes can be rewritten, if there is one."""
         copy = stand_in(self.traced.standin)
-        part = copy.get_submodule(self.traced.module)
         try:
-            graph = open_graph(part)
-            traced = replace(self.traced, standin=copy)
-            return Opened(traced, graph, sized_run(partial(traced.label_graph, graph)))
-        except TraceError as error:
-            return error
+            graph = open_graph(copy.get_submodule(self.traced.module))
+        except TraceError:
+            return None
+        return Opened(replace(self.traced, standin=copy), graph)
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
@@ -77,6 +66,11 @@ class Analysis:
         # By name: a graph has x + y where the code has x += y.
         ran, known = ([op.name for op in run.operations] for run in (tape, self.tape))
         return tuple(op.node for op in tape.operations) if ran == known else ()
+
+    @cached_property
+    def _block_of_layer(self) -> dict[str, str]:
+        """The first residual block that each layer is a part of the branch of."""
+        return {layer: block.name for block in reversed(self.blocks) for layer in block.layers}
 
     @cached_property
     def _operations(self) -> dict[str, list[Operation]]:
@@ -99,11 +93,24 @@ class Analysis:
         """Return the operations that get any channel of a group, in order of execution."""
         return self._operations[group.name]
 
+    @cached_property
+    def _mixers(self) -> dict[str, list[str]]:
+        """Where operations over several channels ran, by the name of each group among these."""
+        group_of = group_of_channel(self.channels, self.groups)
+        found: dict[str, list[str]] = {}
+        for mixer in self.channels.mixers:
+            for index in np.unique(group_of[mixer.channels]).tolist():
+                if index >= 0:
+                    found.setdefault(self.groups[index].name, []).append(mixer.place)
+        return found
+
+    def mixers_of(self, group: ChannelGroup) -> Sequence[str]:
+        """Return where operations ran that depend on several of a group's channels together."""
+        return self._mixers.get(group.name, ())
+
     def block_of(self, group: ChannelGroup) -> str | None:
         """Return the residual block whose branch writes a hidden group, or None."""
-        if group.kind == "stream":
-            return None
-        return next((b.name for b in self.blocks if group.writers[0] in b.layers), None)
+        return None if group.kind == "stream" else self._block_of_layer.get(group.writers[0])
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,20 @@ class Opened:
     Attributes:
         traced: the network.
         graph: its graph.
-        run: a run of the graph.
     """
 
     traced: Traced
     graph: fx.Graph
-    run: SizedRun
+
+    @cached_property
+    def run(self) -> SizedRun | None:
+        """A run of the graph at the present sizes, if it runs."""
+        recording = Recording(self.traced)
+        try:
+            space, _ = self.traced.label_graph(self.graph, recording)
+        except TraceError:
+            return None
+        return SizedRun(resolve(space), recording.calls)
 
 
 @dataclass(frozen=True)
@@ -134,16 +149,24 @@ class SizedRun:
     calls: tuple[tuple[SizedCall, ...], ...]
 
 
-def sized_run(label: Callable[[Watch], tuple[LabelSpace, Tape]]) -> SizedRun:
-    """Return the calls that take sizes in a labelled run."""
-    recorders: list[Recorder] = []
+class Recording:
+    """Watches the runs of a network for the calls that take sizes."""
 
-    def watch(value: Callable[[Tensor], Value]) -> Recorder:
-        recorders.append(Recorder(value))
-        return recorders[-1]
+    def __init__(self, traced: Traced) -> None:
+        self._traced = traced
+        self._recorders: list[Recorder] = []
 
-    space, _ = label(watch)
-    return SizedRun(resolve(space), tuple(tuple(recorder.calls) for recorder in recorders))
+    def __call__(self, value: Callable[[Tensor], Value]) -> Recorder:
+        """Return what watches the next run; one in eval mode is the first of its network."""
+        if not self._traced.target.training:
+            self._recorders.clear()
+        self._recorders.append(Recorder(value))
+        return self._recorders[-1]
+
+    @property
+    def calls(self) -> tuple[tuple[SizedCall, ...], ...]:
+        """The calls of each run."""
+        return tuple(tuple(recorder.calls) for recorder in self._recorders)
 
 
 def analyse(traced: Traced) -> Analysis:
@@ -152,8 +175,24 @@ def analyse(traced: Traced) -> Analysis:
     Raises:
         TraceError: the network does not run on its inputs.
     """
-    space, tape = traced.follow()
+    recording = Recording(traced)
+    space, tape = traced.follow(recording)
     channels = resolve(space)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
-    return Analysis(traced, tape, channels, groups, find_pairs(bare, groups, channels, tape))
+    blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]
+    return Analysis(
+        traced,
+        tape,
+        channels,
+        groups,
+        tuple(block.addition for block in bare),
+        find_pairs(blocks, groups, channels, tape),
+        recording.calls,
+    )
+
+
+def _is_in_layer(block: ResidualBlock, traced: Traced, tape: Tape) -> bool:
+    """Return whether the addition is of a layer of torch's own, as the gates of an LSTM are."""
+    module = traced.standin.get_submodule(tape.operations[block.addition].module)
+    return not any(module.children()) and fx.Tracer().is_leaf_module(module, "")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import Layer, core, support
+from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
 from fxgrow.labels.space import Axis, Fill, LabelSpace, Role
 
@@ -48,13 +49,13 @@ class Channels:
             integer from 0 in order of first use.
         start: first row of each axis, and one entry past the last.
         count: number of channels.
-        pins: reason by channel.
+        pins: why a channel cannot change, by channel.
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         channel_of_label: the channel of each label, -1 where it has none.
         mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
-        pinned: labels that cannot change, with the reasons of ``pins``.
+        pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
         noted: for each operation that altered values, in order, what it did and to which labels.
@@ -67,13 +68,13 @@ class Channels:
     channel: IntArray
     start: IntArray
     count: int
-    pins: dict[int, str]
+    pins: dict[int, Pin]
     convolution_groups: dict[str, int]
     channel_of_label: IntArray
     mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
-    pinned: tuple[tuple[IntArray, str], ...]
+    pinned: tuple[tuple[IntArray, Pin], ...]
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -96,9 +97,9 @@ class Channels:
         return self.of_axis(places.index((weight, 0))).reshape(self.norm_groups[weight], -1)
 
     @cached_property
-    def deeds(self) -> tuple[tuple[str, IntArray], ...]:
+    def history(self) -> tuple[tuple[str, IntArray], ...]:
         """For each operation that altered values, in order, what it did and to which labels."""
-        return tuple((deed, core(x, support(x)).numpy().ravel()) for deed, x in self.noted)
+        return tuple((done, core(x, support(x)).numpy().ravel()) for done, x in self.noted)
 
     @cached_property
     def rows(self) -> Rows:
@@ -145,20 +146,25 @@ class Channels:
         first = np.asarray([axis.start for axis in self.axes], dtype=np.int64)
         return first[self.axis_of_row] + self.position_of_row
 
-    def ranks(self, treatment: HashArray) -> IntArray:
+    def ranks(self, row_hashes: HashArray) -> IntArray:
         """Return, for each row, how many rows of the same axis and channel come before it.
 
         Args:
-            treatment: for each label a number that tells its row from others of its channel.
+            row_hashes: for each label a number that tells its row from others of its channel.
         """
-        treated = treatment[self.label_of_row]
-        order = np.lexsort((self.position_of_row, treated, self.channel, self.axis_of_row))
-        axis, channel = self.axis_of_row[order], self.channel[order]
+        keys = self.axis_of_row * self.count + self.channel
+        ordered = np.sort(keys)
+        rank = np.zeros(len(keys), dtype=np.int64)
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(again):
+            return rank
+        several = np.flatnonzero(np.isin(keys, again))
+        keys, hashes = keys[several], row_hashes[self.label_of_row[several]]
+        order = np.lexsort((self.position_of_row[several], hashes, keys))
         fresh = np.ones(len(order), dtype=bool)
-        fresh[1:] = (axis[1:] != axis[:-1]) | (channel[1:] != channel[:-1])
+        fresh[1:] = np.diff(keys[order]) != 0
         firsts = np.maximum.accumulate(np.where(fresh, np.arange(len(order)), 0))
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - firsts
+        rank[several[order]] = np.arange(len(order)) - firsts
         return rank
 
 
@@ -185,11 +191,11 @@ def resolve(space: LabelSpace) -> Channels:
     first = described & (roots == np.arange(len(roots)))  # the smallest label of each channel
     channel_of_label = np.where(first, np.cumsum(first) - 1, -1)[roots]
     pinned = space.pinned(roots)
-    pins: dict[int, str] = {}
-    for labels, reason in pinned:
+    pins: dict[int, Pin] = {}
+    for labels, pin in pinned:
         for channel in np.unique(channel_of_label[labels]).tolist():
             if channel >= 0:
-                pins.setdefault(channel, reason)
+                pins.setdefault(channel, pin)
     return Channels(
         axes=tuple(axis for axis, _, _ in kept),
         roles=tuple(role for _, role, _ in kept),
@@ -204,7 +210,7 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
-        noted=tuple(space.deeds),
+        noted=tuple(space.history),
         first_labels=np.asarray([axis.start for axis in space.axes], dtype=np.int64),
     )
 

@@ -9,7 +9,6 @@ the whole.
 from __future__ import annotations
 
 import difflib
-import gc
 from collections.abc import Iterator
 
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from fxgrow.channels.analysis import Analysis, analyse
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.trace import trace
+from fxgrow.modules.collection import uncollected
 
 _MOST_PARTS = 32  # that are tried before the search is given up
 
@@ -51,8 +51,8 @@ def follow(
             raise _with_choices(error, model) from error
         names = ", ".join(analysis.traced.module for analysis in found)
         note = (
-            f"the whole of {type(model).__name__} cannot be followed ({error.message.rstrip('.')})"
-            f"; followed instead, each on inputs inferred for it: {names}"
+            f"the whole of {type(model).__name__} cannot be followed ({error.reason}); "
+            f"followed instead, each on inputs inferred for it: {names}"
         )
         return found, (note,)
 
@@ -60,19 +60,11 @@ def follow(
 def _analysed(model: nn.Module, example_inputs: object = None, module: str = "") -> Analysis:
     """Return what is found in a network or one part of it.
 
-    Nothing that is made on the way forms cycles, and a lot is made: looking for cycles would take
-    a fifth of the time.
-
     Raises:
         TraceError: it cannot be followed.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         return analyse(trace(model, example_inputs, module))
-    finally:
-        if collects:
-            gc.enable()
 
 
 def check_module(model: nn.Module, module: str) -> None:

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.operators import COPIES
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Value
 from fxgrow.modules.calling import map_tensors, tensors_in
@@ -121,7 +122,7 @@ def _apart(step: Step, layers: list[Layer]) -> Layers:
     kept: list[Layer] = []
     for layer in layers:
         if any(support(layer) & support(other) for other in kept):
-            step.pin((layer,), "laid out in one dim with other channels")
+            step.pin((layer,), PinKind.ONE_DIM)
         else:
             kept.append(layer)
     return tuple(kept)
@@ -196,6 +197,6 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     step.space.unify(a, b)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
-        step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")
+        step.space.pin(alone, PinKind.CONSTANTS)
         return torch.maximum(a, b).expand(left.shape)
     return smaller.expand(left.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Set
@@ -39,10 +41,25 @@ class ThreadTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a part of a module, as a value of the graph if it is looked up in this thread."""
-        if threading.get_ident() != self._thread:
+        """Return a part of a module, as a value of the graph if it is looked up in this thread.
+
+        Names are looked up once for all; torch walks through the modules at each parameter.
+        """
+        if threading.get_ident() != self._thread or not isinstance(attr_val, Tensor):
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        """The names of the tensors that are values of the graph."""
+        buffers = self.root.named_buffers() if self.proxy_buffer_attributes else ()
+        named = itertools.chain(buffers, self.root.named_parameters())
+        return {id(tensor): name for name, tensor in named}
 
 
 class OpenTracer(ThreadTracer):

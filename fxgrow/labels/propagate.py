@@ -14,6 +14,7 @@ from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
@@ -148,8 +149,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
         if value.positions is not None:
-            for layer, reason in value.positions:
-                self.space.pin(layer, reason)
+            for layer, name in value.positions:
+                self.space.pin(layer, PinKind.MIXED, name)
 
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
@@ -187,7 +188,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
         if step.outputs and not any(tensor.numel() for tensor in step.outputs):
-            return step.give_up("nothing is computed of them on these inputs")
+            return step.give_up(PinKind.EMPTY)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -195,10 +196,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             try:
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
-                return step.give_up(f"{step.target} cannot move labels")
+                return step.give_up(PinKind.LAYOUT, str(step.target))
         if step.traits.is_pointwise:
             return generic.pointwise(step)
-        return step.give_up(f"no rule for {step.target}")
+        return step.give_up(PinKind.NO_RULE, str(step.target))
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -263,10 +264,11 @@ def propagate(
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
+    space.place = ""
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
         labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:
-            space.pin(layer, "an output of the network")
+            space.pin(layer, PinKind.OUTPUT)
     return space, labeller.tape

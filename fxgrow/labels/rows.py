@@ -24,11 +24,11 @@ class Rows:
 
     Attributes:
         of_label: for each label its row.
-        meetings: where rows of one channel that are not one met: both sides and the place.
+        constraints: where rows of one channel that are not one met: both sides and the place.
     """
 
     of_label: IntArray
-    meetings: tuple[Union, ...] = ()
+    constraints: tuple[Union, ...] = ()
 
 
 def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Rows:
@@ -49,18 +49,20 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
     several[channel[order][1:][again]] = True
     several = several[channel]
     # Labels of which their channel has more on the same axis, those of each channel side by side.
-    crowded = order[np.append(again, False) | np.append(False, again)]
-    begins = np.searchsorted(channel[crowded], np.arange(len(channel) + 1))
-    forest, meetings = Forest(len(channel)), list[Union]()
+    several_rows = order[np.append(again, False) | np.append(False, again)]
+    begins = np.searchsorted(channel[several_rows], np.arange(len(channel) + 1))
+    forest, constraints = Forest(len(channel)), list[Union]()
     for left, right, place in unions:
         wanted = several[left]
+        if not wanted.any():
+            continue
         pairs = distinct(left[wanted].astype(np.int64) * len(channel) + right[wanted])
         left, right = pairs // len(channel), pairs % len(channel)
         one, other = forest.find(left), forest.find(right)
         apart = one != other
         if not apart.any():
             continue
-        members = crowded[_ranges(begins, np.unique(channel[one[apart]]))]
+        members = several_rows[_ranges(begins, np.unique(channel[one[apart]]))]
         rows, index = np.unique([one, other], return_inverse=True)
         joined = rows[components(len(rows), [(*index.reshape(2, -1), "")])]
         before = forest.find(members)
@@ -68,11 +70,11 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
         after = np.where(rows[found] == before, joined[found], before)
         keys = np.sort(after * (len(starts) + 1) + axis[members])
         if (keys[1:] == keys[:-1]).any():
-            meetings.append((left, right, place))
+            constraints.append((left, right, place))
         else:
             forest.join([(one, other, "")])
     row = np.where(several, forest.roots(), channel)
-    return Rows(row, tuple((row[left], row[right], place) for left, right, place in meetings))
+    return Rows(row, tuple((row[left], row[right], place) for left, right, place in constraints))
 
 
 def _ranges(begins: IntArray, some: IntArray) -> npt.NDArray[np.int64]:

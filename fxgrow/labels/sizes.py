@@ -139,18 +139,29 @@ class Recorder(TorchFunctionMode):
         return result
 
 
+def called_by(node: fx.Node) -> str:
+    """Return the name of the function that a node calls, "" if it calls none."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    name = node.target if isinstance(node.target, str) else function_name(node.target)
+    return {"getitem": "__getitem__"}.get(name, name)
+
+
+def why_fixed(node: fx.Node, function: str, sizes: Sequence[int | None]) -> str:
+    """Return why a node does not call a function with the given sizes one by one, "" if it does."""
+    called = called_by(node)
+    if called != function:
+        return f"the sizes {list(sizes)} are fixed inside {called or node.op}"
+    if len(sizes_in(function, node.args, node.kwargs)) != len(sizes):
+        return f"the sizes {list(sizes)} of {function} are computed as a whole"
+    return ""
+
+
 def check_sizes(node: fx.Node, function: str, sizes: Sequence[int | None]) -> None:
     """Return if a node calls a function with the given sizes one by one.
 
     Raises:
         TraceError: it does not.
     """
-    called = node.target if isinstance(node.target, str) else function_name(node.target)
-    called = {"getitem": "__getitem__"}.get(called, called)
-    if node.op not in ("call_function", "call_method") or called != function:
-        why = f"the sizes {list(sizes)} are fixed inside {called or node.op}"
-    elif len(sizes_in(function, node.args, node.kwargs)) != len(sizes):
-        why = f"the sizes {list(sizes)} of {function} are computed as a whole"
-    else:
-        return
-    raise TraceError(f"{why}, so that they cannot be rewritten in the graph", name=node.name)
+    if reason := why_fixed(node, function, sizes):
+        raise TraceError(f"{reason}, so that they cannot be rewritten in the graph", name=node.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +35,8 @@ class Value:
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
         repeated: dims along which it is the same by construction: it had one entry there.
-        positions: channels among which it tells positions (of the largest one), with the reason for
-            which they cannot change where that is used.
+        positions: channels among which it tells positions (of the largest one), with the name of
+            the operation: where it is used, they cannot change.
         taken: for a uniform or a padded one, layers it met: they tell what its sizes stand for.
     """
 
@@ -110,13 +112,18 @@ class Tape:
 
 
 def _flops(op: Operation) -> int:
-    """Return the floating-point operations of one operation; the formulas ask for shapes."""
+    """Return the floating-point operations of one operation."""
     formula = flop_registry.get(op.target.overloadpacket)
     if formula is None:
         return 0
-    args, kwargs = map_kind(Value, _like, (op.args, op.kwargs))
-    outputs = tuple(_like(value) for value in op.outputs)
-    return int(formula(*args, **kwargs, out_val=outputs if len(outputs) > 1 else outputs[0]))
+    of_shapes = getattr(formula, "__wrapped__", None)  # most take shapes, and torch wraps these
+    seen: Callable[[Value], Any] = _like if of_shapes is None else operator.attrgetter("shape")
+    args, kwargs = map_kind(Value, seen, (op.args, op.kwargs))
+    outputs = tuple(seen(value) for value in op.outputs)
+    out = outputs if len(outputs) > 1 else outputs[0]
+    if of_shapes is None:
+        return int(formula(*args, **kwargs, out_val=out))
+    return int(of_shapes(*args, **kwargs, out_shape=out))
 
 
 def _like(value: Value) -> Tensor:

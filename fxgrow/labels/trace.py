@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.graphs import symbolic_trace
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
@@ -109,20 +110,23 @@ class Traced:
         """The shapes of the input tensors as messages tell them."""
         return ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
 
-    def follow(self) -> tuple[LabelSpace, Tape]:
+    def follow(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
         """Label a run on the inputs, or on the first possible ones that fit.
+
+        Args:
+            watch: sees each run from above; see :func:`fxgrow.labels.propagate.propagate`.
 
         Raises:
             TraceError: the run failed, or nothing fits.
         """
         if not self.inferred:
-            return self.label()
+            return self.label(watch)
         problem = "the first layer is of no known kind"
         try:
             for arguments in possible_inputs(self.target, self._get_graph):
                 self.inputs = arguments
                 try:
-                    return self.label()
+                    return self.label(watch)
                 except TooLargeError:
                     raise
                 except TraceError as error:
@@ -230,7 +234,7 @@ class Traced:
             other = outside.get(id(tensors[axis.tensor])) if axis.tensor else None
             if other is not None:
                 labels = torch.arange(axis.start, axis.start + axis.size)
-                space.pin(labels, f"{other} is the same tensor, outside of {self.module}")
+                space.pin(labels, PinKind.OUTSIDE, other, self.module)
 
 
 @contextlib.contextmanager
@@ -255,6 +259,18 @@ def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
+def module_of(node: fx.Node, inside: str = "") -> str:
+    """Return the innermost module that a node of a graph was traced in.
+
+    Args:
+        node: of the graph.
+        inside: the module that was traced, "" for the whole.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    inner = next(reversed(stack.values()), ("",))[0]
+    return f"{inside}.{inner}".strip(".")
+
+
 class _Interpreter(fx.Interpreter):
     """Runs a graph and knows which node it is at."""
 
@@ -270,9 +286,7 @@ class _Interpreter(fx.Interpreter):
         return self.run(*args)
 
     def run_node(self, n: fx.Node) -> Any:
-        stack = n.meta.get("nn_module_stack") or {}
-        inner = next(reversed(stack.values()), ("",))[0]
-        self._at = (n.name, f"{self._module}.{inner}" if self._module and inner else inner)
+        self._at = (n.name, module_of(n, self._module))
         return super().run_node(n)
 
     def place(self) -> Place:

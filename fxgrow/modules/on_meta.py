@@ -21,6 +21,11 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: to keep dynamo away, torch wraps what is called here for each operation."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: OpOverload,
@@ -65,7 +70,11 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.device.type == "meta" or not tensor.ndim:
             return tensor
         if id(tensor) not in self._twins:
-            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            # As it lies in memory: a dim that was expanded has no values of its own.
+            twin = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            self._twins[id(tensor)] = (tensor, twin)
             self.joined(*self._twins[id(tensor)])
         return self._twins[id(tensor)][1]
 

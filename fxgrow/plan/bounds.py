@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, shown
 from fxgrow.labels.sizes import SIZED
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, TensorEdit
 
@@ -39,17 +39,6 @@ def refuse(place: str, why: str) -> NoReturn:
         PlanError: always.
     """
     raise PlanError(f"the plan's {shown(place)} is wrong: {shown(why)}.", name=shown(place))
-
-
-def shown(text: str) -> str:
-    r"""Return text that anybody may have written as a part of one line.
-
-    Example:
-        >>> print(shown("fc.weight"), shown("fc" + chr(10) + "weight"))
-        fc.weight fc\nweight
-    """
-    text = text if len(text) <= 300 else f"{text[:300]}…"
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def is_name(text: str) -> bool:

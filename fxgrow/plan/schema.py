@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fxgrow.errors import PlanError
-from fxgrow.plan.bounds import check_extent, shown
+from fxgrow.errors import PlanError, shown
+from fxgrow.plan.bounds import check_extent
 from fxgrow.plan.checks import MOST_STEPS, check_plan
 from fxgrow.plan.edits import ModuleEdit, Multiplier, NormGain, Rearrangement, SizeEdit, TensorEdit
 

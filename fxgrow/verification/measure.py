@@ -20,13 +20,14 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import arranged, batches_for
 from fxgrow.modules.standin import float64_copy
 from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import BlockPlan, Plan, Scope
+from fxgrow.verification.forward import Mode
 from fxgrow.verification.judge import (
     Case,
     Judgement,
-    Mode,
     ModeResult,
     Verification,
     agree,
@@ -74,44 +75,49 @@ def measure(
     notes = notes_on(broken)
     if not predictable:
         notes += ("new channels do not cancel: the change was measured, not predicted",)
-    modes = judged_modes(made)
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(grown).items()}
+    case = Case(
+        model, grown, exact, exact_grown, reference, made.norms, predictable,
+        _last_edits(made, grown), notes, judged_modes(made),
+    )  # fmt: skip
     # What a large kernel reads depends on the input's size, and so may whether it runs at all
     whole = any(step.kernels for step in made.steps)
     found = []
     for scope in made.scopes:
-        before = model.get_submodule(scope.module)
-        case = Case(
-            before,
-            grown.get_submodule(scope.module),
-            exact.get_submodule(scope.module),
-            exact_grown.get_submodule(scope.module),
-            reference.get_submodule(scope.module),
-            tuple(
-                replace(norm, module=_inside(norm.module, scope.module))
-                for norm in made.norms
-                if _is_inside(norm.module, scope.module)
-            ),
-            predictable,
-            {
-                _inside(name, scope.module): edit
-                for step in made.steps
-                for name, edit in step.tensors.items()
-                if _is_inside(name, scope.module) and name in shapes
-                if edit.new_shape == shapes[name]
-            },
-            notes,
-            modes,
-        )
-        batches = batches_for(
-            case.after if whole else before,
-            scope.inputs,
-            scope.inputs_inferred,
-            example_inputs,
-            whole=whole,
-        )
-        found.append(judge(case, batches))
+        part = _within(case, scope.module)
+        runs = part.after if whole else part.before
+        inferred = scope.inputs_inferred
+        batches = batches_for(runs, scope.inputs, inferred, example_inputs, whole=whole)
+        found.append(judge(part, batches))
     return told(made, _combined(found, [scope.module for scope in made.scopes]))
+
+
+def _last_edits(made: Plan, grown: nn.Module) -> dict[str, TensorEdit]:
+    """Return the edits after which tensors have the shapes that they have in the end."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(grown).items()}
+    return {
+        name: edit
+        for step in made.steps
+        for name, edit in step.tensors.items()
+        if edit.new_shape == shapes.get(name)
+    }
+
+
+def _within(case: Case, module: str) -> Case:
+    """Return a case for one submodule of its networks, with names as they are there."""
+    return replace(
+        case,
+        before=case.before.get_submodule(module),
+        after=case.after.get_submodule(module),
+        exact_before=case.exact_before.get_submodule(module),
+        exact_after=case.exact_after.get_submodule(module),
+        reference=case.reference.get_submodule(module),
+        norms=tuple(
+            replace(norm, module=_inside(norm.module, module))
+            for norm in case.norms
+            if _is_inside(norm.module, module)
+        ),
+        edits={_inside(n, module): edit for n, edit in case.edits.items() if _is_inside(n, module)},
+    )
 
 
 def judged_modes(made: Plan) -> tuple[Mode, ...]:

@@ -8,7 +8,7 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fxgrow.api.report.layout import indented, name_list, new_table, some, verdict_text
+from fxgrow.api.report.elements import new_table, reasons, some, verdict_text
 from fxgrow.grow.kernels.taps import told
 from fxgrow.plan.schema import BlockPlan, KernelPlan, Request
 
@@ -90,11 +90,5 @@ def _with_reasons(
     table: RenderableType, changes: Sequence[BlockPlan | KernelPlan]
 ) -> RenderableType:
     """Return a table with what a reader should know of its rows, alike ones together."""
-    reasons: dict[str, list[str]] = {}
-    for change in changes:
-        if change.reason:
-            reasons.setdefault(change.reason, []).append(change.name)
-    if not reasons:
-        return table
-    entries = [(some(names, 2), reason) for reason, names in reasons.items()]
-    return Group(table, Text("note:"), indented(name_list(entries)))
+    told = [(change.name, change.reason) for change in changes if change.reason]
+    return Group(table, Text("note:"), reasons(told)) if told else table

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.blocks import ResidualBlock
 from fxgrow.channels.explain import Explanation, explain
-from fxgrow.labels.remedies import remedy_for
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.judge import Verification
 from fxgrow.version import __version__
@@ -55,9 +56,10 @@ class Report:
                 for step in steps
                 for group in step["groups"]
             ],
-            "blocks": [block for step in steps for block in step["blocks"]],
-            "kernels": [kernel for step in steps for kernel in step["kernels"]],
-            "refused": [refusal for step in steps for refusal in step["refused"]],
+            **{
+                key: [entry for step in steps for entry in step[key]]
+                for key in ("blocks", "kernels", "refused")
+            },
             "parameters": [steps[0]["parameters"][0], plan["parameters"][1]],
             "flops": [steps[0]["flops"][0], plan["flops"][1]],
             "tracer": plan["tracer"],
@@ -123,34 +125,8 @@ class Inspection:
             "modules": [found.module for found in traced if found.module],
             "warnings": list(self.warnings),
             "parameters": sum(p.numel() for p in traced[0].standin.parameters()),
-            "groups": [
-                {
-                    "name": group.name,
-                    "width": group.width,
-                    "channels": len(group.channels),
-                    "described_width": group.described_width,
-                    "kind": group.kind,
-                    "block": part.block_of(group),
-                    "writers": list(group.writers),
-                    "carriers": list(group.carriers),
-                    "readers": list(group.readers),
-                    "reason": group.reason,
-                    "needed": remedy_for(group.reason) if group.reason else "",
-                }
-                for part in self.parts
-                for group in part.groups
-            ],
-            "blocks": [
-                {
-                    "name": block.name,
-                    "skip": block.skip,
-                    "preactivation": block.preactivation,
-                    "layers": list(block.layers),
-                    "pairs": [plain(pair) for pair in block.pairs],
-                }
-                for part in self.parts
-                for block in part.blocks
-            ],
+            "groups": [_group(part, group) for part in self.parts for group in part.groups],
+            "blocks": [_block(block) for part in self.parts for block in part.blocks],
         }
 
     def __str__(self) -> str:
@@ -158,3 +134,26 @@ class Inspection:
         from fxgrow.api.report.tables import as_text
 
         return as_text(inspection_table(self.to_dict()))
+
+
+def _group(part: Analysis, group: ChannelGroup) -> dict[str, Any]:
+    """Return a channel group as JSON-able data."""
+    return {
+        "name": group.name,
+        "width": group.width,
+        "channels": len(group.channels),
+        "described_width": group.described_width,
+        "kind": group.kind,
+        "block": part.block_of(group),
+        "writers": list(group.writers),
+        "carriers": list(group.carriers),
+        "readers": list(group.readers),
+        "reason": group.reason,
+        "needed": group.pin.remedy if group.pin else "",
+    }
+
+
+def _block(block: ResidualBlock) -> dict[str, Any]:
+    """Return a residual block as JSON-able data."""
+    found: dict[str, Any] = plain(block)
+    return {key: found[key] for key in ("name", "skip", "preactivation", "layers", "pairs")}

@@ -14,6 +14,7 @@ from fxgrow.grow.match.group_norms import with_new_groups
 from fxgrow.grow.match.match import match
 from fxgrow.grow.norms.eta import settle
 from fxgrow.grow.norms.mixers import mixed_groups
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.widen.feasible import Attempts, Feasible
@@ -66,6 +67,8 @@ def towards(
                     name=group.name,
                 )
     extended = with_new_groups(analysis.channels, new)
+    if isinstance(extended, Obstacle):
+        raise extended.error
     mixed = mixed_groups(analysis, widths, attempts.surplus, extended)
     eta, unsettled = settle(
         analysis.tape, mixed.surplus, attempts.with_eps, scale_writers=attempts.scale_writers
@@ -82,6 +85,8 @@ def towards(
         )
     copies = mixed.copies(analysis.groups)
     matching = match(analysis.channels, new, attempts.pairing, mixed.copied, copies)
+    if isinstance(matching, Obstacle):
+        raise matching.error
     read_by_zeros = np.isin(np.arange(new.count), _written_elsewhere(target.channels, names, new))
     matching = replace(matching, sign=np.where(read_by_zeros, 0, matching.sign))
     sizes = Sizes(shapes, {}, widths, ())

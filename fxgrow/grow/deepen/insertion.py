@@ -92,8 +92,7 @@ class Insertion:
         if isinstance(through, Trial):
             return through
         raise PlanError(
-            f"{self._outcome.message.removesuffix('.')}; nor can it be called in a graph: "
-            f"{through.message.removesuffix('.')}.",
+            f"{self._outcome.reason}; nor can it be called in a graph: {through.reason}.",
             name=self._outcome.name,
             way_out="Put the blocks into an nn.ModuleList that the code iterates over.",
         ) from through

@@ -55,10 +55,9 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     found: dict[str, dict[str, _Growth]] = {part.traced.module: {} for part in analyses}
     refused = []
     for name, size in sizes.items():
-        try:
-            growths = _growths(parts[name], name, size)
-        except PlanError as error:
-            refused.append(Refusal(name, str(error).rstrip(".")))
+        growths = _growths(parts[name], name, size)
+        if isinstance(growths, str):
+            refused.append(Refusal(name, growths))
         else:
             known = found[parts[name].traced.module]
             known |= {layer: new for layer, new in growths.items() if layer not in known}
@@ -115,44 +114,49 @@ def _check_glob(glob: str, names: Sequence[str]) -> None:
     )
 
 
-def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth]:
+def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth] | str:
     """Return the growth of a layer and of those that share its weight; none if they are that large.
 
-    Raises:
-        PlanError: the kernel cannot grow so; the message says why.
+    Or why the kernel cannot grow so.
     """
     layers = sharing_weight(analysis, name)
+    if isinstance(layers, str):
+        return layers
     kernel = new_kernel(size, settings_of(next(iter(layers.values()))).kernel)
+    if isinstance(kernel, str):
+        return kernel
     found = {}
     for layer, module in layers.items():
         old = settings_of(module)
         if kernel == old.kernel:
             return {}
-        found[layer] = _Growth(module, old, enlarged(old, kernel))
-        _check_inputs(analysis, found[layer])
+        new = enlarged(old, kernel)
+        if isinstance(new, str):
+            return new
+        found[layer] = _Growth(module, old, new)
+        problem = _input_problem(analysis, found[layer])
+        if problem:
+            return problem
     if len({growth.new.before for growth in found.values()}) > 1:
-        raise PlanError(
+        return (
             f"{' and '.join(found)} share the weight, and their paddings put its taps at different "
-            "places."
+            "places"
         )
     return found
 
 
-def _check_inputs(analysis: Analysis, growth: _Growth) -> None:
-    """Return if a layer's inputs are long enough for its new padding.
-
-    Raises:
-        PlanError: they are not.
-    """
+def _input_problem(analysis: Analysis, growth: _Growth) -> str:
+    """Return why a layer's inputs are too short for its new padding; "" if they are not."""
     least = growth.new.convolution.least_input
     if max(least) == 1:
-        return
+        return ""
     for sizes in input_sizes(analysis, growth.module):
         if any(size < needed for size, needed in zip(sizes, least, strict=True)):
-            raise PlanError(
+            return (
                 f"its {growth.old.padding_mode} padding would take inputs of at least "
-                f"{told(least)}, and it gets {told(sizes)}."
+                f"{told(least)}, and it gets {told(sizes)}"
             )
+    return ""
 
 
 def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth]) -> Plan:

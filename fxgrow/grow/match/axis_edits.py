@@ -95,7 +95,7 @@ def _positions(
         raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
     # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
     reads = new.roles[new_axis] == "reader"
-    shared = np.isin(origin[~fresh], matching.copy) & reads
+    shared = matching.is_copied[origin[~fresh]] & reads
     start[~fresh] = np.where(unread, 0, found)
     without = ZERO if reads else BORROWED
     kind[~fresh] = np.where(unread, without, np.where(shared, SHARE, OLD))

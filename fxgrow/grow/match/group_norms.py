@@ -16,7 +16,7 @@ import numpy as np
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
-from fxgrow.errors import PlanError
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.plan.schema import Grouped
 
 
@@ -85,22 +85,21 @@ def _possible(channels: Channels, group: ChannelGroup, wanted: int) -> str:
     return " or ".join(str(width) for width in sorted(widths) if width > group.width)
 
 
-def with_new_groups(old: Channels, new: Channels) -> dict[str, int]:
+def with_new_groups(old: Channels, new: Channels) -> dict[str, int] | Obstacle:
     """Return the group norms that have more groups at the new sizes, all of the same size.
 
-    Raises:
-        PlanError: the groups of some norm are of another number and of another size.
+    Where the groups of some norm are of another number and of another size, that is in the way.
     """
-    found = {}
+    found: dict[str, int] = {}
     for weight, before in old.norm_groups.items():
         after = new.norm_groups.get(weight, before)
         if after == before:
             continue
         sizes = [run.of_norm(weight).shape[1] for run in (old, new)]
         if sizes[0] != sizes[1]:
-            raise PlanError(
+            return Obstacle(
                 f"{layer_of(weight)} normalises {before} groups of {sizes[0]} channels in the "
-                f"source and {after} of {sizes[1]} there.",
+                f"source and {after} of {sizes[1]} there",
                 name=layer_of(weight),
             )
         found[weight] = after

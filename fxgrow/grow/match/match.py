@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -20,13 +21,13 @@ import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels, HashArray
 from fxgrow.channels.groups import layer_of
-from fxgrow.errors import PlanError
-from fxgrow.grow.match.assignment import Laid, apart, check_copies, check_order
+from fxgrow.grow.match.assignment import Assignment, check_copies, check_order, part_twins
 from fxgrow.grow.match.group_norms import with_new_groups
 from fxgrow.grow.match.hashes import mix
-from fxgrow.grow.match.reassignment import Kinds, told_groups
+from fxgrow.grow.match.reassignment import BySignature, told_groups
 from fxgrow.grow.match.refinement import told_apart
-from fxgrow.grow.match.tied import Bundles, bundles
+from fxgrow.grow.match.tied import Tied, tied_channels
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 from fxgrow.plan.pairing import Pairing, drawing, replicate
 
@@ -55,13 +56,22 @@ class Matching:
     old_rank: IntArray
     new_rank: IntArray
 
+    @cached_property
+    def is_copied(self) -> npt.NDArray[np.bool_]:
+        """Whether each old channel has copies."""
+        found = np.zeros(
+            max(int(self.old.max(initial=-1)), int(self.copy.max(initial=-1))) + 1, dtype=bool
+        )
+        found[self.copy[self.copy >= 0]] = True
+        return found
+
 
 def _signatures(
     channels: Channels,
     axis_codes: Sequence[int],
     new_groups: dict[int, int],
-    deeds: Sequence[str],
-    treatment: HashArray,
+    history: Sequence[str],
+    row_hashes: HashArray,
 ) -> HashArray:
     """Return a 64-bit hash of each channel's signature.
 
@@ -70,8 +80,8 @@ def _signatures(
         axis_codes: a code for each axis, the same in both runs.
         new_groups: for an axis whose number of convolution groups grew, the old number; new
             groups that will be twins get one and the same code.
-        deeds: what was done to channels, in order.
-        treatment: for each label, a hash of what was done to it.
+        history: what was done to channels, in order.
+        row_hashes: for each label, a hash of what was done to it.
     """
     group = channels.group_of_row.copy()
     for axis, old in new_groups.items():
@@ -82,49 +92,53 @@ def _signatures(
     codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row]
     mixed = mix(codes * np.uint64(0x1_0000_0001) + group.astype(np.uint64) + np.uint64(1))
     total = np.zeros(channels.count, dtype=np.uint64)
-    np.add.at(total, channels.channel, mix(mixed + treatment[channels.label_of_row]))
-    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+    np.add.at(total, channels.channel, mix(mixed + row_hashes[channels.label_of_row]))
+    for done, (_, labels) in zip(history, channels.history, strict=False):
         members = channels.channel_of_label[labels]
-        total[members[members >= 0]] += _code_of(deed)  # once for each channel
+        total[members[members >= 0]] += _code_of(done)  # once for each channel
     return total
 
 
-def _treatment(channels: Channels, axis_codes: Sequence[int], deeds: Sequence[str]) -> HashArray:
+def _row_hashes(channels: Channels, axis_codes: Sequence[int], history: Sequence[str]) -> HashArray:
     """Return, for each label, a hash of its row's axes and what was done to it; one per label."""
     row = channels.rows.of_label
     total = np.zeros(len(row), dtype=np.uint64)
     codes = np.asarray(axis_codes, dtype=np.uint64)[channels.axis_of_row] + np.uint64(1)
     np.add.at(total, row[channels.label_of_row], mix(codes))
-    for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
-        total[row[labels]] += _code_of(deed)  # once for each row
-    meetings = channels.rows.meetings if deeds else ()  # other operations bring others together
-    return told_apart(total, meetings, channels.channel_of_label)[row]
+    for done, (_, labels) in zip(history, channels.history, strict=False):
+        total[row[labels]] += _code_of(done)  # once for each row
+    # Other operations bring others together.
+    constraints = channels.rows.constraints if history else ()
+    return told_apart(total, constraints, channels.channel_of_label)[row]
 
 
-def _code_of(deed: str) -> int:
-    return zlib.crc32(deed.encode()) << 20
+def _code_of(done: str) -> int:
+    return zlib.crc32(done.encode()) << 20
 
 
-def _deeds(old: Channels, new: Channels) -> tuple[list[str], list[str]]:
-    """Return what the operations of two runs did, if they ran the same ones.
+def _common_history(old: Channels, new: Channels) -> list[str] | Obstacle:
+    """Return what the operations of two runs did, none of it if they did not run the same ones.
 
-    Raises:
-        PlanError: an operation computes with another number at the new sizes.
+    An operation that computes with another number at the new sizes is in the way.
     """
-    before, after = ([deed for deed, _ in channels.deeds] for channels in (old, new))
-    names = [[deed.split()[0] for deed in deeds] for deeds in (before, after)]
+    before, after = ([done for done, _ in channels.history] for channels in (old, new))
+    names = [[done.split()[0] for done in history] for history in (before, after)]
     if names[0] != names[1]:  # the same written in other operations, which says nothing
-        return [], []
+        return []
     for was, becomes in zip(before, after, strict=True):
         if was != becomes:
             name, *numbers = was.split()
-            raise PlanError(
+            return Obstacle(
                 f"{name} computes with {' and '.join(numbers)} at the present widths and with "
                 f"{' and '.join(becomes.split()[1:])} at the new ones: the code makes a number of "
-                "a width."
+                "a width"
             )
-    numbered = [f"{place} {deed}" for place, deed in enumerate(before)]
-    return numbered, numbered
+    return _numbered(old)
+
+
+def _numbered(channels: Channels) -> list[str]:
+    """Return what the operations of a run did, each by its place in the order."""
+    return [f"{place} {done}" for place, (done, _) in enumerate(channels.history)]
 
 
 def match(
@@ -133,7 +147,7 @@ def match(
     pairing: Pairing,
     copied: IntArray,
     copies: Mapping[int, int] = MappingProxyType({}),
-) -> Matching:
+) -> Matching | Obstacle:
     """Match the channels of a network at its old and its new sizes.
 
     Args:
@@ -143,80 +157,87 @@ def match(
         copied: old channels that can only be copied, whatever the pairing; sorted.
         copies: for old channels whose group has a surplus, how many of each there are to be.
 
-    Raises:
-        PlanError: some old channel has no place in the new network.
+    Returns:
+        The matching, or why some old channel has no place in the new network.
     """
     norms, runs = with_new_groups(old, new), (old, new)
+    if isinstance(norms, Obstacle):
+        return norms
     old, new = _without(old, norms), _without(new, norms)
     keys = {(axis.tensor, axis.dim): code for code, axis in enumerate(old.axes)}
     if {(axis.tensor, axis.dim) for axis in new.axes} != set(keys):
-        raise PlanError("the network computes with other tensors at its new sizes.")
-    new_codes = [keys[axis.tensor, axis.dim] for axis in new.axes]
+        return Obstacle("the network computes with other tensors at its new sizes")
+    history = _common_history(old, new)
+    if isinstance(history, Obstacle):
+        return history
+    codes = range(len(old.axes)), [keys[axis.tensor, axis.dim] for axis in new.axes]
     grown = {
         index: before
         for index, axis in enumerate(new.axes)
         if (before := old.convolution_groups.get(axis.tensor, 0)) > 0
         and before < new.convolution_groups.get(axis.tensor, 0)
     }
-    old_deeds, new_deeds = _deeds(old, new)
-    treatments = (
-        _treatment(old, range(len(old.axes)), old_deeds),
-        _treatment(new, new_codes, new_deeds),
+    hashes = [_row_hashes(run, of, history) for run, of in zip((old, new), codes, strict=True)]
+    signatures = (
+        _signatures(old, codes[0], {}, history, hashes[0]),
+        _signatures(new, codes[1], grown, history, hashes[1]),
     )
-    old_signature = _signatures(old, range(len(old.axes)), {}, old_deeds, treatments[0])
-    new_signature = _signatures(new, new_codes, grown, new_deeds, treatments[1])
-
-    # Bundles of one signature side by side, each in order of first use.
-    codes = {weight: code for code, weight in enumerate(norms)}
-    mine, theirs = bundles(runs[0], codes, old_signature), bundles(runs[1], codes, new_signature)
-    old_buckets, new_buckets = _buckets(mine), _buckets(theirs)
-    continued, crowded = _in_order(new.count, old_buckets, new_buckets)
-    for first in crowded:
+    # Tied channels of one signature side by side, each in order of first use.
+    norm_codes = {weight: code for code, weight in enumerate(norms)}
+    mine, theirs = (
+        tied_channels(run, norm_codes, signature)
+        for run, signature in zip(runs, signatures, strict=True)
+    )
+    buckets = _buckets(mine), _buckets(theirs)
+    continued, oversubscribed = _in_order(new.count, *buckets)
+    for first in oversubscribed:
         if mine.size[first] > 1:
-            raise _torn(runs, norms, first)
-    if crowded:
-        alone = _alone(mine, old_buckets), _alone(theirs, new_buckets)
-        Kinds(old, new, new_codes, *alone, (old_deeds, new_deeds)).rehouse(continued, crowded)
-    laid = Laid.empty(theirs)
-    for members in new_buckets.values():
+            return _torn(runs, norms, first)
+    if oversubscribed:
+        alone = _alone(mine, buckets[0]), _alone(theirs, buckets[1])
+        signed = BySignature(old, new, codes[1], *alone, history)
+        if obstacle := signed.reassign(continued, oversubscribed):
+            return obstacle
+    assignment, only_copied = Assignment.empty(theirs), set(copied.tolist())
+    for members in buckets[1].values():
         fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
         kept = np.sort(continued[taken])
         continued[theirs.members(taken)] = mine.members(continued[taken])
-        if not len(fresh):
-            continue
-        whole = len(kept) > 0 and bool(np.isin(kept[0], copied))
-        times = copies.get(int(kept[0]), 0) if len(kept) else 0
-        if times:
-            laid.surplus[fresh[(times - 1) * len(kept) :]] = True
-            laid.copy[fresh[: (times - 1) * len(kept)]] = np.tile(kept, times - 1)
-            fresh = fresh[(times - 1) * len(kept) :]
-        chosen = replicate if whole else drawing(pairing) if times else pairing
-        laid.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
-    check_order(old, new, list(grown), continued)
+        if len(fresh):
+            times = copies.get(int(kept[0]), 0) if len(kept) else 0
+            whole = len(kept) > 0 and int(kept[0]) in only_copied
+            fresh = assignment.copy_whole(fresh, kept, times)
+            chosen = replicate if whole else drawing(pairing) if times else pairing
+            assignment.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
     whole_alone = copied[~np.isin(copied, list(copies))]
-    check_copies(old, new, whole_alone, continued, laid.copy)
-    apart(new, list(grown), continued, laid)
-    ranks = old.ranks(treatments[0]), new.ranks(treatments[1])
-    return Matching(continued, laid.draw, laid.sign, laid.copy, laid.surplus, *ranks)
+    obstacle = check_order(old, new, list(grown), continued) or check_copies(
+        old, new, whole_alone, continued, assignment.copy
+    )
+    if obstacle:
+        return obstacle
+    part_twins(new, list(grown), continued, assignment)
+    ranks = old.ranks(hashes[0]), new.ranks(hashes[1])
+    found = assignment
+    return Matching(continued, found.draw, found.sign, found.copy, found.surplus, *ranks)
 
 
 def _in_order(
     count: int, old_buckets: Mapping[int, IntArray], new_buckets: Mapping[int, IntArray]
 ) -> tuple[IntArray, list[int]]:
-    """Return which bundle each of the new ones continues, of each signature in order.
+    """Return which tied channels each of the new ones continue, of each signature in order.
 
     Returns:
-        For each of ``count`` channels, the first of a new bundle, the first of the old one, else
+        For each of ``count`` channels, the first of new tied ones, the first of the old ones, else
         -1; and one of each signature of which there are too few new ones.
     """
     continued = np.full(count, -1, dtype=np.int64)
-    crowded = []
+    oversubscribed = []
     for kind, members in old_buckets.items():
         places = new_buckets.get(kind, members[:0])
         continued[places[: len(members)]] = members[: len(places)]
         if len(members) > len(places):
-            crowded.append(int(members[0]))
-    return continued, crowded
+            oversubscribed.append(int(members[0]))
+    return continued, oversubscribed
 
 
 def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
@@ -226,10 +247,10 @@ def kinds(channels: Channels) -> tuple[list[IntArray], IntArray]:
         Channels of one signature together, and, for each row, its place among those of its axis
         and channel: rows of the same place correspond.
     """
-    deeds = [f"{place} {deed}" for place, (deed, _) in enumerate(channels.deeds)]
-    treatment = _treatment(channels, range(len(channels.axes)), deeds)
-    signature = _signatures(channels, range(len(channels.axes)), {}, deeds, treatment)
-    return list(_buckets(bundles(channels, {}, signature)).values()), channels.ranks(treatment)
+    codes, history = range(len(channels.axes)), _numbered(channels)
+    hashes = _row_hashes(channels, codes, history)
+    signature = _signatures(channels, codes, {}, history, hashes)
+    return list(_buckets(tied_channels(channels, {}, signature)).values()), channels.ranks(hashes)
 
 
 def _without(channels: Channels, norms: Mapping[str, int]) -> Channels:
@@ -240,15 +261,15 @@ def _without(channels: Channels, norms: Mapping[str, int]) -> Channels:
     return replace(channels, norm_groups=left)
 
 
-def _torn(runs: tuple[Channels, Channels], norms: Iterable[str], channel: int) -> PlanError:
-    """Return the error for a group of a norm where no new group has the same channels."""
+def _torn(runs: tuple[Channels, Channels], norms: Iterable[str], channel: int) -> Obstacle:
+    """Return what is in the way of a group of a norm where no new group has the same channels."""
     old, _ = runs
     norm = layer_of(next(name for name in norms if channel in old.of_norm(name)))
     rows = np.flatnonzero(old.channel == channel)
     codes = np.unique(old.axis_of_row[rows]).tolist()
-    return PlanError(
+    return Obstacle(
         f"at this width, groups of {norm} would be made of other channels than now, because what "
-        f"else these channels pass lays them out otherwise{told_groups(runs, codes)}.",
+        f"else these channels pass lays them out otherwise{told_groups(runs, codes)}",
         name=layer_of(old.axes[codes[0]].tensor),
         way_out="Try a width at which the groups of all these layers fit, or grouped count.",
     )
@@ -263,14 +284,14 @@ def _name(channels: Channels, some: IntArray) -> str:
     return f"{axis.tensor} {axis.dim} {int(channels.position_of_row[row])}"
 
 
-def _buckets(found: Bundles) -> dict[int, IntArray]:
-    """Return the bundles of each signature, ascending."""
+def _buckets(found: Tied) -> dict[int, IntArray]:
+    """Return the tied channels of each signature, by the first of them, ascending."""
     firsts = np.flatnonzero(found.first == np.arange(len(found.first)))
     order = firsts[np.argsort(found.signature[firsts], kind="stable")]
     kinds, begins = np.unique(found.signature[order], return_index=True)
     return dict(zip(kinds.tolist(), np.split(order, begins[1:]), strict=True))
 
 
-def _alone(found: Bundles, buckets: Mapping[int, IntArray]) -> dict[int, IntArray]:
-    """Return those of some buckets whose bundles are one channel each."""
+def _alone(found: Tied, buckets: Mapping[int, IntArray]) -> dict[int, IntArray]:
+    """Return those of some buckets that are tied to no others."""
     return {kind: members for kind, members in buckets.items() if found.size[members[0]] == 1}

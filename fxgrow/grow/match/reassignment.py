@@ -12,10 +12,10 @@ import numpy as np
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import layer_of
-from fxgrow.errors import PlanError
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 
-_DEED = -1  # stands for an axis where something is done to a channel
+_DONE = -1  # stands for an axis where something is done to a channel
 
 
 def told_groups(runs: tuple[Channels, Channels], codes: Iterable[int]) -> str:
@@ -31,7 +31,7 @@ def told_groups(runs: tuple[Channels, Channels], codes: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True)
-class Kinds:
+class BySignature:
     """Channels by signature, where some signature has fewer new channels than old ones.
 
     An old channel may then continue as a new one that touches all it touches, and more besides:
@@ -43,22 +43,22 @@ class Kinds:
     new_codes: Sequence[int]
     old_buckets: dict[int, IntArray]
     new_buckets: dict[int, IntArray]
-    deeds: tuple[list[str], list[str]]
+    history: Sequence[str]
 
-    def rehouse(self, continued: IntArray, crowded: Sequence[int]) -> None:
-        """Assign anew, in place, the channels that share their writers with the crowded ones.
+    def reassign(self, continued: IntArray, oversubscribed: Sequence[int]) -> Obstacle | None:
+        """Assign anew, in place, the channels that share their writers with some.
+
+        Of the signatures of these there are too few new channels; where there is no place for some
+        channel, that is in the way.
 
         As many as possible keep a place of their own signature: a minimum-cost flow over
         signatures, in which any other place costs one.
-
-        Raises:
-            PlanError: there is no place for some channel.
         """
         codes = range(len(self.old.axes))
-        wanted = self._first_touches(self.old, codes, self.old_buckets, self.deeds[0])
-        offered = self._first_touches(self.new, self.new_codes, self.new_buckets, self.deeds[1])
+        wanted = self._first_touches(self.old, codes, self.old_buckets)
+        offered = self._first_touches(self.new, self.new_codes, self.new_buckets)
         writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
-        touched = _touches(self.old, range(len(self.old.axes)), crowded)
+        touched = _touches(self.old, range(len(self.old.axes)), oversubscribed)
         concerned = {code for touch in touched.values() for code, _ in touch} & writers
         flow = nx.DiGraph()
         total = 0
@@ -75,7 +75,7 @@ class Kinds:
                 if kind != other and _has_several(wanted[other]):
                     continue  # another of its rows might have to do there what one does here
                 extra = {code for code, _ in touch - wanted[other]}
-                if extra == {_DEED}:  # it is not led elsewhere, but something more is done to it
+                if extra == {_DONE}:  # it is not led elsewhere, but something more is done to it
                     continue
                 if not wanted[other] - touch and not extra & writers:
                     flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
@@ -86,7 +86,7 @@ class Kinds:
         homeless = {kind: count for _, kind in movers if (count := found["old", kind].pop("all"))}
         if homeless:
             first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
-            raise self._refusal(wanted[first], homeless[first])
+            return self._obstacle(wanted[first], homeless[first])
         moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
         continued[np.isin(continued, moved)] = -1
         free = {kind: list(self.new_buckets[kind]) for kind in offered}
@@ -96,16 +96,17 @@ class Kinds:
                 for member in members[:count]:
                     continued[free[kind].pop(0)] = member
                 members = members[count:]
+        return None
 
-    def _refusal(self, touch: Counter[tuple[int, int]], count: int) -> PlanError:
-        """Return the error for ``count`` channels that touch this and have no place."""
-        codes = sorted({code for code, _ in touch} - {_DEED})
+    def _obstacle(self, touch: Counter[tuple[int, int]], count: int) -> Obstacle:
+        """Return what is in the way of ``count`` channels that touch this and have no place."""
+        codes = sorted({code for code, _ in touch} - {_DONE})
         layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
         readers = [layers[code] for code in codes if self.old.roles[code] == "reader"]
         lead = f" lead to {' and '.join(dict.fromkeys(readers))}" if readers else ""
-        return PlanError(
+        return Obstacle(
             f"at this width, channels of {layers[codes[0]]} would have no place in the widened "
-            f"network: {count} too few{lead}{told_groups((self.old, self.new), codes)}.",
+            f"network: {count} too few{lead}{told_groups((self.old, self.new), codes)}",
             name=layers[codes[0]],
             way_out="Try a somewhat larger width.",
         )
@@ -115,15 +116,14 @@ class Kinds:
         channels: Channels,
         codes: Sequence[int],
         buckets: dict[int, IntArray],
-        deeds: Sequence[str],
     ) -> dict[int, Counter[tuple[int, int]]]:
         """Return what the channels of each signature touch, and what is done to them."""
         firsts = {int(members[0]): kind for kind, members in buckets.items()}
         touches = _touches(channels, codes, list(firsts))
-        for deed, (_, labels) in zip(deeds, channels.deeds, strict=False):
+        for done, (_, labels) in zip(self.history, channels.history, strict=False):
             done_to = channels.channel_of_label[labels]
             for channel in set(done_to.tolist()) & touches.keys():
-                touches[channel][_DEED, zlib.crc32(deed.encode())] += 1
+                touches[channel][_DONE, zlib.crc32(done.encode())] += 1
         return {firsts[channel]: touch for channel, touch in touches.items()}
 
 
@@ -140,5 +140,5 @@ def _touches(
 
 def _has_several(touch: Counter[tuple[int, int]]) -> bool:
     """Return whether a channel that touches this has several rows of one axis."""
-    axes = [code for code, _ in touch.elements() if code != _DEED]
+    axes = [code for code, _ in touch.elements() if code != _DONE]
     return len(set(axes)) < len(axes)

@@ -1,10 +1,10 @@
 """Telling the rows of a channel apart, the same way in two runs of one network.
 
 A row is known by what is done to it, by which rows it meets and where, by what is done to those,
-and so on: colour refinement (Weisfeiler and Leman 1968) of the graph of meetings. Rows that still
-look alike are exchangeable, so that any one of them may be taken for the first; that tells others
-apart in turn. Rows of two channels correspond if they end up the same, and channels whose rows do
-not correspond are not of one kind.
+and so on: colour refinement (Weisfeiler and Leman 1968) of the graph of constraints. Rows that
+still look alike are exchangeable, so that any one of them may be taken for the first; that tells
+others apart in turn. Rows of two channels correspond if they end up the same, and channels whose
+rows do not correspond are not of one kind.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _ROUNDS = 8  # so far does a row see; a number that both runs have in common
 _MANY = 16  # this many rows alike (a flattened map, a head) are put in order at once
 
 
-def told_apart(known: HashArray, meetings: Sequence[Union], channel: IntArray) -> HashArray:
+def told_apart(known: HashArray, constraints: Sequence[Union], channel: IntArray) -> HashArray:
     """Return hashes that are different for all rows of a channel that meet others of it.
 
     Args:
         known: for each row a hash of what is known of it by itself.
-        meetings: where rows met, as :class:`fxgrow.labels.rows.Rows` has them.
+        constraints: where rows met, as :class:`fxgrow.labels.rows.Rows` has them.
         channel: for each row its channel.
     """
-    if not meetings:
+    if not constraints:
         return known
-    ends = [np.concatenate([meeting[side] for meeting in meetings]) for side in (0, 1)]
-    places = [zlib.crc32(place.split(" at ")[0].encode()) for _, _, place in meetings]
-    sizes = [len(left) for left, _, _ in meetings]
+    ends = [np.concatenate([met[side] for met in constraints]) for side in (0, 1)]
+    places = [zlib.crc32(place.split(" at ")[0].encode()) for _, _, place in constraints]
+    sizes = [len(left) for left, _, _ in constraints]
     codes = np.repeat(np.asarray(places, dtype=np.uint64), sizes) << np.uint64(1)
     rows, found = np.unique(ends, return_inverse=True)
     left, right = found.reshape(2, -1)

@@ -1,9 +1,9 @@
 """Channels that only go together: the groups of group norms that get new ones.
 
 What a norm computes of a group depends on all of its channels. So an old group must continue as one
-whole new group, and twins are equal only if their groups are. A *bundle* is a channel with all that
-such norms tie it to: the channels of one group, or of several that have channels in common where
-norms of several sizes follow. Bundles are matched and laid out as a channel without a norm is.
+whole new group, and twins are equal only if their groups are. *Tied*
+channels are those of one group, or of several that have channels in common where norms of several
+sizes follow; they are matched and laid out together, as a channel without a norm is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fxgrow.labels.forest import IntArray, components
 
 
 @dataclass(frozen=True)
-class Bundles:
-    """The bundles of a run, each known by its first channel.
+class Tied:
+    """The tied channels of a run, known by the first of them.
 
     Attributes:
-        first: the first channel of each channel's bundle.
-        size: number of channels in each channel's bundle.
-        signature: for each channel a hash of what its bundle is: bundles of equal ones have the
-            same channels in the same groups, in order.
+        first: for each channel, the first of those that it is tied to.
+        size: for each channel, how many these are.
+        signature: for each channel a hash of what these are: for equal ones, the same channels are
+            in the same groups, in order.
         cell: for each channel a hash of its own signature and of the groups that it is in.
     """
 
@@ -36,7 +36,7 @@ class Bundles:
     cell: HashArray
 
     def members(self, firsts: IntArray) -> IntArray:
-        """Return the channels of bundles of one size, in order; shape (bundles, size)."""
+        """Return the tied channels of one size, in order; shape (number, size)."""
         if not len(firsts) or self.size[firsts[0]] == 1:
             return firsts[:, None]
         order = np.argsort(self.first, kind="stable")
@@ -44,8 +44,8 @@ class Bundles:
         return order[begins[:, None] + np.arange(self.size[firsts[0]])]
 
 
-def bundles(channels: Channels, norms: Mapping[str, int], signature: HashArray) -> Bundles:
-    """Return the bundles of a run.
+def tied_channels(channels: Channels, norms: Mapping[str, int], signature: HashArray) -> Tied:
+    """Return the tied channels of a run.
 
     Args:
         channels: of the run.
@@ -57,7 +57,7 @@ def bundles(channels: Channels, norms: Mapping[str, int], signature: HashArray) 
     unions = [(np.repeat(g[:, 0], g.shape[1]), g.ravel(), "") for g in groups.values()]
     first = components(channels.count, unions)
     if not groups:
-        return Bundles(first, np.ones_like(first), signature, signature)
+        return Tied(first, np.ones_like(first), signature, signature)
     inside, cell = np.zeros_like(signature), signature.copy()
     for code, members in groups.items():
         count, width = members.shape
@@ -66,7 +66,7 @@ def bundles(channels: Channels, norms: Mapping[str, int], signature: HashArray) 
         np.add.at(cell, members.ravel(), _of_group(code, np.repeat(np.arange(count), width)))
     total = np.zeros_like(signature)
     np.add.at(total, first, mix(signature + inside + mix(_rank(first).astype(np.uint64))))
-    return Bundles(first, np.bincount(first, minlength=len(first))[first], total[first], cell)
+    return Tied(first, np.bincount(first, minlength=len(first))[first], total[first], cell)
 
 
 def _of_group(code: int, place: IntArray) -> HashArray:

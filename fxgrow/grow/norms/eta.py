@@ -82,8 +82,10 @@ def settle(
     if not unsettled:
         return eta, {}
     problems = {}
+    sources = frozenset[str]().union(*(mismatch.sources for mismatch in unsettled))
     for name, found in surplus.items():
-        mismatches = flow(eta_of(tape, {name: found}, scale_writers=False)).mismatches
+        alone = eta_of(tape, {name: found}, scale_writers=False)
+        mismatches = flow(alone).mismatches if alone.undone & sources else ()
         if mismatches:
             problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
     together = f"η cannot be taken up: {unsettled[0].reason}"

@@ -16,7 +16,6 @@ import numpy as np
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
-from fxgrow.errors import PlanError
 from fxgrow.grow.norms.padding import Surplus
 from fxgrow.labels.forest import IntArray
 
@@ -37,7 +36,10 @@ class Mixed:
 
     def lays_out(self, group: ChannelGroup) -> bool:
         """Return whether a norm says how the new channels of a group are laid out."""
-        return group.name in self.surplus or bool(np.isin(group.channels[0], self.copied))
+        first = group.channels[0]
+        place = int(np.searchsorted(self.copied, first))
+        alone = place < len(self.copied) and bool(self.copied[place] == first)
+        return alone or group.name in self.surplus
 
     def copies(self, groups: Sequence[ChannelGroup]) -> dict[int, int]:
         """Return, for each channel of a group with a surplus, how many of it there are to be."""
@@ -52,7 +54,7 @@ class Mixed:
 def mixed_groups(
     analysis: Analysis,
     widths: Mapping[str, int],
-    surplus_of: Callable[[ChannelGroup, int], Surplus],
+    surplus_of: Callable[[ChannelGroup, int], Surplus | str],
     extended: Collection[str],
 ) -> Mixed:
     """Return how the growing groups on which some mixer depends can grow.
@@ -61,7 +63,7 @@ def mixed_groups(
         analysis: of the network.
         widths: wanted width by group name.
         surplus_of: returns how a group grows to a width that is no multiple of its present one,
-            or raises an error that says why it cannot.
+            or why it cannot.
         extended: the weights of group norms that get new groups, which ask for nothing.
     """
     groups = analysis.groups
@@ -90,13 +92,13 @@ def mixed_groups(
                     "alike"
                 )
             elif width % group.width and group.name not in found.surplus:
-                try:
-                    found.surplus[group.name] = surplus_of(group, width)
-                except PlanError as error:
+                surplus = surplus_of(group, width)
+                if isinstance(surplus, Surplus):
+                    found.surplus[group.name] = surplus
+                else:
                     found.problems[group.name] = (
-                        f"{place} depends on all {group.width} channels together, and "
-                        f"{error.message.rstrip('.')}, so they grow by whole copies; possible: "
-                        f"{2 * group.width}"
+                        f"{place} depends on all {group.width} channels together, and {surplus}, "
+                        f"so they grow by whole copies; possible: {2 * group.width}"
                     )
     alone = [members for name, members in copied.items() if name not in found.surplus]
     if alone:

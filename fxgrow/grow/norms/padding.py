@@ -50,12 +50,7 @@ def follow_surplus(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
 
     Its ``refusal`` tells why some norm over its channels would not compute what it did, if so.
     """
-    mine = set(group.channels.tolist())
-    places = [
-        mixer.place
-        for mixer in analysis.channels.mixers
-        if not mine.isdisjoint(mixer.channels.tolist())
-    ]
+    places = analysis.mixers_of(group)
     layer_norms = any(place.startswith("aten.native_layer_norm") for place in places)
     flow = PaddingFlow(analysis.channels, group, "mean" if layer_norms else "zero")
     group_norm = next((place for place in places if place.startswith("aten.native_group_norm")), "")

@@ -136,6 +136,11 @@ def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     return {"num_parameters": shapes["weight"][0]}
 
 
+def following(module: object) -> Follow | None:
+    """Return what tells the attributes of a module that repeat sizes of its tensors, if known."""
+    return next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
+
+
 def attribute_edits(
     model: nn.Module, new_shapes: Shapes, new_groups: Mapping[str, int]
 ) -> Iterator[ModuleEdit]:
@@ -155,7 +160,7 @@ def attribute_edits(
             module = model.get_submodule(owner)
         except AttributeError:  # a raw parameter of the top-level module
             continue
-        follow = next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
+        follow = following(module)
         if follow is None:
             continue
         shapes = {

@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.channels.channels import Channels
-from fxgrow.errors import PlanError
+from fxgrow.errors import TraceError
+from fxgrow.grow.sizes.attributes import following
+from fxgrow.grow.sizes.growth import Growth
 from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.propagate import Place
 from fxgrow.labels.sizes import SIZED, SizedCall, function_name, map_sizes, sizes_in
@@ -29,68 +31,43 @@ from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import ModuleEdit
 from fxgrow.registry import Registry
 
-Shape: TypeAlias = tuple[int, ...]
+Count: TypeAlias = Fraction | int
+Shape: TypeAlias = tuple[Count, ...]
 
 
 @dataclass(frozen=True)
-class Growth:
-    """How wide the values of an old run become.
+class NewShapes:
+    """The shapes that the values of an old run get.
 
     Attributes:
-        ratio: by label, the new number of channels over the old one.
-        channel: by label, its channel.
+        growth: of the channels of that run.
+        channels: of that run.
         norm_groups: new number of groups of each group norm that gets new ones, by its weight.
     """
 
-    ratio: npt.NDArray[np.float64]
-    channel: npt.NDArray[np.int64]
-    norm_groups: Mapping[str, int] = field(default_factory=dict)
+    growth: Growth
+    channels: Channels
+    norm_groups: Mapping[str, int]
 
-    def size(self, value: Value, dim: int, stop: int | None = None) -> int:
+    def size(self, value: Value, dim: int, stop: int | None = None) -> Count:
         """Return the new size of a value along a dim, or of its first ``stop`` positions there."""
         end = value.shape[dim] if stop is None else stop
         met = tuple(value.taken[:1])  # tells what padding stands for, too
         layer = cover(met if value.is_padded and met else value.layers or met, dim)
         if layer is None:
             return end
-        labels = core(layer, support(layer)).numpy()
-        channels = self.channel[labels]
-        varying = [d for d in range(labels.ndim) if bool((channels != channels.take([0], d)).any())]
-        if varying and dim != max(varying, key=lambda d: labels.shape[d]):
+        channels = self.channels.channel_of_label[core(layer, support(layer)).numpy()]
+        if not self.growth.grows(channels):
+            return end
+        varying = [d for d in range(channels.ndim) if (channels != channels.take([0], d)).any()]
+        if varying and dim != max(varying, key=lambda d: channels.shape[d]):
             return end  # a head's positions, a shuffle's groups
-        inside = np.moveaxis(self.ratio[labels], dim, 0)
-        return round(float(inside.reshape(inside.shape[0], -1)[:end, 0].sum()))
+        inside = np.moveaxis(channels, dim, 0)
+        return self.growth.positions(inside.reshape(inside.shape[0], -1)[:end, 0])
 
     def shape(self, value: Value) -> Shape:
         """Return the new shape of a value."""
         return tuple(self.size(value, dim) for dim in range(len(value.shape)))
-
-
-def growth_of(
-    now: Channels,
-    analysed: Channels,
-    ratio_of_channel: Sequence[float],
-    norm_groups: Mapping[str, int],
-) -> Growth:
-    """Return the growth of a run's labels.
-
-    Args:
-        now: the channels of that run.
-        analysed: those of the analysis, whose groups the widths are for.
-        ratio_of_channel: for each channel of the analysis, new width over old.
-        norm_groups: new number of groups of each group norm that gets new ones, by its weight.
-    """
-    index = {(axis.tensor, axis.dim): i for i, axis in enumerate(analysed.axes)}
-    ratios = np.asarray([*ratio_of_channel, 1.0])
-    by_channel = np.ones(now.count + 1)
-    for axis, found in enumerate(now.axes):
-        if (known := index.get((found.tensor, found.dim))) is None:
-            continue
-        rows = analysed.of_axis(known)
-        if len(rows) == found.size:
-            mine = now.of_axis(axis)
-            by_channel[mine] = np.maximum(by_channel[mine], ratios[rows])
-    return Growth(by_channel[now.channel_of_label], now.channel_of_label, norm_groups)
 
 
 @dataclass(frozen=True)
@@ -113,98 +90,99 @@ class Repair:
     wanted: tuple[int | None, ...]
 
 
-# A function of an old call and the growth: the sizes that its arguments should hold, in order.
-Sizes: TypeAlias = "tuple[int | None, ...]"
-Wanted: TypeAlias = Callable[[SizedCall, Growth], Sizes]
+# A function of an old call and the new shapes: the sizes that its arguments should hold, in order;
+# what is no whole number cannot be told beforehand.
+Sizes: TypeAlias = tuple[Count | None, ...]
+Wanted: TypeAlias = Callable[[SizedCall, NewShapes], Sizes]
 WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
 @WANTED.register("view", "reshape", "expand")
 @WANTED.register("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
-def _shape(call: SizedCall, growth: Growth) -> Sizes:
+def _shape(call: SizedCall, new: NewShapes) -> Sizes:
     """Sizes for all dims; those of a constant are told by what it is combined with."""
-    return growth.shape(call.outputs[0])
+    return new.shape(call.outputs[0])
 
 
 @WANTED.register("unflatten")
-def _unflattened(call: SizedCall, growth: Growth) -> Sizes:
+def _unflattened(call: SizedCall, new: NewShapes) -> Sizes:
     """Sizes for the dims that one dim becomes."""
     first = call.argument(1, "dim") % len(call.inputs[0].shape)
-    return growth.shape(call.outputs[0])[first : first + len(call.argument(2, "sizes"))]
+    return new.shape(call.outputs[0])[first : first + len(call.argument(2, "sizes"))]
 
 
 @WANTED.register("split", "split_with_sizes")
-def _parts(call: SizedCall, growth: Growth) -> Sizes:
+def _parts(call: SizedCall, new: NewShapes) -> Sizes:
     """The size of each part; where one size serves for all, that of the first."""
     dim = call.argument(2, "dim", 0) % len(call.inputs[0].shape)
     one_for_all = len(call.sizes) == 1
-    return tuple(growth.size(part, dim) for part in call.outputs[: 1 if one_for_all else None])
+    return tuple(new.size(part, dim) for part in call.outputs[: 1 if one_for_all else None])
 
 
 @WANTED.register("narrow")
-def _part(call: SizedCall, growth: Growth) -> Sizes:
+def _part(call: SizedCall, new: NewShapes) -> Sizes:
     """Where a part begins, and its size."""
     value = call.inputs[0]
     dim = call.argument(1, "dim") % len(value.shape)
     start, length = call.argument(2, "start"), call.argument(3, "length")
-    begin = growth.size(value, dim, start)
-    return begin, growth.size(value, dim, start + length) - begin
+    begin = new.size(value, dim, start)
+    return begin, new.size(value, dim, start + length) - begin
 
 
 @WANTED.register("pad")
-def _padding(call: SizedCall, growth: Growth) -> Sizes:
+def _padding(call: SizedCall, new: NewShapes) -> Sizes:
     """How much is put before and after each dim, from the last one on."""
     value, amounts = call.outputs[0], call.sizes
-    wanted: list[int | None] = []
+    wanted: list[Count | None] = []
     for index in range(0, len(amounts), 2):
         dim = len(value.shape) - 1 - index // 2
         before, after = amounts[index : index + 2]
-        inner = growth.size(value, dim, value.shape[dim] - after)
-        wanted += [growth.size(value, dim, before), growth.size(value, dim) - inner]
+        inner = new.size(value, dim, value.shape[dim] - after)
+        wanted += [new.size(value, dim, before), new.size(value, dim) - inner]
     return tuple(wanted)
 
 
 @WANTED.register("__getitem__")
-def _slices(call: SizedCall, growth: Growth) -> Sizes:
+def _slices(call: SizedCall, new: NewShapes) -> Sizes:
     """Where slices begin and end."""
     value, index = call.args
     parts = index if isinstance(index, tuple) else (index,)
     taken = sum(part is not None and part is not Ellipsis for part in parts)
-    bounds: list[int | None] = []
+    bounds: list[Count | None] = []
     dim = 0
     for part in parts:
         if part is Ellipsis:
             dim += len(value.shape) - taken
         elif part is not None:
             if isinstance(part, slice):
-                bounds += [_bound(growth, value, dim, end) for end in (part.start, part.stop)]
+                bounds += [_bound(new, value, dim, end) for end in (part.start, part.stop)]
             dim += 1
     return tuple(bounds)
 
 
-def _bound(growth: Growth, value: Value, dim: int, end: int | None) -> int | None:
+def _bound(new: NewShapes, value: Value, dim: int, end: int | None) -> Count | None:
     """Return a slice's new bound; a negative one is counted from the end."""
     size = value.shape[dim]
     if not isinstance(end, int) or abs(end) > size:
         return end
     if end < 0:
-        return growth.size(value, dim, size + end) - growth.size(value, dim)
-    return growth.size(value, dim, end)
+        return new.size(value, dim, size + end) - new.size(value, dim)
+    return new.size(value, dim, end)
 
 
 @WANTED.register("layer_norm", "rms_norm")
-def _normalized(call: SizedCall, growth: Growth) -> Sizes:
+def _normalized(call: SizedCall, new: NewShapes) -> Sizes:
     """The sizes of the last dims."""
     count = len(call.argument(1, "normalized_shape"))
-    return growth.shape(call.inputs[0])[-count:]
+    return new.shape(call.inputs[0])[-count:]
 
 
 @WANTED.register("group_norm")
-def _groups(call: SizedCall, growth: Growth) -> Sizes:
+def _groups(call: SizedCall, new: NewShapes) -> Sizes:
     """The number of groups."""
     weight = call.argument(2, "weight")
     name = weight.parameter if isinstance(weight, Value) else ""
-    return (growth.norm_groups.get(name, call.argument(1, "num_groups")),)
+    return (new.norm_groups.get(name, call.argument(1, "num_groups")),)
 
 
 class Repairer(TorchFunctionMode):
@@ -212,18 +190,27 @@ class Repairer(TorchFunctionMode):
 
     Args:
         calls: of the old run.
-        growth: of its values.
+        before: number of calls in runs before that one.
+        shapes: what its values become.
         place: returns the fx node and the module that are running.
+        stops: whether the run is to end with a repair.
     """
 
     def __init__(
-        self, calls: Sequence[SizedCall], growth: Growth, place: Callable[[], Place]
+        self,
+        calls: Sequence[SizedCall],
+        before: int,
+        shapes: NewShapes,
+        place: Callable[[], Place],
+        stops: Callable[[Repair], bool],
     ) -> None:
         super().__init__()
         self.repairs: list[Repair] = []
-        self._calls = iter(enumerate(calls))
-        self._growth = growth
+        self.is_stopped = False
+        self._calls = iter(enumerate(calls, before))
+        self._shapes = shapes
         self._place = place
+        self._stops = stops
 
     def __torch_function__(
         self,
@@ -240,19 +227,32 @@ class Repairer(TorchFunctionMode):
         index, call = next(self._calls, (0, None))
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
-            raise PlanError("the network computes in another order at its new sizes")
+            raise TraceError("the network computes in another order at its new sizes")
         if all(isinstance(size, int) or size is None for size in given):
             with _disable_current_modes():  # labels are no data of the run
-                right = WANTED[name](call, self._growth)
-            wanted = tuple(
-                old if old in (-1, None) else new for old, new in zip(given, right, strict=True)
-            )
-            if tuple(given) != wanted:
-                node, module = self._place()
-                self.repairs.append(Repair(index, node, module, name, tuple(given), wanted))
+                right = WANTED[name](call, self._shapes)
+            wanted = [_told(old, new) for old, new in zip(given, right, strict=True)]
+            if given != wanted:
+                self._note(Repair(index, *self._place(), name, tuple(given), tuple(wanted)))
                 sizes = iter(wanted)
                 args, kwargs = map_sizes(name, args, kwargs, lambda _: next(sizes))
         return func(*args, **kwargs)
+
+    def _note(self, repair: Repair) -> None:
+        """Keep a repair.
+
+        Raises:
+            TraceError: the run is to end with it.
+        """
+        self.repairs.append(repair)
+        if self._stops(repair):
+            self.is_stopped = True
+            raise TraceError(f"{repair.function} needs other sizes", name=repair.module)
+
+
+def _told(old: int | None, new: Count | None) -> int | None:
+    """Return a size as it should be; none is told by a -1, nor by what is no whole number."""
+    return old if old in (-1, None) or new is None or new.denominator > 1 else int(new)
 
 
 Candidate: TypeAlias = tuple[str, str]  # class, attribute
@@ -304,7 +304,17 @@ def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tup
 
 
 def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """Yield the attributes of an object that are integers or tuples of them."""
+    """Yield the attributes of an object that are integers or tuples of them.
+
+    Those of a layer that are known to repeat a size of the tensors that it has are no candidates.
+    """
+    own = (
+        (*holder._parameters.values(), *holder._buffers.values())
+        if isinstance(holder, nn.Module)
+        else ()
+    )
+    if following(holder) and any(tensor is not None for tensor in own):
+        return
     for name, value in vars(holder).items():
         if name.startswith("_") or isinstance(value, bool):
             continue
@@ -333,36 +343,54 @@ class Guess:
     calls: set[int] = field(default_factory=set)
 
 
-def guesses(
-    model: nn.Module,
-    repairs: Sequence[Repair],
-    without: set[Candidate],
-    present: Mapping[Candidate, Guess],
-) -> dict[Candidate, Guess]:
-    """Return one guess for each repair: of several, the one that most repairs have in common.
+@dataclass
+class Guesses:
+    """What is guessed of the attributes that wrong sizes come from, revised from run to run.
 
-    Args:
+    Attributes:
         model: the network.
-        repairs: what is to be explained.
-        without: attributes that did not help.
-        present: what is set already.
+        chosen: what is set now.
+        useless: attributes that did not help.
     """
-    offers = [
-        (repair, [
-            (key, edit)
-            for key, edit in candidates(model, repair, without)
-            if key not in present or not ("." in edit.attribute or edit in present[key].edits)
-        ])
-        for repair in repairs
-    ]  # fmt: skip
-    votes = Counter(key for _, offer in offers for key in dict.fromkeys(key for key, _ in offer))
-    found: dict[Candidate, Guess] = {}
-    for repair, offer in offers:
-        if offer:
-            best = max((key for key, _ in offer), key=votes.__getitem__)
-            guess = found.setdefault(best, Guess())
-            guess.calls.add(repair.call)
-            edit = next(edit for key, edit in offer if key == best)
-            if edit not in guess.edits:
-                guess.edits.append(edit)
-    return found
+
+    model: nn.Module
+    chosen: dict[Candidate, Guess] = field(default_factory=dict)
+    useless: set[Candidate] = field(default_factory=set)
+
+    @property
+    def edits(self) -> tuple[ModuleEdit, ...]:
+        """All attributes that are set."""
+        return tuple(edit for guess in self.chosen.values() for edit in guess.edits)
+
+    def revise(self, repairs: Sequence[Repair]) -> bool:
+        """Return whether there is something more to try, now that these sizes are wrong.
+
+        Of the candidates for a repair, the one is tried that most repairs have in common.
+        """
+        wrong = {repair.call for repair in repairs}
+        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= wrong}
+        self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
+        offers = [(repair, self._offer(repair)) for repair in repairs]
+        votes = Counter(key for _, offer in offers for key in offer)
+        for repair, offer in offers:
+            if offer:
+                best = max(offer, key=votes.__getitem__)
+                guess = self.chosen.setdefault(best, Guess())
+                guess.calls.add(repair.call)
+                if offer[best] not in guess.edits:
+                    guess.edits.append(offer[best])
+        return bool(votes)
+
+    def is_exhausted(self, repair: Repair) -> bool:
+        """Return whether what should explain a repair is set, and nothing else could."""
+        guessed = any(repair.call in guess.calls for guess in self.chosen.values())
+        return guessed and not self._offer(repair)
+
+    def _offer(self, repair: Repair) -> dict[Candidate, ModuleEdit]:
+        """Return what a repair may come from and is not set yet, the most likely first."""
+        found: dict[Candidate, ModuleEdit] = {}
+        for key, edit in candidates(self.model, repair, self.useless):
+            known = self.chosen.get(key)
+            if known is None or not ("." in edit.attribute or edit in known.edits):
+                found.setdefault(key, edit)
+        return found

@@ -1,36 +1,36 @@
-"""Run a network at its new sizes, on meta tensors: nothing is assumed about where channels go."""
+"""Run a network at its new sizes, on meta tensors: nothing is assumed about where channels go.
+
+The run goes in step with the one at the present sizes, and sizes that the network's own code fixes
+are repaired where they are met (:mod:`fxgrow.grow.sizes.literals`). Most of them come from
+attributes, which are then set; where they come from none they are rewritten in the graph.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxgrow.apply.module import set_attributes
-from fxgrow.channels.analysis import Analysis, SizedRun
+from fxgrow.channels.analysis import Analysis, Opened
 from fxgrow.channels.channels import Channels, resolve
-from fxgrow.channels.groups import group_of_channel, layer_of
+from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits
 from fxgrow.grow.sizes.conventions import head_edits
-from fxgrow.grow.sizes.literals import (
-    Candidate,
-    Growth,
-    Guess,
-    Repair,
-    Repairer,
-    growth_of,
-    guesses,
-)
+from fxgrow.grow.sizes.growth import growth_of
+from fxgrow.grow.sizes.literals import Guesses, NewShapes, Repair, Repairer
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
-from fxgrow.labels.sizes import check_sizes
+from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
 from fxgrow.labels.tape import Tape
-from fxgrow.labels.trace import Traced
+from fxgrow.labels.trace import Traced, module_of
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 
@@ -54,210 +54,232 @@ class Resized:
     sizes: tuple[SizeEdit, ...] = ()
 
 
-def run_resized(analysis: Analysis, sizes: Sizes) -> Resized:
+def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
     """Run the stand-in's own forward at new sizes, and put it back as it was.
 
-    Attributes that repeat a tensor's size follow it. If that is not enough, the sizes in the
-    network's own code are traced back to attributes, and where they come from none they are
-    rewritten in its graph; see :mod:`fxgrow.grow.sizes.literals`.
-
-    Raises:
-        TraceError: the network does not run at these sizes.
+    Attributes that repeat a tensor's size follow it.
     """
-    standin = analysis.traced.standin
-    counts = sizes.convolution_groups | sizes.norm_groups
-    follow = tuple(attribute_edits(standin, sizes.shapes, counts))
-    found = _found(analysis, sizes, follow)
-    if found.sizes:  # they were found with the attributes as they are
+    try:
+        counts = sizes.convolution_groups | sizes.norm_groups
+        follow = tuple(attribute_edits(analysis.traced.standin, sizes.shapes, counts))
+    except PlanError as error:  # the modules say other sizes than their tensors have
+        return Obstacle.of(error)
+    rerun = _Rerun(analysis, sizes, follow)
+    found = rerun.find()
+    if isinstance(found, Obstacle) or found.sizes:  # these were found with attributes as they are
         return found
-    more = tuple(head_edits(standin, analysis.groups, sizes.widths, found.modules))
-    if more and not _is_unread(analysis, sizes, found, more):
-        more = tuple(edit for edit in more if _is_unread(analysis, sizes, found, (edit,)))
+    more = tuple(head_edits(analysis.traced.standin, analysis.groups, sizes.widths, found.modules))
+    if more and not rerun.is_unread(found, more):
+        more = tuple(edit for edit in more if rerun.is_unread(found, (edit,)))
     return replace(found, modules=(*found.modules, *more))
 
 
-def _is_unread(
-    analysis: Analysis, sizes: Sizes, found: Resized, more: tuple[ModuleEdit, ...]
-) -> bool:
-    """Return whether the network computes the same with some more attributes changed."""
-    try:
-        again = _run(analysis.traced, sizes, (*found.modules, *more))
-    except TraceError:
-        return False
-    return _computed(again) == _computed(found)
+@dataclass
+class _Rerun:
+    """Runs of one network at the same new sizes.
+
+    Attributes:
+        analysis: of the network.
+        sizes: the new sizes.
+        follow: the attributes that repeat the size of a tensor.
+    """
+
+    analysis: Analysis
+    sizes: Sizes
+    follow: tuple[ModuleEdit, ...]
+
+    def __post_init__(self) -> None:
+        analysis, sizes = self.analysis, self.sizes
+        growth = growth_of(analysis.channels, analysis.groups, sizes.widths)
+        self._shapes = NewShapes(growth, analysis.channels, sizes.norm_groups)
+
+    def find(self) -> Resized | Obstacle:
+        """Run as it is, else with other attributes, else with another graph."""
+        watch = _Watch(self.analysis.traced, self.analysis.calls, self._shapes)
+        found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
+        if not watch.repairs:
+            return found if isinstance(found, Resized) else self._rewritten(()) or found
+        plain = self._run(self.follow)  # labels foretell what most code does, and not all
+        if isinstance(plain, Resized) and self._is_sound(plain):
+            return plain
+        found = self._with_attributes(watch.repairs)
+        if isinstance(found, Resized):
+            return found
+        return self._rewritten(watch.repairs) or found
+
+    def is_unread(self, found: Resized, more: tuple[ModuleEdit, ...]) -> bool:
+        """Return whether the network computes the same with some more attributes changed."""
+        again = self._run((*found.modules, *more))
+        return isinstance(again, Resized) and _computed(again) == _computed(found)
+
+    def _run(
+        self, edits: tuple[ModuleEdit, ...], watch: Watch = no_watch, opened: Opened | None = None
+    ) -> Resized | Obstacle:
+        """Run the stand-in's own forward, or a graph of it, at new sizes."""
+        traced = opened.traced if opened else self.analysis.traced
+        try:
+            with _resized(traced.standin, self.sizes.shapes, edits):
+                if opened:
+                    space, tape = traced.label_graph(opened.graph, watch)
+                else:
+                    space, tape = traced.label(watch)
+        except TraceError as error:
+            return Obstacle.of(error)
+        return Resized(resolve(space), edits, tape)
+
+    def _is_sound(self, found: Resized) -> bool:
+        """Return whether what holds no channels has its old size, and norms their new groups.
+
+        A size of -1 in the code may have swallowed new channels: as positions, of which there are
+        now more. Runs of different operations are not compared.
+        """
+        counts = found.channels.norm_groups
+        if any(counts[weight] != count for weight, count in self.sizes.norm_groups.items()):
+            return False
+        old, new = self.analysis.tape.operations, found.tape.operations
+        if [op.target for op in old] != [op.target for op in new]:
+            return True
+        for before, after in zip(old, new, strict=True):
+            for was, becomes in zip(before.outputs, after.outputs, strict=False):
+                covered = set[int]().union(*(support(layer) for layer in was.layers))
+                ends = enumerate(zip(was.shape, becomes.shape, strict=False))
+                if was.layers and any(a != b and dim not in covered for dim, (a, b) in ends):
+                    return False
+        return True
+
+    def _with_attributes(self, repairs: Sequence[Repair]) -> Resized | Obstacle:
+        """Find the attributes that repairs come from, with which the own forward runs.
+
+        A call that is still wrong where the attribute is set that should explain it, and that
+        nothing else could explain, ends the search: for all modules of its class.
+        """
+        analysis, wrong = self.analysis, repairs
+        guesses = Guesses(analysis.traced.standin)
+        for _ in range(_ROUNDS):
+            if not guesses.revise(wrong):
+                break
+            watch = _Watch(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
+            found = self._run((*self.follow, *guesses.edits), watch)
+            if not watch.repairs:
+                if isinstance(found, Resized):
+                    return found
+                break  # it is of the guesses that it does not run, which nobody asked for
+            wrong = watch.repairs
+            if (last := watch.stopped) is not None:
+                modules = guesses.model.get_submodule
+                kind = type(modules(last.module))
+                wrong = [repair for repair in repairs if type(modules(repair.module)) is kind]
+                break
+        left = {repair.call for repair in wrong}
+        return self._fixed([repair for repair in repairs if repair.call in left] or repairs)
+
+    def _fixed(self, repairs: Sequence[Repair]) -> Obstacle:
+        """Return what is in the way where the code fixes sizes that no attribute explains.
+
+        A literal is what it was where it should be another size: that comes from what grows among
+        the channels there, whatever else grows.
+        """
+        calls = [call for run in self.analysis.calls for call in run]
+        channels, groups = self.analysis.channels, self.analysis.groups
+        group_of = group_of_channel(channels, groups)
+        reasons: dict[str, str] = {}
+        for repair in repairs:
+            call = calls[repair.call]
+            sizes = zip(call.sizes, repair.given, repair.wanted, strict=True)
+            if any(old == given != wanted for old, given, wanted in sizes):
+                layers = [layer for value in call.outputs for layer in value.layers]
+                for member in np.unique(group_of[channels.of_layers(layers)]).tolist():
+                    if member >= 0 and groups[member].name in self.sizes.widths:
+                        reasons.setdefault(groups[member].name, _told(repair))
+        return Obstacle(_told(repairs[0]), repairs[0].module, reasons, certain=bool(reasons))
+
+    def _rewritten(self, repairs: Sequence[Repair]) -> Resized | None:
+        """Rewrite the sizes that the network's code fixes in its graph, if there is one."""
+        graph = self.analysis.traced.graph
+        if graph is not None:
+            inside = self.analysis.traced.module
+            made = {(module_of(node, inside), called_by(node)) for node in graph.nodes}
+            if not made.issuperset((repair.module, repair.function) for repair in repairs):
+                return None  # inside of what is one node
+        opened = self.analysis.opened
+        if opened is None:
+            return None
+        found: Resized | Obstacle | None = None
+        if repairs:  # it may make the same calls as the network's own forward
+            watch = _Watch(opened.traced, self.analysis.calls, self._shapes)
+            found = self._run(self.follow, watch, opened)
+        if not isinstance(found, Resized) and opened.run is not None:
+            growth = self._shapes.growth.among(self.analysis.channels, opened.run.channels)
+            shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
+            watch = _Watch(opened.traced, opened.run.calls, shapes)
+            found = self._run(self.follow, watch, opened)
+        if not isinstance(found, Resized):
+            return None
+        nodes = {node.name: node for node in opened.graph.nodes}
+        if any(why_fixed(nodes[r.node], r.function, r.given) for r in watch.repairs):
+            return None
+        module = opened.traced.module
+        edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in watch.repairs)
+        return replace(found, sizes=tuple(edits))
+
+
+def _told(repair: Repair) -> str:
+    """Return why sizes cannot be as they should be, as far as the code is concerned."""
+    return (
+        f"the code of {repair.module or 'the model'} fixes sizes {list(repair.given)} in "
+        f"{repair.function}, where {list(repair.wanted)} are needed"
+    )
 
 
 def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:
     """Return the shapes of all that a run computed, and what it did with which numbers."""
     values = (value for op in run.tape.operations for value in op.outputs)
-    return [value.shape for value in values], [deed for deed, _ in run.channels.noted]
+    return [value.shape for value in values], [done for done, _ in run.channels.noted]
 
 
-def _found(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
-    """Run as it is, else with other attributes, else with another graph."""
-    try:
-        found = _run(analysis.traced, sizes, follow)
-        _check_positions(analysis.tape, found.tape)
-        _check_norms(sizes, found.channels)
-    except TraceError as error:
-        failure = error
-    else:
-        return found
-    try:
-        return _with_attributes(analysis, sizes, follow)
-    except (TraceError, PlanError) as error:
-        failure = error if isinstance(error, TraceError) else failure
-    try:
-        return _with_graph(analysis, sizes, follow)
-    except (TraceError, PlanError):
-        raise failure from None
+class _Watch:
+    """Repairs the sizes of each run of a network in step with an old one.
 
+    Args:
+        traced: the network.
+        calls: of the old runs.
+        shapes: what the values of these become.
+        stops: whether a run is to end with some repair.
 
-def _run(
-    traced: Traced,
-    sizes: Sizes,
-    edits: tuple[ModuleEdit, ...],
-    watch: Watch = no_watch,
-    graph: fx.Graph | None = None,
-) -> Resized:
-    """Run the stand-in's own forward, or a graph of it, at new sizes."""
-    with _resized(traced.standin, sizes.shapes, edits):
-        space, tape = traced.label_graph(graph, watch) if graph else traced.label(watch)
-    return Resized(resolve(space), edits, tape)
-
-
-def _check_positions(old: Tape, new: Tape) -> None:
-    """Return if what holds no channels has the size that it had, step by step.
-
-    A size of -1 in the code may have swallowed new channels: as positions, of which there are now
-    more. Runs of different operations are not compared.
-
-    Raises:
-        TraceError: some number of positions changed.
+    Attributes:
+        stopped: the repair with which a run ended, if it did.
     """
-    pairs = list(zip(old.operations, new.operations, strict=False))
-    same = len(old.operations) == len(new.operations)
-    if not same or any(before.target is not after.target for before, after in pairs):
-        return
-    for before, after in pairs:
-        for was, becomes in zip(before.outputs, after.outputs, strict=False):
-            covered = set[int]().union(*(support(layer) for layer in was.layers))
-            ends = enumerate(zip(was.shape, becomes.shape, strict=False))
-            if was.layers and any(a != b and dim not in covered for dim, (a, b) in ends):
-                raise TraceError(
-                    f"the code of {after.module or 'the model'} makes positions of new channels: "
-                    f"{list(was.shape)} becomes {list(becomes.shape)} in {after.name}",
-                    name=after.module,
-                )
 
-
-def _check_norms(sizes: Sizes, channels: Channels) -> None:
-    """Return if every group norm that should have new groups has them.
-
-    Raises:
-        TraceError: the code says another number.
-    """
-    for weight, count in sizes.norm_groups.items():
-        if channels.norm_groups[weight] != count:
-            raise TraceError(
-                f"the code of {layer_of(weight)} fixes {channels.norm_groups[weight]} groups of a "
-                f"group norm, where {count} are needed",
-                name=layer_of(weight),
-            )
-
-
-def _growth(analysis: Analysis, sizes: Sizes, run: SizedRun) -> Growth:
-    """Return how wide the values of an old run become."""
-    group_of = group_of_channel(analysis.channels, analysis.groups)
-    ratios = [sizes.widths.get(group.name, group.width) / group.width for group in analysis.groups]
-    by_channel = [1.0 if group < 0 else ratios[group] for group in group_of[:-1]]
-    return growth_of(run.channels, analysis.channels, by_channel, sizes.norm_groups)
-
-
-def _with_attributes(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
-    """Find the attributes with which the network's own forward runs at its new sizes.
-
-    Raises:
-        TraceError: it runs with none; the first size that is fixed is told.
-        PlanError: it computes in another order at its new sizes.
-    """
-    run = analysis.own_forward
-    growth = _growth(analysis, sizes, run)
-    chosen: dict[Candidate, Guess] = {}
-    useless: set[Candidate] = set()
-    for _ in range(_ROUNDS):
-        edits = (*follow, *(edit for guess in chosen.values() for edit in guess.edits))
-        watch = _Repairing(run, growth, analysis.traced)
-        try:
-            found = _run(analysis.traced, sizes, edits, watch)
-        except TraceError:
-            if not watch.repairs and chosen:
-                break  # it is of the guesses that it does not run, which nobody asked for
-            if not watch.repairs:
-                raise
-        else:
-            if not watch.repairs:
-                return found
-        repairs = watch.repairs
-        wrong = {repair.call for repair in repairs}
-        useless |= {key for key, guess in chosen.items() if guess.calls <= wrong}
-        chosen = {key: guess for key, guess in chosen.items() if key not in useless}
-        fresh = guesses(analysis.traced.standin, repairs, useless, chosen)
-        if not fresh:
-            break
-        for key, guess in fresh.items():
-            known = chosen.setdefault(key, Guess())
-            known.edits += guess.edits
-            known.calls |= guess.calls
-    first = repairs[0]
-    raise TraceError(
-        f"the code of {first.module or 'the model'} fixes sizes {list(first.given)} in "
-        f"{first.function}, where {list(first.wanted)} are needed",
-        name=first.module,
-    )
-
-
-def _with_graph(analysis: Analysis, sizes: Sizes, follow: tuple[ModuleEdit, ...]) -> Resized:
-    """Rewrite the sizes that the network's code fixes in its graph.
-
-    Raises:
-        TraceError: there is no such graph, or a size is not in it.
-        PlanError: it computes in another order at its new sizes.
-    """
-    if isinstance(analysis.opened, TraceError):
-        raise analysis.opened
-    opened = analysis.opened
-    traced = opened.traced
-    watch = _Repairing(opened.run, _growth(analysis, sizes, opened.run), traced)
-    found = _run(traced, sizes, follow, watch, opened.graph)
-    nodes = {node.name: node for node in opened.graph.nodes}
-    edits = tuple(
-        SizeEdit(repair.node, repair.function, repair.given, repair.wanted, traced.module)
-        for repair in watch.repairs
-    )
-    for edit in edits:
-        check_sizes(nodes[edit.node], edit.function, edit.before)
-    return replace(found, sizes=edits)
-
-
-class _Repairing:
-    """A watch that repairs the sizes of each run in step with an old one."""
-
-    def __init__(self, run: SizedRun, growth: Growth, traced: Traced) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        calls: Sequence[Sequence[SizedCall]],
+        shapes: NewShapes,
+        stops: Callable[[Repair], bool] = lambda _: False,
+    ) -> None:
+        self._traced, self._calls, self._shapes = traced, calls, shapes
         self._runs: list[Repairer] = []
-        self._run, self._growth, self._traced = run, growth, traced
+        self._stops = stops
 
     def __call__(self, value: object) -> Repairer:
         """Return what watches the next run."""
         del value
-        calls = self._run.calls[min(len(self._runs), len(self._run.calls) - 1)]
-        self._runs.append(Repairer(calls, self._growth, self._traced.at))
+        run = min(len(self._runs), len(self._calls) - 1)
+        before = sum(len(calls) for calls in self._calls[:run])
+        self._runs.append(
+            Repairer(self._calls[run], before, self._shapes, self._traced.at, self._stops)
+        )
         return self._runs[-1]
 
     @property
     def repairs(self) -> list[Repair]:
         """The repairs of all runs."""
         return [repair for run in self._runs for repair in run.repairs]
+
+    @property
+    def stopped(self) -> Repair | None:
+        """The repair with which a run ended, if it did."""
+        return next((run.repairs[-1] for run in self._runs if run.is_stopped), None)
 
 
 @contextlib.contextmanager
@@ -287,4 +309,6 @@ def _resized(
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, local = name.rpartition(".")
-        setattr(standin.get_submodule(owner), local, tensor)
+        module = standin.get_submodule(owner)
+        held = module._parameters if local in module._parameters else module._buffers
+        held[local] = tensor  # type: ignore[assignment]

@@ -1,23 +1,23 @@
 """From new group widths to the new sizes of every tensor, by counting.
 
-An axis that holds n rows of a group of width h holds n·h'/h of them afterwards: a concatenation
-adds its groups up, a flatten multiplies by its spatial positions, and both come out of the count.
-So does a shuffle, where only the sum over all groups must be whole: which group has one row more
-and which one less, the run at the new sizes shows.
+How many positions an axis has afterwards, :mod:`fxgrow.grow.sizes.growth` counts. Where the parts
+of several groups are not whole, and their sum is, which group has one row more and which one less,
+the run at the new sizes shows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from math import gcd
 
 import numpy as np
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import ChannelGroup, group_of_channel
+from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
 from fxgrow.grow.match.group_norms import new_norm_groups
+from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.widths import nearest_widths
 from fxgrow.plan.schema import Grouped, Refusal
 
@@ -64,105 +64,147 @@ def new_sizes(
     wanted = dict(widths)
     refused: dict[str, str] = {}
     while True:
-        sizes, problems = _attempt(channels, groups, wanted, shapes, grouped)
+        counted = _Count(channels, groups, wanted, shapes, grouped)
+        counted.run()
         norms, misfits = new_norm_groups(
-            channels, groups, wanted, sizes[0], grouped, copying=copying
+            channels, groups, wanted, counted.shapes, grouped, copying=copying
         )
-        problems = misfits | problems
+        problems = misfits | counted.problems
         if not problems:
             found = tuple(Refusal(name, reason) for name, reason in refused.items())
-            return Sizes(sizes[0], sizes[1], wanted, found, norms)
+            return Sizes(counted.shapes, counted.convolution_groups, wanted, found, norms)
         for name, reason in problems.items():
             refused[name] = reason
             del wanted[name]
 
 
-def _rows_per_channel(group: ChannelGroup) -> dict[int, int]:
-    """Return, for each number of rows that channels have in the first writer, how many have it."""
-    rows = np.unique(group.rows, return_counts=True)[1]
-    return dict(zip(*(part.tolist() for part in np.unique(rows, return_counts=True)), strict=True))
+@dataclass
+class _Count:
+    """The sizes that follow from some widths, and why some of these are impossible.
 
+    Attributes:
+        channels, groups, widths, old, grouped: the arguments of :func:`new_sizes`.
+        shapes: new shape of every tensor that changes.
+        convolution_groups: new ``groups`` of every grouped convolution that is touched.
+        problems: by group name, why its width is impossible.
+    """
 
-def _attempt(
-    channels: Channels,
-    groups: Sequence[ChannelGroup],
-    widths: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-    grouped: Grouped,
-) -> tuple[tuple[dict[str, tuple[int, ...]], dict[str, int]], dict[str, str]]:
-    """Return new shapes and convolution groups, and why each impossible group is impossible."""
-    group_of = group_of_channel(channels, groups)
-    new_shapes: dict[str, list[int]] = {}
-    new_groups: dict[str, int] = {}
-    problems: dict[str, str] = {}
-    positions: dict[tuple[str, str], int] = {}  # (weight, "in" | "out") -> new positions
-    touching: dict[str, set[int]] = {}
-    for group in groups:
-        wanted = widths.get(group.name, group.width)
-        for rows, count in _rows_per_channel(group).items():
-            if count * wanted % group.width:
-                step = group.width // gcd(group.width, count)
-                near = nearest_widths(step, wanted, group.width)
-                problems[group.name] = (
-                    f"width {wanted} is not a whole number of its channels, which have {rows} rows "
-                    f"each; possible: {near}"
+    channels: Channels
+    groups: Sequence[ChannelGroup]
+    widths: Mapping[str, int]
+    old: Mapping[str, tuple[int, ...]]
+    grouped: Grouped
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    convolution_groups: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._group_of = group_of_channel(self.channels, self.groups)
+        self._growth = growth_of(self.channels, self.groups, self.widths)
+        self._axes: dict[str, list[int]] = {}
+        for index, axis in enumerate(self.channels.axes):
+            self._axes.setdefault(axis.tensor, []).append(index)
+
+    def run(self) -> None:
+        """Count."""
+        self._count_channels()
+        sides = self._count_positions()
+        for weight, split in self.channels.convolution_groups.items():
+            growing = self._growing(weight)
+            if not growing:
+                continue
+            if split == 0:  # depthwise
+                self.convolution_groups[weight] = self.shapes.get(weight, self.old[weight])[0]
+                continue
+            rows, columns = self.old[weight][:2]
+            incoming = sides.get((weight, "in"), split * columns)
+            outgoing = sides.get((weight, "out"), rows)
+            grow = self._add_groups if self.grouped == "count" else self._fill_groups
+            grow(weight, incoming, outgoing, growing)
+        self.shapes = {name: s for name, s in self.shapes.items() if s != tuple(self.old[name])}
+
+    def _set(self, tensor: str, dim: int, size: int) -> None:
+        """Give a tensor a new size."""
+        shape = self.shapes.get(tensor, tuple(self.old[tensor]))
+        self.shapes[tensor] = (*shape[:dim], size, *shape[dim + 1 :])
+
+    def _count_channels(self) -> None:
+        """Note the groups whose channels have several rows, and would not be whole."""
+        for group in self.groups:
+            wanted = self.widths.get(group.name, group.width)
+            if wanted == group.width:
+                continue
+            several = Counter(np.unique(group.rows, return_counts=True)[1].tolist())
+            for rows, count in sorted(several.items()):
+                if count * wanted % group.width:
+                    step = group.width // gcd(group.width, count)
+                    near = nearest_widths(step, wanted, group.width)
+                    self.problems[group.name] = (
+                        f"width {wanted} is not a whole number of its channels, which have {rows} "
+                        f"rows each; possible: {near}"
+                    )
+
+    def _count_positions(self) -> dict[tuple[str, str], int]:
+        """Set the size of every axis; return those of grouped weights by ``in`` and ``out``."""
+        channels = self.channels
+        sums = np.append(0, np.cumsum(self._growth.parts[channels.channel]))
+        totals = np.diff(sums[channels.start]).tolist()
+        sides: dict[tuple[str, str], int] = {}
+        for index, (axis, total) in enumerate(zip(channels.axes, totals, strict=True)):
+            size, rest = divmod(total, self._growth.whole)
+            if rest:
+                self._note_parts(index)
+            if axis.tensor in channels.convolution_groups:
+                sides[axis.tensor, "in" if axis.groups > 1 else "out"] = size
+            if axis.groups == 1 and size != axis.size:
+                self._set(axis.tensor, axis.dim, size)
+        return sides
+
+    def _note_parts(self, index: int) -> None:
+        """Note the groups that have a broken part of an axis whose size would not be whole."""
+        axis = self.channels.axes[index]
+        positions = Counter(self._group_of[self.channels.of_axis(index)].tolist())
+        for member, count in sorted(positions.items()):
+            group = self.groups[member]
+            wanted = self.widths.get(group.name, group.width)
+            if member >= 0 and count * wanted % group.width:
+                self.problems[group.name] = (
+                    f"width {wanted} does not divide among its {count} positions in {axis.tensor}; "
+                    f"a multiple of {group.width // gcd(group.width, count)} would"
                 )
-    for index, axis in enumerate(channels.axes):
-        held, counts = np.unique(group_of[channels.of_axis(index)], return_counts=True)
-        more: dict[int, Fraction] = {}  # new positions by group, as it were
-        for member, count in zip(held.tolist(), counts.tolist(), strict=True):
-            if member >= 0 and (asked := widths.get(groups[member].name)) is not None:
-                more[member] = Fraction(count * asked, groups[member].width) - count
-        # Behind a shuffle the parts of several groups need not be whole, but their sum must be.
-        total = sum(more.values(), Fraction(axis.size))
-        size = int(total)
-        if total.denominator > 1:
-            for member, part in more.items():
-                if part.denominator > 1:
-                    group, count = groups[member], int(counts[held == member][0])
-                    problems[group.name] = (
-                        f"width {widths[group.name]} does not divide among its {count} positions "
-                        f"in {axis.tensor}; a multiple of "
-                        f"{group.width // gcd(group.width, count)} would"
-                    )
-        split = channels.convolution_groups.get(axis.tensor)
-        if split is not None:
-            side = "in" if axis.groups > 1 else "out"
-            positions[axis.tensor, side] = size
-            touching.setdefault(axis.tensor, set()).update(m for m in held.tolist() if m >= 0)
-        if axis.groups == 1 and size != axis.size:
-            new_shapes.setdefault(axis.tensor, list(shapes[axis.tensor]))[axis.dim] = size
-    for weight, members in touching.items():
-        growing = [groups[m] for m in sorted(members) if groups[m].name in widths]
-        if not growing:
-            continue
-        shape = new_shapes.setdefault(weight, list(shapes[weight]))
-        split = channels.convolution_groups[weight]
-        if split == 0:  # depthwise
-            new_groups[weight] = shape[0]
-            continue
-        incoming = positions.get((weight, "in"), split * shapes[weight][1])
-        outgoing = positions.get((weight, "out"), shapes[weight][0])
-        layer = weight.rpartition(".")[0]
-        if grouped == "count":
-            count, rest = divmod(incoming, shapes[weight][1])
-            if rest or outgoing != count * (shapes[weight][0] // split):
-                for group in growing:
-                    problems[group.name] = (
-                        f"by whole groups, the input and the output of {layer} must grow by the "
-                        f"same number of its {split} groups; widen both, by a multiple of "
-                        f"{group.width // split} channels"
-                    )
-            new_groups[weight] = count
-        else:
+
+    def _growing(self, weight: str) -> list[ChannelGroup]:
+        """Return the groups with a wanted width that a grouped convolution touches."""
+        axes = [self._group_of[self.channels.of_axis(i)] for i in self._axes.get(weight, ())]
+        touched = {member for owners in axes for member in owners.tolist()}
+        found = [self.groups[member] for member in sorted(touched) if member >= 0]
+        return [group for group in found if group.name in self.widths]
+
+    def _add_groups(
+        self, weight: str, incoming: int, outgoing: int, growing: Sequence[ChannelGroup]
+    ) -> None:
+        """Let a convolution have more groups of the size that they have."""
+        split, (rows, columns) = self.channels.convolution_groups[weight], self.old[weight][:2]
+        count, rest = divmod(incoming, columns)
+        if rest or outgoing != count * (rows // split):
             for group in growing:
-                if incoming % split or outgoing % split:
-                    near = nearest_widths(split, widths[group.name], group.width)
-                    problems[group.name] = (
-                        f"width {widths[group.name]} does not divide among the {split} groups of "
-                        f"{layer}; possible: {near}"
-                    )
-            shape[1] = incoming // split
-    result = {name: tuple(shape) for name, shape in new_shapes.items()}
-    changed = {name: shape for name, shape in result.items() if shape != tuple(shapes[name])}
-    return (changed, new_groups), problems
+                self.problems[group.name] = (
+                    f"by whole groups, the input and the output of {layer_of(weight)} must grow by "
+                    f"the same number of its {split} groups; widen both, by a multiple of "
+                    f"{group.width // split} channels"
+                )
+        self.convolution_groups[weight] = count
+
+    def _fill_groups(
+        self, weight: str, incoming: int, outgoing: int, growing: Sequence[ChannelGroup]
+    ) -> None:
+        """Let the groups that a convolution has be larger."""
+        split = self.channels.convolution_groups[weight]
+        for group in growing:
+            if incoming % split or outgoing % split:
+                near = nearest_widths(split, self.widths[group.name], group.width)
+                self.problems[group.name] = (
+                    f"width {self.widths[group.name]} does not divide among the {split} groups of "
+                    f"{layer_of(weight)}; possible: {near}"
+                )
+        self._set(weight, 1, incoming // split)

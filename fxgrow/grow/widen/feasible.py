@@ -1,25 +1,25 @@
 """Which of the groups that should grow can: sizes at which the network runs and every channel fits.
 
-The whole request is tried first. If the network does not run at those sizes, groups of one kind
-(the names of their layers alike but for numbers) are tried together, then what fails is tried
-singly, and what fails alone is refused with the reason.
+The whole request is tried first. What stands in the way tells which groups it comes from, and the
+others go on without them. Where it is not certain that these cannot grow, they are tried again
+beside the others, those of one kind (the names of their layers alike but for numbers) together.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError, TraceError
+from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
 from fxgrow.grow.norms.mixers import Mixed, mixed_groups
 from fxgrow.grow.norms.padding import Surplus, find_surplus, follow_surplus
 from fxgrow.grow.norms.zero_channels import Silence, follow_silence
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.labels.forest import IntArray
@@ -74,6 +74,7 @@ class Attempts:
     scale_writers: bool = True
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
     _silences: dict[str, Silence | str] = field(default_factory=dict)
+    _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
 
     def silent(
         self, widths: Mapping[str, int], mixed: Mixed
@@ -113,40 +114,35 @@ class Attempts:
                 )
         return found
 
-    def surplus(self, group: ChannelGroup, width: int) -> Surplus:
-        """Return how a group grows by more than whole copies; its run is followed once.
-
-        Raises:
-            PlanError: it cannot; the message says why.
-        """
+    def surplus(self, group: ChannelGroup, width: int) -> Surplus | str:
+        """Return how a group grows by more than whole copies, or why not; it is followed once."""
         if group.name not in self._flows:
             self._flows[group.name] = follow_surplus(self.analysis, group)
         flow = self._flows[group.name]
-        if flow.refusal:
-            raise PlanError(flow.refusal)
-        return find_surplus(flow, group, width)
+        return flow.refusal or find_surplus(flow, group, width)
 
-    def make(self, widths: Mapping[str, int]) -> Feasible:
+    def make(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
         """Return what comes of some widths; those that no count allows are refused.
 
         Group norms get new groups, unless the pairing copies or writes zeros, which they would
         normalise; where that cannot be, they keep their numbers of groups if whole copies fit.
-
-        Raises:
-            TraceError, PlanError: the network does not run, or a channel has no place.
         """
+        key = frozenset(widths.items())
+        if key not in self._made:
+            self._made[key] = self._make_either(widths)
+        return self._made[key]
+
+    def _make_either(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
+        """Try new groups of group norms first, or copies first."""
         layout = self.pairing(1, 1, "")
         copying = bool(layout.copies) or layout.silent
-        try:
-            return self._make(widths, copying=copying)
-        except (TraceError, PlanError):
-            if copying or not self.analysis.channels.norm_groups or self.grouped == "count":
-                raise
-            with suppress(TraceError, PlanError):
-                return self._make(widths, copying=True)
-            raise
+        made = self._make(widths, copying=copying)
+        if isinstance(made, Feasible) or copying or not self.analysis.channels.norm_groups:
+            return made
+        other = made if self.grouped == "count" else self._make(widths, copying=True)
+        return other if isinstance(other, Feasible) else made
 
-    def _make(self, widths: Mapping[str, int], *, copying: bool) -> Feasible:
+    def _make(self, widths: Mapping[str, int], *, copying: bool) -> Feasible | Obstacle:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
@@ -166,92 +162,113 @@ class Attempts:
             refused |= problems
         found = tuple(Refusal(name, reason) for name, reason in refused.items())
         if not widths:
-            raise PlanError(found[0].reason if found else "nothing grows", name=found[0].name)
+            return Obstacle(found[0].reason, found[0].name, refused, certain=True)
         resized = run_resized(analysis, sizes)
+        if isinstance(resized, Obstacle):
+            return resized
         copies = mixed.copies(analysis.groups)
         matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
+        if isinstance(matching, Obstacle):
+            stuck = self._read_together(matching.name)
+            groups = dict.fromkeys((name for name in widths if name in stuck), matching.reason)
+            return replace(matching, groups=groups, certain=bool(groups))
         return Feasible(sizes, resized, matching, mixed.copied, mixed.surplus, eta, found, silent)
 
-    def problem(self, widths: Mapping[str, int]) -> str:
-        """Return why some widths are impossible, or ""."""
-        try:
-            self.make(widths)
-        except (TraceError, PlanError) as error:
-            return error.message.rstrip(".")
-        return ""
+    def _read_together(self, writer: str) -> set[str]:
+        """Return the groups that a layer writes, and all that share a reader with them, and so on.
+
+        A concatenation or a shuffle lays these out side by side, so that they grow together or not.
+        """
+        groups, roles = self.analysis.groups, self.analysis.channels.roles
+        axes = {axis for group in groups if writer in group.writers for axis in group.axes}
+        found: set[str] = set()
+        while True:
+            beside = [g for g in groups if g.name not in found and axes & set(g.axes)]
+            if not beside:
+                return found
+            found |= {group.name for group in beside}
+            axes |= {a for group in beside for a in group.axes if roles[a] == "reader"}
+
+    def suspects(self, obstacle: Obstacle, widths: Mapping[str, int]) -> list[str]:
+        """Return which of some groups an obstacle may come from: all of them if nothing tells.
+
+        What a module's code does wrong comes from the groups that its tensors hold.
+        """
+        named = [name for name in widths if name in obstacle.groups]
+        if named or not obstacle.name:
+            return named or [*widths]
+        axes = self.analysis.channels.axes
+        inside = f"{obstacle.name}."
+        held = {index for index, axis in enumerate(axes) if axis.tensor.startswith(inside)}
+        touching = {group.name for group in self.analysis.groups if held & set(group.axes)}
+        return [name for name in widths if name in touching] or [*widths]
 
 
 def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     """Return sizes at which the network runs; groups that stand in the way are refused.
 
+    All are tried together. What an obstacle comes from is set aside until the rest works, and then
+    joins it again, kind by kind, unless it is certain that it cannot grow.
+
     Raises:
         PlanError: nothing is left to grow; the first reason is told.
     """
-    refused: dict[str, str] = {}
-    while True:
-        left = {name: width for name, width in widths.items() if name not in refused}
-        try:
-            made = attempts.make(left)
-        except (TraceError, PlanError) as error:
-            stuck = _read_together(attempts.analysis, error.name) & set(left)
-            if len(left) == 1:
-                more = dict.fromkeys(left, error.message.rstrip("."))
-            elif isinstance(error, TraceError) or not stuck:
-                more = _that_fail(attempts, left)
-            else:
-                more = {name: error.message.rstrip(".") for name in left if name in stuck}
-            refused |= more
-            if set(refused) == set(widths) or not more:
-                name, reason = next(iter(refused.items()), (error.name, error.message.rstrip(".")))
-                raise PlanError(f"{name} cannot be widened: {reason}.", name=name) from error
-        else:
-            told = tuple(Refusal(name, reason) for name, reason in refused.items())
-            return replace(made, refused=told + made.refused)
+    left, refused, aside = dict(widths), dict[str, str](), list[str]()
+    made: Feasible | Obstacle | None = None
+    while left:
+        made = attempts.make(left)
+        if isinstance(made, Feasible):
+            break
+        suspects = attempts.suspects(made, left)
+        if not made.certain and len(left) > 1:
+            aside += suspects
+        refused |= {name: made.reason_for(name) for name in suspects}
+        left = {name: width for name, width in left.items() if name not in suspects}
+    for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
+        more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
+        made = more or made
+        refused = {name: why for name, why in refused.items() if name not in kind} | failing
+    if not isinstance(made, Feasible):
+        name, reason = next(iter(refused.items()))
+        raise PlanError(f"{name} cannot be widened: {reason}.", name=name)
+    refused |= {refusal.name: refusal.reason for refusal in made.refused}
+    told = tuple(Refusal(name, refused[name]) for name in widths if name in refused)
+    return replace(made, refused=told)
 
 
-def _read_together(analysis: Analysis, writer: str | None) -> set[str]:
-    """Return the groups that a layer writes, and all that share a reader with them, and so on.
+def _join(
+    attempts: Attempts, more: dict[str, int], left: dict[str, int]
+) -> tuple[Feasible | None, dict[str, str]]:
+    """Let more groups of one kind grow, all of them or those that can.
 
-    A concatenation or a shuffle lays these out side by side, so that they grow together or not.
+    If the first and the last of the kind cannot, nor can those between.
+
+    Args:
+        attempts: to make of what.
+        more: their widths.
+        left: the widths of what grows already; those that can are put among these, in place.
+
+    Returns:
+        What comes of it, None if no more than before, and why the others cannot grow.
     """
-    axes = {axis for group in analysis.groups if writer in group.writers for axis in group.axes}
-    found: set[str] = set()
-    while True:
-        beside = [g for g in analysis.groups if g.name not in found and axes & set(g.axes)]
-        if not beside:
-            return found
-        found |= {group.name for group in beside}
-        roles = analysis.channels.roles
-        axes |= {a for group in beside for a in group.axes if roles[a] == "reader"}
-
-
-def _that_fail(attempts: Attempts, widths: Mapping[str, int]) -> dict[str, str]:
-    """Return the groups without which the others work, and why each does not.
-
-    Where each works alone and they fail together, they join one kind after the other.
-    """
+    made = attempts.make(left | more)
+    if isinstance(made, Feasible):
+        left |= more
+        return made, {}
+    names = [*more]
+    if len(names) == 1:
+        return None, {names[0]: made.reason_for(names[0])}
+    best: Feasible | None = None
     failing: dict[str, str] = {}
-    kinds = _kinds([group for group in attempts.analysis.groups if group.name in widths])
-    for names in kinds:
-        reason = ""  # of all together it is known that they fail
-        if len(names) < len(widths):
-            reason = attempts.problem({name: widths[name] for name in names})
-            if not reason:
-                continue
-        if len(names) == 1:
-            failing[names[0]] = reason
-        else:
-            failing |= _that_fail_alone(attempts, widths, names)
-    if failing:
-        return failing
-    joined: dict[str, int] = {}
-    for names in kinds:
-        together = joined | {name: widths[name] for name in names}
-        if reason := attempts.problem(together):
-            failing |= dict.fromkeys(names, reason)
-        else:
-            joined = together
-    return failing
+    for name in dict.fromkeys((names[0], names[-1], *names)):  # the ends first
+        if len(failing) == 2 and {*failing} == {names[0], names[-1]}:
+            failing = {name: failing.get(name, failing[names[0]]) for name in names}
+            break
+        if name in failing or name in left:
+            continue
+        one, why = _join(attempts, {name: more[name]}, left)
+        best, failing = one or best, failing | why
+    return best, {name: failing[name] for name in names if name in failing}
 
 
 def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
@@ -262,16 +279,3 @@ def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
         kind = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
         kinds.setdefault(kind, []).append(group.name)
     return list(kinds.values())
-
-
-def _that_fail_alone(
-    attempts: Attempts, widths: Mapping[str, int], names: Sequence[str]
-) -> dict[str, str]:
-    """Return the groups that fail alone; if the first and the last do, so do all between."""
-    ends = dict.fromkeys((names[0], names[-1]))
-    reasons = {name: attempts.problem({name: widths[name]}) for name in ends}
-    if all(reasons.values()):
-        return {name: reasons.get(name, reasons[names[0]]) for name in names}
-    for name in names[1:-1]:
-        reasons[name] = attempts.problem({name: widths[name]})
-    return {name: reasons[name] for name in names if reasons[name]}

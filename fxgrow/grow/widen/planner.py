@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxgrow.apply.module import fingerprint
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
 from fxgrow.grow.norms.gains import propagate_gains
@@ -20,6 +20,7 @@ from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch
+from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, NormGain, TensorEdit
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
@@ -43,11 +44,13 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         PlanError: the request is malformed or nothing that it selects can grow.
     """
     if not (request.noise >= 0 and math.isfinite(request.noise)):
-        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+        raise UsageError(f"the noise must not be negative, but it is {request.noise}.")
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
-    found = feasible(attempts_for(analysis, request), widths)
-    return plan_of(analysis, request, replace(found, refused=refused + found.refused), variance_of)
+    with uncollected():
+        found = feasible(attempts_for(analysis, request), widths)
+        found = replace(found, refused=refused + found.refused)
+        return plan_of(analysis, request, found, variance_of)
 
 
 def attempts_for(analysis: Analysis, request: Request) -> Attempts:
@@ -127,7 +130,8 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         if group.name in sizes.widths
     )
     prediction = multipliers(analysis, flow)
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
+    tracer = "torch.fx" if resized.sizes else traced.tracer  # such a graph ran
+    scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
     return Plan(
         request=request,

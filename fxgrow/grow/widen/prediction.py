@@ -20,6 +20,8 @@ def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         PlanError: a mismatch lies inside a module that the graph holds as one node, or there is
             no graph.
     """
+    if not flow.mismatches:
+        return ()
     names = analysis.nodes
     graph = analysis.traced.graph if names else None
     nodes = {node.name: node for node in graph.nodes} if graph else {}

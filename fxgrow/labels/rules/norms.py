@@ -13,6 +13,7 @@ from torch import Tensor
 from fxgrow.labels.gains import Absorbed, Gain, GainFlow, same
 from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.space import Fill
 from fxgrow.labels.step import Step
@@ -153,7 +154,7 @@ def weight_norm(step: Step) -> tuple[Layers, ...]:
         step.space.unify(rows, beside)
         step.space.mark(beside, "carrier", "copy")
     elif rows is not None or beside is not None:
-        return step.give_up("combined with a tensor of fixed width")
+        return step.give_up(PinKind.FIXED, "combined with a tensor")
     return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 
@@ -162,7 +163,7 @@ def layer_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over the last dim: a mixer; inside each head, where there are several."""
     x, normalized = step.args[:2]
     if len(normalized) > 1:
-        return step.give_up("a layer norm over more than the channels")
+        return step.give_up(PinKind.LAYER_NORM)
     last, weight = x.ndim - 1, step.argument("weight")
     layer = cover(step.layers(x), last)
     if layer is not None and support(layer) != {last} and isinstance(weight, Tensor):
@@ -183,13 +184,13 @@ def layer_norm(step: Step) -> tuple[Layers, ...]:
 def group_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over each group of channels: a mixer inside each group."""
     x, weight, bias = step.args[:3]
-    kept = step.beside(x, (0, 1), "a group norm over these positions")
+    kept = step.beside(x, (0, 1), PinKind.POSITIONS, "a group norm")
     channels = step.line(x, 1)
     if channels is not None:
         named = step.value(weight).parameter if isinstance(weight, Tensor) else ""
         groups = int(step.args[6])
         if not named and groups > 1:
-            return step.give_up("a group norm without a weight, whose groups cannot be told")
+            return step.give_up(PinKind.GROUP_NORM)
         if named:
             step.space.norm_groups[named] = groups
         step.space.mix(channels, step.place, named)

@@ -8,6 +8,7 @@ import torch
 from fxgrow.labels.gains import Gain, GainFlow
 from fxgrow.labels.layers import Layer, Layers, core, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation
@@ -67,7 +68,6 @@ def reduction(step: Step) -> tuple[Layers, ...]:
     dims = range(x.ndim) if given is None or given == [] else _sequence(given)
     reduced = {dim % x.ndim for dim in dims}
     keepdim = bool(step.argument("keepdim", False))
-    mixed = f"{step.target._opname} over the channels mixes all of them"
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= reduced:
@@ -75,10 +75,10 @@ def reduction(step: Step) -> tuple[Layers, ...]:
                 step.space.mix(core(layer, support(layer)), step.place)
                 for place, out in enumerate(step.outputs):
                     if out.dtype == torch.int64 and x.dtype != torch.int64:  # of the largest
-                        told = (core(layer, support(layer)), f"{mixed} ({step.place})")
+                        told = (core(layer, support(layer)), step.target._opname)
                         step.positions[place] = (*step.positions.get(place, ()), told)
             else:
-                step.pin((layer,), mixed)
+                step.pin((layer,), PinKind.MIXED, step.target._opname)
             continue
         left = step.flat(layer, set(range(x.ndim)) - reduced)
         for dim in sorted(reduced, reverse=True):
@@ -112,7 +112,7 @@ def along_a_dim(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= dims:
-            step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+            step.pin((layer,), PinKind.MIXED, step.target._opname)
         else:
             kept.append(step.flat(layer, support(layer) - dims))
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)

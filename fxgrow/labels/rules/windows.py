@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, cover, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 
@@ -52,7 +53,7 @@ def spatial(step: Step) -> tuple[Layers, ...]:
     spatial_dims = 3 if "3d" in name else 1 if "1d" in name else 2
     leading = range(x.ndim - spatial_dims)
     shape = step.outputs[0].shape
-    kept = step.beside(x, leading, f"{name} over these positions")
+    kept = step.beside(x, leading, PinKind.POSITIONS, name)
     for other in others:
         kept = _placed(step, kept, other, leading, name)
     return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
@@ -64,13 +65,20 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
     Positions are told for each sample (a grid), for samples that it picks (boxes), or for each
     channel (indices of a pooling).
     """
-    reason = f"{name} over these positions"
     if name == "roi_align":
-        step.pin((*step.layers(other), *(own for own in kept if 0 in support(own))), reason)
+        step.pin(
+            (*step.layers(other), *(own for own in kept if 0 in support(own))),
+            PinKind.POSITIONS,
+            name,
+        )
         return tuple(core(own, (1,)) for own in kept if 1 in support(own))
     shared = range(1) if name.startswith("grid_sampler") else leading
     told = step.layers(other)
-    step.pin(tuple(theirs for theirs in told if not support(theirs) <= set(shared)), reason)
+    step.pin(
+        tuple(theirs for theirs in told if not support(theirs) <= set(shared)),
+        PinKind.POSITIONS,
+        name,
+    )
     told = tuple(theirs for theirs in told if support(theirs) <= set(shared))
     out: list[Layer] = []
     for own, theirs in clusters([kept, told]):
@@ -79,9 +87,9 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
         if own is not None and not set(dims) & set(shared):
             out.append(own)
         elif len(members) < 2 and any(other.shape[dim] > 1 for dim in dims):
-            step.pin(members, "combined with a tensor of fixed width")
+            step.pin(members, PinKind.FIXED, "combined with a tensor")
         elif own is None or theirs is None or support(own) != support(theirs):
-            step.pin(members, reason)
+            step.pin(members, PinKind.POSITIONS, name)
         else:
             step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
             out.append(own)
@@ -94,7 +102,7 @@ def unfold(step: Step) -> tuple[Layers, ...]:
     x, is_apart = step.args[0], step.target._opname == "im2col"
     area = math.prod(step.argument("kernel_size"))
     channel = x.ndim - (3 if is_apart else 2)
-    found = step.beside(x, range(channel + 1), f"{step.target._opname} over these positions")
+    found = step.beside(x, range(channel + 1), PinKind.POSITIONS, step.target._opname)
     channels = step.line(x, channel)
     shape = step.outputs[0].shape
     samples = tuple(

@@ -298,9 +298,9 @@ def _resolved(space: LabelSpace, entering: Sequence[Value], leaving: Sequence[Va
         is_read=is_read,
         is_mixed=is_mixed,
         treated=tuple(
-            channel[core(layer, support(layer)).numpy().ravel()] for _, layer in space.deeds
+            channel[core(layer, support(layer)).numpy().ravel()] for _, layer in space.history
         ),
-        pins=tuple(reason for _, reason in space.pinned(roots)),
+        pins=tuple(str(pin) for _, pin in space.pinned(roots)),
     )
 
 
