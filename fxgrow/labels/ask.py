@@ -132,12 +132,14 @@ class _Numbers(NamedTuple):
         given = dict(zip(self.chosen, chosen, strict=True))
         generator = torch.Generator().manual_seed(seed)
         made: dict[int, Tensor] = {}
+        are_numbers = torch.Tag.pointwise in self.call.target.tags
 
         def number(value: Value) -> Tensor:
             if value.index in given:
                 return given[value.index].clone()  # an operation in place must not change it
             if value.index not in made:
-                made[value.index] = _random(value.dtype, self.shapes[value.index], generator)
+                shape = self.shapes[value.index]
+                made[value.index] = _random(value.dtype, shape, generator, are_numbers)
             return made[value.index].clone()
 
         args, kwargs = map_kind(Value, number, (self.call.args, self.call.kwargs))
@@ -158,12 +160,21 @@ class _Numbers(NamedTuple):
         ]
 
 
-def _random(dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return numbers of both signs, none near zero; positions are zeros, and masks alternate."""
+def _random(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    are_numbers: bool = False,
+) -> Tensor:
+    """Return numbers of both signs, none near zero; positions are zeros, and masks alternate.
+
+    Integers are positions but for operations entry by entry, to which they are numbers.
+    """
     if dtype is torch.bool:
         return (torch.arange(math.prod(shape)) % 2 == 0).view(*shape)
     if not (dtype.is_floating_point or dtype.is_complex):
-        return torch.zeros(*shape, dtype=dtype)
+        counted = torch.arange(math.prod(shape)).view(*shape) % 4 + 1
+        return (counted if are_numbers else torch.zeros(*shape)).to(dtype)
     drawn = torch.rand(*shape, dtype=torch.float64, generator=generator) + 0.5
     signs = torch.rand(*shape, dtype=torch.float64, generator=generator) - 0.5
     return drawn * signs.sign() + (0j if dtype.is_complex else 0)

@@ -201,7 +201,11 @@ class PaddingFlow:
     def record(self, op: Operation, fact: Held) -> None:
         """Keep what the new channels of an operation's outputs hold."""
         for value in op.outputs:
-            self._held[value.index] = self._of_whole(value, fact, self.lost(op).why)
+            self.hold(value, self._of_whole(value, fact, self.lost(op).why))
+
+    def hold(self, value: Value, held: Held) -> None:
+        """Know what the new channels of a value hold."""
+        self._held[value.index] = held
 
     def generic(self, op: Operation) -> Held:
         """Return what is held after an operation without a rule, which is asked."""

@@ -52,6 +52,8 @@ def axis_edits(
         before = index_of[axis.tensor, axis.dim]
         if axis.groups != old.axes[before].groups:
             continue  # whole convolution groups were added: their rows are new altogether
+        if _is_unchanged(old, before, new, index, matching):
+            continue
         special = (filled.get(before), before in free)
         kind, start = _positions(old, before, new, index, matching, special)
         if len(kind) == old.axes[before].size and bool(
@@ -63,6 +65,20 @@ def axis_edits(
     for axes in edits.values():
         axes.sort(key=lambda edit: (edit.role != "reader", edit.dim))
     return edits
+
+
+def _is_unchanged(
+    old: Channels, old_axis: int, new: Channels, new_axis: int, matching: Matching
+) -> bool:
+    """Return whether an axis has the same rows of the same channels, none of them copied."""
+    rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
+    before = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
+    channel, origin = old.channel[before], matching.old[new.channel[rows]]
+    return (
+        np.array_equal(channel, origin)
+        and np.array_equal(matching.old_rank[before], matching.new_rank[rows])
+        and not matching.is_copied[channel].any()
+    )
 
 
 def _positions(

@@ -119,8 +119,11 @@ def _code_of(done: str) -> int:
 def _common_history(old: Channels, new: Channels) -> list[str] | Obstacle:
     """Return what the operations of two runs did, none of it if they did not run the same ones.
 
-    An operation that computes with another number at the new sizes is in the way.
+    Other tensors, and an operation that computes with another number, are in the way.
     """
+    places = [{(axis.tensor, axis.dim) for axis in run.axes} for run in (old, new)]
+    if places[0] != places[1]:
+        return Obstacle("the network computes with other tensors at its new sizes")
     before, after = ([done for done, _ in channels.history] for channels in (old, new))
     names = [[done.split()[0] for done in history] for history in (before, after)]
     if names[0] != names[1]:  # the same written in other operations, which says nothing
@@ -164,19 +167,12 @@ def match(
     if isinstance(norms, Obstacle):
         return norms
     old, new = _without(old, norms), _without(new, norms)
-    keys = {(axis.tensor, axis.dim): code for code, axis in enumerate(old.axes)}
-    if {(axis.tensor, axis.dim) for axis in new.axes} != set(keys):
-        return Obstacle("the network computes with other tensors at its new sizes")
     history = _common_history(old, new)
     if isinstance(history, Obstacle):
         return history
+    keys = {(axis.tensor, axis.dim): code for code, axis in enumerate(old.axes)}
     codes = range(len(old.axes)), [keys[axis.tensor, axis.dim] for axis in new.axes]
-    grown = {
-        index: before
-        for index, axis in enumerate(new.axes)
-        if (before := old.convolution_groups.get(axis.tensor, 0)) > 0
-        and before < new.convolution_groups.get(axis.tensor, 0)
-    }
+    grown = _grown(old, new)
     hashes = [_row_hashes(run, of, history) for run, of in zip((old, new), codes, strict=True)]
     signatures = (
         _signatures(old, codes[0], {}, history, hashes[0]),
@@ -184,41 +180,54 @@ def match(
     )
     # Tied channels of one signature side by side, each in order of first use.
     norm_codes = {weight: code for code, weight in enumerate(norms)}
-    mine, theirs = (
-        tied_channels(run, norm_codes, signature)
-        for run, signature in zip(runs, signatures, strict=True)
-    )
+    mine, theirs = map(tied_channels, runs, (norm_codes, norm_codes), signatures)
     buckets = _buckets(mine), _buckets(theirs)
     continued, oversubscribed = _in_order(new.count, *buckets)
-    for first in oversubscribed:
-        if mine.size[first] > 1:
-            return _torn(runs, norms, first)
-    if oversubscribed:
+    obstacle = None
+    if torn := [first for first in oversubscribed if mine.size[first] > 1]:
+        obstacle = _torn(runs, norms, torn[0])
+    elif oversubscribed:
         alone = _alone(mine, buckets[0]), _alone(theirs, buckets[1])
         signed = BySignature(old, new, codes[1], *alone, history)
-        if obstacle := signed.reassign(continued, oversubscribed):
-            return obstacle
-    assignment, only_copied = Assignment.empty(theirs), set(copied.tolist())
+        obstacle = signed.reassign(continued, oversubscribed)
+    if obstacle:
+        return obstacle
+    found, only_copied = Assignment.empty(theirs), frozenset(copied.tolist())
+
+    def chosen(first: int) -> Pairing:
+        """Return how new channels are laid out beside old ones, of which one is told."""
+        return (
+            replicate if first in only_copied else drawing(pairing) if first in copies else pairing
+        )
+
     for members in buckets[1].values():
         fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
         kept = np.sort(continued[taken])
         continued[theirs.members(taken)] = mine.members(continued[taken])
         if len(fresh):
-            times = copies.get(int(kept[0]), 0) if len(kept) else 0
-            whole = len(kept) > 0 and int(kept[0]) in only_copied
-            fresh = assignment.copy_whole(fresh, kept, times)
-            chosen = replicate if whole else drawing(pairing) if times else pairing
-            assignment.lay_out(fresh, mine.members(kept), chosen, _name(old, kept))
-    whole_alone = copied[~np.isin(copied, list(copies))]
+            first = int(kept[0]) if len(kept) else -1
+            left = found.copy_whole(fresh, kept, copies.get(first, 0))
+            found.lay_out(left, mine.members(kept), chosen(first), _name(old, kept))
+    alone_copied = copied[~np.isin(copied, list(copies))]
     obstacle = check_order(old, new, list(grown), continued) or check_copies(
-        old, new, whole_alone, continued, assignment.copy
+        old, new, alone_copied, continued, found.copy
     )
     if obstacle:
         return obstacle
-    part_twins(new, list(grown), continued, assignment)
+    part_twins(new, list(grown), continued, found)
     ranks = old.ranks(hashes[0]), new.ranks(hashes[1])
-    found = assignment
     return Matching(continued, found.draw, found.sign, found.copy, found.surplus, *ranks)
+
+
+def _grown(old: Channels, new: Channels) -> dict[int, int]:
+    """Return the new axes of convolutions that get new groups, with how many there were."""
+    counts = {name: n for name, n in old.convolution_groups.items() if n}
+    return {
+        index: counts[axis.tensor]
+        for index, axis in enumerate(new.axes)
+        if counts.get(axis.tensor, 0) < new.convolution_groups.get(axis.tensor, 0)
+        and axis.tensor in counts
+    }
 
 
 def _in_order(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import networkx as nx
 import numpy as np
@@ -15,6 +16,7 @@ from fxgrow.channels.groups import layer_of
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 
+Touch: TypeAlias = Counter[tuple[int, int]]  # how often (axis code, convolution group)
 _DONE = -1  # stands for an axis where something is done to a channel
 
 
@@ -57,48 +59,60 @@ class BySignature:
         codes = range(len(self.old.axes))
         wanted = self._first_touches(self.old, codes, self.old_buckets)
         offered = self._first_touches(self.new, self.new_codes, self.new_buckets)
+        touched = _touches(self.old, codes, oversubscribed)
         writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
-        touched = _touches(self.old, range(len(self.old.axes)), oversubscribed)
         concerned = {code for touch in touched.values() for code, _ in touch} & writers
-        flow = nx.DiGraph()
-        total = 0
-        for kind, touch in wanted.items():
-            if {code for code, _ in touch} & concerned:
-                total += len(self.old_buckets[kind])
-                flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
-        movers = list(flow)
-        for kind, touch in offered.items():
-            if not {code for code, _ in touch} & concerned:
-                continue
-            flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
-            for _, other in movers:
-                if kind != other and _has_several(wanted[other]):
-                    continue  # another of its rows might have to do there what one does here
-                extra = {code for code, _ in touch - wanted[other]}
-                if extra == {_DONE}:  # it is not led elsewhere, but something more is done to it
-                    continue
-                if not wanted[other] - touch and not extra & writers:
-                    flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
-        flow.add_node("all", demand=total)
-        for node in movers:  # to have no place costs more than all moves together
-            flow.add_edge(node, "all", weight=total + 1)
-        found = nx.min_cost_flow(flow)
-        homeless = {kind: count for _, kind in movers if (count := found["old", kind].pop("all"))}
+        wanted, offered = (
+            {kind: touch for kind, touch in some.items() if {c for c, _ in touch} & concerned}
+            for some in (wanted, offered)
+        )
+        found = nx.min_cost_flow(self._network(wanted, offered, writers))
+        homeless = {kind: count for kind in wanted if (count := found["old", kind].pop("all"))}
         if homeless:
             first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
             return self._obstacle(wanted[first], homeless[first])
-        moved = np.concatenate([self.old_buckets[kind] for _, kind in movers])
+        moved = np.concatenate([self.old_buckets[kind] for kind in wanted])
         continued[np.isin(continued, moved)] = -1
         free = {kind: list(self.new_buckets[kind]) for kind in offered}
-        for node in movers:
-            members = list(self.old_buckets[node[1]])
-            for (_, kind), count in sorted(found[node].items(), key=lambda to: to[0][1] != node[1]):
+        for own in wanted:
+            members = list(self.old_buckets[own])
+            places = sorted(found["old", own].items(), key=lambda to: to[0][1] != own)
+            for (_, kind), count in places:
                 for member in members[:count]:
                     continued[free[kind].pop(0)] = member
                 members = members[count:]
         return None
 
-    def _obstacle(self, touch: Counter[tuple[int, int]], count: int) -> Obstacle:
+    def _network(
+        self, wanted: Mapping[int, Touch], offered: Mapping[int, Touch], writers: Set[int]
+    ) -> nx.DiGraph:
+        """Return the flow network from old signatures to new ones that could serve them.
+
+        Args:
+            wanted: what the old channels of each signature touch.
+            offered: what the new ones do.
+            writers: the codes of axes that write.
+        """
+        total = sum(len(self.old_buckets[kind]) for kind in wanted)
+        flow = nx.DiGraph()
+        for kind in wanted:
+            flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
+        for kind, touch in offered.items():
+            flow.add_edge(("new", kind), "all", capacity=len(self.new_buckets[kind]))
+            for other, own in wanted.items():
+                if kind != other and _has_several(own):
+                    continue  # another of its rows might have to do there what one does here
+                extra = {code for code, _ in touch - own}
+                if extra == {_DONE}:  # it is not led elsewhere, but something more is done to it
+                    continue
+                if not own - touch and not extra & writers:
+                    flow.add_edge(("old", other), ("new", kind), weight=int(other != kind))
+        flow.add_node("all", demand=total)
+        for kind in wanted:  # to have no place costs more than all moves together
+            flow.add_edge(("old", kind), "all", weight=total + 1)
+        return flow
+
+    def _obstacle(self, touch: Touch, count: int) -> Obstacle:
         """Return what is in the way of ``count`` channels that touch this and have no place."""
         codes = sorted({code for code, _ in touch} - {_DONE})
         layers = {code: layer_of(self.old.axes[code].tensor) for code in codes}
@@ -116,7 +130,7 @@ class BySignature:
         channels: Channels,
         codes: Sequence[int],
         buckets: dict[int, IntArray],
-    ) -> dict[int, Counter[tuple[int, int]]]:
+    ) -> dict[int, Touch]:
         """Return what the channels of each signature touch, and what is done to them."""
         firsts = {int(members[0]): kind for kind, members in buckets.items()}
         touches = _touches(channels, codes, list(firsts))
@@ -129,16 +143,16 @@ class BySignature:
 
 def _touches(
     channels: Channels, axis_codes: Sequence[int], wanted: Sequence[int]
-) -> dict[int, Counter[tuple[int, int]]]:
+) -> dict[int, Touch]:
     """Return the (axis code, convolution group) pairs that some channels touch."""
-    touches: dict[int, Counter[tuple[int, int]]] = {channel: Counter() for channel in wanted}
+    touches: dict[int, Touch] = {channel: Counter() for channel in wanted}
     for row in np.flatnonzero(np.isin(channels.channel, wanted)).tolist():
         code = axis_codes[int(channels.axis_of_row[row])]
         touches[int(channels.channel[row])][code, int(channels.group_of_row[row])] += 1
     return touches
 
 
-def _has_several(touch: Counter[tuple[int, int]]) -> bool:
+def _has_several(touch: Touch) -> bool:
     """Return whether a channel that touches this has several rows of one axis."""
     axes = [code for code, _ in touch.elements() if code != _DONE]
     return len(set(axes)) < len(axes)

@@ -279,18 +279,23 @@ def candidates(
             key = (type(module).__qualname__, attribute)
             if before == repair.given and key not in without:
                 yield key, ModuleEdit(owner, attribute, before, after_all)
+    for given, wanted in _multiples(repair):
+        for owner, (path, holder) in _holders(model, owners):
+            for attribute, before in _sizes_of(holder):
+                key = (type(holder).__qualname__, attribute)
+                after = _replaced(before, given, wanted)
+                if after != before and key not in without:
+                    yield key, ModuleEdit(owner, path + attribute, before, after)
+
+
+def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
+    """Yield what each size that grows may be a small multiple of, as it is and as it should be."""
     for multiple in (1, 2, 3, 4):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
             if given is None or wanted is None or wanted <= given:
                 continue
-            if given % multiple or wanted % multiple:
-                continue
-            for owner, (path, holder) in _holders(model, owners):
-                for attribute, before in _sizes_of(holder):
-                    key = (type(holder).__qualname__, attribute)
-                    after = _replaced(before, given // multiple, wanted // multiple)
-                    if after != before and key not in without:
-                        yield key, ModuleEdit(owner, path + attribute, before, after)
+            if given % multiple == wanted % multiple == 0:
+                yield given // multiple, wanted // multiple
 
 
 def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tuple[str, object]]]:

@@ -102,10 +102,12 @@ class _Rerun:
         plain = self._run(self.follow)  # labels foretell what most code does, and not all
         if isinstance(plain, Resized) and self._is_sound(plain):
             return plain
-        found = self._with_attributes(watch.repairs)
-        if isinstance(found, Resized):
-            return found
-        return self._rewritten(watch.repairs) or found
+        explained = self._with_attributes(watch.repairs)
+        if isinstance(explained, Resized):
+            return explained
+        enclosed = self._enclosed(watch.repairs)
+        graph = None if enclosed else self._rewritten(watch.repairs)
+        return graph or self._fixed([r for r in explained if r in enclosed] or explained)
 
     def is_unread(self, found: Resized, more: tuple[ModuleEdit, ...]) -> bool:
         """Return whether the network computes the same with some more attributes changed."""
@@ -147,8 +149,8 @@ class _Rerun:
                     return False
         return True
 
-    def _with_attributes(self, repairs: Sequence[Repair]) -> Resized | Obstacle:
-        """Find the attributes that repairs come from, with which the own forward runs.
+    def _with_attributes(self, repairs: Sequence[Repair]) -> Resized | Sequence[Repair]:
+        """Find the attributes that repairs come from; return a run with them, or what is left.
 
         A call that is still wrong where the attribute is set that should explain it, and that
         nothing else could explain, ends the search: for all modules of its class.
@@ -171,7 +173,7 @@ class _Rerun:
                 wrong = [repair for repair in repairs if type(modules(repair.module)) is kind]
                 break
         left = {repair.call for repair in wrong}
-        return self._fixed([repair for repair in repairs if repair.call in left] or repairs)
+        return [repair for repair in repairs if repair.call in left] or repairs
 
     def _fixed(self, repairs: Sequence[Repair]) -> Obstacle:
         """Return what is in the way where the code fixes sizes that no attribute explains.
@@ -193,14 +195,16 @@ class _Rerun:
                         reasons.setdefault(groups[member].name, _told(repair))
         return Obstacle(_told(repairs[0]), repairs[0].module, reasons, certain=bool(reasons))
 
+    def _enclosed(self, repairs: Sequence[Repair]) -> Sequence[Repair]:
+        """Return the repairs inside of what is one node of the graph, if there is a graph."""
+        graph, inside = self.analysis.traced.graph, self.analysis.traced.module
+        if graph is None:
+            return ()
+        made = {(module_of(node, inside), called_by(node)) for node in graph.nodes}
+        return [repair for repair in repairs if (repair.module, repair.function) not in made]
+
     def _rewritten(self, repairs: Sequence[Repair]) -> Resized | None:
         """Rewrite the sizes that the network's code fixes in its graph, if there is one."""
-        graph = self.analysis.traced.graph
-        if graph is not None:
-            inside = self.analysis.traced.module
-            made = {(module_of(node, inside), called_by(node)) for node in graph.nodes}
-            if not made.issuperset((repair.module, repair.function) for repair in repairs):
-                return None  # inside of what is one node
         opened = self.analysis.opened
         if opened is None:
             return None

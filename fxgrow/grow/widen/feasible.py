@@ -214,27 +214,42 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     Raises:
         PlanError: nothing is left to grow; the first reason is told.
     """
-    left, refused, aside = dict(widths), dict[str, str](), list[str]()
-    made: Feasible | Obstacle | None = None
-    while left:
-        made = attempts.make(left)
-        if isinstance(made, Feasible):
-            break
-        suspects = attempts.suspects(made, left)
-        if not made.certain and len(left) > 1:
-            aside += suspects
-        refused |= {name: made.reason_for(name) for name in suspects}
-        left = {name: width for name, width in left.items() if name not in suspects}
+    left, refused, aside = dict(widths), dict[str, str](), set[str]()
+    made = _set_aside(attempts, left, refused, aside)
     for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
         more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
         made = more or made
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
-    if not isinstance(made, Feasible):
+    if made is None:
         name, reason = next(iter(refused.items()))
         raise PlanError(f"{name} cannot be widened: {reason}.", name=name)
     refused |= {refusal.name: refusal.reason for refusal in made.refused}
     told = tuple(Refusal(name, refused[name]) for name in widths if name in refused)
     return replace(made, refused=told)
+
+
+def _set_aside(
+    attempts: Attempts, left: dict[str, int], refused: dict[str, str], aside: set[str]
+) -> Feasible | None:
+    """Return what comes of the groups that are left without those that obstacles come from.
+
+    Args:
+        attempts: to make of what.
+        left: the wanted widths; what stands in the way is taken out, in place.
+        refused: the reason for each that is taken out, in place.
+        aside: which of these may work beside others, in place.
+    """
+    while left:
+        made = attempts.make(left)
+        if isinstance(made, Feasible):
+            return made
+        suspects = attempts.suspects(made, left)
+        if not made.certain and len(left) > 1:
+            aside |= {*suspects}
+        for name in suspects:
+            refused[name] = made.reason_for(name)
+            del left[name]
+    return None
 
 
 def _join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
+from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, TensorEdit
+from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
 from fxgrow.plan.requests import Widen
@@ -83,78 +84,83 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         PlanError: an old channel loses a position, or what a rescaling does cannot be told.
     """
     traced = analysis.traced
-    standin = traced.standin
-    tensors = named_tensors(standin)
+    tensors = named_tensors(traced.standin)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    with_eps = eps_attributes(standin)
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
-        analysis.channels,
-        resized.channels,
-        found.matching,
-        found.surplus.values(),
+        analysis.channels, resized.channels, found.matching, found.surplus.values(),
         found.silent.values(),
-    )
+    )  # fmt: skip
     roles = _weights(analysis, sizes)
-    factors, warnings = _factors(request, roles, shapes, sizes, variance_of)
-    eta = found.eta
-    factors = {name: factor * eta.factors.get(name, 1.0) for name, factor in factors.items()}
+    factors, warnings = _factors(request, roles, shapes, found, variance_of)
+    with_eps, eta = eps_attributes(traced.standin), found.eta
     flow = propagate_gains(analysis.tape, factors, with_eps, eta.statistics, eta.undone)
     eps_edits = _eps_edits(flow)
-    warnings += [
-        f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold it, "
-        "fxgrow.load sets it"
-        for edit in eps_edits
-    ]
-    if resized.sizes:
-        if request.compensate and flow.mismatches:
-            raise PlanError(
-                "multipliers cannot be put into a graph whose sizes are rewritten.",
-                way_out="Use --rescaling none.",
-            )
-        warnings.append(
-            f"{traced.module or 'the result'} is a torch.fx.GraphModule with the same names: its "
-            f"code fixes sizes that had to be rewritten in its graph ({resized.sizes[0].node} and "
-            f"{len(resized.sizes) - 1} more)"
-        )
-    warnings += warnings_of(analysis.channels.norm_groups, sizes.norm_groups)
+    multiplied, predicted = _multiplied(analysis, request, found, flow)
     aliases = aliases_of(tensors)
+    growing = [group for group in analysis.groups if group.name in sizes.widths]
+    layouts = [_layout(analysis, request, group, found) for group in growing]
     groups = tuple(
-        _group_plan(
-            analysis,
-            request,
-            group,
-            sizes,
-            factors,
-            flow,
-            *_layout(analysis, request, group, found),
-        )
-        for group in analysis.groups
-        if group.name in sizes.widths
+        _group_plan(analysis, request, group, sizes, factors, flow, *layout)
+        for group, layout in zip(growing, layouts, strict=True)
     )
-    prediction = multipliers(analysis, flow)
-    tracer: Tracer = "torch.fx" if resized.sizes else traced.tracer  # such a graph ran
+    tracer: Tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
-    batch = analysis.traced.input_shapes[0][0] if analysis.traced.inferred else 1
+    batch = traced.input_shapes[0][0] if traced.inferred else 1
     return Plan(
         request=request,
         groups=groups,
         refused=found.refused,
         tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
         modules=(*resized.modules, *eps_edits),
-        multipliers=tuple(replace(m, factor=1 / m.factor) for m in prediction)
-        if request.compensate
-        else (),
-        prediction=() if request.compensate else prediction,
+        multipliers=multiplied,
+        prediction=predicted,
         aliases=aliases,
         source=fingerprint(tensors),
         scopes=(scope,),
-        parameters=_parameter_counts(standin.parameters(), shapes, tensors, sizes),
+        parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *_warnings(analysis, found, eps_edits)),
         fxgrow=__version__,
         sizes=resized.sizes,
     )
+
+
+def _multiplied(
+    analysis: Analysis, request: Widen, found: Feasible, flow: GainFlow
+) -> tuple[tuple[Multiplier, ...], tuple[Multiplier, ...]]:
+    """Return the multipliers to be inserted, and those that tell what becomes of the function.
+
+    Raises:
+        PlanError: what becomes of it cannot be told, or there is no graph for multipliers.
+    """
+    if not request.compensate:
+        return (), multipliers(analysis, flow)
+    if found.resized.sizes and flow.mismatches:
+        raise PlanError(
+            "multipliers cannot be put into a graph whose sizes are rewritten.",
+            way_out="Use --rescaling none.",
+        )
+    return tuple(replace(m, factor=1 / m.factor) for m in multipliers(analysis, flow)), ()
+
+
+def _warnings(
+    analysis: Analysis, found: Feasible, eps_edits: Iterable[ModuleEdit]
+) -> Iterator[str]:
+    """Yield what to warn of, but for factors."""
+    for edit in eps_edits:
+        yield (
+            f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold "
+            "it, fxgrow.load sets it"
+        )
+    rewritten = found.resized.sizes
+    if rewritten:
+        yield (
+            f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
+            f"names: its code fixes sizes that had to be rewritten in its graph "
+            f"({rewritten[0].node} and {len(rewritten) - 1} more)"
+        )
+    yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
 
 
 def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:
@@ -183,21 +189,22 @@ def _factors(
     request: Widen,
     weights: Mapping[str, Mapping[str, int]],
     shapes: Mapping[str, tuple[int, ...]],
-    sizes: Sizes,
+    found: Feasible,
     variance_of: VarianceOf,
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the rescaling factor of each weight, and what to warn of."""
+    """Return the factor of each weight, by rescaling and η, and what to warn of."""
     factors: dict[str, float] = {}
     warnings: list[str] = []
     needs_variance = request.rescaling in USES_VARIANCE
     for name, dims in weights.items():
         layer = LayerStatistics(
             fan_in=_fan_in(shapes[name], dims),
-            new_fan_in=_fan_in(sizes.shapes.get(name, shapes[name]), dims),
+            new_fan_in=_fan_in(found.sizes.shapes.get(name, shapes[name]), dims),
             variance=variance_of(name) if needs_variance else math.nan,
             gain=request.gain,
         )
-        factors[name], warning = rescaling_factor(request.rescaling, layer)
+        factor, warning = rescaling_factor(request.rescaling, layer)
+        factors[name] = factor * found.eta.factors.get(name, 1.0)
         if warning:
             warnings.append(f"{layer_of(name)}: {warning}")
     return factors, warnings
@@ -268,20 +275,13 @@ def _group_plan(
     note: str,
 ) -> GroupPlan:
     """Return what happens to one group, with its verdict."""
-    own = {
-        analysis.channels.axes[axis].tensor: analysis.channels.roles[axis] for axis in group.axes
-    }
-    roles: dict[str, set[float]] = {"writer": set(), "reader": set()}
-    for axis in group.axes:
-        role, tensor = analysis.channels.roles[axis], analysis.channels.axes[axis].tensor
-        if role in roles and tensor in factors:
-            roles[role].add(factors[tensor])
-    alpha, beta = (next(iter(f)) if len(f) == 1 else None for f in roles.values())
+    own = dict.fromkeys(analysis.channels.axes[axis].tensor for axis in group.axes)
+    alpha, beta = (_common_factor(analysis, group, role, factors) for role in ("writer", "reader"))
     touching = {name for name in own if name in factors}
     mismatches = [m for m in flow.mismatches if m.sources & touching]
     verdict, reason = _verdict(request, pairing, mismatches)
-    if note and verdict == "exact":
-        reason = f"{note}; {reason}" if reason else note
+    if verdict == "exact":
+        reason = "; ".join(filter(None, (note, reason)))
     return GroupPlan(
         name=group.name,
         width=(group.width, sizes.widths[group.name]),
@@ -298,6 +298,16 @@ def _group_plan(
         reason=reason,
         pairing=pairing,
     )
+
+
+def _common_factor(
+    analysis: Analysis, group: ChannelGroup, role: Role, factors: Mapping[str, float]
+) -> float | None:
+    """Return the factor of all weights in which a group has axes of a role, if it is one."""
+    axes = [analysis.channels.axes[axis] for axis in group.axes
+            if analysis.channels.roles[axis] == role]  # fmt: skip
+    found = {factors[axis.tensor] for axis in axes if axis.tensor in factors}
+    return found.pop() if len(found) == 1 else None
 
 
 def _layout(

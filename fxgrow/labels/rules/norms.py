@@ -29,6 +29,7 @@ def batch_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
     layer = layer_of(next(filter(None, names), "")) or op.module
     gain, eps = flow.of(op.args[0]), float(op.args[-1])
+    _part_from_others(flow, op)
     if not _takes_up(flow, op, layer, gain):
         return Gain()
     if all(names):
@@ -49,9 +50,18 @@ def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     layer = layer_of(next(iter(op.parameters), "")) or op.module
     eta = Gain(math.sqrt(flow.statistics.get(op.index, 1.0)), frozenset({op.module}))
     gain = flow.of(op.args[0]).times(eta)
+    _part_from_others(flow, op)
     if _takes_up(flow, op, layer, gain):
         _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
     return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+
+
+def _part_from_others(flow: GainFlow, op: Operation) -> None:
+    """Let gains part ways on what scales and shifts the normalised channels, if it is data."""
+    for value in op.inputs[1:]:
+        if not value.is_weight and flow.of(value).scale != 1.0:
+            why = f"a gain reaches what {op.place} scales or shifts its channels with"
+            flow.part_ways(op, value, flow.of(value), "no", why)
 
 
 def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
@@ -102,7 +112,10 @@ def layer_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
     if held.what != "mean" or not flow.is_whole(mixed):
         return flow.refuse(held.why or "it does not get all of them, and nothing else")
     flow.statistics.append(op.index)
-    return Held("zero")
+    flow.fill(x)
+    bias = op.args[3]  # a parameter's new entries are zeros
+    added = isinstance(bias, Value) and not bias.is_weight and flow.of(bias).what != "zero"
+    return flow.lost(op) if added else Held("zero")
 
 
 # ── labels ────────────────────────────────────────────────────────────────────────────────────

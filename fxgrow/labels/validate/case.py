@@ -17,7 +17,8 @@ from fxgrow.labels.validate.checks import (
     check_locality,
     run,
 )
-from fxgrow.labels.validate.claims import Call, Way, claims_of, ways_of
+from fxgrow.labels.validate.claims import Call, Way, claims_of, label, ways_of
+from fxgrow.labels.validate.following import check_gain, check_padding
 from fxgrow.labels.validate.widening import check_widening
 
 
@@ -61,7 +62,8 @@ def outcomes_of(call: Call, way: Way | None = None) -> Iterator[Outcome]:
 def _outcome(
     call: Call, way: Way, operands: Sequence[Tensor], results: Sequence[Tensor]
 ) -> Outcome:
-    claims = claims_of(call, way, operands)
+    labelled = label(call, way, operands)
+    claims = claims_of(labelled)
     if not len(claims.channels):
         return Outcome("missing", way, claims.pins[0] if claims.pins else "nothing is said of it")
     if claims.is_random:
@@ -69,8 +71,8 @@ def _outcome(
     # Some statistics that serve the backward pass are of another shape on meta tensors.
     fits = [x.shape == shape for x, shape in zip(results, claims.shapes, strict=True)]
     is_open = tuple(a or not b for a, b in zip(claims.is_open, fits, strict=True))
-    case = Case(call, way, operands, results, replace(claims, is_open=is_open))
-    for check in (check_flow, check_locality, check_widening):
+    case = Case(call, way, operands, results, labelled, replace(claims, is_open=is_open))
+    for check in (check_flow, check_locality, check_widening, check_gain, check_padding):
         try:
             wrong = check(case)
         except UnmatchedError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.forest import IntArray
-from fxgrow.labels.validate.claims import Call, Claims, Located, Way
+from fxgrow.labels.validate.claims import BoolArray, Call, Claims, Labelled, Located, Way
 from fxgrow.modules.calling import tensors_in
 
 _SLACK = {torch.float64: 1e-9, torch.complex128: 1e-9}  # of the largest entry
@@ -32,7 +32,8 @@ class Case:
         way: how its operands come in.
         operands: the numbers.
         results: what it makes of them.
-        claims: what labelling it says.
+        labelled: the run on labels.
+        claims: what that says.
         random: where to draw from.
     """
 
@@ -40,6 +41,7 @@ class Case:
     way: Way
     operands: Sequence[Tensor]
     results: Sequence[Tensor]
+    labelled: Labelled
     claims: Claims
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -65,7 +67,7 @@ def check_flow(case: Case) -> str:
         return ""
     moved = [_reordered(*pair, image) for pair in zip(case.operands, claims.operands, strict=True)]
     expected = [_reordered(*p, image) for p in zip(case.results, claims.results, strict=True)]
-    return _difference(case, expected, run(case.call, moved), "channels in another order")
+    return difference(case, expected, run(case.call, moved), "channels in another order")
 
 
 def _reordered(x: Tensor, layers: Sequence[Located], image: IntArray) -> Tensor:
@@ -96,7 +98,7 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y.permute(order).contiguous().permute(np.argsort(order).tolist()) if order else y
 
 
-def _difference(case: Case, expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> str:
+def difference(case: Case, expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> str:
     """Return how two results differ, or ""."""
     if len(expected) != len(found):
         return f"{what}: {len(found)} results for {len(expected)}"
@@ -139,17 +141,17 @@ def check_locality(case: Case) -> str:
                 return f"another channel: result {place} has another shape"
             wrong = ~alike(before, after)
             for layer in claims.results[place]:
-                wrong &= ~_carried(layer, channel, wrong.shape)
+                wrong &= ~carried(layer, layer.channels == channel, wrong.shape)
             if wrong.any():
                 count = int(wrong.sum())
                 return f"one channel changed, and {count} entries of others in result {place}"
     return ""
 
 
-def _carried(layer: Located, channel: int, shape: Sequence[int]) -> Tensor:
-    """Return where a channel is in a tensor of a shape."""
+def carried(layer: Located, mine: BoolArray, shape: Sequence[int]) -> Tensor:
+    """Return where some positions of a layer are in a tensor of a shape."""
     sizes = [size if dim in layer.dims else 1 for dim, size in enumerate(shape)]
-    return torch.from_numpy(layer.channels == channel).reshape(sizes)
+    return torch.from_numpy(mine).reshape(sizes)
 
 
 def _changed(

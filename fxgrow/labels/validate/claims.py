@@ -18,13 +18,13 @@ from fxgrow.labels.layers import Layer, along, core, support
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.propagate import Labeller
 from fxgrow.labels.space import LabelSpace
-from fxgrow.labels.tape import Value
+from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.calling import map_tensors, tensors_in
 
 # How each operand comes in: "p" as a parameter, "c" as a constant, "d" as data, with labels in the
 # dims that follow: "d02".
 Way: TypeAlias = tuple[str, ...]
-_PARAMETER = "operand"  # what the parameters of a call are named, with their number
+PARAMETER = "operand"  # what the parameters of a call are named, with their number
 MOST_TRIED = 30  # calls with other numbers, where those of a call do not suit more channels
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
@@ -152,8 +152,7 @@ class Claims:
             result depends on a set of channels with it.
         treated: for each operation that altered values, the channels of these.
         pins: the reasons for which the other labels are pinned.
-        operators: the ATen operators that ran.
-        numbers: the numbers that they took.
+        numbers: those that the ATen operators took which ran.
         is_sized: some laid its operand out by literal sizes, or none took some operand.
         is_open: for each result, that nothing is claimed of it: whoever uses it pins channels.
         shapes: of the results on meta tensors.
@@ -167,7 +166,6 @@ class Claims:
     is_mixed: BoolArray
     treated: tuple[IntArray, ...]
     pins: tuple[str, ...]
-    operators: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     is_sized: bool = False
     is_open: tuple[bool, ...] = ()
@@ -195,8 +193,24 @@ class Claims:
         return found
 
 
-def claims_of(call: Call, way: Way, operands: Sequence[Tensor]) -> Claims:
-    """Label the operands of a call, run it on meta tensors, and return what that claims.
+@dataclass(frozen=True)
+class Labelled:
+    """A call that ran on labels.
+
+    Attributes:
+        space: what was said of these.
+        entering, leaving: the values of operands and results.
+        operations: what ran.
+    """
+
+    space: LabelSpace
+    entering: Sequence[Value]
+    leaving: Sequence[Value]
+    operations: Sequence[Operation]
+
+
+def label(call: Call, way: Way, operands: Sequence[Tensor]) -> Labelled:
+    """Label the operands of a call and run it on meta tensors.
 
     Args:
         call: the call.
@@ -206,7 +220,7 @@ def claims_of(call: Call, way: Way, operands: Sequence[Tensor]) -> Claims:
     metas = [
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in operands
     ]
-    named = {f"{_PARAMETER} {i}": x for i, x in enumerate(metas) if way[i] == "p"}
+    named = {f"{PARAMETER} {i}": x for i, x in enumerate(metas) if way[i] == "p"}
     space = LabelSpace()
     labeller = Labeller(named, space)
     for index, (meta, entry) in enumerate(zip(metas, way, strict=True)):
@@ -220,37 +234,36 @@ def claims_of(call: Call, way: Way, operands: Sequence[Tensor]) -> Claims:
     with torch.no_grad(), labeller:
         result = call.on(metas)
     leaving = [labeller.value(tensor) for tensor in tensors_in(result)]
-    tape = labeller.tape
+    return Labelled(space, entering, leaving, labeller.tape.operations)
+
+
+def claims_of(run: Labelled) -> Claims:
+    """Return what is claimed of a call that ran on labels."""
     numbers: list[int] = []
 
     def note(number: int) -> int:
         numbers.append(number)
         return number
 
-    for op in tape.operations:
+    for op in run.operations:
         _exchange((op.args, op.kwargs), note)
-    targets = {op.target for op in tape.operations}
-    used = {value.index for op in tape.operations for value in op.inputs}
-    found = _resolved(space, entering, leaving)
+    targets = {op.target for op in run.operations}
+    producers = [value.producer for value in run.leaving if value.producer is not None]
+    used = {value.index for op in run.operations for value in op.inputs}
     return replace(
-        found,
-        operators=tuple(sorted(target._name for target in targets)),
+        _resolved(run.space, run.entering, run.leaving),
         numbers=tuple(numbers),
-        is_sized=any(map(_is_sized, targets)) or not used.issuperset(x.index for x in entering),
-        is_open=tuple(value.positions is not None for value in leaving),
-        shapes=tuple(value.shape for value in leaving),
-        is_random=any(map(_is_random, targets)),
+        is_sized=any(map(_is_sized, targets)) or not used.issuperset(x.index for x in run.entering),
+        is_open=tuple(value.positions is not None for value in run.leaving),
+        shapes=tuple(value.shape for value in run.leaving),
+        is_random=any(torch.Tag.nondeterministic_seeded in target.tags for target in targets)
+        or any("empty" in run.operations[made].name for made in producers),
     )
 
 
 def _is_sized(target: OpOverload) -> bool:
     """Return whether an operator lays its operand out by sizes, which a forward may fix."""
     return traits_of(target).is_movement and "SymInt" in str(target._schema)
-
-
-def _is_random(target: OpOverload) -> bool:
-    """Return whether the values that an operator returns are not those of its operands alone."""
-    return torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._opname
 
 
 def _resolved(space: LabelSpace, entering: Sequence[Value], leaving: Sequence[Value]) -> Claims:
@@ -320,7 +333,7 @@ def _claimed(
         own = slice(axis.start, axis.start + axis.size)
         if (
             index not in space.roles
-            and axis.tensor.startswith(_PARAMETER)
+            and axis.tensor.startswith(PARAMETER)
             and not is_told[own].any()
         ):
             channel[own] = 0

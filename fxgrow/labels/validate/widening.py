@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.validate.checks import Case, UnmatchedError, alike, laid_out_as, run, taken
-from fxgrow.labels.validate.claims import Call, Claims, Located, claims_of
+from fxgrow.labels.validate.claims import Call, Claims, Located, claims_of, label
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -113,7 +113,7 @@ def _claims_at(case: Case, shapes: Sequence[torch.Size]) -> tuple[Call, Claims] 
     refusal = ""
     for call in (case.call, *case.call.with_larger_numbers()):
         try:
-            return call, claims_of(call, case.way, metas)
+            return call, claims_of(label(call, case.way, metas))
         except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
             refusal = refusal or _first_line(error)
     if case.claims.is_sized:
