@@ -295,12 +295,16 @@ def _ignores_copies(numbers: _Numbers, dims: tuple[int, ...]) -> bool:
 # ── how it is asked ───────────────────────────────────────────────────────────────────────────
 
 _answers: dict[Hashable, Any] = {}
+# Libraries whose kernels trust the positions that they are given, and read where these point.
+_TRUSTING = frozenset({"torchvision"})
 
 
 def _asked(
     question: Callable[..., T], call: Asked, operands: Sequence[Value], *more: Any
 ) -> T | None:
     """Return the answer to a question, None where the call cannot be run."""
+    if call.target.namespace in _TRUSTING:
+        return None
     key = _key(question, call, operands, more)
     if key is None or key not in _answers:
         answer = None
