@@ -104,6 +104,7 @@ class GainFlow:
     part: ClassVar[Literal["gain"]] = "gain"
     is_over: ClassVar[bool] = False
     _gains: dict[int, Gain] = field(default_factory=dict)
+    _bound: set[str] = field(default_factory=set)  # parameters that keep their values
     _whose: dict[str, frozenset[str]] = field(default_factory=dict)  # sources of the vectors' gains
 
     def concerns(self, op: Operation) -> bool:
@@ -115,10 +116,22 @@ class GainFlow:
         traits = traits_of(op.target)
         if traits.is_uniform or traits.is_likeness:
             return Gain()
-        if traits.is_movement:
+        if traits.is_movement and not op.is_rounded:
             return agree(self, op)
+        for value in op.inputs:
+            self._bind(op, value)
         scaled = [v for v in dict.fromkeys(op.inputs) if self.of(v).scale != 1.0]
         return self._powers(op, scaled) if scaled else Gain()
+
+    def _bind(self, op: Operation, value: Value) -> None:
+        """Know that a parameter keeps its values, for an operation that takes them as they are."""
+        if not value.is_weight:
+            return
+        self._bound.update(value.origins)
+        taken = self.taken_by(value)
+        if taken.scale != 1.0 and value.parameter not in self.factors:
+            why = f"{value.parameter or op.place} takes a gain elsewhere, and is used here as well"
+            self.part_ways(op, value, taken, "no", why)
 
     def _powers(self, op: Operation, scaled: list[Value]) -> Gain | tuple[Gain, ...]:
         """Return the gain of each output of an operation that is homogeneous in what is scaled.
@@ -145,7 +158,7 @@ class GainFlow:
     def record(self, op: Operation, fact: Gain | tuple[Gain, ...]) -> None:
         """Record the gains of an operation's outputs; a single one is that of the first."""
         if isinstance(fact, Gain):
-            fact = (fact,) * (len(op.outputs) if op.target.is_view else 1)
+            fact = (fact,) * (len(op.outputs) if traits_of(op.target).is_movement else 1)
         for value, gain in zip(op.outputs, fact, strict=False):
             self.set(value, gain)
 
@@ -171,7 +184,8 @@ class GainFlow:
         if len(vector.origins) == 1 and vector.origins[0] in self.factors:
             return same(self.of(vector).scale, gain.scale)
         taken = [self.vectors.get(name, gain.scale) for name in vector.origins]
-        if self.factors.keys() & vector.origins or not all(same(x, gain.scale) for x in taken):
+        keeps = (self.factors.keys() | self._bound) & {*vector.origins}
+        if keeps or not all(same(x, gain.scale) for x in taken):
             return False
         self.vectors |= dict.fromkeys(vector.origins, gain.scale)
         for name in vector.origins:

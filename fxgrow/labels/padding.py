@@ -8,6 +8,7 @@ what makes zero of zero keeps zeros.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -209,7 +210,7 @@ class PaddingFlow:
 
     def generic(self, op: Operation) -> Held:
         """Return what is held after an operation without a rule, which is asked."""
-        if traits_of(op.target).is_movement:
+        if traits_of(op.target).is_movement and not op.is_rounded:
             return joined(self, op)
         if any(self.axes_of(v, role) for v in op.inputs for role in ("writer", "reader")):
             return layer_padding(self, op)
@@ -240,6 +241,8 @@ class PaddingFlow:
         found = ask.at_zero(op, data)
         if found is None:
             return self.lost(op)
+        if not math.isfinite(found.value):
+            return self.refuse(f"{op.place} makes {found.value} of a channel of zeros")
         if found.value:
             return Held(None, f"{op.place} makes {found.value:.6g} of a channel of zeros")
         if not found.slope:

@@ -97,6 +97,13 @@ class Operation:
         return f"{self.name} at {self.module or self.node or 'the top level'}"
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether it makes integers, or truth values, of numbers."""
+        return any(value.dtype.is_floating_point for value in self.inputs) and not any(
+            value.dtype.is_floating_point or value.dtype.is_complex for value in self.outputs
+        )
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The parameters and buffers it uses, directly or through a view of them."""
         return tuple(dict.fromkeys(name for value in self.inputs for name in value.origins))

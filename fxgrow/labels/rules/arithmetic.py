@@ -91,6 +91,8 @@ def quotient_padding(flow: PaddingFlow, op: Operation) -> Held:
     if op.args[0] is not carriers[0] or zeros:
         return flow.lost(op)
     held = flow.of(carriers[0])
+    if op.kwargs.get("rounding_mode") and held.what == "mean":
+        return flow.lost(op)
     return _scaled(flow, op, carriers, [held], held if held.what == "zero" else None)
 
 

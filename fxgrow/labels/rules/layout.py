@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxgrow.labels.gains import agree
+from fxgrow.labels.gains import Gain, GainFlow, agree, same
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
-from fxgrow.labels.padding import joined
+from fxgrow.labels.padding import Held, PaddingFlow, joined
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import RULES, OpRule, rule
 from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation, Value
 
 
 @rule("aten.cat", gain=agree, padding=joined)
@@ -104,7 +105,28 @@ def triangle(step: Step) -> tuple[Layers, ...]:
     return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
 
 
-@rule("aten.copy")
+def copy_gain(flow: GainFlow, op: Operation) -> Gain:
+    """That of what is written; what is written into a part of a tensor must agree with the rest."""
+    destination, source = op.args[:2]
+    gain = flow.of(source) if isinstance(source, Value) else Gain()
+    rest = flow.of(destination)
+    if destination.is_view and not same(gain.scale, rest.scale):
+        ratio = Gain(gain.scale / rest.scale, gain.sources | rest.sources)
+        flow.part_ways(op, source, ratio, "no", f"written into a part of a tensor ({op.place})")
+        return rest
+    return gain
+
+
+def copy_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """What is written; what is written into a part of new channels leaves them neither."""
+    destination, source = op.args[:2]
+    if destination.is_view and flow.carries(destination):
+        return flow.refuse(f"they are written into in part ({op.place})")
+    carried = isinstance(source, Value) and flow.carries(source)
+    return flow.of(source) if carried else flow.lost(op)
+
+
+@rule("aten.copy", gain=copy_gain, padding=copy_padding)
 def copy(step: Step) -> tuple[Layers, ...]:
     """Written over: the destination's channels are the source's."""
     destination, source = step.args[:2]

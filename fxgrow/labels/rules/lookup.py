@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fxgrow.labels.gains import agree
 from fxgrow.labels.layers import Layer, Layers, clusters, core, support
-from fxgrow.labels.padding import joined
+from fxgrow.labels.padding import Held, PaddingFlow, joined
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation
 
 
 @rule("aten.index")
@@ -87,12 +88,14 @@ def accumulate(step: Step) -> tuple[Layers, ...]:
     """Add at positions of one dim: along the others, both operands have the same channels."""
     x, dim, positions, added = step.args[:4]
     dim %= max(x.ndim, 1)
+    step.pin(step.layers(positions), PinKind.LOOKED_UP, "index")
     out: list[Layer] = []
     for mine, theirs in clusters([step.layers(x), step.layers(added)]):
         layers = [layer for layer in (mine, theirs) if layer is not None]
         dims = frozenset().union(*map(support, layers))
         begins = mine is None and step.value(x).is_uniform and theirs is not None
-        if dim in dims or theirs is None or not (mine is not None or begins):
+        whole = all(x.shape[d] == added.shape[d] for d in dims)
+        if dim in dims or theirs is None or not whole or not (mine is not None or begins):
             step.pin(tuple(layers), PinKind.LOOKED_UP, "index")
             continue
         labels = core(theirs, dims)
@@ -115,7 +118,13 @@ def bucketize(step: Step) -> tuple[Layers, ...]:
     return (step.layers(entries[0]) if entries else (),)
 
 
-@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def bag_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """As for a look-up, where rows are summed; the largest of means is no mean."""
+    is_largest = len(op.args) > 4 and op.args[4] == 2
+    return flow.lost(op) if is_largest and flow.holds == "mean" else flow.generic(op)
+
+
+@rule("aten._embedding_bag", "aten._embedding_bag_forward_only", padding=bag_padding)
 def embedding_bag(step: Step) -> tuple[Layers, ...]:
     """Sums of rows of a table: its columns are what it writes."""
     layers, *_ = embedding(step)

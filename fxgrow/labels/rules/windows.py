@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fxgrow.labels.gains import Gain, GainFlow, not_homogeneous
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, cover, support
+from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Operation
 
 
 @rule(
@@ -44,7 +47,6 @@ from fxgrow.labels.step import Step
     "aten.max_unpool3d",
     "aten.fractional_max_pool2d",
     "aten.fractional_max_pool3d",
-    "torchvision.roi_align",
 )
 def spatial(step: Step) -> tuple[Layers, ...]:
     """Pooling, resampling, mirrored padding: the spatial dims are mixed, the leading ones pass."""
@@ -62,16 +64,8 @@ def spatial(step: Step) -> tuple[Layers, ...]:
 def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], name: str) -> Layers:
     """Return the layers that pass where another tensor says which positions to look at.
 
-    Positions are told for each sample (a grid), for samples that it picks (boxes), or for each
-    channel (indices of a pooling).
+    Positions are told for each sample (a grid), or for each channel (indices of a pooling).
     """
-    if name == "roi_align":
-        step.pin(
-            (*step.layers(other), *(own for own in kept if 0 in support(own))),
-            PinKind.POSITIONS,
-            name,
-        )
-        return tuple(core(own, (1,)) for own in kept if 1 in support(own))
     shared = range(1) if name.startswith("grid_sampler") else leading
     told = step.layers(other)
     step.pin(
@@ -94,6 +88,31 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
             step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
             out.append(own)
     return tuple(out)
+
+
+def boxes_gain(flow: GainFlow, op: Operation) -> Gain:
+    """Homogeneous in the map that boxes are of."""
+    scaled = any(flow.of(value).scale != 1.0 for value in op.inputs[1:])
+    return not_homogeneous(flow, op) if scaled else flow.of(op.inputs[0])
+
+
+def boxes_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """Zeros pass; and the mean, where what is in a box is averaged."""
+    held = flow.of(op.inputs[0])
+    passes = held.what == "zero" or op.name == "roi_align"
+    return held if passes or held.why else flow.lost(op)
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool", gain=boxes_gain, padding=boxes_padding)
+def boxes(step: Step) -> tuple[Layers, ...]:
+    """Pool the inside of boxes, which take the place of samples: the channels pass."""
+    x, others = step.operands[0], step.operands[1:]
+    name, shape = step.target._opname, step.outputs[0].shape
+    kept = step.beside(x, (1,), PinKind.POSITIONS, name)
+    for other in others:
+        step.pin(step.layers(other), PinKind.POSITIONS, name)
+    layers = tuple(own.expand(shape) for own in kept if support(own))
+    return tuple(layers for _ in step.outputs)
 
 
 @rule("aten.im2col", "aten.col2im")

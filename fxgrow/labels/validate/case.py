@@ -71,7 +71,9 @@ def _outcome(
     # Some statistics that serve the backward pass are of another shape on meta tensors.
     fits = [x.shape == shape for x, shape in zip(results, claims.shapes, strict=True)]
     is_open = tuple(a or not b for a, b in zip(claims.is_open, fits, strict=True))
-    case = Case(call, way, operands, results, labelled, replace(claims, is_open=is_open))
+    told = [[] if gap else layers for gap, layers in zip(is_open, claims.results, strict=True)]
+    claims = replace(claims, is_open=is_open, results=told)
+    case = Case(call, way, operands, results, labelled, claims)
     for check in (check_flow, check_locality, check_widening, check_gain, check_padding):
         try:
             wrong = check(case)

@@ -19,7 +19,12 @@ from fxgrow.labels.forest import IntArray
 from fxgrow.labels.validate.claims import BoolArray, Call, Claims, Labelled, Located, Way
 from fxgrow.modules.calling import tensors_in
 
-_SLACK = {torch.float64: 1e-9, torch.complex128: 1e-9}  # of the largest entry
+_SLACK = {  # of the largest entry
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-3,
+}
 _OTHER_SLACK = 1e-4
 
 

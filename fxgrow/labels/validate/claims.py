@@ -248,7 +248,7 @@ def claims_of(run: Labelled) -> Claims:
     for op in run.operations:
         _exchange((op.args, op.kwargs), note)
     targets = {op.target for op in run.operations}
-    producers = [value.producer for value in run.leaving if value.producer is not None]
+    empty = {target for target in targets if "empty" in target._opname}
     used = {value.index for op in run.operations for value in op.inputs}
     return replace(
         _resolved(run.space, run.entering, run.leaving),
@@ -257,7 +257,7 @@ def claims_of(run: Labelled) -> Claims:
         is_open=tuple(value.positions is not None for value in run.leaving),
         shapes=tuple(value.shape for value in run.leaving),
         is_random=any(torch.Tag.nondeterministic_seeded in target.tags for target in targets)
-        or any("empty" in run.operations[made].name for made in producers),
+        or (bool(empty) and all(traits_of(target).is_movement for target in targets - empty)),
     )
 
 
