@@ -265,18 +265,24 @@ def agree(flow: GainFlow, op: Operation, *, constant: bool = False) -> Gain:
     if not data:
         return flow.of(op.inputs[0]) if op.inputs else Gain()
     gains = [flow.of(value) for value in data]
-    common = next((gain for gain in gains if gain.scale == 1.0), gains[0])
-    common = Gain() if constant else common
+    unscaled = any(gain.scale == 1.0 for gain in gains)
+    common = Gain() if constant or unscaled else gains[0]
+    taken = _taken_by_weights(flow, op, common)
+    if not same(taken.scale, common.scale):
+        common, joins = taken, "a constant or shared parameter"
+    where = f" at {op.module}" if op.module else ""
+    for value, gain in zip(data, gains, strict=True):
+        if not same(gain.scale, common.scale):
+            why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
+            ratio = Gain(gain.scale / common.scale, gain.sources | common.sources)
+            flow.part_ways(op, value, ratio, "no" if constant else "scaled", why)
+    return common
+
+
+def _taken_by_weights(flow: GainFlow, op: Operation, common: Gain) -> Gain:
+    """Return the gain that parameters take which are joined: another one where they have it."""
     for value in (value for value in op.inputs if value.is_weight):
         taken = common if flow.follow(value, common) else flow.taken_by(value)
         if not same(taken.scale, common.scale):  # where it is used as well
             common = Gain(taken.scale, common.sources | taken.sources)
-            joins = "a constant or shared parameter"
-    for value, gain in zip(data, gains, strict=True):
-        if not same(gain.scale, common.scale):
-            where = f" at {op.module}" if op.module else ""
-            why = f"scaled by {gain.scale:.6g} where it joins {joins} ({op.name}{where})"
-            sources = gain.sources | common.sources
-            ratio = Gain(gain.scale / common.scale, sources)
-            flow.part_ways(op, value, ratio, "no" if constant else "scaled", why)
     return common

@@ -84,14 +84,12 @@ def movement(step: Step) -> tuple[Layers, ...]:
     move = _on_labels(step)
     out: list[list[Layer]] = [[] for _ in step.outputs]
     for cluster in clusters([step.layers(tensor) for tensor in operands]):
+        blank = torch.zeros((), dtype=torch.int32)
         layers = [
-            torch.zeros((), dtype=torch.int32).expand(tensor.shape) if layer is None else layer
+            blank.expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(operands, cluster, strict=True)
         ]
-        for tensor, own in zip(operands, cluster, strict=True):
-            if own is None and not step.value(tensor).is_uniform:  # stacked beside channels
-                for other in (layer for layer in cluster if layer is not None):
-                    step.join_fixed(other, tensor, tensor.shape)
+        _join_beside(step, cluster)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
@@ -103,6 +101,14 @@ def movement(step: Step) -> tuple[Layers, ...]:
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
     return tuple(_apart(step, layers) for layers in out)
+
+
+def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
+    """Let tensors of fixed width be stacked beside channels."""
+    for tensor, own in zip(step.operands, cluster, strict=True):
+        if own is None and not step.value(tensor).is_uniform:
+            for other in (layer for layer in cluster if layer is not None):
+                step.join_fixed(other, tensor, tensor.shape)
 
 
 def repeated(step: Step) -> frozenset[int]:
@@ -134,26 +140,33 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     if len(step.operands) == 1 and step.operands[0].shape == shape:
         return tuple(step.layers(step.operands[0]) for _ in step.outputs)
     operands = [tensor for tensor in step.operands if tensor.ndim]
-    weights = [step.value(tensor).is_weight for tensor in operands]
     expanded = [step.stretched(tensor, shape) for tensor in operands]
     out: list[Layer] = []
     padded = [step.value(tensor).is_padded for tensor in operands]
     for cluster in clusters(expanded):
-        if any(padded):
-            _fill_padding(step, operands, cluster, padded)
+        _fill_padding(step, operands, cluster, padded)
         first, *others = (layer for layer in cluster if layer is not None)
         merged = functools.reduce(functools.partial(_merge, step), others, first)
-        free = set(support(merged))
-        for tensor, own, is_weight in zip(operands, cluster, weights, strict=True):
-            if own is None and step.value(tensor).is_uniform:
-                step.value(tensor).taken.append(_as_small(merged, tensor))
-            elif own is None:
-                free -= step.join_fixed(merged, tensor, shape)
-            elif own is not None and is_weight and not all(weights):
-                step.space.mark(core(own, support(own)), "carrier", "copy")
-        if free or not support(merged):
+        fixed = _join_operands(step, merged, operands, cluster)
+        if support(merged) - fixed or not support(merged):
             out.append(merged)
     return tuple(tuple(out) for _ in step.outputs)
+
+
+def _join_operands(
+    step: Step, merged: Layer, operands: Sequence[Tensor], cluster: Sequence[Layer | None]
+) -> set[int]:
+    """Mark what accompanies channels; return the dims that keep their size for other tensors."""
+    fixed: set[int] = set()
+    values = [step.value(tensor) for tensor in operands]
+    for tensor, value, own in zip(operands, values, cluster, strict=True):
+        if own is None and value.is_uniform:
+            value.taken.append(_as_small(merged, tensor))
+        elif own is None:
+            fixed |= step.join_fixed(merged, tensor, merged.shape)
+        elif value.is_weight and not all(value.is_weight for value in values):
+            step.space.mark(core(own, support(own)), "carrier", "copy")
+    return fixed
 
 
 def _fill_padding(
@@ -163,6 +176,8 @@ def _fill_padding(
 
     It is the same constant for all of these channels, so new ones may have it too.
     """
+    if not any(padded):
+        return
     whole = [layer for layer, gaps in zip(cluster, padded, strict=True) if not gaps]
     other = next((x for x in whole if x is not None and bool(core(x, support(x)).all())), None)
     for place, (own, gaps) in enumerate(zip(cluster, padded, strict=True)):

@@ -303,9 +303,8 @@ def layer_padding(flow: PaddingFlow, op: Operation, *, apart: bool = False) -> H
     if not axes:
         return _passed(flow, op, states, weights)
     whole = not apart and all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
-    if not (whole or flow.holds == "zero"):
-        return flow.lost(op)
-    if any(flow.of(value).what != flow.holds for value in weights):
+    fits = {flow.of(value).what for value in weights} == {flow.holds}
+    if not fits or not (whole or flow.holds == "zero"):
         return flow.lost(op)
     flow.filled.update(axes)
     for value in weights:

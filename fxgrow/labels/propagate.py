@@ -117,28 +117,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if deed:
             self._note(deed, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
-        weight = bool(inputs) and all(value.is_weight for value in inputs)
-        origins = tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else ()
-        uniform = traits.is_uniform or (
-            traits.is_movement and bool(inputs) and all(v.is_uniform for v in inputs)
-        )
-        curved = weight and generic.is_curved(step, inputs)
-        repeated = generic.repeated(step)
+        facts = _facts(step, inputs)
         index = len(self.tape.operations)
         values = tuple(
-            self._enter(
-                tensor,
-                flow,
-                producer=index,
-                is_weight=weight,
-                origins=origins,
-                is_view=traits.is_view,
-                is_uniform=uniform,
-                is_padded=traits.is_padding,
-                is_curved=curved,
-                repeated=repeated,
-                positions=step.positions.get(place),
-            )
+            self._enter(tensor, flow, producer=index, positions=step.positions.get(place), **facts)
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         )
         self._write_back(step, index)
@@ -200,6 +182,22 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if step.traits.is_pointwise:
             return generic.pointwise(step)
         return step.give_up(PinKind.NO_RULE, str(step.target))
+
+
+def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
+    """Return what all outputs of an operation have in common, as attributes of their values."""
+    traits = step.traits
+    weight = bool(inputs) and all(value.is_weight for value in inputs)
+    moved = traits.is_movement and bool(inputs) and all(value.is_uniform for value in inputs)
+    return {
+        "is_weight": weight,
+        "origins": tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else (),
+        "is_view": traits.is_view,
+        "is_uniform": traits.is_uniform or moved,
+        "is_padded": traits.is_padding,
+        "is_curved": weight and generic.is_curved(step, inputs),
+        "repeated": generic.repeated(step),
+    }
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:

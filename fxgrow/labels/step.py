@@ -141,15 +141,19 @@ class Step:
             named = " and ".join(weight.origins)
             self.pin((columns,), PinKind.CURVED, named)
 
-    def contract(self, incoming: Tensor | None, weight: Tensor, dim: int) -> None:
+    def contract(self, incoming: Tensor | None, weight: Tensor, dim: int, groups: int = 1) -> None:
         """Let a weight read the channels that come in along one of its dims.
 
         Args:
             incoming: their labels, as :meth:`line` returns them.
             weight: the weight.
             dim: the dim of it that is contracted with them.
+            groups: of a convolution, whose weight has the columns of one group.
         """
         columns = self.line(weight, dim)
+        if groups > 1:
+            size = groups * weight.shape[dim]
+            columns = self.space.axis(self.value(weight).parameter, dim, size, groups)
         if columns is not None:
             self.read(columns, self.value(weight))
             if incoming is not None:

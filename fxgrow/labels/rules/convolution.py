@@ -31,34 +31,46 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     x, weight, bias = step.args[:3]
     transposed, groups = bool(step.args[6]), int(step.args[8])
     kernel = step.value(weight)
-    taken = weight.shape[0] if transposed else groups * weight.shape[1]
-    if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
-        raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
-    if bias is not None and bias.shape[0] != step.outputs[0].shape[1]:
-        raise ValueError(f"a convolution of {len(bias)} biases writes {step.outputs[0].shape[1]}")
+    _check_sizes(step, x, weight, bias)
     if not kernel.is_weight:
         return step.give_up(PinKind.KERNEL)
     depthwise = 1 < groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
-    if groups > 1 and not depthwise and (transposed or not kernel.parameter):
-        kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(PinKind.GROUPED, kind)
+    if groups > 1 and not depthwise:
+        if transposed:
+            return step.give_up(PinKind.GROUPED, "a transposed one")
+        if not kernel.parameter:
+            return step.give_up(PinKind.GROUPED, "one whose weight is no plain parameter")
     if groups > 1 and kernel.parameter:
         step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
+    return (_convolved(step, depthwise=depthwise),)
+
+
+def _convolved(step: Step, *, depthwise: bool) -> Layers:
+    """Return the layers of the output of a convolution that can be followed."""
+    x, weight, bias = step.args[:3]
+    transposed, groups = bool(step.args[6]), int(step.args[8])
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
     beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     kept = tuple(core(x, (0,)).expand(step.outputs[0].shape) for x in beside if support(x) == {0})
     incoming = step.line(x, 1)
     if depthwise:  # transposed or not, its weight is (channels, 1, …)
-        return ((*kept, *_accompanied(step, incoming, weight, bias)),)
-    if groups > 1:
-        read = step.space.axis(kernel.parameter, 1, groups * weight.shape[1], groups)
-        step.read(read, kernel)
-        if incoming is not None:
-            step.space.unify(read, incoming)
-    else:
-        step.contract(incoming, weight, 0 if transposed else 1)
-    return ((*kept, *step.write(weight, 1 if transposed else 0, 1, bias)),)
+        return (*kept, *_accompanied(step, incoming, weight, bias))
+    step.contract(incoming, weight, 0 if transposed else 1, groups)
+    return (*kept, *step.write(weight, 1 if transposed else 0, 1, bias))
+
+
+def _check_sizes(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check what torch does not check of a transposed convolution on meta tensors.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+    taken = weight.shape[0] if step.args[6] else step.args[8] * weight.shape[1]
+    if x.shape[1] != taken:
+        raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
+    if bias is not None and bias.shape[0] != step.outputs[0].shape[1]:
+        raise ValueError(f"a convolution of {len(bias)} biases writes {step.outputs[0].shape[1]}")
 
 
 def _accompanied(
@@ -76,9 +88,7 @@ def _accompanied(
     return () if kernels is None else (along(kernels, 1, step.outputs[0].shape),)
 
 
-def _depthwise_in_heads(
-    step: Step, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Layers, ...]:
+def _depthwise_in_heads(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> Layers:
     """Filter heads that lie in the batch dim: a kernel for each position in a head, alike for all.
 
     These kernels are to the heads what the weight of a norm over their positions is.
@@ -89,7 +99,7 @@ def _depthwise_in_heads(
             step.accompany_each(weight, layer, 1, "draw")
             step.accompany_each(bias, layer, 1, "draw")
     shape = step.outputs[0].shape
-    return (tuple(layer.expand(shape) for layer in found),)
+    return tuple(layer.expand(shape) for layer in found)
 
 
 def deformable_gain(flow: GainFlow, op: Operation) -> Gain:

@@ -30,20 +30,12 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
         dims = frozenset().union(*(support(m) for m in members if m is not None))
         if dim not in dims:
             first = _same_channels(step, tensors, members).expand(shape)
-            for tensor in same_rank:
-                if not tensor.shape[dim] and not step.value(tensor).is_uniform:
+            for tensor in (x for x in same_rank if not x.shape[dim]):
+                if not step.value(tensor).is_uniform:
                     step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
             out.append(first)
             continue
-        blank = torch.zeros((), dtype=torch.int32)
-        pieces = [
-            core(blank.expand(tensor.shape) if layer is None else layer, dims)
-            for tensor, layer in zip(tensors, members, strict=True)
-        ]
-        sizes = [
-            max(piece.shape[d] for piece in pieces) if d != dim else -1 for d in range(len(shape))
-        ]
-        joined = compact(torch.cat([piece.expand(sizes) for piece in pieces], dim).expand(shape))
+        joined = compact(_side_by_side(tensors, members, dims, dim).expand(shape))
         if support(joined) == {dim}:
             line = core(joined, (dim,)).reshape(-1)
             if step.space.is_twice(line):
@@ -51,6 +43,20 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
                 joined = along(own, dim, shape)
         out.append(joined)
     return (tuple(out),)
+
+
+def _side_by_side(
+    tensors: list[Tensor], members: list[Layer | None], dims: frozenset[int], dim: int
+) -> Tensor:
+    """Return layers joined along a dim, 0 standing in where a tensor has none."""
+    blank = torch.zeros((), dtype=torch.int32)
+    pieces = [
+        core(blank.expand(tensor.shape) if layer is None else layer, dims)
+        for tensor, layer in zip(tensors, members, strict=True)
+    ]
+    sizes = [max(found) for found in zip(*(piece.shape for piece in pieces), strict=True)]
+    sizes[dim] = -1
+    return torch.cat([piece.expand(sizes) for piece in pieces], dim)
 
 
 def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None]) -> Tensor:

@@ -91,12 +91,12 @@ def accumulate(step: Step) -> tuple[Layers, ...]:
     step.pin(step.layers(positions), PinKind.LOOKED_UP, "index")
     out: list[Layer] = []
     for mine, theirs in clusters([step.layers(x), step.layers(added)]):
-        layers = [layer for layer in (mine, theirs) if layer is not None]
+        layers = tuple(layer for layer in (mine, theirs) if layer is not None)
         dims = frozenset().union(*map(support, layers))
-        begins = mine is None and step.value(x).is_uniform and theirs is not None
-        whole = all(x.shape[d] == added.shape[d] for d in dims)
-        if dim in dims or theirs is None or not whole or not (mine is not None or begins):
-            step.pin(tuple(layers), PinKind.LOOKED_UP, "index")
+        apart = dim in dims or any(x.shape[d] != added.shape[d] for d in dims)
+        begun = mine is not None or step.value(x).is_uniform
+        if apart or theirs is None or not begun:
+            step.pin(layers, PinKind.LOOKED_UP, "index")
             continue
         labels = core(theirs, dims)
         if mine is None:

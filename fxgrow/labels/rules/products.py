@@ -194,18 +194,17 @@ def trilinear(step: Step) -> tuple[Layers, ...]:
     out: list[Layer] = []
     wide = len(step.outputs[0].shape) + len(summed)
     rest = [dim for dim in range(wide) if dim not in summed]
+    weight, places = factors.pop(place), names.pop(place)
     for dim in range(wide):
-        own = names[place].index(dim) if dim in names[place] else None
-        for other, known in enumerate(names):
-            if other == place or dim not in known:
-                continue
-            line = step.line(factors[other], known.index(dim))
-            if own is None or dim not in summed:
-                step.pin(() if line is None else (line,), PinKind.ACTIVATIONS)
-            else:
-                step.contract(line, factors[place], own)
-        if own is not None and dim not in summed:
-            out.extend(step.write(factors[place], own, rest.index(dim)))
+        pairs = zip(factors, names, strict=True)
+        beside = [step.line(tensor, known.index(dim)) for tensor, known in pairs if dim in known]
+        if dim not in places or dim not in summed:
+            step.pin(tuple(x for x in beside if x is not None), PinKind.ACTIVATIONS)
+        else:
+            for line in beside:
+                step.contract(line, weight, places.index(dim))
+        if dim in places and dim not in summed:
+            out.extend(step.write(weight, places.index(dim), rest.index(dim)))
     return (tuple(out),)
 
 

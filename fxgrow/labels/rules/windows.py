@@ -67,13 +67,9 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
     Positions are told for each sample (a grid), or for each channel (indices of a pooling).
     """
     shared = range(1) if name.startswith("grid_sampler") else leading
-    told = step.layers(other)
-    step.pin(
-        tuple(theirs for theirs in told if not support(theirs) <= set(shared)),
-        PinKind.POSITIONS,
-        name,
-    )
-    told = tuple(theirs for theirs in told if support(theirs) <= set(shared))
+    apart = [theirs for theirs in step.layers(other) if support(theirs) - set(shared)]
+    step.pin(tuple(apart), PinKind.POSITIONS, name)
+    told = tuple(theirs for theirs in step.layers(other) if support(theirs) <= set(shared))
     out: list[Layer] = []
     for own, theirs in clusters([kept, told]):
         members = tuple(labels for labels in (own, theirs) if labels is not None)
