@@ -7,6 +7,44 @@
 
 Names are imported when they are first used, so that ``import fxgrow`` and the command line's
 ``--help`` do not load torch.
+
+The way of the data is the order of the rooms: a user's module (:mod:`~fxgrow.modules`), the labels
+of its channels (:mod:`~fxgrow.labels`), what belongs together (:mod:`~fxgrow.channels`), plans as
+data (:mod:`~fxgrow.plan`), what carries them out (:mod:`~fxgrow.apply`), the planners
+(:mod:`~fxgrow.grow`), the judge (:mod:`~fxgrow.verification`), the public functions
+(:mod:`~fxgrow.api`), what is on disk (:mod:`~fxgrow.files`), the command line (:mod:`~fxgrow.cli`).
+A room imports those before it alone.
+
+Glossary:
+    label: an integer for each position of a parameter's axis, which flows through the operations.
+    channel: all positions that carry one feature; labels that were unified.
+    channel group: channels that must change width together. Torch-Pruning (Fang et al. 2023):
+        dependency group.
+    writer, reader: a parameter's axis that produces a group's channels, or contracts them.
+    carrier: a parameter with an entry for each channel that passes: a norm, a depthwise kernel.
+    mixer: an operation whose result depends on a set of channels as a whole: a LayerNorm.
+    hidden, stream, pinned: a group inside a block; carried by a residual addition; of fixed width,
+        for a reason (*pin*).
+    tied channels: channels that only go together, such as those of one group of a GroupNorm.
+    plan, edit: what a surgery is, as data; what happens to one tensor, attribute or graph.
+    V, Z: new rows of writers and new columns of readers (R2WiderR; Yuan et al. 2023).
+    pairing: how new channels cancel where they are read: (V, V) and (Z, −Z) above all (ibid.).
+    twins: two new channels with one value, read with opposite signs (ibid.).
+    rescaling: what happens to old weights; variance transfer, VT (Yuan et al. 2023).
+    α, β: the factors that a rescaling puts on a group's writers and readers (ibid.).
+    init: what fills V and Z.
+    function-preserving: of a surgery after which the network computes the same (Chen et al. 2015,
+        Net2Net).
+    gain: the factor by which an activation of the grown network differs from the old one's.
+    homogeneous: f(s·x) = s^d·f(x) for every s > 0, so that a gain passes.
+    padding channels: new channels beyond whole copies of the old ones, which hold the mean of
+        these, or zero, so that a norm over them stays (LEMON, Wang et al. 2023: non-divisible).
+    η: what the standard deviation of such a norm becomes of the old one (ibid.).
+    zero channels: new channels that their writers write as zeros (NetMorph, Wei et al. 2016).
+    channel assignment: which old channel each new one continues, copies or joins.
+    submodule: a part of a network that is followed by itself, where the whole cannot be.
+    concrete run: a run of some operations on numbers, to see what a block passes on.
+    taps: the positions of a convolution's kernel.
 """
 
 from __future__ import annotations

@@ -10,6 +10,25 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def shown(text: str, most: int = 300) -> str:
+    r"""Return text that anybody may have written, such as a name, as a part of one line.
+
+    Whatever does not print (line breaks, control characters, marks that turn the direction of
+    writing) is escaped, and a longer text is cut to ``most`` characters.
+
+    Example:
+        >>> print(shown("fc.weight"), shown("fc" + chr(10) + "weight"), shown("fc.weight", 2))
+        fc.weight fc\nweight fc…
+    """
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[: most + 1])
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return sentences that anybody may have written as one line, as :func:`shown` does."""
+    return shown(" ".join(text[: 10 * most].split()), most)
+
+
 class FxgrowError(Exception):
     """Base of every error raised on purpose.
 
@@ -31,6 +50,11 @@ class FxgrowError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.way_out}".rstrip()
 
+    @property
+    def reason(self) -> str:
+        """The message without its full stop, to be told within another sentence."""
+        return self.message.rstrip(".")
+
 
 class SourceError(FxgrowError):
     """A file or an architecture that cannot be read, recognised or written."""
@@ -50,6 +74,12 @@ class UnsupportedOperationError(FxgrowError):
 
 class PlanError(FxgrowError):
     """A request that cannot be planned, or a plan that does not fit its source."""
+
+
+class UsageError(PlanError):
+    """A request that none could mean: of a form, or by a name, that there is not."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class NotPreservedError(FxgrowError):

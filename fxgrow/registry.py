@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Registry(Generic[T]):
         (True, ['red'])
         >>> colours["blue"]
         Traceback (most recent call last):
-        fxgrow.errors.PlanError: there is no colour 'blue'. Known: red.
+        fxgrow.errors.UsageError: there is no colour 'blue'. Known: red.
     """
 
     def __init__(self, kind: str) -> None:
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
             return self._entries[name]
         except KeyError:
             known = ", ".join(self._entries)
-            raise PlanError(
+            raise UsageError(
                 f"there is no {self.kind} {name!r}.", name=name, way_out=f"Known: {known}."
             ) from None
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxgrow.files.checkpoint.reading import FileReader
 from fxgrow.files.checkpoint.rebuilding import CALLS
+from fxgrow.files.checkpoint.unpickling import load_trusted, load_untrusted
 
 LINEAR = ("torch.nn.modules.linear", "Linear")
 
@@ -552,3 +554,11 @@ def write(folder: Path, data: bytes, suffix: str) -> Path:
     path = folder / f"hostile{suffix}"
     path.write_bytes(data)
     return path
+
+
+def load_pickled(path: Path, *, trust_pickle: bool = False) -> object:
+    """Return what ``torch.save`` wrote into a file, whatever its format is said to be."""
+    if trust_pickle:
+        return load_trusted(path)
+    with FileReader(path) as file:
+        return load_untrusted(file)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fxgrow.errors import FxgrowWarning, SourceError
+from fxgrow.errors import FxgrowWarning, SourceError, UsageError
 from fxgrow.modules import architectures, recognition
 from fxgrow.modules.architectures import (
     Architecture,
@@ -215,7 +215,7 @@ def test_argument_pairs_are_literals_or_texts():
     expected = {"a": 1, "b": "x=y", "c": [1, 2], "d": "", "e": None}
     assert parse_arguments(pairs) == expected
     for bad in (["a"], ["=1"], ["a b=1"], ["a=1", "a=2"]):
-        with pytest.raises(SourceError):
+        with pytest.raises(UsageError):
             parse_arguments(bad)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 import fxgrow
 from fxgrow.labels import ask

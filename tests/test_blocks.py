@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torchvision
@@ -145,6 +147,69 @@ def test_additions_that_are_no_residuals_are_not_blocks() -> None:
     assert found.groups[0].carriers == ("scale",)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer or cell, and a head that reads its outputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer(x)
+        return self.head(output[0] if isinstance(output, tuple) else output)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_gates_of_a_recurrent_layer_are_a_stream_and_no_blocks(layer: type[nn.Module]) -> None:
+    x = torch.randn(3, 5, 6)
+    found = fxgrow.inspect(Recurrent(layer(6, 12, num_layers=2)), x)
+    (part,) = found.parts
+    assert part.blocks == ()
+    assert "0 residual blocks" in str(found)
+    streams = [group for group in part.groups if group.kind == "stream"]
+    assert streams
+    assert all(part.block_of(group) is None for group in part.groups)
+    assert "the residual addition aten.add at layer" in str(found.why("head").sides[-1].cause)
+
+
+def test_a_projection_and_a_branch_of_one_module_of_bare_parameters_are_a_block() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.skip, self.first, self.second = (nn.Parameter(torch.randn(6, 6)) for _ in "abc")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.skip + torch.relu(x @ self.first) @ self.second
+
+    (block,) = analyse(trace(nn.Sequential(nn.Linear(4, 6), Bare(), nn.Linear(6, 2)))).blocks
+    assert (block.name, block.skip) == ("1", "projection")
+
+
+class Heads(nn.ModuleList):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(x) for head in self]
+
+
+@pytest.mark.parametrize(
+    ("net", "told"),
+    [
+        (Recurrent(nn.LSTM(6, 12)), "layer is a stream: --where all; head: an output of the net"),
+        (
+            nn.Sequential(nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 2)),
+            "0: _softmax over the channels mixes all of them (aten._softmax at 1); 2: an output",
+        ),
+        (
+            Heads(nn.Linear(6, 2) for _ in range(5)),
+            "; 2: an output of the network; and 2 more. See",
+        ),
+    ],
+    ids=["stream", "pinned", "many"],
+)
+def test_where_nothing_can_be_widened_the_reasons_are_named(net: nn.Module, told: str) -> None:
+    with pytest.raises(fxgrow.PlanError, match=re.escape(told)):
+        fxgrow.widen(net, "2x", torch.randn(3, 5, 6))
+
+
 def test_absorption_and_factors_are_reported_as_in_the_contract() -> None:
     grown = fxgrow.widen(
         small_resnet().double().eval(), "2x", rescaling="default_vt", include=["layer1.0.conv1"]
@@ -193,6 +258,12 @@ def test_unknown_operations_pin_what_they_touch() -> None:
     assert groups["second"].kind == "hidden"
     grown = fxgrow.widen(Cumulative(), "2x")
     assert [group.name for group in grown.plan.groups] == ["second"]
+    assert [(r.name, r.reason) for r in grown.plan.refused] == [("first", groups["first"].reason)]
+    with pytest.raises(
+        fxgrow.UnsupportedOperationError,
+        match=r"first: no rule for aten\.logcumsumexp.* register a rule for the operation",
+    ):
+        fxgrow.widen(Cumulative(), "2x", exclude=["second"])
     with pytest.raises(
         fxgrow.UnsupportedOperationError, match=r"first: no rule for aten\.logcumsumexp"
     ):

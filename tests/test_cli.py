@@ -22,6 +22,8 @@ import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.cli.arguments import parse_shapes, parse_widths
 from fxgrow.cli.options import INIT_NAMES
+from fxgrow.files.checkpoint import archive, formats, unpickling
+from fxgrow.files.checkpoint.reading import FileReader
 from fxgrow.plan.init import INITS
 
 SHAPE = ("--input-shape", "2x3x16x16")
@@ -222,8 +224,14 @@ def test_an_unknown_class_is_named_and_trust_pickle_mentioned(normless):
     assert "--trust-pickle" in message
 
 
-@pytest.mark.parametrize("width", ["0x", "-3x", "abc", "0.5x", "2", "", "+x", "+1.5x"])
-def test_a_width_that_is_none_is_refused(source, width):
+@pytest.mark.parametrize("width", ["-3x", "abc", "", "+x", "+1.5x", "2.5", "*="])
+def test_a_width_that_is_none_is_wrong_usage(source, width):
+    assert "width" in refused(run("widen", source, "--width", width, *SHAPE), code=2)
+    assert files_in(source.parent) == ["model.pt"]
+
+
+@pytest.mark.parametrize("width", ["0x", "0.5x", "2"])
+def test_a_width_below_the_present_one_is_refused(source, width):
     assert "width" in refused(run("widen", source, "--width", width, *SHAPE))
     assert files_in(source.parent) == ["model.pt"]
 
@@ -232,9 +240,23 @@ def test_a_width_that_is_none_is_refused(source, width):
     ("arguments", "word"),
     [
         (["--width", "nowhere=2x"], "nowhere"),
-        (["--width", "2x", "--width", "3x"], "two widths"),
         (["--width", "2x", "--include", "nowhere*"], "nowhere*"),
         (["--width", "2x", "--exclude", "*"], "nothing to widen"),
+        (["--width", "2x", "-o", "nowhere/out.pt"], "nowhere"),
+        (["--width", "2x", "--plan", "nowhere/plan.json"], "nowhere"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line(source, arguments, word, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    assert word in refused(run("widen", source, *arguments))
+    assert files_in(source.parent) == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--width", "2x", "--width", "3x"], "two widths"),
+        (["--width", "2x", "--multiple-of", "0"], "multiple_of"),
         (["--width", "2x", "--rescaling", "vt"], "default_vt"),
         (["--width", "2x", "--pairing", "zz"], "vv_z_negz"),
         (["--width", "2x", "--preset", "zz"], "netmorph"),
@@ -242,18 +264,21 @@ def test_a_width_that_is_none_is_refused(source, width):
         (["--width", "2x", "--init", "nowhere:f"], "nowhere"),
         (["--width", "2x", "--where", "zz"], "stream"),
         (["--width", "2x", "--gain", "zz"], "gain"),
+        (["--width", "2x", "--gain", "-1"], "gain"),
         (["--width", "2x", "--noise", "-1"], "noise"),
+        (["--width", "2x", "--split-noise", "-1"], "split_noise"),
+        (["--width", "2x", "--grouped", "zz"], "count"),
         (["--width", "2x", "--arch-arg", "a=1"], "--arch"),
+        (["--width", "2x", "--arch", "alexnet", "--arch-arg", "a"], "KEY=VALUE"),
         (["--width", "2x", "--input-shape", "1x3xq"], "1x3xq"),
         (["--width", "2x", "--report", "x.txt"], "x.txt"),
-        (["--width", "2x", "-o", "nowhere/out.pt"], "nowhere"),
-        (["--width", "2x", "--plan", "nowhere/plan.json"], "nowhere"),
+        (["--width", "2x", "--plan", "same.json", "--report", "same.json"], "twice"),
         (["--width", "2x", "--dry-run", "-o", "out.pt"], "--dry-run"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_one_line(source, arguments, word, monkeypatch):
+def test_wrong_usage_is_one_line(source, arguments, word, monkeypatch):
     monkeypatch.chdir(source.parent)
-    assert word in refused(run("widen", source, *arguments))
+    assert word in refused(run("widen", source, *arguments), code=2)
     assert files_in(source.parent) == ["model.pt"]
 
 
@@ -286,6 +311,19 @@ def test_a_folder_without_write_permission_is_refused(source):
 def test_wrong_usage_ends_with_2():
     for arguments in (["widen"], ["nonsense"], ["widen", "a.pt", "--wdith", "2x"]):
         assert run(*arguments).exit_code == 2
+
+
+def test_the_members_of_an_archive_are_looked_up_once(source, monkeypatch):
+    looked, read = [], archive.read_archive
+
+    def look(file: FileReader) -> archive.Archive:
+        looked.append(file.path)
+        return read(file)
+
+    for user in (formats, unpickling):
+        monkeypatch.setattr(user, "read_archive", look)
+    assert run("widen", source, "--width", "2x", *SHAPE).exit_code == 0
+    assert looked == [source]
 
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_with_debug(source, monkeypatch):
@@ -479,16 +517,16 @@ def test_morph_kernel_writes_a_file_that_loads_and_computes_the_same(source):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--size", "1"], "would shrink to 1x1"),
-        (["--size", "5", "--include", "6"], "matches no layer with a kernel. Near it: 0, 3"),
-        (["--size", "5", "--size", "7"], "there are two sizes for '*'"),
-        (["--size", "huge"], "cannot be read"),
+        (["--size", "1"], 1, "would shrink to 1x1"),
+        (["--size", "5", "--include", "6"], 1, "matches no layer with a kernel. Near it: 0, 3"),
+        (["--size", "5", "--size", "7"], 2, "there are two sizes for '*'"),
+        (["--size", "huge"], 2, "cannot be read"),
     ],
 )
-def test_kernels_that_cannot_be_had_are_refused_in_one_line(source, arguments, message):
-    assert message in refused(run("morph-kernel", source, *arguments, *SHAPE))
+def test_kernels_that_cannot_be_had_are_refused_in_one_line(source, arguments, code, message):
+    assert message in refused(run("morph-kernel", source, *arguments, *SHAPE), code)
     assert files_in(source.parent) == ["model.pt"]
 
 

@@ -153,7 +153,7 @@ def test_the_command_plans_and_applies(tmp_path):
 @pytest.mark.parametrize("arguments", [["--blocks", "+2"], ["--blocks", "a=+1", "--blocks", "a=2"]])
 def test_the_command_refuses_numbers_without_a_stage_of_their_own(tmp_path, arguments):
     result = CliRunner().invoke(app, ["deepen", str(tmp_path / "none.pt"), *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "numbers of blocks" in result.stderr
 
 

@@ -80,6 +80,28 @@ def test_shards_come_back_as_shards(tmp_path):
     assert again.shapes == {name: (2 * len(t), *t.shape[1:]) for name, t in state.items()}
 
 
+def test_the_shards_of_an_index_go_with_it(tmp_path):
+    state = network().state_dict()
+    source = load_source(sharded(tmp_path, state))
+    (tmp_path / "out").mkdir()
+    out = sharded(tmp_path / "out", state, count=4)
+    other = out.with_name("other.safetensors.index.json")
+    index = json.loads(out.read_text())
+    first, second, third, *_ = sorted(set(index["weight_map"].values()))
+    for name, shard in (("mine", "notes.txt"), ("more", "model-x.safetensors")):
+        index["weight_map"][name] = shard
+        out.with_name(shard).write_text("precious")
+    out.write_text(json.dumps(index))
+    other.write_text(json.dumps({"weight_map": {"a": first}}))
+    out.with_name(second).unlink()
+    out.with_name(third).unlink()
+    out.with_name(third).symlink_to("notes.txt")
+    save_source(source, doubled(source), out, record=RECORD, force=True)
+    named = set(json.loads(out.read_text())["weight_map"].values())
+    kept = {out.name, other.name, first, third, "notes.txt", "model-x.safetensors"}
+    assert set(files_in(out.parent)) == named | kept
+
+
 def test_the_shards_of_pickles_are_read_by_the_safe_unpickler(tmp_path):
     state = network().state_dict()
     torch.save({"0.weight": state["0.weight"]}, tmp_path / "a.bin")

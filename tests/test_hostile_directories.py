@@ -35,7 +35,7 @@ from fxgrow.cli.app import app
 from fxgrow.errors import FxgrowError, SourceError
 from fxgrow.files.checkpoint import load_source
 from fxgrow.files.checkpoint.directory import left_out
-from fxgrow.files.checkpoint.tensors import read_index
+from fxgrow.files.checkpoint.safetensors_files import read_index
 from fxgrow.files.models import open_model, write_grown
 from fxgrow.files.pretrained import target_architecture
 from fxgrow.files.written import check_directory

@@ -19,10 +19,10 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
+from hostile import load_pickled
 
 import fxgrow
 from fxgrow.errors import FxgrowError, SourceError
-from fxgrow.files.checkpoint.unpickling import load_pickled
 
 Corpus = Callable[[], Iterator[tuple[str, bytes]]]
 SECONDS = 10.0

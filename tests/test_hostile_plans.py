@@ -122,9 +122,10 @@ WORDS: dict[str, list[Where]] = {
     "widen": [
         ("request", "init"), ("request", "pairing"), ("request", "rescaling"),
         ("request", "where"), ("request", "grouped"), ("groups", 0, "kind"),
-        ("groups", 0, "preserves"), ("tracer",), ("modules", 0, "module"),
+        ("groups", 0, "preserves"), ("scopes", 0, "module"), ("scopes", 0, "tracer"),
+        ("request", "verb"), ("modules", 0, "module"),
         ("modules", 0, "attribute"), ("modules", 0, "after"), ("prediction", 0, "producer"),
-        ("prediction", 0, "consumer"), ("prediction", 0, "module"), ("norms", 0, "module"),
+        ("prediction", 0, "consumer"), ("prediction", 0, "module"),
         ("tensors", "1.weight", "absorption", "variance"), ("tensors", "1.weight", "source"),
         ("tensors", "1.weight", "fill"), ("tensors", "1.weight", "absorption", "part"),
         ("tensors", "0.weight", "axes", 0, "role"), ("source", "0.weight", 1),
@@ -205,7 +206,7 @@ NUMBERS: dict[str, list[Where]] = {
     "odd": [
         ("request", "gain"), ("request", "noise"), ("request", "split_noise"),
         ("request", "multiple_of"), ("request", "seed"), ("parameters", 1), ("flops", 0),
-        ("inputs", 0, 0), ("groups", 0, "width", 1), ("groups", 0, "gain"),
+        ("scopes", 0, "inputs", 0, 0), ("groups", 0, "width", 1), ("groups", 0, "gain"),
         ("source", "0.weight", 0, 1), ("tensors", "5.weight", "scale"),
         ("tensors", "5.weight", "fan_in"),
         ("tensors", "5.weight", "shape", 0), ("tensors", "5.weight", "new_shape", 1),
@@ -217,7 +218,8 @@ NUMBERS: dict[str, list[Where]] = {
     ],
     "widen": [
         ("tensors", "1.weight", "absorption", "gain"), ("prediction", 0, "factor"),
-        ("tensors", "1.weight", "absorption", "eps"), ("norms", 0, "gain"),
+        ("tensors", "1.weight", "absorption", "eps"),
+        ("tensors", "1.running_var", "absorption", "gain"),
     ],
     "compensated": [("multipliers", 0, "factor")],
     "sizes": [("sizes", 0, "before", 1), ("sizes", 0, "after", 1)],
@@ -244,8 +246,8 @@ def test_numbers_that_are_none_are_refused_and_others_do_no_harm(
 LISTS: dict[str, list[Where]] = {
     "widen": [
         (key,)
-        for key in ("groups", "refused", "tensors", "modules", "prediction", "norms", "aliases",
-                    "source", "inputs", "warnings", "submodules", "blocks", "after", "names",
+        for key in ("groups", "refused", "tensors", "modules", "prediction", "aliases",
+                    "source", "scopes", "warnings", "blocks", "after", "names",
                     "parameters", "request")
     ],
     "odd": [
@@ -351,13 +353,22 @@ IMPOSSIBLE: dict[str, tuple[str, Change, str]] = {
             {"part": "weight", "gain": 1.0, "eps": 1.0, "variance": "1.num_batches_tracked"}}),
         "int64"),
     "a dtype that is none": ("odd", put("source", "5.weight", 1, to="nn"), "no dtype"),
-    "a norm without variance": ("widen", put("norms", 0, "module", to="0"), "running_var"),
+    "a norm without variance": (
+        "widen", put("tensors", "1.weight", "absorption", "variance", to="1.running_mean"),
+        "no running_var"),
     "a variance of another shape": (
-        "widen", put("tensors", "1.weight", "absorption", "variance", to="7.bias"), "no tensor of"),
+        "widen", put("tensors", "1.weight", "absorption", "variance", to="7.bias"),
+        "no running_var"),
     "negative noise": ("odd", put("request", "noise", to=-0.1), "noise"),
     "no gain": ("odd", put("request", "gain", to=0.0), "gain"),
-    "inputs without end": ("odd", put("inputs", to=[[1 << 14, 1 << 14]]), "too large"),
-    "many large inputs": ("odd", put("inputs", to=[[1 << 26]] * 3), "too large"),
+    "inputs without end": ("odd", put("scopes", 0, "inputs", to=[[1 << 14, 1 << 14]]), "too large"),
+    "many large inputs": ("odd", put("scopes", 0, "inputs", to=[[1 << 26]] * 3), "too large"),
+    "nothing that was followed": ("odd", put("scopes", to=[]), "nothing was followed"),
+    "a part that is not there": ("odd", put("scopes", 0, "module", to="x"), "'x'"),
+    "the request of another verb": ("odd", put("request", "verb", to="deepen"), "blocks"),
+    "a request without a verb": ("odd", lambda d: d["request"].pop("verb"), "verb"),
+    "a conversion without names": ("converted", put("names", to={}), "names"),
+    "a step of an earlier schema": ("twice", put("after", 0, "schema", to=1), "after.0.schema"),
     "a module that is not there": ("compensated", put("multipliers", 0, "module", to="x"), "'x'"),
     "a factor of zero": ("compensated", put("multipliers", 0, "factor", to=0.0), "factor"),
     "an edge that is not there": ("compensated", put("multipliers", 0, "consumer", to="x"), "edge"),
@@ -386,7 +397,7 @@ IMPOSSIBLE: dict[str, tuple[str, Change, str]] = {
         "tied", lambda d: d["aliases"].update({"up.bias": "shift"}), "two names"),
     "names of nothing": ("converted", put("names", "fc.weight", to="nothing"), "no tensor"),
     "new names of nothing": ("converted", put("names", "fc.weight", to=""), "nothing makes"),
-    "names for one that is no conversion": ("odd", put("names", to={"a": "0.bias"}), "or of none"),
+    "names for one that is no conversion": ("odd", put("names", to={"a": "0.bias"}), "names"),
     "a container that is not there": (
         "called", put("rearrangements", 0, "container", to="x"), "'x'"),
     "a container without tensors": (
@@ -507,13 +518,13 @@ def test_any_change_to_a_plan_is_refused_or_does_no_harm(kind: str, times: int, 
 # ── data that is no plan, and files that are none ──────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("data", [None, 1, "{}", [], [{"schema": 1}], {1, 2}, torch.ones(2), b"{}"])
+@pytest.mark.parametrize("data", [None, 1, "{}", [], [{"schema": 2}], {1, 2}, torch.ones(2), b"{}"])
 def test_what_is_no_mapping_is_no_plan(data: Any) -> None:
     assert "a plan is a mapping" in refusal(lambda: fxgrow.Plan.from_dict(data))
 
 
 @pytest.mark.parametrize(
-    "schema", [None, True, "1", 1.0, [1], {}, 2, torch.ones(3), float("nan"), "x" * 10_000, "\n"]
+    "schema", [None, True, "1", 2.0, [1], {}, 3, torch.ones(3), float("nan"), "x" * 10_000, "\n"]
 )
 def test_a_schema_of_another_type_or_number_is_refused(schema: object) -> None:
     data = {**json.loads(text_of("odd")), "schema": schema}
@@ -533,7 +544,7 @@ def test_data_in_itself_is_refused() -> None:
     assert "nested too deeply" in refusal(lambda: fxgrow.Plan.from_dict(data))
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, '{"schema": 1, "after": ' + "[" * 200_000, None])
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"schema": 2, "after": ' + "[" * 200_000, None])
 def test_text_that_is_nested_without_end_is_refused(text: Any) -> None:
     assert refusal(lambda: fxgrow.Plan.from_json(text))
 

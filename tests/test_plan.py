@@ -92,8 +92,9 @@ def test_plan_is_refused_on_another_network(resnet: nn.Module, other: object, me
         ("", "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "schema"),
-        ('{"schema": 2}', "schema is 2"),
-        ('{"schema": 1}', "request is wrong"),
+        ('{"schema": 3}', "schema is 3"),
+        ('{"schema": 2}', "request is wrong"),
+        ('{"schema": 1}', "wrong"),
     ],
 )
 def test_text_that_is_no_plan_is_refused(text: str, message: str) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.errors import SourceError
-from fxgrow.files.models import Opened, open_model, write_grown
+from fxgrow.files.models import OpenedModel, open_model, write_grown
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
 
@@ -38,7 +38,7 @@ def directory(folder: Path, name: str, **changes: Any) -> Path:
     return folder / name
 
 
-def widened(path: Path, width: str = "2x", **arguments: Any) -> tuple[Opened, fxgrow.Grown]:
+def widened(path: Path, width: str = "2x", **arguments: Any) -> tuple[OpenedModel, fxgrow.Grown]:
     opened = open_model(path)
     return opened, fxgrow.widen(opened.model, width, opened.inputs, **arguments)
 

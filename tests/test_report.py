@@ -104,7 +104,7 @@ def test_the_string_of_a_report_is_its_table(grown):
 
 
 def test_warnings_and_refusals_are_shown(grown):
-    refusal = fxgrow.plan.schema.Refusal("fc", "an output of the network")
+    refusal = fxgrow.plan.step.Refusal("fc", "an output of the network")
     plan = replace(grown.plan, refused=(refusal,))
     report = fxgrow.Report(plan, grown.report.verification, ("layer1.0.conv1: something",))
     text = str(report)

@@ -219,7 +219,7 @@ class Pair(nn.Module):
 
 def test_an_input_is_inferred_for_each_argument_that_must_be_given():
     grown = fxgrow.widen(Pair(), "2x")
-    assert len(grown.plan.inputs) == 2
+    assert len(grown.plan.scopes[0].inputs) == 2
     assert grown.report.verification.verdict == "preserved"
     assert widths(grown) == {"conv": (4, 8)}
 
@@ -242,7 +242,7 @@ class Mutating(nn.Module):
 
 def test_a_network_whose_graph_does_not_run_is_followed_without_it():
     grown = fxgrow.widen(Mutating(), "2x")
-    assert grown.plan.tracer == "dispatch"
+    assert grown.plan.scopes[0].tracer == "dispatch"
     assert grown.report.verification.verdict == "preserved"
     assert "immutable_list" in fxgrow.inspect(Mutating()).to_dict()["untraceable"]
 

@@ -66,7 +66,7 @@ DECODERS = ("gpt2", "llama", "mistral", "t5")
 def test_heads_and_mlps_grow_and_the_network_still_works(name: str) -> None:
     model, inputs = build(name)
     grown = fxgrow.widen(model, "2x", inputs)
-    assert grown.plan.tracer == "dispatch"
+    assert grown.plan.scopes[0].tracer == "dispatch"
     assert not grown.plan.refused
     assert type(grown.model) is type(model)
     before = outputs(model, inputs)

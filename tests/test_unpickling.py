@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hostile import load_pickled
 from torch import nn
 
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.harmless import resolve
 from fxgrow.files.checkpoint.pickles import PickleError
-from fxgrow.files.checkpoint.unpickling import load_pickled
 from fxgrow.modules.architectures import Architecture, torchvision_names
 
 ZIP, LEGACY = True, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -189,3 +190,58 @@ def test_inputs_too_small_for_train_mode_are_told():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with pytest.raises(fxgrow.VerificationError, match=r"in train mode: .*larger batch"):
         fxgrow.widen(net, "2x", torch.randn(1, 3, 3, 3))
+
+
+class Doubled(nn.Module):
+    """A network that doubles what is between its layers by an operation of its own."""
+
+    def __init__(self, double: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.double = nn.Linear(4, 8), nn.Linear(8, 2), double
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.double(self.first(x)))
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+_POINTWISE = torch.Tag.pointwise
+_custom = torch.library.custom_op("fxgrow_tests::custom", _double, mutates_args=(), tags=_POINTWISE)
+_custom.register_fake(torch.empty_like)
+_taught = torch.library.custom_op("fxgrow_tests::taught", _double, mutates_args=(), tags=_POINTWISE)
+_taught.register_fake(torch.empty_like)
+_taught.register_autograd(lambda _, gradient: 2 * gradient)
+_LIBRARY = torch.library.Library("fxgrow_tests", "FRAGMENT")
+_LIBRARY.define("defined(Tensor x) -> Tensor", tags=_POINTWISE)
+_LIBRARY.impl("defined", _double, "CPU")
+_LIBRARY.impl("defined", torch.empty_like, "Meta")
+
+
+@pytest.mark.filterwarnings("default")  # as users run it
+@pytest.mark.parametrize("name", ["custom", "defined"])
+def test_gradients_through_an_operation_without_autograd_are_not_checked_and_that_is_told(
+    name: str,
+) -> None:
+    grown = fxgrow.widen(Doubled(getattr(torch.ops.fxgrow_tests, name)), "2x", torch.randn(3, 4))
+    found = grown.report.verification
+    assert (found.verdict, found.without_gradient) == ("preserved", ())
+    (note,) = found.notes
+    assert note.startswith("gradients of first.weight, first.bias, last.weight were not checked: ")
+    assert f"fxgrow_tests.{name}" in note.replace("::", ".")
+    assert note in str(grown.report).replace("\n", " ")
+
+
+def test_gradients_through_an_operation_that_has_a_derivative_are_checked() -> None:
+    taught = Doubled(torch.ops.fxgrow_tests.taught)
+    assert fxgrow.widen(taught, "2x", torch.randn(3, 4)).report.verification.notes == ()
+    dead = Doubled(lambda x: torch.ops.fxgrow_tests.taught(x.detach()))
+    found = fxgrow.widen(dead, "2x", torch.randn(3, 4)).report.verification
+    assert found.without_gradient == ("first.weight", "first.bias")
+
+
+def test_gradients_are_checked_with_constants_in_the_precision_of_the_check() -> None:
+    faded_in = Doubled(lambda x: torch.lerp(torch.zeros(x.shape), x, 1.0))
+    found = fxgrow.widen(faded_in, "2x", torch.randn(3, 4)).report.verification
+    assert (found.verdict, found.without_gradient, found.notes) == ("preserved", (), ())

@@ -22,7 +22,8 @@ from fxgrow.modules.recognition import recognise
 from fxgrow.modules.standin import float64_copy, stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name, init_of_plan
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import Convert
+from fxgrow.plan.schema import Plan
 from fxgrow.verification.judge import Case, Verification, judge, notes_on
 from fxgrow.verification.measure import judged_modes, told
 
@@ -106,10 +107,7 @@ def plan_for_target(
     """
     find_init(init)
     notes = check_tensors(named_tensors(model))
-    request = Request(
-        width={}, where="all", pairing=pairing, init=init_name(init), seed=seed,
-        split_noise=split_noise, target=name or type(target).__name__,
-    )  # fmt: skip
+    request = Convert(name or type(target).__name__, pairing, init_name(init), seed, split_noise)
     alignment = align(model, target)  # takes no run, so that what is no sibling is told at once
     progress("following the channels of the source")
     source, parts = follow(model, example_inputs)
@@ -158,7 +156,7 @@ def convert_by(
         VerificationError: the new network does not compute what the old one does.
     """
     check_source(made, named_tensors(model))
-    chosen = init_of_plan(made.request.init) if init is None else find_init(init)
+    chosen = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)
     verification = Verification("skipped")
@@ -218,7 +216,8 @@ def measure_conversion(
         model, grown, exact, exact_grown, exact,
         edits=plan.tensors, notes=notes_on(broken), judged=judged_modes(plan),
     )  # fmt: skip
-    found = judge(case, batches_for(model, plan.inputs, plan.inputs_inferred, example_inputs))
+    scope = plan.scopes[0]  # the whole
+    found = judge(case, batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs))
     return told(plan, found)
 
 

@@ -11,14 +11,15 @@ from torch import nn
 from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data.calibration import calibrate_, new_norms
 from fxgrow.grow.deepen.planner import plan_blocks
 from fxgrow.grow.identity.concrete_run import is_inside
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import Deepen
+from fxgrow.plan.schema import Plan
 
 
 def plan_deepening(
@@ -40,13 +41,8 @@ def plan_deepening(
         PlanError: the request is malformed, or a block cannot be inserted as an identity.
     """
     find_init(init)
-    request = Request(
-        width={},
-        init=init_name(init),
-        seed=int(seed),
-        module=module,
-        blocks=_checked_blocks(blocks),
-        method=method,
+    request = Deepen(
+        _checked_blocks(blocks), method, init=init_name(init), seed=int(seed), module=module
     )
     notes = check_tensors(named_tensors(model))
     progress("following the network")
@@ -148,7 +144,7 @@ def _checked_blocks(blocks: Mapping[str, str]) -> dict[str, str]:
     """
     if isinstance(blocks, Mapping) and blocks and all(isinstance(v, str) for v in blocks.values()):
         return {str(key): str(value) for key, value in blocks.items()}
-    raise PlanError(
+    raise UsageError(
         f"the blocks {blocks!r} cannot be read.",
         way_out='Give a mapping of stages to numbers of blocks: {"layer3": "+2"}.',
     )

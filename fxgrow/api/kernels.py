@@ -10,11 +10,12 @@ from torch import nn
 from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, globs, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 from fxgrow.grow.kernels.planner import plan_kernels
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import MorphKernel
+from fxgrow.plan.schema import Plan
 
 
 def plan(
@@ -34,8 +35,7 @@ def plan(
         TraceError: the network cannot be followed.
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
-    request = Request(
-        width="",
+    request = MorphKernel(
         size=_checked(size),
         include=globs(include),
         exclude=globs(exclude),
@@ -114,5 +114,5 @@ def _checked(size: str | Mapping[str, str]) -> str | dict[str, str]:
     texts = {"*": size} if isinstance(size, str) else size
     fits = isinstance(texts, Mapping) and texts and all(isinstance(t, str) for t in texts.values())
     if not fits:
-        raise PlanError(f"the kernel size {size!r} cannot be read.", way_out='Give a text: "5".')
+        raise UsageError(f"the kernel size {size!r} cannot be read.", way_out='Give a text: "5".')
     return size if isinstance(size, str) else {str(glob): text for glob, text in size.items()}

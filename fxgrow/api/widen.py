@@ -16,7 +16,7 @@ from fxgrow.api.report.data import Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.channels.scope import follow
-from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
+from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
@@ -24,8 +24,9 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
+from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
-from fxgrow.plan.schema import Grouped, Plan, Request, Where
+from fxgrow.plan.schema import Plan
 from fxgrow.verification.judge import Verification
 from fxgrow.verification.measure import failure, measure, variance
 
@@ -107,7 +108,7 @@ def plan(
     find_init(init)
     if isinstance(init, DataDriven):
         chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
-    request = Request(
+    request = Widen(
         width=checked_widths(width),
         rescaling=chosen_rescaling,
         pairing=chosen_pairing,
@@ -125,7 +126,7 @@ def plan(
         module=module,
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
-        raise PlanError(f"split_noise must not be negative, but it is {request.split_noise}.")
+        raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
     notes = check_tensors(named_tensors(model))
     progress("following the channels")
     analyses, parts = follow(grown_by(after, model), example_inputs, module)
@@ -266,7 +267,7 @@ def carry_out(
         require_exact(made)
     if verify:
         require_values(model)
-    fill = init_of_plan(made.request.init) if init is None else find_init(init)
+    fill = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
     progress("growing the weights")
@@ -359,5 +360,5 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
         PlanError: it is not.
     """
     if value not in allowed:
-        raise PlanError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
+        raise UsageError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
     return value

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
-from fxgrow.errors import PlanError, TraceError
+from fxgrow.errors import PlanError, TraceError, shown
 from fxgrow.labels.graphs import open_graph, symbolic_trace
 from fxgrow.labels.sizes import check_sizes, map_sizes, sizes_in
 from fxgrow.modules.standin import first_line, keeping_modes
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import Multiplier, SizeEdit
 
 

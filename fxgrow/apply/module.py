@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from fxgrow.apply.graph import graph_module, insert_multipliers, module_at, sized_graph, with_part
 from fxgrow.apply.rearrange import names_after, rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
-from fxgrow.errors import FxgrowError, PlanError
+from fxgrow.errors import FxgrowError, PlanError, shown
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.init import Init, init_name
+from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
 
 _FITTING = "Apply the plan to the network it was made for."
@@ -117,7 +117,10 @@ def apply_to_state_dict(
 
 def _own(init: Init | None, step: Plan, plan: Plan) -> Init | None:
     """Return the init of a step: one that is given is for the last, and for those that name it."""
-    meant = init is not None and step.request.init in (plan.request.init, init_name(init))
+    meant = init is not None and step.request.drawing.init in (
+        plan.request.drawing.init,
+        init_name(init),
+    )
     return init if meant else None
 
 
@@ -219,7 +222,7 @@ def _check_makes_module(plan: Plan) -> None:
     Raises:
         PlanError: it does.
     """
-    if plan.names:
+    if isinstance(plan.request, Convert):
         target = shown(plan.request.target)
         raise PlanError(
             f"the plan makes the tensors of {target}, and no module.",

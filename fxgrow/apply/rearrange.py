@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from fxgrow.apply.calls import with_calls
 from fxgrow.apply.graph import module_at, with_part
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import stand_in
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import Rearrangement
 from fxgrow.plan.schema import Plan
 

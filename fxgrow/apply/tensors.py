@@ -14,9 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import first_line
-from fxgrow.plan.bounds import shown
 from fxgrow.plan.edits import AxisEdit, Run, RunKind, TensorEdit
 from fxgrow.plan.init import Init, copy_normal, draw, init_of_plan, zeros
 from fxgrow.plan.schema import Plan
@@ -75,12 +74,12 @@ def grow_tensor(
         PlanError: there is no such old tensor, it has another shape than the plan expects, or it
             cannot hold what the plan makes of it.
     """
-    edit, request = plan.tensors[name], plan.request
+    edit, drawing = plan.tensors[name], plan.request.drawing
     fill = init
     if fill is None:  # on the meta device nothing is drawn, so a plan's own code is not asked for
         old = _looked_up(lookup, edit.source or name)
-        fill = copy_normal if old.is_meta else init_of_plan(request.init)
-    draws = _Draws(name, request.seed, edit.fan_in, fill, request.noise, request.split_noise)
+        fill = copy_normal if old.is_meta else init_of_plan(drawing.init)
+    draws = _Draws(name, drawing.seed, edit.fan_in, fill, drawing.noise, drawing.split_noise)
     if like is not None:
         _grow(edit, like.__getitem__, draws)
     return _grow(edit, lookup, draws)

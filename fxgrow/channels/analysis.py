@@ -29,6 +29,8 @@ class Analysis:
         tape: the operations of one run.
         channels: the channel of every position of every parameter axis.
         groups: channel groups in order of execution.
+        additions: the residual additions, as places on the tape: those of blocks, and of what the
+            gates of a recurrent layer add.
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
     """
@@ -37,6 +39,7 @@ class Analysis:
     tape: Tape
     channels: Channels
     groups: tuple[ChannelGroup, ...]
+    additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
 
@@ -177,5 +180,19 @@ def analyse(traced: Traced) -> Analysis:
     channels = resolve(space)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
-    blocks = find_pairs(bare, groups, channels, tape)
-    return Analysis(traced, tape, channels, groups, blocks, recording.calls)
+    blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]
+    return Analysis(
+        traced,
+        tape,
+        channels,
+        groups,
+        tuple(block.addition for block in bare),
+        find_pairs(blocks, groups, channels, tape),
+        recording.calls,
+    )
+
+
+def _is_in_layer(block: ResidualBlock, traced: Traced, tape: Tape) -> bool:
+    """Return whether the addition is of a layer of torch's own, as the gates of an LSTM are."""
+    module = traced.standin.get_submodule(tape.operations[block.addition].module)
+    return not any(module.children()) and fx.Tracer().is_leaf_module(module, "")

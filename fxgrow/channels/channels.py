@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import Layer, core, support
+from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
 from fxgrow.labels.space import Axis, Fill, LabelSpace, Role
 
@@ -48,13 +49,13 @@ class Channels:
             integer from 0 in order of first use.
         start: first row of each axis, and one entry past the last.
         count: number of channels.
-        pins: reason by channel.
+        pins: why a channel cannot change, by channel.
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         channel_of_label: the channel of each label, -1 where it has none.
         mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
-        pinned: labels that cannot change, with the reasons of ``pins``.
+        pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
         noted: for each operation that altered values, in order, what it did and to which labels.
@@ -67,13 +68,13 @@ class Channels:
     channel: IntArray
     start: IntArray
     count: int
-    pins: dict[int, str]
+    pins: dict[int, Pin]
     convolution_groups: dict[str, int]
     channel_of_label: IntArray
     mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
-    pinned: tuple[tuple[IntArray, str], ...]
+    pinned: tuple[tuple[IntArray, Pin], ...]
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -190,11 +191,11 @@ def resolve(space: LabelSpace) -> Channels:
     first = described & (roots == np.arange(len(roots)))  # the smallest label of each channel
     channel_of_label = np.where(first, np.cumsum(first) - 1, -1)[roots]
     pinned = space.pinned(roots)
-    pins: dict[int, str] = {}
-    for labels, reason in pinned:
+    pins: dict[int, Pin] = {}
+    for labels, pin in pinned:
         for channel in np.unique(channel_of_label[labels]).tolist():
             if channel >= 0:
-                pins.setdefault(channel, reason)
+                pins.setdefault(channel, pin)
     return Channels(
         axes=tuple(axis for axis, _, _ in kept),
         roles=tuple(role for _, role, _ in kept),

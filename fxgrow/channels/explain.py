@@ -25,7 +25,6 @@ from fxgrow.errors import PlanError
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import place_of
-from fxgrow.labels.remedies import remedy_for
 from fxgrow.labels.space import Role
 
 ONE_PARAMETER = "one parameter"  # the place of a link between two positions of one axis
@@ -201,10 +200,10 @@ def _sides(analysis: Analysis, axis: int) -> Iterator[Side]:
 
 def _side(analysis: Analysis, axis: int, group: ChannelGroup, size: int) -> Side:
     channels = analysis.channels
-    found = _Search(channels, axis, group)
+    found = _ShortestPaths(channels, axis, group)
     cause: Chain | None = None
     if group.kind == "pinned":
-        ends = [(x, r) for x, r in channels.pinned if r == group.reason]
+        ends = [(labels, str(pin)) for labels, pin in channels.pinned if pin == group.pin]
         cause = found.chain_to(ends)
     elif group.kind == "stream":
         cause = found.chain_to(_additions(analysis))
@@ -223,7 +222,7 @@ def _side(analysis: Analysis, axis: int, group: ChannelGroup, size: int) -> Side
         width=group.described_width,
         kind=group.kind,
         reason=group.reason,
-        remedy=remedy_for(group.reason) if group.reason else "",
+        remedy=group.pin.remedy if group.pin else "",
         cause=cause,
         partners=tuple(sorted((c for c in partners if c), key=lambda chain: len(chain.places))),
     )
@@ -232,8 +231,8 @@ def _side(analysis: Analysis, axis: int, group: ChannelGroup, size: int) -> Side
 def _additions(analysis: Analysis) -> list[tuple[IntArray, str]]:
     """Return the labels that each residual addition adds, and its place."""
     found = []
-    for block in analysis.blocks:
-        op = analysis.tape.operations[block.addition]
+    for addition in analysis.additions:
+        op = analysis.tape.operations[addition]
         layers = [layer for value in op.inputs for layer in value.layers]
         labels = [core(layer, support(layer)).numpy().ravel() for layer in layers]
         if labels:
@@ -242,7 +241,7 @@ def _additions(analysis: Analysis) -> list[tuple[IntArray, str]]:
     return found
 
 
-class _Search:
+class _ShortestPaths:
     """Shortest paths along unions from one axis, over the labels of one group.
 
     The labels of one channel of the axis suffice for most; those of the whole group, in which the
@@ -260,7 +259,7 @@ class _Search:
         self._group = group
         members = channels.of_axis(axis)
         shared = members[np.isin(members, group.channels)]
-        guilty = (c for c in shared.tolist() if channels.pins.get(c) == group.reason)
+        guilty = (c for c in shared.tolist() if channels.pins.get(c) == group.pin)
         self._first = int(next(guilty, shared[0]))
         self._graphs: dict[bool, tuple[nx.Graph, Paths]] = {}
 
@@ -358,7 +357,7 @@ def _side_lines(side: Side, most: int) -> list[str]:
         ]
     lines = [f"  {side.station}: {side.kind} group {side.group}, width {side.width}"]
     if side.kind == "pinned":
-        lines += [f"    pinned: {side.reason}", f"    needed: {side.remedy or 'not known'}"]
+        lines += [f"    pinned: {side.reason}", f"    needed: {side.remedy}"]
     if side.cause is not None:
         lines += [f"    {'stream' if side.kind == 'stream' else 'how'}: {side.cause}"]
     if not side.partners:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.pins import Pin
 from fxgrow.labels.space import Axis
 from fxgrow.modules.tensors import layer_of as layer_of
 
@@ -32,7 +33,7 @@ class ChannelGroup:
         width: number of rows of the first writer: of channels, but for those that have several
             rows there (an attention head, the two halves of a gate).
         kind: ``hidden``, ``stream`` (carried by a residual addition) or ``pinned``.
-        reason: why it is pinned ("" otherwise).
+        pin: why it is pinned, None otherwise.
         writers, carriers, readers: layers, in order of execution.
         channels: the channels, in the order of the first writer's rows.
         rows: the channel of each row of the first writer.
@@ -42,13 +43,18 @@ class ChannelGroup:
     name: str
     width: int
     kind: Kind
-    reason: str
+    pin: Pin | None
     writers: tuple[str, ...]
     carriers: tuple[str, ...]
     readers: tuple[str, ...]
     channels: IntArray
     rows: IntArray
     axes: tuple[int, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why it is pinned, as a text; "" otherwise."""
+        return "" if self.pin is None else str(self.pin)
 
     @property
     def described_width(self) -> str:
@@ -149,7 +155,7 @@ def _group(
     first: int,
     on_stream: npt.NDArray[np.bool_],
 ) -> ChannelGroup:
-    reason = next((channels.pins[c] for c in members.tolist() if c in channels.pins), None)
+    pin = next((channels.pins[c] for c in members.tolist() if c in channels.pins), None)
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:
         layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))
@@ -159,8 +165,8 @@ def _group(
     return ChannelGroup(
         name=name,
         width=channels.axes[first].size,
-        kind=kind if reason is None else "pinned",
-        reason=reason or "",
+        kind=kind if pin is None else "pinned",
+        pin=pin,
         writers=writers,
         carriers=carriers,
         readers=tuple(layers["reader"]),

@@ -51,8 +51,8 @@ def follow(
             raise _with_choices(error, model) from error
         names = ", ".join(analysis.traced.module for analysis in found)
         note = (
-            f"the whole of {type(model).__name__} cannot be followed ({error.message.rstrip('.')})"
-            f"; followed instead, each on inputs inferred for it: {names}"
+            f"the whole of {type(model).__name__} cannot be followed ({error.reason}); "
+            f"followed instead, each on inputs inferred for it: {names}"
         )
         return found, (note,)
 

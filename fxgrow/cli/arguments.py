@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxgrow.errors import PlanError, SourceError
+from fxgrow.errors import UsageError
+from fxgrow.plan.requests import Deepen, MorphKernel, Request, Widen
 
 if TYPE_CHECKING:
-    from fxgrow.files.models import Opened
+    from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
 
 REPORT_SUFFIXES = (".json", ".html")
@@ -19,7 +19,7 @@ def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str,
     """Read ``--width`` (or ``--size``): one for all, or ``GLOB=WIDTH`` pairs, in order.
 
     Raises:
-        PlanError: a glob is given twice, or more than one width for all.
+        UsageError: a glob is given twice, or more than one width for all.
 
     Example:
         >>> parse_widths(["2x"]), parse_widths(["layer1.*=2x", "+8"])
@@ -32,7 +32,7 @@ def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str,
         glob, equals, width = text.rpartition("=")
         glob = glob if equals else "*"
         if glob in widths:
-            raise PlanError(
+            raise UsageError(
                 f"there are two {option}s for {glob!r}.",
                 name=glob,
                 way_out=f"Give one, or use globs: --{option} 'layer1.*={width}' --{option} …",
@@ -55,9 +55,18 @@ def width_label(width: str | Mapping[str, str]) -> str:
 
 def plan_label(plan: Plan) -> str:
     """Return what the default output of a plan is called after: what each step asks for."""
-    requests = [step.request for step in plan.steps]
-    asked = [(width_label(r.width), width_label(r.blocks), kernel_label(r.size)) for r in requests]
-    return " ".join(text for texts in asked for text in texts if text)
+    return " ".join(filter(None, (_asked(step.request) for step in plan.steps)))
+
+
+def _asked(request: Request) -> str:
+    match request:
+        case Widen():
+            return width_label(request.width)
+        case Deepen():
+            return width_label(request.blocks)
+        case MorphKernel():
+            return kernel_label(request.size)
+    return ""  # a conversion is called after its target, where it is carried out
 
 
 def kernel_label(size: str | Mapping[str, str]) -> str:
@@ -74,7 +83,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     """Read ``--input-shape``.
 
     Raises:
-        PlanError: a text is no shape.
+        UsageError: a text is no shape.
 
     Example:
         >>> parse_shapes(["1x3x224x224"])
@@ -84,7 +93,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     for text in texts:
         sizes = text.strip().lower().split("x")
         if not all(_is_size(size) for size in sizes):
-            raise PlanError(
+            raise UsageError(
                 f"the input shape {text!r} cannot be read.",
                 name=text,
                 way_out="Write sizes joined by x, batch first: --input-shape 1x3x224x224.",
@@ -93,7 +102,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def inputs_of(shapes: Sequence[tuple[int, ...]], opened: Opened) -> object:
+def inputs_of(shapes: Sequence[tuple[int, ...]], opened: OpenedModel) -> object:
     """Return meta tensors of the given shapes in a model's dtype; without, what its file tells.
 
     Verification draws the values.
@@ -105,24 +114,6 @@ def inputs_of(shapes: Sequence[tuple[int, ...]], opened: Opened) -> object:
     floating = (p.dtype for p in opened.model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-
-
-def open_source(
-    path: Path, arch: str | None, arguments: Sequence[str], *, trust_pickle: bool
-) -> Opened:
-    """Read a model from a file with the options of the command line.
-
-    Raises:
-        SourceError: the file or its architecture cannot be read.
-    """
-    from fxgrow.files.models import open_model
-    from fxgrow.modules.architectures import parse_arguments
-
-    if arguments and arch is None:
-        raise SourceError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
-    return open_model(
-        path, arch=arch, arch_arguments=parse_arguments(arguments), trust_pickle=trust_pickle
-    )
 
 
 def _is_size(text: str) -> bool:

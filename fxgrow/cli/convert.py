@@ -10,50 +10,45 @@ from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, show, tell_plan
+from fxgrow.cli.run import CommandRun, Outputs, show, tell_plan
 from fxgrow.cli.terminal import print_table
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
-    from fxgrow.files.models import Opened
+    from fxgrow.files.models import OpenedModel
 
 
 _FromArch = Annotated[
     str | None,
-    typer.Option(
+    opt.source(
         "--from",
         "--arch",
         metavar="ARCH",
         help="The architecture of SOURCE, where it is not recognised from the weights.",
-        rich_help_panel="Reading SOURCE",
     ),
 ]
 _Target = Annotated[
     str | None,
-    typer.Option(
+    opt.growth(
         "--to",
         metavar="ARCH",
         help="The larger architecture: resnet34, torchvision:resnet34, timm:resnet50d, "
         "package.module:callable, or the config.json of a model of transformers. It is built with "
         "the arguments of SOURCE (num_classes).",
-        rich_help_panel="What grows",
     ),
 ]
 _TargetArguments = Annotated[
     list[str] | None,
-    typer.Option(
+    opt.growth(
         "--to-arg",
         metavar="KEY=VALUE",
         help="An argument of the larger architecture. May be repeated.",
-        rich_help_panel="What grows",
     ),
 ]
 _ListTargets = Annotated[
     bool,
-    typer.Option(
-        "--list",
-        help="Show which torchvision architectures SOURCE can become, and what they cost.",
-        rich_help_panel="What grows",
+    opt.growth(
+        "--list", help="Show which torchvision architectures SOURCE can become, and what they cost."
     ),
 ]
 
@@ -96,19 +91,17 @@ def convert(
     shapes = parse_shapes(input_shape or ())
     check_report_name(report)
     if (to is None) != list_targets:
-        raise SourceError(
+        raise UsageError(
             "a conversion needs a target.",
             way_out="Give --to ARCH, or --list to see what the source can become.",
         )
-    with Run() as run:
+    with CommandRun() as run:
         from fxgrow.api.convert import convert_by, plan_for_target
         from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
         from fxgrow.files.checkpoint.reading import about
         from fxgrow.files.pretrained import target_architecture
         from fxgrow.modules.architectures import parse_arguments
 
-        sniff(source)
         if to is None:
             _list(run, run.open(source, arch, arch_arg, trust_pickle=trust_pickle))
             return
@@ -138,7 +131,7 @@ def convert(
     show(files, opened, grown)
 
 
-def _list(run: Run, opened: Opened) -> None:
+def _list(run: CommandRun, opened: OpenedModel) -> None:
     """Print what a source can become."""
     from fxgrow.api.convert import list_targets
     from fxgrow.api.report.tables import targets_table

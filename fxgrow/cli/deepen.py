@@ -10,7 +10,7 @@ from fxgrow.cli.arguments import width_label
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ def parse_blocks(stages: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     """Read ``--stage`` and ``--blocks``: numbers for stages in order, or ``STAGE=NUMBER`` pairs.
 
     Raises:
-        PlanError: a number lacks a stage, a stage lacks a number, or one is given twice.
+        UsageError: a number lacks a stage, a stage lacks a number, or one is given twice.
 
     Example:
         >>> parse_blocks(["layer3"], ["+2"]), parse_blocks([], ["layer3=+2", "layer4=2x"])
@@ -78,7 +78,7 @@ def parse_blocks(stages: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     """
     plain = [text for text in texts if "=" not in text]
     if len(plain) != len(stages) and not (len(plain) == 1 and stages):
-        raise PlanError(
+        raise UsageError(
             f"there are {len(stages)} stages and {len(plain)} numbers of blocks for them.",
             way_out="Write --stage layer3 --blocks +2, or --blocks layer3=+2.",
         )
@@ -89,5 +89,5 @@ def parse_blocks(stages: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise PlanError(f"there are two numbers of blocks for {twice}.", name=twice)
+        raise UsageError(f"there are two numbers of blocks for {twice}.", name=twice)
     return found

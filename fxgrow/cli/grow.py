@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fxgrow.cli import options as opt
-from fxgrow.cli.arguments import inputs_of, parse_shapes, parse_widths, plan_label, width_label
+from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, grow
-from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, read_plan, show
 from fxgrow.cli.terminal import Steps
 from fxgrow.plan.presets import settings
 
@@ -98,24 +96,8 @@ def apply(
     force: opt.Force = False,
 ) -> None:
     """Carry out a plan, on the network it was made for or on other weights of the same shapes."""
-    shapes = parse_shapes(input_shape or ())
-    check_report_name(report)
-    with Run() as run:
-        from fxgrow.api.widen import carry_out
-        from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
-        from fxgrow.files.checkpoint.reading import about
-
-        made = read_plan(plan)
-        sniff(source)
-        files = Outputs(output or default_output(source, plan_label(made)), report=report)
-        check_outputs((files.out, report), [source, plan], force=force)
-        opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
-        inputs = inputs_of(shapes, opened)
-        with about(source):
-            grown = carry_out(
-                made, opened.model, inputs, init=init, strict=strict, verify=not no_verify,
-                progress=run.steps,
-            )  # fmt: skip
-        files.write(run, opened, grown, inputs, force=force)
-    show(files, opened, grown)
+    common = Settings(
+        source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict, no_verify,
+        False, None, report, force,
+    )  # fmt: skip
+    grow(common, "", lambda model, inputs, first, steps: cast("Plan", first), init)

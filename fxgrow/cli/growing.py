@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from fxgrow.cli.arguments import inputs_of, parse_shapes
+from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import Outputs, Run, read_plan, show, tell_plan
+from fxgrow.cli.run import CommandRun, Outputs, read_plan, show, tell_plan
 from fxgrow.cli.terminal import Steps
-from fxgrow.errors import SourceError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,10 @@ MakePlan: TypeAlias = "Callable[[nn.Module, object, Plan | None, Steps], Plan]"
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that these commands have in common; see :mod:`fxgrow.cli.options`."""
+    """The options that these commands have in common; see :mod:`fxgrow.cli.options`.
+
+    ``after`` is a plan that is read and given to what makes the plan.
+    """
 
     source: Path
     after: Path | None
@@ -46,7 +49,7 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
 
     Args:
         settings: the common options.
-        label: what a default output is called after.
+        label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
         init: what fills new weights; None takes what the plan names.
 
@@ -56,16 +59,16 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
     shapes = parse_shapes(settings.input_shape or ())
     check_report_name(settings.report)
     if settings.dry_run and (settings.output or settings.report):
-        raise SourceError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
+        raise UsageError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
     source, after = settings.source, settings.after
-    with Run() as run:
+    with CommandRun() as run:
         from fxgrow.api.widen import carry_out
         from fxgrow.files.checkpoint import default_output
-        from fxgrow.files.checkpoint.formats import sniff
         from fxgrow.files.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
-        sniff(source)  # a missing source is a better reason to stop than its output
+        if first is not None:
+            label = label or plan_label(first)
         files = Outputs(
             settings.output or default_output(source, label), settings.plan, settings.report
         )

@@ -9,7 +9,7 @@ import typer
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
-from fxgrow.cli.run import Run
+from fxgrow.cli.run import CommandRun
 from fxgrow.cli.terminal import print_table
 from fxgrow.errors import VerificationError
 
@@ -39,7 +39,7 @@ def inspect(
     share a row, with * for these.
     """
     shapes = parse_shapes(input_shape or ())
-    with Run() as run:
+    with CommandRun() as run:
         from fxgrow.api.report.data import plain
         from fxgrow.api.report.inspection import inspection_table
         from fxgrow.api.report.tables import terminal_width
@@ -81,7 +81,7 @@ def verify(
     wrote know theirs.
     """
     shapes = parse_shapes(input_shape or ())
-    with Run() as run:
+    with CommandRun() as run:
         from fxgrow.api.report.data import plain
         from fxgrow.api.report.tables import verification_table
         from fxgrow.files.checkpoint.reading import about

@@ -7,6 +7,7 @@ those of the methods of deepening; tests hold the lists together.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +20,11 @@ from fxgrow.plan.rescaling import RESCALINGS
 INIT_NAMES = ("copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
 METHOD_NAMES = ("r2deeper", "zero_last", "net2deeper")
 
-_GROWTH = "What grows"
-_WEIGHTS = "Old and new weights"
-_SOURCE = "Reading SOURCE"
-_OUTPUT = "Checking and writing"
-_SHOWN = "What is shown"
+growth = partial(typer.Option, rich_help_panel="What grows")
+weights = partial(typer.Option, rich_help_panel="Old and new weights")
+source = partial(typer.Option, rich_help_panel="Reading SOURCE")
+output = partial(typer.Option, rich_help_panel="Checking and writing")
+shown = partial(typer.Option, rich_help_panel="What is shown")
 
 
 SourceFile = Annotated[
@@ -41,11 +42,10 @@ PlanFile = Annotated[
 ]
 AfterPlan = Annotated[
     Path | None,
-    typer.Option(
+    growth(
         "--after",
         metavar="PLAN",
         help="A plan to carry out first; the new plan is for what it makes, and contains it.",
-        rich_help_panel=_GROWTH,
     ),
 ]
 Before = Annotated[
@@ -57,324 +57,251 @@ After = Annotated[
 
 Widths = Annotated[
     list[str],
-    typer.Option(
+    growth(
         "--width",
         metavar="[GLOB=]WIDTH",
         help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
         "names, only for those; repeat it for several, of which the first match counts.",
-        rich_help_panel=_GROWTH,
         show_default=False,
     ),
 ]
 Blocks = Annotated[
     list[str],
-    typer.Option(
+    growth(
         "--blocks",
         metavar="[STAGE=]NUMBER",
         help="How many blocks: more (+2), a ratio (2x) or in all (6). Of the stage that --stage "
         "names, or of the one before the equals sign; repeatable.",
-        rich_help_panel=_GROWTH,
         show_default=False,
     ),
 ]
 Stages = Annotated[
     list[str] | None,
-    typer.Option(
+    growth(
         "--stage",
         metavar="NAME",
         help="A list of blocks, such as layer3: new ones come at its end; or a block, such as "
         "layer3.1: new ones come after it. Blocks may also be attributes of a module, each of "
         "which gets what the one before gives (block3, or the module that holds them). "
         "Repeatable.",
-        rich_help_panel=_GROWTH,
     ),
 ]
 Method = Annotated[
     str,
-    typer.Option(
-        metavar="NAME",
-        help=f"What makes a new block the identity: {', '.join(METHOD_NAMES)}.",
-        rich_help_panel=_WEIGHTS,
+    weights(
+        metavar="NAME", help=f"What makes a new block the identity: {', '.join(METHOD_NAMES)}."
     ),
 ]
 Where = Annotated[
     str,
-    typer.Option(
+    growth(
         metavar="hidden|stream|all",
         help="Channel groups to widen: hidden ones, streams (carried by residual additions), all.",
-        rich_help_panel=_GROWTH,
     ),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Widen only groups whose name or writers match; repeatable.",
-        rich_help_panel=_GROWTH,
-    ),
+    growth(metavar="GLOB", help="Widen only groups whose name or writers match; repeatable."),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Leave out groups whose name or writers match; repeatable.",
-        rich_help_panel=_GROWTH,
-    ),
+    growth(metavar="GLOB", help="Leave out groups whose name or writers match; repeatable."),
 ]
-MultipleOf = Annotated[
-    int, typer.Option(help="Round new widths up to a multiple.", rich_help_panel=_GROWTH)
-]
+MultipleOf = Annotated[int, growth(help="Round new widths up to a multiple.")]
 Grouped = Annotated[
     str,
-    typer.Option(
+    growth(
         metavar="width|count",
         help="Grouped convolutions grow inside each group (width) or by whole groups (count). "
         "Group norms grow by whole groups, those of one group under count alone.",
-        rich_help_panel=_GROWTH,
     ),
 ]
 
 KernelSizes = Annotated[
     list[str],
-    typer.Option(
+    growth(
         "--size",
         metavar="[GLOB=]SIZE",
         help="A kernel size (5), one for each dim (5x3) or an increment (+2). With a glob over "
         "names of layers, only for those; repeat it for several, of which the first match counts.",
-        rich_help_panel=_GROWTH,
         show_default=False,
     ),
 ]
 IncludeLayers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="GLOB",
-        help="Only layers whose name matches; repeatable.",
-        rich_help_panel=_GROWTH,
-    ),
+    growth("--include", metavar="GLOB", help="Only layers whose name matches; repeatable."),
 ]
 ExcludeLayers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="GLOB",
-        help="Leave out layers whose name matches; repeatable.",
-        rich_help_panel=_GROWTH,
-    ),
+    growth("--exclude", metavar="GLOB", help="Leave out layers whose name matches; repeatable."),
 ]
 
 Preset = Annotated[
     str | None,
-    typer.Option(
+    weights(
         metavar="NAME",
         help="A rescaling and a pairing that go together: "
         + ", ".join(f"{name} ({' + '.join(pair)})" for name, pair in PRESETS.items())
         + ".",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 Rescaling = Annotated[
     str | None,
-    typer.Option(
+    weights(
         metavar="NAME",
         help=f"What happens to old weights: {', '.join(RESCALINGS)}.",
         show_default="none",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 Pairing = Annotated[
     str | None,
-    typer.Option(
+    weights(
         metavar="NAME",
         help=f"How new channels cancel: {', '.join(PAIRINGS)}.",
         show_default="vv_z_negz",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 Init = Annotated[
     str,
-    typer.Option(
+    weights(
         metavar="NAME",
         help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 PlanInit = Annotated[
     str | None,
-    typer.Option(
+    weights(
         "--init",
         metavar="NAME",
         help="What fills new weights; needed where the plan names a function of your own, which "
         "is not run unasked.",
         show_default="the plan's",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 Gain = Annotated[
     str,
-    typer.Option(
+    weights(
         metavar="NUMBER|NAME",
         help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2).",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 SplitNoise = Annotated[
     float,
-    typer.Option(
+    weights(
         help="Relative zero-sum noise between the columns of copies, so that they part in "
-        "training; the function is kept.",
-        rich_help_panel=_WEIGHTS,
+        "training; the function is kept."
     ),
 ]
 Noise = Annotated[
     float,
-    typer.Option(
-        help="Relative noise on new columns. Twins part without it, and it breaks preservation.",
-        rich_help_panel=_WEIGHTS,
+    weights(
+        help="Relative noise on new columns. Twins part without it, and it breaks preservation."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the new weights.", rich_help_panel=_WEIGHTS)]
+Seed = Annotated[int, weights(help="Seed of the new weights.")]
 Compensate = Annotated[
     bool,
-    typer.Option(
+    weights(
         "--compensate",
         help="Where rescaling changes the function, restore it by multipliers in the graph. The "
         "result is then a GraphModule.",
-        rich_help_panel=_WEIGHTS,
     ),
 ]
 
 Arch = Annotated[
     str | None,
-    typer.Option(
+    source(
         metavar="ARCH",
         help="resnet50, torchvision:resnet50, timm:resnet50d or package.module:callable, where "
         "the architecture is not recognised from the weights.",
-        rich_help_panel=_SOURCE,
     ),
 ]
 ArchArguments = Annotated[
     list[str] | None,
-    typer.Option(
+    source(
         "--arch-arg",
         metavar="KEY=VALUE",
         help="An argument of ARCH, such as num_classes=10; repeatable.",
-        rich_help_panel=_SOURCE,
     ),
 ]
 Module = Annotated[
     str,
-    typer.Option(
+    source(
         metavar="NAME",
         help="Follow this submodule alone, such as backbone.body, on inputs of its own.",
         show_default="the whole, or the largest submodules that can be followed",
-        rich_help_panel=_SOURCE,
     ),
 ]
 InputShapes = Annotated[
     list[str] | None,
-    typer.Option(
+    source(
         "--input-shape",
         metavar="1x3x224x224",
         help="Shape of the input of the model (or of the submodule), batch first; repeat it for "
         "several inputs.",
         show_default="inferred from the first layer",
-        rich_help_panel=_SOURCE,
     ),
 ]
 TrustPickle = Annotated[
     bool,
-    typer.Option(
+    source(
         "--trust-pickle",
         help="Let a pickled file or a program run code, which classes outside torch and "
         "torchvision need. Only for files you trust.",
-        rich_help_panel=_SOURCE,
     ),
 ]
 
 Output = Annotated[
     Path | None,
-    typer.Option(
+    output(
         "--output",
         "-o",
         metavar="OUT",
         help="The file or directory to write, of the same kind as SOURCE unless its suffix asks "
         "for another: .pt, .safetensors, .safetensors.index.json (shards), .pt2.",
         show_default="SOURCE with the request in its name: model-2x.pt",
-        rich_help_panel=_OUTPUT,
     ),
 ]
 Force = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Overwrite files that exist; SOURCE is never written to.",
-        rich_help_panel=_OUTPUT,
-    ),
+    bool, output("--force", help="Overwrite files that exist; SOURCE is never written to.")
 ]
 Strict = Annotated[
     bool,
-    typer.Option(
-        "--strict",
-        help="Refuse, with exit code 4, whatever does not preserve the function.",
-        rich_help_panel=_OUTPUT,
-    ),
+    output("--strict", help="Refuse, with exit code 4, whatever does not preserve the function."),
 ]
 NoVerify = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify",
-        help="Write the result without measuring what it computes.",
-        rich_help_panel=_OUTPUT,
-    ),
+    bool, output("--no-verify", help="Write the result without measuring what it computes.")
 ]
 DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Show what would be done; write nothing but PLAN.",
-        rich_help_panel=_OUTPUT,
-    ),
+    bool, output("--dry-run", help="Show what would be done; write nothing but PLAN.")
 ]
 PlanOutput = Annotated[
     Path | None,
-    typer.Option(
-        "--plan",
-        metavar="PLAN.json",
-        help="Write the plan, which fxgrow apply carries out.",
-        rich_help_panel=_OUTPUT,
-    ),
+    output("--plan", metavar="PLAN.json", help="Write the plan, which fxgrow apply carries out."),
 ]
 ReportOutput = Annotated[
     Path | None,
-    typer.Option(
+    output(
         "--report",
         metavar="FILE.json|.html",
         help="Write what was done and measured, as data or as a page.",
-        rich_help_panel=_OUTPUT,
     ),
 ]
 Why = Annotated[
     str | None,
-    typer.Option(
+    shown(
         "--why",
         metavar="LAYER",
         help="Trace one layer (or parameter, or group) instead: the groups that its rows and "
         "columns belong to, and the chain of operations from it to what pins them, to the "
         "residual addition that makes them a stream, and to each layer that must change along.",
-        rich_help_panel=_SHOWN,
         show_default=False,
     ),
 ]
 Every = Annotated[
     bool,
-    typer.Option(
-        "--all",
-        help="Give every group and block a row of its own; with --why, follow every chain.",
-        rich_help_panel=_SHOWN,
+    shown(
+        "--all", help="Give every group and block a row of its own; with --why, follow every chain."
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=_OUTPUT)
-]
+AsJson = Annotated[bool, output("--json", help="Print JSON instead of tables.")]

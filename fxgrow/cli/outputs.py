@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxgrow.cli.arguments import REPORT_SUFFIXES
-from fxgrow.errors import PlanError, SourceError
+from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
     from fxgrow.api.report.data import Report
@@ -18,10 +19,10 @@ def check_report_name(path: Path | None) -> None:
     """Check that the name of a report says which kind it is.
 
     Raises:
-        PlanError: it does not end in .json or .html.
+        UsageError: it does not end in .json or .html.
     """
     if path is not None and path.suffix.lower() not in REPORT_SUFFIXES:
-        raise PlanError(
+        raise UsageError(
             f"the report {path} is of no known kind.",
             name=str(path),
             way_out=f"Name it {' or '.join(path.stem + suffix for suffix in REPORT_SUFFIXES)}.",
@@ -29,17 +30,23 @@ def check_report_name(path: Path | None) -> None:
 
 
 def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:
-    """Check that the files may be written and that none of them is another or is read from.
+    """Check that files may be written, and that none of them is another or one that is read.
 
     What runs that were killed have left beside them is removed first.
 
     Raises:
-        SourceError: one of them may not.
+        SourceError: one of them may not, or a source is missing.
+        UsageError: one is named twice.
     """
     from fxgrow.files.checkpoint import check_output
     from fxgrow.files.checkpoint.leftovers import tidy
+    from fxgrow.files.checkpoint.reading import FileReader
 
     sources = tuple(sources)
+    for source in sources:  # a missing one is a better reason to stop than its output
+        if not os.path.isdir(source):
+            with FileReader(source):
+                pass
     wanted = [path for path in paths if path is not None]
     for folder in sorted({path.parent for path in wanted}):
         tidy(folder)
@@ -48,7 +55,7 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
         for source in sources:
             check_output(path, source, force=force)
         if path.resolve() in seen:
-            raise SourceError(
+            raise UsageError(
                 f"{path} is asked for twice.", name=str(path), way_out="Name different files."
             )
         seen.add(path.resolve())

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from fxgrow.cli.arguments import open_source
 from fxgrow.cli.outputs import report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, discard_output, print_table, print_warning
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     from fxgrow.api.widen import Grown
-    from fxgrow.files.models import Opened
+    from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
 
 
 @dataclass
-class Run:
+class CommandRun:
     """One run of a command: what it says on stderr while it works.
 
     Attributes:
@@ -35,7 +34,7 @@ class Run:
     steps: Steps = field(default_factory=Steps)
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> CommandRun:
         self._stack.enter_context(self.notices.listening())
         self._stack.enter_context(self.steps)
         self.steps("loading torch")
@@ -46,10 +45,21 @@ class Run:
 
     def open(
         self, path: Path, arch: str | None, arguments: Sequence[str] | None, *, trust_pickle: bool
-    ) -> Opened:
-        """Read a model and print what there is to know of it."""
+    ) -> OpenedModel:
+        """Read a model with the options of the command line, and print what to know of it.
+
+        Raises:
+            SourceError: the file or its architecture cannot be read.
+            UsageError: the arguments have another form, or there is no architecture for them.
+        """
+        from fxgrow.files.models import open_model
+        from fxgrow.modules.architectures import parse_arguments
+
+        if arguments and arch is None:
+            raise UsageError("--arch-arg says nothing without --arch.", way_out="Give --arch too.")
+        given = parse_arguments(arguments or ())
         self.steps(f"reading {path.name}")
-        opened = open_source(path, arch, arguments or (), trust_pickle=trust_pickle)
+        opened = open_model(path, arch=arch, arch_arguments=given, trust_pickle=trust_pickle)
         for text in opened.warnings:
             self.notices.warn(text)
         return opened
@@ -63,7 +73,9 @@ class Outputs:
     plan: Path | None = None
     report: Path | None = None
 
-    def write(self, run: Run, opened: Opened, grown: Grown, inputs: object, *, force: bool) -> None:
+    def write(
+        self, run: CommandRun, opened: OpenedModel, grown: Grown, inputs: object, *, force: bool
+    ) -> None:
         """Write the model first, then what tells of it."""
         from fxgrow.files.models import write_grown
 
@@ -76,7 +88,7 @@ class Outputs:
             title = f"{opened.source.path} → {self.out}"
             write_text(self.report, report_text(grown.report, self.report, title), force=force)
 
-    def tell(self, opened: Opened) -> None:
+    def tell(self, opened: OpenedModel) -> None:
         """Say what was written and how to load it."""
         kind = opened.source.kind.replace("module", "pickled module")
         written = "program" if self.out.suffix == ".pt2" else kind
@@ -92,7 +104,7 @@ class Outputs:
         typer.echo(f"load it with fxgrow.load({str(self.out)!r}{own})")
 
 
-def tell_plan(run: Run, made: Plan, out: Path | None, *, strict: bool, force: bool) -> None:
+def tell_plan(run: CommandRun, made: Plan, out: Path | None, *, strict: bool, force: bool) -> None:
     """Show a plan and write it, instead of carrying it out.
 
     Raises:
@@ -137,10 +149,12 @@ def _is_weights(path: Path) -> bool:
         return False  # it is none, or cannot be read, which reading it will tell
 
 
-def show(files: Outputs, opened: Opened, grown: Grown) -> None:
+def show(files: Outputs, opened: OpenedModel, grown: Grown) -> None:
     """Print the report, and say what was written; a warning if that cannot be printed any more."""
+    from fxgrow.api.report.tables import report_table
+
     try:
-        print_report(grown)
+        print_table(report_table(grown.plan, grown.report.verification))  # warnings were told
         files.tell(opened)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -148,10 +162,3 @@ def show(files: Outputs, opened: Opened, grown: Grown) -> None:
     except OSError as error:
         discard_output()
         print_warning(f"{files.out} was written, but not its report: {error.strerror}.")
-
-
-def print_report(grown: Grown) -> None:
-    """Print the report; its warnings were printed when they came up."""
-    from fxgrow.api.report.tables import report_table
-
-    print_table(report_table(grown.plan, grown.report.verification))

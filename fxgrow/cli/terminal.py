@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from fxgrow.errors import FxgrowError, FxgrowWarning
+from fxgrow.errors import FxgrowError, FxgrowWarning, one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,12 +25,12 @@ PATIENCE = 1.0  # seconds before a step is worth showing
 
 def print_error(text: str) -> None:
     """Print an error as one line."""
-    typer.echo(f"error: {_one_line(text)}", err=True)
+    typer.echo(f"error: {one_line(text, _LONGEST)}", err=True)
 
 
 def print_warning(text: str) -> None:
     """Print a warning as one line."""
-    typer.echo(f"warning: {_one_line(text)}", err=True)
+    typer.echo(f"warning: {one_line(text, _LONGEST)}", err=True)
 
 
 def discard_output() -> None:
@@ -59,7 +59,7 @@ class Notices:
 
     def warn(self, text: str) -> None:
         """Print a warning unless it was printed before."""
-        line = _one_line(text)
+        line = one_line(text, _LONGEST)
         if line not in self._seen:
             self._seen.add(line)
             print_warning(text)
@@ -180,12 +180,5 @@ def _described(error: Exception) -> str:
     """Return an unexpected error with the place it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
-    text = _one_line(str(error)).rstrip(".")
+    text = one_line(str(error), _LONGEST).rstrip(".")
     return f"unexpected {type(error).__name__}{f': {text}' if text else ''}{place}."
-
-
-def _one_line(text: str) -> str:
-    """Return a text in one line, without what a terminal would act on."""
-    line = " ".join(text.split())
-    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)

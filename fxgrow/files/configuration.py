@@ -11,6 +11,7 @@ are. Nothing is known of names of fields.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -129,7 +130,7 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
         raise _refusal("the grown model's code differs from that of its class", "", plan)
     config: Any = architecture.arguments["config"]  # in a record, it may say anything
     old = screened(config).written
-    search = _Search(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
+    search = _FieldSearch(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
     full = search.complete(old)
     changes = search.run(full)
     if changes is None:
@@ -139,7 +140,7 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
     return found if search.complete(found) == full else {**old, **full}
 
 
-class _Search:
+class _FieldSearch:
     """Builds a class with configurations and compares what comes out.
 
     Args:
@@ -267,22 +268,15 @@ def _proposals(
         left: what is still different.
         every: try fractions, and fields without a value, which may be any size that is wanted.
     """
-    pairs = dict.fromkeys(
-        pair
-        for difference in left
-        for pair in zip(difference.have, difference.want, strict=False)
-        if pair[0] != pair[1] and pair[0]
-    )
+    sizes = (zip(each.have, each.want, strict=False) for each in left)
+    pairs = [(have, want) for have, want in itertools.chain(*sizes) if have != want and have]
     ratios = dict.fromkeys(_ratio(have, want) for have, want in pairs)
     for place, value in _leaves(config):
-        if isinstance(value, list):
-            scaled = [tuple(_scaled(item, ratio) for item in value) for ratio in ratios]
-            yield from ((place, items) for items in scaled if None not in items)
-        elif value is None and every:
-            yield from ((place, size) for size in dict.fromkeys(want for _, want in pairs))
-        elif isinstance(value, int) or (value and every):
-            values = (_scaled(value, ratio) for ratio in ratios)
-            yield from ((place, found) for found in dict.fromkeys(values) if found is not None)
+        if not every and not isinstance(value, (int, list)):
+            continue
+        wanted = (want for _, want in pairs)
+        found = wanted if value is None else (_scaled(value, ratio) for ratio in ratios)
+        yield from ((place, each) for each in dict.fromkeys(found) if each is not None)
 
 
 def _leaves(config: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -305,8 +299,11 @@ def _ratio(have: Number, want: Number) -> Fraction | float:
     return want / have
 
 
-def _scaled(value: Number, ratio: Fraction | float) -> Number | None:
-    """Return a number times a ratio; None if it should be whole and is not."""
+def _scaled(value: Number | list[Number], ratio: Fraction | float) -> object:
+    """Return a number, or each of some, times a ratio; None if one should be whole and is not."""
+    if isinstance(value, list):
+        items = tuple(_scaled(item, ratio) for item in value)
+        return None if None in items else items
     if isinstance(value, float):
         return value * float(ratio)
     scaled = value * ratio

@@ -26,6 +26,7 @@ from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import output_format
+from fxgrow.files.checkpoint.weights import RECORD_KEY
 from fxgrow.files.checkpoint.writing import write_file
 from fxgrow.files.configuration import grown_config
 from fxgrow.files.optimizer import grow_state_dict
@@ -45,15 +46,18 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.uninitialised import Limit
-from fxgrow.plan.checks import MOST_STEPS
-from fxgrow.plan.schema import Plan, plans_of
+from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
 from fxgrow.version import __version__
 
 RECORD_SCHEMA = 1
+_PICKLED_GRAPH = (
+    "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
+    "--trust-pickle. Widen a state_dict to avoid that."
+)
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A model read from a file, with what is needed to write the same kind of file again.
 
     Attributes:
@@ -86,7 +90,7 @@ def open_model(
     arch: str | None = None,
     arch_arguments: Mapping[str, object] | None = None,
     trust_pickle: bool = False,
-) -> Opened:
+) -> OpenedModel:
     """Read a file and return its model, ready to use.
 
     Args:
@@ -105,19 +109,21 @@ def open_model(
         source = load_source(path, trust_pickle=trust_pickle)
         notes = list(source.warnings)
         if source.model is not None:
-            return Opened(source, source.model, None, (), notes, source.inputs)
+            return OpenedModel(source, source.model, None, (), notes, source.inputs)
         if source.config is not None and arch is None:
             architecture = architecture_of(source.path, source.config)
             model, source, more = open_pretrained(source, architecture)
-            return Opened(source, model, architecture, (), [*notes, *more], example_inputs(model))
+            return OpenedModel(
+                source, model, architecture, (), [*notes, *more], example_inputs(model)
+            )
         architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
         limit = Limit.of(source.state_dict) if architecture.origin else None
         model = rebuild(architecture, plans, limit)
         _put_weights(model, source, architecture)
         if not is_pretrained(architecture):
-            return Opened(source, model, architecture, plans, notes)
+            return OpenedModel(source, model, architecture, plans, notes)
         notes += reaching(architecture.arguments["config"], source.path)  # type: ignore[arg-type]
-        return Opened(source, model, architecture, plans, notes, example_inputs(model))
+        return OpenedModel(source, model, architecture, plans, notes, example_inputs(model))
 
 
 def load(
@@ -140,7 +146,7 @@ def load(
 
 @exclusive
 def write_grown(
-    opened: Opened,
+    opened: OpenedModel,
     grown: Grown,
     out: str | Path,
     *,
@@ -164,28 +170,10 @@ def write_grown(
             is left behind.
         VerificationError: what was written is not the grown model when it is read again.
     """
-    out = Path(out)
+    out, source = Path(out), opened.source
     known = is_pretrained(opened.architecture)
-    target = output_format(opened.source, out, configured=known)
-    first, *others = opened.source.state_dicts
-    new = grown.model.state_dict()
-    weights: list[Mapping[str, Tensor]] = [
-        OrderedDict(
-            (name, new[name] if name in new else first[before])
-            for name, before in carried_names(first, grown.plan).items()
-        )
-    ]
-    weights += [apply_to_state_dict(grown.plan, other, grown.init, first) for other in others]
-    notes = []
-    pickled = opened.source.model is not None and target.startswith("torch")
-    graphs = any(isinstance(module, fx.GraphModule) for module in grown.model.modules())
-    if pickled and graphs and opened.source.format != "pt2":
-        notes.append(
-            "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow "
-            "only with --trust-pickle. Widen a state_dict to avoid that."
-        )
-    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
-    record = _record(opened.architecture, plans)
+    target = output_format(source, out, configured=known)
+    notes = [_PICKLED_GRAPH] if _pickles_graph(source, grown.model, target) else []
 
     def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
@@ -193,23 +181,41 @@ def write_grown(
         return changed
 
     config, check, example = None, None, None
-    if target == "pt2" or (target == "directory" and (known or opened.source.config is not None)):
-        given = opened.inputs if inputs is None else inputs
-        example = _inputs_of(grown, opened.model, given)
-        again = check_program if target == "pt2" else check_directory
+    described = target == "directory" and (known or source.config is not None)
+    if target == "pt2" or described:
+        example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
+        again = check_directory if described else check_program
         check = functools.partial(again, grown=grown.model, inputs=example)
-        if target == "directory":
-            config, weights = _for_directory(opened, grown)
-    model = grown.model if opened.source.model is not None or target == "pt2" else None
+    if described:
+        config, weights = _for_directory(opened, grown)
+    else:
+        weights = _grown_weights(source, grown)
+    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
     written = save_source(
-        opened.source, weights, out, record=record, model=model, optimizer=optimizer,
-        config=config, inputs=example, check=check, force=force,
+        source, weights, out, record=_record(opened.architecture, plans),
+        model=grown.model if source.model is not None or target == "pt2" else None,
+        optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
     return notes + written
 
 
+def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:
+    """Return whether a whole module is written as a pickle, and a part of it is a GraphModule."""
+    whole = source.model is not None and target.startswith("torch") and source.format != "pt2"
+    return whole and any(isinstance(module, fx.GraphModule) for module in model.modules())
+
+
+def _grown_weights(source: Source, grown: Grown) -> list[Mapping[str, Tensor]]:
+    """Return what becomes of each of a source's state_dicts, the network's own first."""
+    first, *others = source.state_dicts
+    new = grown.model.state_dict()
+    carried = carried_names(first, grown.plan).items()
+    own = OrderedDict((n, new[n] if n in new else first[before]) for n, before in carried)
+    return [own, *(apply_to_state_dict(grown.plan, old, grown.init, first) for old in others)]
+
+
 def _for_directory(
-    opened: Opened, grown: Grown
+    opened: OpenedModel, grown: Grown
 ) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
     """Return the configuration and the weights of a grown model as a directory holds them.
 
@@ -236,13 +242,13 @@ def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Argume
     Raises:
         SourceError: it was not the whole network that was followed, so its inputs are not known.
     """
-    plan = grown.plan
-    if plan.submodules and example_inputs is None:
+    scope = grown.plan.scopes[0]
+    if scope.module and example_inputs is None:
         raise SourceError(
             "only parts of this network could be followed, so its inputs are not known.",
             way_out="Write its weights: -o model.pt or -o model.safetensors.",
         )
-    return batches_for(model, plan.inputs, plan.inputs_inferred, example_inputs)[0]
+    return batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs)[0]
 
 
 @exclusive
@@ -269,7 +275,6 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
         program = Contents(grown.model, inputs=inputs)
         write_file(program, out, "pt2", source=None, force=force, check=check)
         return
-    wants_safetensors = out.suffix == ".safetensors"
     state_dict = grown.model.state_dict()
     plans = () if grown.plan.names else grown.plan.steps  # a conversion ends in an architecture
     source = grown.plan.steps[0].source
@@ -280,23 +285,23 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
         architecture: Architecture | None = recognise(shapes)
     except SourceError:
         architecture = None
-    if architecture is None and (wants_safetensors or isinstance(grown.model, fx.GraphModule)):
+    target = "safetensors" if out.suffix == ".safetensors" else "torch"
+    if architecture is None and (target != "torch" or isinstance(grown.model, fx.GraphModule)):
         raise SourceError(
             f"{out} cannot hold this model: it grew from no known architecture.",
             name=str(out),
             way_out="Save grown.model.state_dict() and grown.plan.to_json() yourself.",
         )
+    contents = Contents(state_dict)
     if architecture is None:
-        write_file(Contents(grown.model), out, "torch", source=None, force=force)
-        return
-    record = _record(architecture, plans)
-    if wants_safetensors:
+        contents = Contents(grown.model)
+    elif target == "torch":
+        state_dict._metadata[RECORD_KEY] = _record(architecture, plans)  # type: ignore[attr-defined]
+    else:
         tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
-        header = {"format": "pt", "_fxgrow": json.dumps(record)}
-        write_file(Contents(tensors, header), out, "safetensors", source=None, force=force)
-        return
-    state_dict._metadata["_fxgrow"] = record  # type: ignore[attr-defined]
-    write_file(Contents(state_dict), out, "torch", source=None, force=force)
+        header = {"format": "pt", RECORD_KEY: json.dumps(_record(architecture, plans))}
+        contents = Contents(tensors, header)
+    write_file(contents, out, target, source=None, force=force)
 
 
 def rebuild(
@@ -346,28 +351,26 @@ def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -
     try:
         result = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        raise SourceError(
-            f"the weights in {source.path} do not fit {architecture}: {lines[-1].strip()}",
-            name=str(source.path),
-            way_out="Name the architecture with --arch (and --arch-arg).",
-        ) from error
+        last = str(error).strip().splitlines()[-1].strip()
+        raise _misfit(source, architecture, last, str(source.path)) from error
     missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
-    wrong = missing or result.unexpected_keys
-    if wrong:
+    if wrong := missing or result.unexpected_keys:
         what = "miss" if missing else "have an unexpected"
-        raise SourceError(
-            f"the weights in {source.path} do not fit {architecture}: they {what} {wrong[0]}"
-            + (f" and {len(wrong) - 1} more." if len(wrong) > 1 else "."),
-            name=wrong[0],
-            way_out="Name the architecture with --arch (and --arch-arg).",
-        )
-
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise _misfit(source, architecture, f"they {what} {wrong[0]}{more}.", wrong[0])
     for name, same in ties.items():
         one, other = model.get_parameter(same), model.get_parameter(name)
         if one.data_ptr() == other.data_ptr() or other.is_meta:
             owner, _, local = name.rpartition(".")
             setattr(model.get_submodule(owner), local, one)
+
+
+def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+    return SourceError(
+        f"the weights in {source.path} do not fit {architecture}: {how}",
+        name=name,
+        way_out="Name the architecture with --arch (and --arch-arg).",
+    )
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

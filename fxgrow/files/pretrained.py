@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, shown
 from fxgrow.files.checkpoint import Source
 from fxgrow.files.checkpoint.directory import CONFIG, read_config
 from fxgrow.files.checkpoint.reading import reading, refuse_source
 from fxgrow.files.checkpoint.source import with_weights
 from fxgrow.modules.architectures import Architecture, larger_relative
-from fxgrow.modules.huggingface import closed, one_line, screened
+from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.modules.uninitialised import Limit
 
@@ -158,11 +158,11 @@ def reaching(config: Mapping[str, Any], file: Path) -> list[str]:
 def _listed(names: Sequence[str], most: int = 1) -> str:
     """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(one_line(name, 200) for name in names[:most]) + more
+    return ", ".join(shown(name, 200) for name in names[:most]) + more
 
 
 def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
-    first = one_line(how.strip().partition("\n")[0], 400).rstrip(".")
+    first = shown(how.strip().partition("\n")[0], 400).rstrip(".")
     return SourceError(
         f"the weights in {source.path} do not fit {architecture.name}: {first}.",
         name=name,

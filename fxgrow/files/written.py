@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxgrow.errors import VerificationError
 from fxgrow.files.checkpoint.directory import CONFIG, read_config
-from fxgrow.files.checkpoint.formats import FORMATS
+from fxgrow.files.checkpoint.formats import read_file
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
@@ -82,7 +82,7 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
     Raises:
         VerificationError: the output differs.
     """
-    found: Any = FORMATS["pt2"].read(path, trust_pickle=True).data  # fxgrow's own work
+    found: Any = read_file(path, trust_pickle=True)[1].data  # fxgrow's own work
     _check_outputs(grown, found, inputs)
 
 

@@ -27,7 +27,7 @@ from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.calling import map_kind, tensors_in
 
 _SCALES = (4.0, 2.0**20, 2.0**-20)  # powers of four: their square roots are exact as well
-_MAGNITUDES = (1.0, 1e-30, 1e-10, 1e10, 1e30)
+_MAGNITUDES = (1e-30, 1e-10, 1.0, 1e10, 1e30)
 _ENOUGH = 8  # entries of a dim that are run, where the operation takes so few
 _MOST = 2**22  # entries of a call that is run with its own shapes
 _CLOSE = 1e-9  # relative; sums in another order differ by less
@@ -132,12 +132,14 @@ class _Numbers(NamedTuple):
         given = dict(zip(self.chosen, chosen, strict=True))
         generator = torch.Generator().manual_seed(seed)
         made: dict[int, Tensor] = {}
+        are_numbers = torch.Tag.pointwise in self.call.target.tags
 
         def number(value: Value) -> Tensor:
             if value.index in given:
                 return given[value.index].clone()  # an operation in place must not change it
             if value.index not in made:
-                made[value.index] = _random(value.dtype, self.shapes[value.index], generator)
+                shape = self.shapes[value.index]
+                made[value.index] = _random(value.dtype, shape, generator, are_numbers)
             return made[value.index].clone()
 
         args, kwargs = map_kind(Value, number, (self.call.args, self.call.kwargs))
@@ -158,12 +160,21 @@ class _Numbers(NamedTuple):
         ]
 
 
-def _random(dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return numbers of both signs, none near zero; positions are zeros, and masks alternate."""
+def _random(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    are_numbers: bool = False,
+) -> Tensor:
+    """Return numbers of both signs, none near zero; positions are zeros, and masks alternate.
+
+    Integers are positions but for operations entry by entry, to which they are numbers.
+    """
     if dtype is torch.bool:
         return (torch.arange(math.prod(shape)) % 2 == 0).view(*shape)
     if not (dtype.is_floating_point or dtype.is_complex):
-        return torch.zeros(*shape, dtype=dtype)
+        counted = torch.arange(math.prod(shape)).view(*shape) % 4 + 1
+        return (counted if are_numbers else torch.zeros(*shape)).to(dtype)
     drawn = torch.rand(*shape, dtype=torch.float64, generator=generator) + 0.5
     signs = torch.rand(*shape, dtype=torch.float64, generator=generator) - 0.5
     return drawn * signs.sign() + (0j if dtype.is_complex else 0)
@@ -176,37 +187,42 @@ def _in_float64(argument: Any) -> Any:
 
 
 def _degrees(numbers: _Numbers) -> tuple[float | None, ...] | None:
-    given = [x for x in _scalars(numbers.call) if x and math.isfinite(x)]
-    near = [abs(x) * by for x in given for by in (0.75, 1.0, 1.5)]
-    found: list[float | None] | None = None
-    seen: list[bool] = []
-    for seed, magnitude in enumerate((*_MAGNITUDES, *near)):
-        x = numbers.draw(seed, magnitude)
-        if seed == 0:  # all magnitudes side by side
-            spread = torch.Generator().manual_seed(2000)
-            x = [t * 10.0 ** (60 * torch.rand(t.shape, generator=spread).double() - 30) for t in x]
+    found: list[float | None] = []  # NaN where nothing has been told yet
+    for x in _of_all_magnitudes(numbers):
         before = numbers.run(x)
-        after = {scale: numbers.run([scale * t for t in x]) for scale in _SCALES}
-        if found is None:
-            found, seen = [math.nan] * len(before), [False] * len(before)
-        for place, old in enumerate(before):
-            new = {scale: outputs[place] for scale, outputs in after.items()}
-            power = _power(old, new) if found[place] is not None else None
-            tells = power is None or not math.isnan(power)
-            if tells and seen[place] and found[place] != power:
-                power = None
-            if tells:
-                found[place], seen[place] = power, True
-        if not any(power is not None for power in found):
+        after = [numbers.run([scale * t for t in x]) for scale in _SCALES]
+        told = [_power(old, new) for old, *new in zip(before, *after, strict=True)]
+        found = [_both(*pair) for pair in zip(found or told, told, strict=True)]
+        if all(power is None for power in found):
             break
-    return tuple(p if p is None or not math.isnan(p) else None for p in found or ())
+    return tuple(None if power is None or math.isnan(power) else power for power in found)
 
 
-def _power(before: Tensor, after: dict[float, Tensor]) -> float | None:
+def _of_all_magnitudes(numbers: _Numbers) -> Iterator[list[Tensor]]:
+    """Yield numbers for what is scaled: of mixed magnitudes, of one each, near those given."""
+    spread = torch.Generator().manual_seed(2000)
+    yield [
+        t * 10.0 ** (60 * torch.rand(t.shape, dtype=t.dtype, generator=spread) - 30)
+        for t in numbers.draw(0)
+    ]
+    given = [abs(x) for x in _scalars(numbers.call) if x and math.isfinite(x)]
+    near = [x * by for x in given for by in (0.75, 1.0, 1.5)]
+    for seed, magnitude in enumerate((*_MAGNITUDES, *near)):
+        yield numbers.draw(seed + 1, magnitude)
+
+
+def _both(first: float | None, second: float | None) -> float | None:
+    """Return the power that two trials agree on; NaN is that of one that tells nothing."""
+    if first is None or second is None:
+        return None
+    return first if math.isnan(second) or first == second else second if math.isnan(first) else None
+
+
+def _power(before: Tensor, after: Sequence[Tensor]) -> float | None:
     """Return d where after = scale^d·before for each scale; NaN if zeros tell nothing."""
     if not before.is_floating_point():
-        return 0.0 if all(torch.equal(before, x) for x in after.values()) else None
-    first = after[_SCALES[0]]
+        return 0.0 if all(torch.equal(before, x) for x in after) else None
+    first = after[0]
     told = before.isfinite() & (before != 0) & first.isfinite() & (first != 0)
     power = math.nan
     if bool(told.any()):
@@ -214,7 +230,7 @@ def _power(before: Tensor, after: dict[float, Tensor]) -> float | None:
         if ratio <= 0:
             return None
         power = round(12 * math.log(ratio, _SCALES[0])) / 12
-    for scale, new in after.items():
+    for scale, new in zip(_SCALES, after, strict=True):
         wanted = before * scale ** (0.0 if math.isnan(power) else power)
         if not torch.allclose(new, wanted, rtol=_CLOSE, atol=0.0, equal_nan=True):
             return None

@@ -253,12 +253,11 @@ def agree(flow: GainFlow, op: Operation, *, constant: bool = False) -> Gain:
     gains = [flow.of(value) for value in data]
     common = next((gain for gain in gains if gain.scale == 1.0), gains[0])
     common = Gain() if constant else common
-    for value in op.inputs:
-        if value.is_weight and not flow.follow(value, common):
-            taken = flow.taken_by(value)  # where it is used as well
-            if not same(taken.scale, common.scale):
-                common = Gain(taken.scale, common.sources | taken.sources)
-                joins = "a constant or shared parameter"
+    for value in (value for value in op.inputs if value.is_weight):
+        taken = common if flow.follow(value, common) else flow.taken_by(value)
+        if not same(taken.scale, common.scale):  # where it is used as well
+            common = Gain(taken.scale, common.sources | taken.sources)
+            joins = "a constant or shared parameter"
     for value, gain in zip(data, gains, strict=True):
         if not same(gain.scale, common.scale):
             where = f" at {op.module}" if op.module else ""

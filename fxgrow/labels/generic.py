@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.operators import COPIES
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Value
 from fxgrow.modules.calling import map_tensors, tensors_in
@@ -26,12 +27,18 @@ from fxgrow.modules.calling import map_tensors, tensors_in
 _ON_LABELS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
-    # What turns a tensor in place must not turn the layers that other values share.
-    torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int,
-    torch.ops.aten.t_.default: torch.ops.aten.t.default,
-    torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim,
-    torch.ops.aten.unsqueeze_.default: torch.ops.aten.unsqueeze.default,
 }
+
+
+def _on_labels(step: Step) -> Callable[..., Any]:
+    """Return what does to layers what an operation does to data.
+
+    What turns a tensor in place must not turn the layers that other values share.
+    """
+    if step.traits.is_mutable:
+        functional: Callable[..., Any] = getattr(torch.ops.aten, step.target._opname.rstrip("_"))
+        return functional
+    return _ON_LABELS.get(step.target, step.target)
 
 
 def alters(step: Step) -> str:
@@ -74,13 +81,17 @@ def movement(step: Step) -> tuple[Layers, ...]:
     if step.traits.name in COPIES:
         return (step.layers(operands[0]),)
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
-    move = _ON_LABELS.get(step.target, step.target)
+    move = _on_labels(step)
     out: list[list[Layer]] = [[] for _ in step.outputs]
     for cluster in clusters([step.layers(tensor) for tensor in operands]):
         layers = [
             torch.zeros((), dtype=torch.int32).expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(operands, cluster, strict=True)
         ]
+        for tensor, own in zip(operands, cluster, strict=True):
+            if own is None and not step.value(tensor).is_uniform:  # stacked beside channels
+                for other in (layer for layer in cluster if layer is not None):
+                    step.join_fixed(other, tensor, tensor.shape)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
@@ -94,6 +105,15 @@ def movement(step: Step) -> tuple[Layers, ...]:
     return tuple(_apart(step, layers) for layers in out)
 
 
+def repeated(step: Step) -> frozenset[int]:
+    """Return the dims of the output in which entries are the same because there was one."""
+    if step.traits.name != "aten.repeat":
+        return frozenset()
+    x, out = step.operands[0], step.outputs[0]
+    sizes = (*[1] * (out.ndim - x.ndim), *x.shape)
+    return frozenset(dim for dim, size in enumerate(sizes) if size == 1)
+
+
 def _apart(step: Step, layers: list[Layer]) -> Layers:
     """Return the layers without those that share a dim with one before; these are pinned.
 
@@ -102,7 +122,7 @@ def _apart(step: Step, layers: list[Layer]) -> Layers:
     kept: list[Layer] = []
     for layer in layers:
         if any(support(layer) & support(other) for other in kept):
-            step.pin((layer,), "laid out in one dim with other channels")
+            step.pin((layer,), PinKind.ONE_DIM)
         else:
             kept.append(layer)
     return tuple(kept)
@@ -177,6 +197,6 @@ def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     step.space.unify(a, b)
     if bool(lonely.any()):
         alone = torch.where(lonely, torch.maximum(a, b), 0)
-        step.space.pin(alone, f"combined with constants in part of its channels ({step.place})")
+        step.space.pin(alone, PinKind.CONSTANTS)
         return torch.maximum(a, b).expand(left.shape)
     return smaller.expand(left.shape)

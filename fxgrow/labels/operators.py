@@ -31,13 +31,15 @@ LAYOUTS = aten("cat stack repeat _unsafe_view _reshape_alias unsafe_split")
 LIKENESSES = aten("zeros_like ones_like full_like empty_like rand_like randn_like bernoulli")
 # Tensors of given sizes that take nothing but dtype and device from another.
 FACTORIES = aten("new_zeros new_ones new_empty new_full new_empty_strided")
-# Tensors with one value everywhere.
-UNIFORM = aten("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero")
+# Tensors with one value everywhere, or with none yet.
+UNIFORM = aten(
+    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+    "new_empty zero"
+)
 COMMUTATIVE = aten("add mul maximum minimum")
 # Pointwise operations that torch does not tag as such.
 UNTAGGED = aten(
-    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward "
-    "masked_fill bucketize"
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill"
 )
 
 

@@ -8,7 +8,7 @@ what makes zero of zero keeps zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol, TypeAlias
@@ -201,12 +201,18 @@ class PaddingFlow:
     def record(self, op: Operation, fact: Held) -> None:
         """Keep what the new channels of an operation's outputs hold."""
         for value in op.outputs:
-            self._held[value.index] = self._of_whole(value, fact, self.lost(op).why)
+            self.hold(value, self._of_whole(value, fact, self.lost(op).why))
+
+    def hold(self, value: Value, held: Held) -> None:
+        """Know what the new channels of a value hold."""
+        self._held[value.index] = held
 
     def generic(self, op: Operation) -> Held:
         """Return what is held after an operation without a rule, which is asked."""
         if traits_of(op.target).is_movement:
             return joined(self, op)
+        if any(self.axes_of(v, role) for v in op.inputs for role in ("writer", "reader")):
+            return layer_padding(self, op)
         carriers = self.carriers(op)
         held = self.of(carriers[0])
         if not any(self.carries(value) for value in op.outputs):
@@ -256,3 +262,78 @@ def joined(flow: PaddingFlow, op: Operation) -> Held:
         for value in weights:
             flow.fill(value)
     return first
+
+
+def zero_times(flow: PaddingFlow, op: Operation, states: Sequence[Held]) -> Held | None:
+    """Return what a product holds of whose factors some are zero, or None if none is.
+
+    Several may not be, if a gradient has to come back later: the slope for each is zero then.
+
+    Args:
+        flow: the state.
+        op: the product.
+        states: what its factors hold, those that are data.
+    """
+    zeros = [held for held in states if held.what == "zero"]
+    if flow.gradient_later and len(zeros) > 1:
+        return flow.refuse(
+            f"{op.place} multiplies channels of zeros by one another, so that none of them ever "
+            "gets a gradient"
+        )
+    return zeros[0] if zeros else None
+
+
+def layer_padding(flow: PaddingFlow, op: Operation, *, apart: bool = False) -> Held:
+    """Return what is held after a layer: what its weight writes is filled, what it reads is noted.
+
+    Args:
+        flow: the state.
+        op: a product with a weight, or a look-up in one.
+        apart: parts of what it writes read different channels, and so do not sum over the same.
+    """
+    states = [flow.of(value) for value in flow.carriers(op) if not value.is_weight]
+    weights = [value for value in flow.carriers(op) if value.is_weight]
+    _note_readers(flow, op, states)
+    if not any(map(flow.carries, op.outputs)):
+        return Held(None)
+    axes = [axis for value in weights for axis in flow.axes_of(value, "writer")]
+    if not axes:
+        return _passed(flow, op, states, weights)
+    whole = not apart and all(flow.is_whole(flow.table.of_axis(axis)) for axis in axes)
+    if not (whole or flow.holds == "zero"):
+        return flow.lost(op)
+    if any(flow.of(value).what != flow.holds for value in weights):
+        return flow.lost(op)
+    flow.filled.update(axes)
+    for value in weights:
+        flow.fill(value)
+    return Held(flow.holds)
+
+
+def _note_readers(flow: PaddingFlow, op: Operation, states: Sequence[Held]) -> None:
+    """Note whether all is zero that the group's readers in an operation read."""
+    zero = bool(states) and all(held.what == "zero" for held in states)
+    why = next((held.why for held in states if held.why), f"{op.place} reads them by themselves")
+    for axis in (axis for value in op.inputs for axis in flow.axes_of(value, "reader")):
+        flow.free[axis] = flow.free.get(axis, True) and zero
+        if not zero:
+            flow.reasons.setdefault(axis, why)
+
+
+def _passed(
+    flow: PaddingFlow, op: Operation, states: Sequence[Held], weights: Sequence[Value]
+) -> Held:
+    """Return what is held after a product over another dim, or by a kernel for each channel."""
+    if len(states) == 1 and len(op.inputs) == 2 and not weights:
+        return states[0]  # another dim is contracted, without a bias
+    every = len(states) + len(weights) == len(op.inputs)
+    zero = zero_times(flow, op, states) if every else None
+    if zero is None:
+        return next((held for held in states if held.why), flow.lost(op))
+    # A depthwise kernel and its bias accompany them, or it is of heads.
+    biases = [value for value in weights if value is not op.args[1]]
+    if biases and flow.holds != "zero":
+        return flow.lost(op)
+    for value in biases:
+        flow.fill(value)
+    return zero

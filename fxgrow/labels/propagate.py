@@ -14,6 +14,7 @@ from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
 from fxgrow.labels.layers import Layers, along, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
@@ -79,11 +80,12 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
         return found
 
-    def enter_input(self, tensor: Tensor) -> None:
-        """Announce an input of the network."""
-        self._enter(tensor, (), is_input=True)
+    def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
+        """Announce an input of the network, and the labels that it brings along."""
+        self._enter(tensor, layers, is_input=True)
 
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
+        layers = layers if tensor.numel() else ()  # what has no entries has no channels
         value = Value(len(self.tape.values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         self.tape.values.append(value)
         self._values[id(tensor)] = value
@@ -105,6 +107,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             if output.numel() > self._most and _is_larger(output, operands):
                 raise _too_large(func, module, output)
         inputs = tuple([self.value(tensor) for tensor in operands])
+        for value in inputs:
+            self._use(value)
         where = self.space.place = place_of(func, node, module)
         traits = traits_of(func)
         step = Step(self.space, func, traits, args, kwargs, operands, outputs, self.value, where)
@@ -119,6 +123,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             traits.is_movement and bool(inputs) and all(v.is_uniform for v in inputs)
         )
         curved = weight and generic.is_curved(step, inputs)
+        repeated = generic.repeated(step)
         index = len(self.tape.operations)
         values = tuple(
             self._enter(
@@ -131,13 +136,21 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 is_uniform=uniform,
                 is_padded=traits.is_padding,
                 is_curved=curved,
+                repeated=repeated,
+                positions=step.positions.get(place),
             )
-            for tensor, flow in zip(outputs, layers, strict=True)
+            for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         )
         self._write_back(step, index)
         self.tape.operations.append(
             Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
         )
+
+    def _use(self, value: Value) -> None:
+        """Pin the channels among which a value that is used tells positions."""
+        if value.positions is not None:
+            for layer, name in value.positions:
+                self.space.pin(layer, PinKind.MIXED, name)
 
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
@@ -174,6 +187,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
+        if step.outputs and not any(tensor.numel() for tensor in step.outputs):
+            return step.give_up(PinKind.EMPTY)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -181,10 +196,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             try:
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
-                return step.give_up(f"{step.target} cannot move labels")
+                return step.give_up(PinKind.LAYOUT, str(step.target))
         if step.traits.is_pointwise:
             return generic.pointwise(step)
-        return step.give_up(f"no rule for {step.target}")
+        return step.give_up(PinKind.NO_RULE, str(step.target))
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -249,9 +264,11 @@ def propagate(
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
+    space.place = ""
     for tensor in tensors_in(result):
         value = labeller.value(tensor)
+        labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:
-            space.pin(layer, "an output of the network")
+            space.pin(layer, PinKind.OUTPUT)
     return space, labeller.tape

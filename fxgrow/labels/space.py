@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxgrow.labels.forest import Forest, IntArray, Union
 from fxgrow.labels.layers import Layer
+from fxgrow.labels.pins import Pin, PinKind
 
 Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
@@ -57,10 +58,10 @@ class LabelSpace:
     convolution_groups: dict[str, int] = field(
         default_factory=dict
     )  # weight -> groups, 0 depthwise
-    pins: list[tuple[IntArray, str]] = field(default_factory=list)
+    pins: list[tuple[IntArray, Pin]] = field(default_factory=list)
     mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
-    fixed: list[tuple[IntArray, tuple[int, ...], str]] = field(default_factory=list)
-    heads: list[tuple[IntArray, str]] = field(default_factory=list)
+    fixed: list[tuple[IntArray, tuple[int, ...], Pin]] = field(default_factory=list)
+    heads: list[tuple[IntArray, Pin]] = field(default_factory=list)
     history: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
@@ -149,8 +150,7 @@ class LabelSpace:
                 axis = self.axes[owner]
                 tied = np.arange(axis.start, axis.start + axis.size)
                 other = "accompanies" if "carrier" in (known, role) else "writes"
-                reason = f"{axis.tensor} both {other} and reads them (tied weights)"
-                self.pins.append((tied, reason))
+                self.pins.append((tied, Pin(PinKind.TIED, details=(axis.tensor, other))))
             self.fills.setdefault(owner, fill)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
@@ -176,12 +176,12 @@ class LabelSpace:
             first, second = first[different], second[different]
         self.unions.append((first, second, self.place))
 
-    def pin(self, labels: Tensor, reason: str) -> None:
-        """Record that the channels of ``labels`` cannot change, and why."""
+    def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
+        """Record that the running operation lets the channels of ``labels`` not change, and why."""
         ids = np.unique(labels.numpy())
         ids = ids[ids > 0]
         if len(ids):
-            self.pins.append((ids, reason))
+            self.pins.append((ids, Pin(kind, self.place, details)))
 
     def mix(self, labels: Tensor, place: str, norm: str = "") -> None:
         """Record that an operation's result depends on all of these channels together.
@@ -195,14 +195,19 @@ class LabelSpace:
         """Record that an operation altered the values of these channels."""
         self.history.append((done, layer))
 
-    def fix(self, labels: Tensor, dims: Sequence[int], reason: str) -> None:
+    def fix(self, labels: Tensor, dims: Sequence[int], how: str) -> None:
         """Record that these dims of ``labels`` keep their size: something of fixed width joins.
+
+        What does so is told by ``how``: "joined with a tensor".
 
         That pins the channels, unless every channel turns out to fill these dims by itself: the
         positions inside an attention head may each have a constant of their own.
         """
-        if bool((labels > 0).any()):
-            self.fixed.append((labels.numpy(), tuple(dims), reason))
+        pin = Pin(PinKind.FIXED, self.place, (how,))
+        if all(size == 1 or dim in dims for dim, size in enumerate(labels.shape)):
+            self.pin(labels, PinKind.FIXED, how)  # no dim is left for channels side by side
+        elif bool((labels > 0).any()):
+            self.fixed.append((labels.numpy(), tuple(dims), pin))
 
     def share(self, whole: Tensor, part: Tensor, dims: Sequence[int]) -> None:
         """Record that ``part``, which varies in ``dims`` alone, meets what varies in more.
@@ -218,9 +223,9 @@ class LabelSpace:
         """
         self.shared.append((whole.numpy(), part.numpy(), tuple(dims), self.place))
 
-    def several(self, labels: Tensor, reason: str) -> None:
+    def several(self, labels: Tensor) -> None:
         """Record that these channels can only grow in number, so that a lone one is pinned."""
-        self.heads.append((np.unique(labels.numpy()), reason))
+        self.heads.append((np.unique(labels.numpy()), Pin(PinKind.ONE_HEAD, self.place)))
 
     def roots(self) -> IntArray:
         """Return, for each label, the smallest label of its channel; shape ``(labels + 1,)``."""
@@ -244,20 +249,20 @@ class LabelSpace:
         self._known = len(self.unions)
         return self._forest
 
-    def pinned(self, roots: IntArray) -> tuple[tuple[IntArray, str], ...]:
-        """Return the labels that cannot change with the reasons, in the order of their weight."""
+    def pinned(self, roots: IntArray) -> tuple[tuple[IntArray, Pin], ...]:
+        """Return the labels that cannot change and why, in the order of the pins' weight."""
         return (*self.pins, *self._broken(roots))
 
-    def _broken(self, roots: IntArray) -> Iterator[tuple[IntArray, str]]:
-        """Yield what does not fill dims of fixed size by itself, and lone heads, with reasons."""
-        for labels, dims, reason in self.fixed:
+    def _broken(self, roots: IntArray) -> Iterator[tuple[IntArray, Pin]]:
+        """Yield what does not fill dims of fixed size by itself, and lone heads."""
+        for labels, dims, pin in self.fixed:
             if not _fills(roots[labels], dims):
-                yield np.unique(labels[labels > 0]), reason
+                yield np.unique(labels[labels > 0]), pin
         for _, part, _, place in self.shared:  # what roots() left: each channel fills the dims
-            yield np.unique(part[part > 0]), f"every channel of others meets all of them ({place})"
-        for ids, reason in self.heads:
+            yield np.unique(part[part > 0]), Pin(PinKind.EVERY_HEAD, place)
+        for ids, pin in self.heads:
             if len(np.unique(roots[ids])) == 1:
-                yield ids[ids > 0], reason
+                yield ids[ids > 0], pin
 
 
 def _fills(channels: IntArray, dims: Sequence[int]) -> bool:

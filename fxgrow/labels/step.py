@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from fxgrow.labels import ask
 from fxgrow.labels.ask import Call
 from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
 from fxgrow.labels.operators import Traits
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.tape import Value
 from fxgrow.modules.calling import map_tensors
@@ -36,6 +37,7 @@ class Step:
         outputs: the tensors it returned.
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
+        positions: by output, the channels among which it tells positions; to be filled.
     """
 
     space: LabelSpace
@@ -47,6 +49,7 @@ class Step:
     outputs: tuple[Tensor, ...]
     value: Callable[[Tensor], Value]
     place: str
+    positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
 
     @cached_property
     def call(self) -> Call:
@@ -88,7 +91,7 @@ class Step:
         self.space.unify(found.expand_as(whole), whole)
         return found
 
-    def beside(self, tensor: Tensor, dims: Iterable[int], reason: str) -> Layers:
+    def beside(self, tensor: Tensor, dims: Iterable[int], kind: PinKind, *details: str) -> Layers:
         """Return the layers that stay within ``dims``; one that covers none of them is pinned."""
         kept = set(dims)
         found = []
@@ -96,7 +99,7 @@ class Step:
             if support(layer) & kept or not support(layer):
                 found.append(self.flat(layer, kept))
             else:
-                self.pin((layer,), reason)
+                self.pin((layer,), kind, *details)
         return tuple(found)
 
     def stretched(self, tensor: Tensor, shape: Sequence[int]) -> Layers:
@@ -111,7 +114,7 @@ class Step:
         kept = []
         for layer in layers:
             if wider and not support(layer):
-                self.pin((layer,), "a width of one is broadcast here")
+                self.pin((layer,), PinKind.BROADCAST)
             else:
                 kept.append(layer.expand(*shape))
         return tuple(kept)
@@ -125,8 +128,7 @@ class Step:
         dims = support(layer)
         fixed = {dim for dim in dims if dim >= offset and tensor.shape[dim - offset] > 1}
         if fixed:
-            reason = f"combined with a tensor of fixed width ({self.place})"
-            self.space.fix(core(layer, dims), sorted(fixed), reason)
+            self.space.fix(core(layer, dims), sorted(fixed), "combined with a tensor")
         return fixed
 
     def read(self, columns: Tensor, weight: Value) -> None:
@@ -137,18 +139,53 @@ class Step:
         self.space.mark(columns, "reader")
         if weight.is_curved:
             named = " and ".join(weight.origins)
-            self.pin((columns,), f"read by a weight that is not linear in {named}")
+            self.pin((columns,), PinKind.CURVED, named)
 
-    def accompany(self, vector: Tensor | None, channels: Tensor, fill: Fill) -> None:
+    def contract(self, incoming: Tensor | None, weight: Tensor, dim: int) -> None:
+        """Let a weight read the channels that come in along one of its dims.
+
+        Args:
+            incoming: their labels, as :meth:`line` returns them.
+            weight: the weight.
+            dim: the dim of it that is contracted with them.
+        """
+        columns = self.line(weight, dim)
+        if columns is not None:
+            self.read(columns, self.value(weight))
+            if incoming is not None:
+                self.space.unify(columns, incoming)
+        elif incoming is not None:
+            self.pin((incoming,), PinKind.FIXED, "multiplied by a tensor")
+
+    def write(self, weight: Tensor, dim: int, out: int, bias: Tensor | None = None) -> Layers:
+        """Return the channels that a weight writes along a dim of the first output.
+
+        Args:
+            weight: the weight.
+            dim: the dim of it that is there in the output, too.
+            out: that dim of the output.
+            bias: what is added to each of them.
+        """
+        rows = self.line(weight, dim)
+        self.accompany(bias, rows, "draw")
+        if rows is None:
+            return ()
+        self.space.mark(rows, "writer")
+        return (along(rows, out, self.outputs[0].shape),)
+
+    def accompany(self, vector: Tensor | None, channels: Tensor | None, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
         if vector is None:
+            return
+        if channels is None:
+            self.pin(self.layers(vector), PinKind.FIXED, "combined with a tensor")
             return
         line = self.line(vector, vector.ndim - 1)
         if line is not None:
             self.space.unify(line, channels)
             self.space.mark(line, "carrier", fill)
         elif vector.shape[-1] > 1:
-            self.space.fix(channels, (0,), f"combined with a vector of fixed width ({self.place})")
+            self.space.fix(channels, (0,), "combined with a vector")
 
     def accompany_each(self, vector: Tensor | None, layer: Layer, dim: int, fill: Fill) -> None:
         """Let a vector along ``dim`` serve a layer that varies in more: heads, each alike.
@@ -161,13 +198,13 @@ class Step:
             self.space.share(whole, along(line, dim, whole.shape), (dim,))
             self.space.mark(line, "carrier", fill)
 
-    def pin(self, layers: Layers, reason: str) -> None:
-        """Pin every channel of ``layers``; the reason is completed with the place."""
+    def pin(self, layers: Layers, kind: PinKind, *details: str) -> None:
+        """Pin every channel of ``layers``; details fill the sentence of the kind."""
         for layer in layers:
-            self.space.pin(core(layer, support(layer)), f"{reason} ({self.place})")
+            self.space.pin(core(layer, support(layer)), kind, *details)
 
-    def give_up(self, reason: str) -> tuple[Layers, ...]:
+    def give_up(self, kind: PinKind, *details: str) -> tuple[Layers, ...]:
         """Pin all that goes in and return unlabelled outputs."""
         for tensor in self.operands:
-            self.pin(self.layers(tensor), reason)
+            self.pin(self.layers(tensor), kind, *details)
         return tuple(() for _ in self.outputs)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.graphs import symbolic_trace
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
@@ -233,7 +234,7 @@ class Traced:
             other = outside.get(id(tensors[axis.tensor])) if axis.tensor else None
             if other is not None:
                 labels = torch.arange(axis.start, axis.start + axis.size)
-                space.pin(labels, f"{other} is the same tensor, outside of {self.module}")
+                space.pin(labels, PinKind.OUTSIDE, other, self.module)
 
 
 @contextlib.contextmanager

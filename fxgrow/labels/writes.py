@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.layers import Layers, compact
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.space import LabelSpace
 
 
@@ -24,7 +25,7 @@ def written_back(
     """
     if len(known) > 1 or len(written) > 1 or not base.is_contiguous():
         for layer in (*known, *written):
-            space.pin(layer, f"written in place into a part of a tensor ({place})")
+            space.pin(layer, PinKind.OVERWRITTEN)
         return known
     blank = torch.zeros(base.shape, dtype=torch.int32)
     table = known[0].contiguous().clone() if known else blank

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -16,14 +17,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxgrow.errors import SourceError
-from fxgrow.modules.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class, one_line
+from fxgrow.errors import SourceError, UsageError, one_line, shown
+from fxgrow.modules.huggingface import FETCHING_ARGUMENTS, LARGEST, closed, find_class
 from fxgrow.modules.uninitialised import ExceededError, Limit, build_uninitialised
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
@@ -73,7 +74,7 @@ class Architecture:
         # The fields of a config.json are looked at where they are used.
         if self.origin and abs(largest) > LARGEST and not self.name.startswith("transformers:"):
             raise self._refusal(
-                f"{self.name} has an argument of {one_line(str(largest), 20)}, which is no size",
+                f"{self.name} has an argument of {shown(str(largest), 20)}, which is no size",
                 "Name the architecture with --arch.",
             )
         object.__setattr__(self, "arguments", plain)
@@ -85,11 +86,8 @@ class Architecture:
         return SourceError(f"{where}{text}.", name=self.name, way_out=way_out)
 
     def __str__(self) -> str:
-        shown = {
-            key: "…" if isinstance(v, dict) else one_line(repr(v), 80)
-            for key, v in self.arguments.items()
-        }
-        arguments = ", ".join(f"{key}={value}" for key, value in shown.items())
+        values = {k: "…" if isinstance(v, dict) else repr(v) for k, v in self.arguments.items()}
+        arguments = ", ".join(f"{key}={shown(value, 80)}" for key, value in values.items())
         return f"{self.name}({arguments})" if arguments else self.name
 
     @property
@@ -178,13 +176,13 @@ class Architecture:
                 name=origin,
                 way_out="Name the architecture with --arch.",
             )
-        shown = one_line(ascii(name)[1:-1], 80)
+        told = shown(name, 80)
         if name.partition(":")[0] not in _LIBRARIES and not trust_code:
             raise SourceError(
-                f"{origin} names {shown} as its architecture, which is code outside of "
+                f"{origin} names {told} as its architecture, which is code outside of "
                 f"{' and '.join(_LIBRARIES)}.",
                 name=name,
-                way_out=f"If you trust it, name it yourself: --arch {shown}.",
+                way_out=f"If you trust it, name it yourself: --arch {told}.",
             )
         return cls(name, arguments, origin)
 
@@ -269,7 +267,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, object]:
     """Read ``KEY=VALUE`` pairs; a value that is no Python literal is a text.
 
     Raises:
-        SourceError: a pair has no ``=``, its key is no identifier, or a key is given twice.
+        UsageError: a pair has no ``=``, its key is no identifier, or a key is given twice.
 
     Example:
         >>> parse_arguments(["num_classes=10", "norm=none", "size=(8, 8)"])
@@ -279,12 +277,12 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, object]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise SourceError(
+            raise UsageError(
                 f"the architecture argument {pair!r} is not of the form KEY=VALUE.",
                 way_out="For example: --arch-arg num_classes=10.",
             )
         if key in arguments:
-            raise SourceError(
+            raise UsageError(
                 f"the architecture argument {key!r} is given twice.", way_out="Give it once."
             )
         try:
@@ -306,18 +304,14 @@ def _torchvision_names() -> list[str]:
     return names
 
 
-def _timm(required: bool) -> ModuleType | None:
+def _timm_names(required: bool) -> list[str]:
     try:
-        return importlib.import_module("timm")
+        timm: Any = importlib.import_module("timm")
     except ModuleNotFoundError as error:
         if not required:
-            return None
+            return []
         raise SourceError("timm is not installed.", way_out="pip install timm") from error
-
-
-def _timm_names(required: bool) -> list[str]:
-    timm = _timm(required)
-    return [] if timm is None else list(timm.list_models())
+    return list(timm.list_models())
 
 
 def _find_builder(full: str) -> Callable[..., object]:
@@ -339,14 +333,10 @@ def _find_torchvision(name: str) -> Callable[..., object]:
 
 def _find_timm(name: str) -> Callable[..., object]:
     names = _timm_names(required=True)  # create_model itself would also take hubs and folders
-    timm = _timm(required=True)
-    if name not in names or timm is None:
+    if name not in names:
         raise _unknown(name, "timm", names)
-
-    def create(**arguments: object) -> object:
-        return timm.create_model(name, **arguments)
-
-    return create
+    timm: Any = importlib.import_module("timm")
+    return functools.partial(timm.create_model, name)
 
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, shown
 
 # Arguments by which timm would fetch weights or read files; fxgrow brings the weights itself.
 FETCHING_ARGUMENTS = frozenset(
@@ -197,12 +197,13 @@ def _check_field(key: str, value: object, place: str, config: Mapping[str, Any])
         SourceError: it does.
     """
     if key in ("dtype", "torch_dtype") and value is not None and not _is_dtype(value):
-        _refuse(f"{place} is {_shown(value)}, which is no dtype", 'Write "float32", for example.')
+        told = shown(repr(value), 60)
+        _refuse(f"{place} is {told}, which is no dtype", 'Write "float32", for example.')
     if key in _BACKBONES and isinstance(value, str):
         described = isinstance(config.get("backbone_config"), dict)
         if ":" in value or ("/" in value and key == "backbone" and not described):
             _refuse(
-                f"{place} is {_shown(value)}, which would have to be fetched",
+                f"{place} is {shown(repr(value), 60)}, which would have to be fetched",
                 "Write its configuration to config.json: as backbone_config.",
             )
     if key == "model_args" and isinstance(value, dict) and FETCHING_ARGUMENTS & value.keys():
@@ -212,19 +213,6 @@ def _check_field(key: str, value: object, place: str, config: Mapping[str, Any])
 
 def _is_dtype(value: object) -> bool:
     return isinstance(value, str) and isinstance(vars(torch).get(value), torch.dtype)
-
-
-def one_line(text: str, length: int) -> str:
-    """Return a text for a message: in one line, without signs that do not show, not all of it."""
-    line = "".join(
-        sign if sign.isprintable() else "?" for sign in " ".join(text[: 10 * length].split())
-    )
-    return line if len(line) <= length else f"{line[:length]}..."
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message."""
-    return one_line(ascii(value), 60)
 
 
 def _refuse(what: str, way_out: str, name: str = "") -> NoReturn:
@@ -248,15 +236,15 @@ def find_class(name: str) -> Callable[..., object]:
         transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise SourceError(
-            f"{_shown(name)[1:-1]} is a class of transformers, which is not installed.",
+            f"{shown(name, 60)} is a class of transformers, which is not installed.",
             name=name,
             way_out="pip install 'fxgrow[transformers]'",
         ) from error
+    library = f"transformers {transformers.__version__}"
     found: object = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not is_model or not inspect.isclass(getattr(found, "config_class", None)):
-        version = transformers.__version__
-        _refuse(f"transformers {version} has no model class {_shown(name)}", _UPDATE, name)
+        _refuse(f"{library} has no model class {shown(repr(name), 60)}", _UPDATE, name)
 
     cls: Any = found
 
@@ -264,8 +252,7 @@ def find_class(name: str) -> Callable[..., object]:
         used = screened(config).used
         kind = used.get("model_type")
         if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-            version = transformers.__version__
-            _refuse(f"transformers {version} knows no model type {_shown(kind)}", _UPDATE, name)
+            _refuse(f"{library} knows no model type {shown(repr(kind), 60)}", _UPDATE, name)
         return cls(cls.config_class.from_dict(used))
 
     return create

@@ -58,17 +58,9 @@ def inputs_in_training(
         failed: shapes of the input that is known not to.
     """
     for arguments in possible_inputs(standin, graph):
-        if [tuple(tensor.shape) for tensor in tensors_in(arguments)] == [*failed]:
-            continue
-        try:
-            with torch.no_grad(), OnMeta():
-                standin.train()(*arguments)
-                standin.eval()(*arguments)
-        except Exception:  # a user's forward may raise anything; the caller tells of the first
-            continue
-        finally:
-            standin.eval()
-        return arguments
+        known = [tuple(tensor.shape) for tensor in tensors_in(arguments)] == [*failed]
+        if not known and _runs(standin, arguments):
+            return arguments
     return ()
 
 
@@ -180,38 +172,52 @@ def batches_for(
         whole: begin with inputs as large as the inferred ones.
     """
     generator = torch.Generator().manual_seed(0)
-    reference = next((t for t in named_tensors(model).values() if t.is_floating_point()), None)
-    dtype = torch.float32 if reference is None else reference.dtype
-    device = torch.device("cpu") if reference is None else reference.device
+    floating = (t for t in named_tensors(model).values() if t.is_floating_point())
+    reference = next(floating, torch.empty(0, dtype=torch.float32, device="cpu"))
+    dtype, device = reference.dtype, reference.device
 
     def fresh(tensor: Tensor) -> Tensor:
-        on_meta = tensor.device.type == "meta"
-        if tensor.is_floating_point():
-            values = torch.randn(tensor.shape, generator=generator)
-            return values.to(device=device, dtype=dtype if on_meta else tensor.dtype)
-        low, high = (0, 1) if on_meta else (int(tensor.min()), int(tensor.max()))
-        if not on_meta and high - low < 2:  # a mask
-            return tensor.flip(-1) if tensor.ndim else tensor
-        numbers = torch.randint(low, high + 1, tensor.shape, generator=generator)
-        return numbers.to(device=device, dtype=tensor.dtype)
+        made = tensor.is_meta and tensor.is_floating_point()  # of a size alone
+        return _drawn(tensor, generator).to(device, dtype if made else tensor.dtype)
 
     if example is not None:
         arguments = arguments_of(example)
-        on_meta = any(t.device.type == "meta" for t in tensors_in(arguments))
-        first = pytree.tree_map_only(Tensor, fresh, arguments) if on_meta else arguments
-        return [first, pytree.tree_map_only(Tensor, fresh, arguments)]
-    embedding = _first_embedding(model)
-    if embedding is not None and len(shapes[0]) == 2:
-        rows = embedding.num_embeddings
+        drawn = [pytree.tree_map_only(Tensor, fresh, arguments) for _ in range(2)]
+        return drawn if any(t.is_meta for t in tensors_in(arguments)) else [arguments, drawn[0]]
+    first = next(filter(_has_weight, model.modules()), None)
+    if isinstance(first, nn.Embedding) and len(shapes[0]) == 2:
+        rows = first.num_embeddings
         return [(torch.randint(rows, tuple(shapes[0]), generator=generator),)]
-    candidates = [[tuple(shape) for shape in shapes]]
-    if inferred:
-        others = _other_sizes(model, candidates[0], dtype)
-        candidates = [*candidates, *others[:1]] if whole else others
     return [
         arranged(model, [fresh(torch.empty(shape, device="meta")) for shape in found])
-        for found in candidates
+        for found in _sizes_to_draw(model, shapes, inferred, dtype, whole=whole)
     ]
+
+
+def _sizes_to_draw(
+    model: nn.Module,
+    shapes: Sequence[Sequence[int]],
+    inferred: bool,
+    dtype: torch.dtype,
+    *,
+    whole: bool,
+) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of each batch; see :func:`batches_for`."""
+    followed = [tuple(shape) for shape in shapes]
+    if not inferred:
+        return [followed]
+    others = _other_sizes(model, followed, dtype)
+    return [followed, *others[:1]] if whole else others
+
+
+def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return new values for a tensor: normal, or whole numbers of its range; a mask is turned."""
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=generator)
+    low, high = (0, 1) if tensor.is_meta else (int(tensor.min()), int(tensor.max()))
+    if not tensor.is_meta and high - low < 2:  # a mask
+        return tensor.flip(-1) if tensor.ndim else tensor
+    return torch.randint(low, high + 1, tensor.shape, generator=generator)
 
 
 def _other_sizes(
@@ -227,28 +233,21 @@ def _other_sizes(
     found: list[list[tuple[int, ...]]] = []
     for size in smaller:
         candidate = [(2 + len(found), channels, *size)] * len(shapes)
-        if len(found) < 2 and _runs_on(model, candidate, dtype):
+        inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape in candidate]
+        if len(found) < 2 and _runs(stand_in(model), arranged(model, inputs)):
             found.append(candidate)
     larger = [(shape[0] + 1, *shape[1:]) for shape in shapes]
     return found or ([shapes] if smaller else [shapes, larger])
 
 
-def _first_embedding(model: nn.Module) -> nn.Embedding | None:
-    """Return the first module with a weight, if it is an embedding."""
-    for module in model.modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            return module if isinstance(module, nn.Embedding) else None
-    return None
-
-
-def _runs_on(model: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
-    """Return whether the network takes inputs of these shapes, in train mode too."""
-    standin = stand_in(model)
-    inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+def _runs(standin: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a network on meta tensors runs on inputs in both modes; it is left in eval."""
     try:
         with torch.no_grad(), OnMeta():
-            standin.train()(*arranged(standin, inputs))
-            standin.eval()(*arranged(standin, inputs))
-    except Exception:
+            standin.train()(*arguments)
+            standin.eval()(*arguments)
+    except Exception:  # a user's forward may raise anything; the caller tells of the first
         return False
+    finally:
+        standin.eval()
     return True

@@ -108,10 +108,12 @@ def batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    training: bool,
     *_: object,
 ) -> Any:
-    """Each vector has an entry per channel."""
-    return _normalized(x, x.shape[1:2], weight, bias, running_mean, running_var)
+    """Each vector has an entry per channel, and so have the statistics of a batch."""
+    taken = x.shape[1:2] if training else (0,)
+    return _normalized(x, taken, x.shape[1:2], weight, bias, running_mean, running_var)
 
 
 @SHORTCUTS.register("aten::native_layer_norm")
@@ -122,14 +124,17 @@ def layer_norm(
     shape = x.shape[max(x.ndim - len(normalized_shape), 0) :]
     if tuple(shape) != tuple(normalized_shape):
         return NotImplemented
-    return _normalized(x, shape, weight, bias)
+    statistics = (*x.shape[: x.ndim - len(shape)], *[1] * len(shape))
+    return _normalized(x, statistics, shape, weight, bias)
 
 
-def _normalized(x: Tensor, shape: Sequence[int], *vectors: Tensor | None) -> Any:
-    """Return a norm's result; its statistics serve the backward pass alone."""
+def _normalized(
+    x: Tensor, statistics: Sequence[int], shape: Sequence[int], *vectors: Tensor | None
+) -> Any:
+    """Return a norm's result and its two statistics, if all vectors are of a shape."""
     if any(vector is not None and vector.shape != shape for vector in vectors):
         return NotImplemented
-    return _empty_like(x), _empty((0,), x), _empty((0,), x)
+    return _empty_like(x), _empty(statistics, x), _empty(statistics, x)
 
 
 @SHORTCUTS.register("aten::addmm")
@@ -140,7 +145,7 @@ def matrix_product(
     del beta, alpha
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         return NotImplemented
-    if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or not left.dtype == right.dtype:
+    if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or left.dtype != right.dtype:
         return NotImplemented
     return _empty((left.shape[0], right.shape[1]), left)
 

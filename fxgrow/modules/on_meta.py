@@ -44,7 +44,7 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if 0 < elsewhere < len(tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
             tensors = tensors_in((args, kwargs))
-        if not tensors and kwargs.get("device") is not None and not _is_state(func, kwargs):
+        if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         elif func is torch.ops.aten._to_copy.default:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
@@ -70,12 +70,23 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.device.type == "meta" or not tensor.ndim:
             return tensor
         if id(tensor) not in self._twins:
-            self._twins[id(tensor)] = (tensor, tensor.to("meta"))
+            # As it lies in memory: a dim that was expanded has no values of its own.
+            twin = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            self._twins[id(tensor)] = (tensor, twin)
             self.joined(*self._twins[id(tensor)])
         return self._twins[id(tensor)][1]
 
 
-def _is_state(func: OpOverload, kwargs: dict[str, Any]) -> bool:
-    """Return whether an operation makes floating-point zeros: a recurrent layer's first state."""
+def _is_made_up(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether no forward looks at the values of what an operation makes.
+
+    A recurrent layer's first state, of floating-point zeros; and what an operator makes for itself
+    and insists on having where the data is: a number (quantiles, tolerances), a place for counts.
+    """
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return func.overloadpacket is torch.ops.aten.zeros and bool(dtype.is_floating_point)
+    if func._opname == "zeros":
+        return bool(dtype.is_floating_point)
+    is_number = func._opname == "scalar_tensor" or args[:1] == ([],)
+    return is_number or (func._opname == "empty" and dtype == torch.int64)

@@ -112,7 +112,12 @@ def build_uninitialised(
         ExceededError: it takes more than ``limit``.
     """
     if limit is not None:
-        return _build_within(limit, construct, device)
+        budget = _Budget(limit)
+        try:
+            return build_uninitialised(lambda: budget.run(construct), device)
+        except _Exceeded:
+            more = f"; {limit.known}" if limit.known else ""
+            raise ExceededError(f"{budget.reason}{more}") from None
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -126,18 +131,6 @@ def build_uninitialised(
     if isinstance(built, nn.Module):
         _place_(built, torch.device(device))
     return built
-
-
-def _build_within(
-    limit: Limit, construct: Callable[[], object], device: str | torch.device
-) -> object:
-    """Build a module as :func:`build_uninitialised` does, within a limit."""
-    budget = _Budget(limit)
-    try:
-        return build_uninitialised(lambda: budget.run(construct), device)
-    except _Exceeded:
-        more = f"; {limit.known}" if limit.known else ""
-        raise ExceededError(f"{budget.reason}{more}") from None
 
 
 class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -168,7 +161,7 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         try:
             with self:
-                watch = _Watch(self._thread, self._excess)
+                watch = _Watchdog(self._thread, self._excess)
                 try:
                     try:
                         return construct()
@@ -230,7 +223,7 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raise _Exceeded(reason)
 
 
-class _Watch:
+class _Watchdog:
     """Looks at a thread from another one, and raises in it what no other code would.
 
     Args:
@@ -301,13 +294,18 @@ def _filled(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
         return max((tensor.nbytes for tensor in given), default=0)
     if 16 * _most_elements(leaves) < _MIB:
         return 0
-    if any(argument.name == "device" for argument in schema.arguments):
-        kwargs = {**kwargs, "device": torch.device("meta")}
     try:
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        results = tree_leaves(func(*args, **kwargs))
+        return _bytes_of_result(func, args, kwargs)
     except Exception:  # it depends on values: indices of what is not zero, say
         return 8 * sum(tensor.nbytes for tensor in given)
+
+
+def _bytes_of_result(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many bytes the result of an operation has, by running it on meta tensors."""
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    results = tree_leaves(func(*args, **kwargs))
     return sum(result.nbytes for result in results if isinstance(result, Tensor))
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, shown
 from fxgrow.labels.sizes import SIZED
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, TensorEdit
 
@@ -39,17 +39,6 @@ def refuse(place: str, why: str) -> NoReturn:
         PlanError: always.
     """
     raise PlanError(f"the plan's {shown(place)} is wrong: {shown(why)}.", name=shown(place))
-
-
-def shown(text: str) -> str:
-    r"""Return text that anybody may have written as a part of one line.
-
-    Example:
-        >>> print(shown("fc.weight"), shown("fc" + chr(10) + "weight"))
-        fc.weight fc\nweight
-    """
-    text = text if len(text) <= 300 else f"{text[:300]}…"
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def is_name(text: str) -> bool:
@@ -145,18 +134,22 @@ def check_tensor(edit: TensorEdit, dtype: torch.dtype, place: str) -> None:
         check_factor(edit.scale, f"{place}scale")
     if edit.fan_in < 0:
         refuse(f"{place}fan_in", "it is negative")
-    inexact = dtype.is_floating_point or dtype.is_complex
     if edit.absorption is not None:
         check_factor(edit.absorption.gain, f"{place}absorption.gain")
         check_amount(edit.absorption.eps, f"{place}absorption.eps")
-    if edit.fill:
-        if edit.axes or (edit.fill == "identity" and len(edit.new_shape) < 2):
-            refuse(f"{place}fill", "it says all of the tensor, or has no diagonal")
-        return
+    if not edit.fill:
+        _check_axes(edit, dtype, place)
+    elif edit.axes or (edit.fill == "identity" and len(edit.new_shape) < 2):
+        refuse(f"{place}fill", "it says all of the tensor, or has no diagonal")
+
+
+def _check_axes(edit: TensorEdit, dtype: torch.dtype, place: str) -> None:
+    """Check that the dims that are laid out anew make the new shape, of what the dtype holds."""
     shape = _regrouped(edit, f"{place}groups")
     if len({axis.dim for axis in edit.axes}) < len(edit.axes):
         refuse(f"{place}axes", "a dim is named twice")
     kinds = {run.kind for axis in edit.axes for run in axis.runs}
+    inexact = dtype.is_floating_point or dtype.is_complex
     if not inexact and (edit.absorption is not None or not _FRACTIONS.isdisjoint(kinds)):
         refuse(f"{place}axes", f"{dtype} cannot hold what is drawn or divided")
     for index, axis in enumerate(edit.axes):

@@ -14,9 +14,9 @@ that modules have already. All that it can do is this, to a copy of a network:
 - ``sizes``, ``multipliers``: put other sizes and factors into the graph of the network's own code.
 - ``aliases``, ``names``: say which tensors are one, and which of another architecture they become.
 
-``inputs``, ``prediction`` and ``norms`` say on what and against what the result is measured, and
-``request`` with which seed, init and noise numbers are drawn, and what an output without a name is
-called after. All other fields are for the reader.
+``scopes`` and ``prediction`` say on what and against what the result is measured, and ``request``
+with which seed, init and noise numbers are drawn, and what an output without a name is called
+after. All other fields are for the reader.
 
 What a plan says by itself is checked here when it is read, its single entries in
 :mod:`fxgrow.plan.bounds`. That the network at hand has what it names is checked where it is carried
@@ -30,10 +30,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -50,43 +49,37 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
-from fxgrow.plan.edits import Multiplier, Rearrangement
+from fxgrow.plan.edits import Child, Multiplier, Rearrangement
+from fxgrow.plan.requests import Convert, Deepen, Request, Widen
+from fxgrow.plan.step import Step
 
-MOST_STEPS = 64
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
 _MOST_CHILDREN = 1 << 14  # of a module
-_TRACERS = frozenset({"torch.fx", "dispatch"})
 
 
-def check_plan(plan: Any) -> None:
-    """Return if a plan says nothing that no planner would say.
+def check_step(step: Step, place: str = "") -> None:
+    """Return if a step of a plan says nothing that no planner would say.
 
     Args:
-        plan: of the right types.
+        step: of the right types.
+        place: what its fields are called before their names.
 
     Raises:
         PlanError: it does; the message names the field.
     """
-    steps = (*plan.after, plan)
-    if len(steps) > MOST_STEPS:
-        refuse("after", f"it makes {len(steps)} steps, and there can be {MOST_STEPS}")
-    for index, step in enumerate(steps):
-        place = f"after.{index}." if step is not plan else ""
-        if place and step.after:
-            refuse(f"{place}after", "what is carried out first has nothing before it")
-        _Step(step, place).check()
+    _Checked(step, place).check()
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step of a plan.
+class _Checked:
+    """A step that is being checked.
 
     Attributes:
-        plan: the step.
+        step: the step.
         place: what its fields are called before their names.
     """
 
-    plan: Any
+    step: Step
     place: str
 
     def check(self) -> None:
@@ -95,35 +88,33 @@ class _Step:
         Raises:
             PlanError: one of them is wrong.
         """
-        plan, at = self.plan, self.place
-        _check_request(plan.request, f"{at}request.")
+        step, at = self.step, self.place
+        _check_request(step.request, f"{at}request.{step.request.verb}.")
+        if isinstance(step.request, Convert) != bool(step.names):
+            refuse(f"{at}names", "a conversion names what it makes, and nothing else does")
         self._check_source()
         self._check_scopes()
         self._check_rearrangements()
         self._check_tensors()
         self._check_aliases()
-        for index, edit in enumerate(plan.modules):
+        for index, edit in enumerate(step.modules):
             check_attribute(edit, f"{at}modules.{index}.")
-        for index, size in enumerate(plan.sizes):
+        for index, size in enumerate(step.sizes):
             self._check_module(size.module, f"{at}sizes.{index}.module")
             check_sizes(size, f"{at}sizes.{index}.")
         for name in ("multipliers", "prediction"):
-            found: tuple[Multiplier, ...] = getattr(plan, name)
+            found: tuple[Multiplier, ...] = getattr(step, name)
             for index, multiplier in enumerate(found):
                 self._check_module(multiplier.module, f"{at}{name}.{index}.module")
                 check_multiplier(multiplier, f"{at}{name}.{index}.")
-        for index, norm in enumerate(plan.norms):
-            check_factor(norm.gain, f"{at}norms.{index}.gain")
-            if _in(norm.module, "running_var") not in plan.source:
-                refuse(f"{at}norms.{index}.module", f"{norm.module!r} has no running_var")
-        for index, block in enumerate(plan.blocks):
+        for index, block in enumerate(step.blocks):
             check_word(block.method, f"{at}blocks.{index}.method")
-        if not plan.names and not plan.changes:
+        if not step.names and not step.changes:
             refuse(f"{at}groups", "nothing is said to grow")
 
     def _check_source(self) -> None:
         """Check the fingerprint."""
-        for name, (shape, dtype) in self.plan.source.items():
+        for name, (shape, dtype) in self.step.source.items():
             place = f"{self.place}source.{name}"
             if not is_name(name):
                 refuse(place, "that is no name of a tensor")
@@ -133,16 +124,13 @@ class _Step:
 
     def _check_scopes(self) -> None:
         """Check what the network was followed on."""
-        plan, total = self.plan, 0
-        inputs = [(self.place, plan.inputs, plan.tracer)]
-        for index, scope in enumerate(plan.submodules):
-            place = f"{self.place}submodules.{index}."
+        if not self.step.scopes:
+            refuse(f"{self.place}scopes", "nothing was followed")
+        total = 0
+        for index, scope in enumerate(self.step.scopes):
+            place = f"{self.place}scopes.{index}."
             self._check_module(scope.module, f"{place}module")
-            inputs.append((place, scope.inputs, scope.tracer))
-        for place, shapes, tracer in inputs:
-            if not _TRACERS.issuperset(tracer.split(", ")):
-                refuse(f"{place}tracer", f"{tracer!r} is none")
-            for shape in shapes:
+            for shape in scope.inputs:
                 check_shape(shape, f"{place}inputs")
                 total += math.prod(shape)
             if total > _MOST_INPUTS:
@@ -151,7 +139,7 @@ class _Step:
     @cached_property
     def _modules(self) -> frozenset[str]:
         """The modules that hold tensors, and the network itself."""
-        return frozenset(("", *(owner for name in self.plan.source for owner in _owners(name))))
+        return frozenset(("", *(owner for name in self.step.source for owner in _owners(name))))
 
     def _check_module(self, name: str, place: str) -> None:
         """Check the name of a module that holds tensors."""
@@ -162,7 +150,7 @@ class _Step:
     def _moved(self) -> dict[str, list[tuple[str, bool]]]:
         """What each module that is renamed or copied becomes: names, and whether they are new."""
         found: dict[str, list[tuple[str, bool]]] = {}
-        for edit in self.plan.rearrangements:
+        for edit in self.step.rearrangements:
             for child in edit.children:
                 source, name = (_in(edit.container, n) for n in (child.source, child.name))
                 found.setdefault(source, []).append((name, child.new))
@@ -171,13 +159,13 @@ class _Step:
     @cached_property
     def _after(self) -> dict[str, tuple[str, bool]]:
         """For each tensor after the step, the one before that it is or is like; whether new."""
-        plan = self.plan
-        if plan.names:
-            made = {name: plan.tensors.get(plan.aliases.get(name, name)) for name in plan.names}
+        step = self.step
+        if step.names:
+            made = {name: step.tensors.get(step.aliases.get(name, name)) for name in step.names}
             likes = {name: edit.source if edit else "" for name, edit in made.items()}
-            return {name: (old or likes[name], not old) for name, old in plan.names.items()}
+            return {name: (old or likes[name], not old) for name, old in step.names.items()}
         found = {}
-        for name in plan.source:
+        for name in step.source:
             owner = next((owner for owner in _owners(name) if owner in self._moved), "")
             for moved, is_new in self._moved.get(owner, [("", False)]):
                 found[moved + name.removeprefix(owner)] = (name, is_new)
@@ -185,7 +173,7 @@ class _Step:
 
     def _check_rearrangements(self) -> None:
         """Check which modules are put where, under which names."""
-        edits = self.plan.rearrangements
+        edits = self.step.rearrangements
         times = Counter(edit.container for edit in edits)
         held: dict[str, set[str]] = {edit.container: set() for edit in edits}
         for module in self._modules - {""}:
@@ -203,51 +191,58 @@ class _Step:
 
     def _check_tensors(self) -> None:
         """Check the tensors that change, and that what is new is made."""
-        plan, total, limit = self.plan, 0, _memory()
-        for name, edit in plan.tensors.items():
+        step, total, limit = self.step, 0, _memory()
+        for name, edit in step.tensors.items():
             place = f"{self.place}tensors.{name}."
             source = edit.source or name
-            if name not in self._after or source not in plan.source:
+            if name not in self._after or source not in step.source:
                 refuse(f"{place}source", "it makes no tensor of the network, or of none")
-            shape, dtype = plan.source[source][0], getattr(torch, plan.source[source][1])
+            shape, dtype = step.source[source][0], getattr(torch, step.source[source][1])
             if edit.shape != shape:
                 refuse(f"{place}shape", f"{source} is {list(shape)} in the plan's source")
             check_tensor(edit, dtype, place)
-            variance = edit.absorption.variance if edit.absorption is not None else source
-            if variance not in plan.source or plan.source[variance][0] != shape:
-                refuse(f"{place}absorption.variance", f"it is no tensor of {list(shape)}")
+            if edit.absorption is not None:
+                variance = edit.absorption.variance
+                known = variance in step.source and step.source[variance][0] == shape
+                if not known or variance.rpartition(".")[2] != "running_var":
+                    refuse(f"{place}absorption.variance", f"it is no running_var of {list(shape)}")
             total += math.prod(edit.new_shape) * int(dtype.itemsize)
             if total > limit:
                 refuse(f"{place}new_shape", "the new tensors do not fit into memory")
         for name, (_, is_new) in self._after.items():
-            if is_new and plan.aliases.get(name, name) not in plan.tensors:
+            if is_new and step.aliases.get(name, name) not in step.tensors:
                 refuse(f"{self.place}tensors", f"nothing makes the new {name}")
 
     def _check_aliases(self) -> None:
         """Check which tensors are one, and that each continues one that there is."""
-        plan, after = self.plan, self._after
-        for name, first in plan.aliases.items():
+        step, after = self.step, self._after
+        for name, first in step.aliases.items():
             known = name in after and first in after
-            if not known or first in plan.aliases or name in plan.tensors:
+            if not known or first in step.aliases or name in step.tensors:
                 refuse(f"{self.place}aliases.{name}", "these are no two names of a tensor")
         for name, (old, _) in after.items():
-            if not is_name(name) or old not in plan.source:
+            if not is_name(name) or old not in step.source:
                 refuse(f"{self.place}names.{name}", f"{old!r} is no tensor to make it of")
-            first = plan.aliases.get(name, name)
-            if plan.source[old] != plan.source.get(after[first][0]):
+            first = step.aliases.get(name, name)
+            if step.source[old] != step.source.get(after[first][0]):
                 refuse(f"{self.place}aliases.{name}", f"it is not like {first}")
 
 
-def _check_request(request: Any, place: str) -> None:
+def _check_request(request: Request, place: str) -> None:
     """Check what was asked for, as far as it is used again."""
-    check_init(request.init, f"{place}init")
-    for name in ("rescaling", "pairing", "method"):
-        check_word(getattr(request, name), f"{place}{name}")
-    check_factor(request.gain, f"{place}gain")
-    check_amount(request.noise, f"{place}noise")
-    check_amount(request.split_noise, f"{place}split_noise")
-    if request.multiple_of < 1:
-        refuse(f"{place}multiple_of", "it is not positive")
+    drawing = request.drawing
+    check_init(drawing.init, f"{place}init")
+    check_amount(drawing.noise, f"{place}noise")
+    check_amount(drawing.split_noise, f"{place}split_noise")
+    if isinstance(request, (Widen, Convert)):
+        check_word(request.pairing, f"{place}pairing")
+    if isinstance(request, Deepen):
+        check_word(request.method, f"{place}method")
+    if isinstance(request, Widen):
+        check_word(request.rescaling, f"{place}rescaling")
+        check_factor(request.gain, f"{place}gain")
+        if request.multiple_of < 1:
+            refuse(f"{place}multiple_of", "it is not positive")
 
 
 def _check_children(edit: Rearrangement, held: set[str], place: str) -> None:
@@ -260,12 +255,18 @@ def _check_children(edit: Rearrangement, held: set[str], place: str) -> None:
         refuse(f"{place}children", "a module is named twice, or is missing")
     stems = {_stem(name) for name in olds}
     for index, child in enumerate(edit.children):
-        at = f"{place}children.{index}."
         if child.source not in olds:
-            refuse(f"{at}source", f"no module that stays was called {child.source!r}")
-        changed = child.new or child.name != child.source
-        if not child.name or "." in child.name or (changed and _stem(child.name) not in stems):
-            refuse(f"{at}name", f"{child.name!r} is no module's name with another number")
+            why = f"no module that stays was called {child.source!r}"
+            refuse(f"{place}children.{index}.source", why)
+        if not _is_numbered(child, stems):
+            why = f"{child.name!r} is no module's name with another number"
+            refuse(f"{place}children.{index}.name", why)
+
+
+def _is_numbered(child: Child, stems: Set[str]) -> bool:
+    """Return whether a module keeps its name, or has that of one beside it but for the number."""
+    kept = not child.new and child.name == child.source
+    return bool(child.name) and "." not in child.name and (kept or _stem(child.name) in stems)
 
 
 def _in(module: str, name: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.registry import Registry
 
 Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
@@ -118,15 +118,15 @@ def find_init(init: str | Init) -> Init:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise PlanError(f"the init {init!r} cannot be imported: {error}.", name=init) from error
+        raise UsageError(f"the init {init!r} cannot be imported: {error}.", name=init) from error
     if isinstance(found, type) and issubclass(found, NamedInit):
-        raise PlanError(
+        raise UsageError(
             f"the init {init!r} needs data, which a name does not give.",
             name=init,
             way_out="Use it in Python: fxgrow.widen(…, init=…).",
         )
     if not callable(found):
-        raise PlanError(f"the init {init!r} is not callable.", name=init)
+        raise UsageError(f"the init {init!r} is not callable.", name=init)
     typed: Init = found
     return typed
 

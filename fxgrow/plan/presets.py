@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 
 PRESETS: dict[str, tuple[str, str]] = {
     "vt": ("default_vt", "vv_z_negz"),  # variance transfer (Yuan et al. 2023)
@@ -29,7 +29,7 @@ def settings(
         (('none', 'vv_z_negz'), ('default_vt', 'vv_z_negz'), ('default_vt', 'v_zero'))
     """
     if preset is not None and preset not in PRESETS:
-        raise PlanError(
+        raise UsageError(
             f"there is no preset {preset!r}.", name=preset, way_out=f"Known: {', '.join(PRESETS)}."
         )
     standing_in = DEFAULTS if preset is None else PRESETS[preset]

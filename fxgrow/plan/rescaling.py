@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 from fxgrow.registry import Registry
 
 if TYPE_CHECKING:
@@ -97,12 +97,12 @@ def gain_value(gain: float | str) -> float:
             try:
                 gain = float(calculate_gain(gain))  # type: ignore[arg-type]
             except ValueError:
-                raise PlanError(
+                raise UsageError(
                     f"there is no gain {gain!r}.",
                     way_out="Give a number, or a nonlinearity torch.nn.init.calculate_gain knows.",
                 ) from None
     if not (gain > 0 and math.isfinite(gain)):
-        raise PlanError(f"the gain must be positive, not {gain}.")
+        raise UsageError(f"the gain must be positive, not {gain}.")
     return float(gain)
 
 

@@ -11,232 +11,40 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from fxgrow.errors import PlanError
-from fxgrow.plan.bounds import check_extent, shown
-from fxgrow.plan.checks import MOST_STEPS, check_plan
-from fxgrow.plan.edits import ModuleEdit, Multiplier, NormGain, Rearrangement, SizeEdit, TensorEdit
+from fxgrow.errors import PlanError, shown
+from fxgrow.labels.gains import Verdict
+from fxgrow.plan.bounds import check_extent, refuse
+from fxgrow.plan.checks import check_step
+from fxgrow.plan.step import Step
+from fxgrow.plan.upgrade import is_old, upgraded
 
-SCHEMA = 1
-
-Where = Literal["hidden", "stream", "all"]
-Grouped = Literal["width", "count"]
-Verdict = Literal["exact", "scaled", "no"]
-GroupKind = Literal["hidden", "stream", "pinned"]
+MOST_STEPS = 64
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for.
+class Plan(Step):
+    """A whole surgery, of one step or of several.
 
-    The fields are the arguments of :func:`fxgrow.widen`, but for ``blocks`` and ``method``, which
-    are those of :func:`fxgrow.deepen`, ``size``, which is that of :func:`fxgrow.morph_kernel`, and
-    ``target``, which is that of :func:`fxgrow.convert`. A plan uses those of one of the four.
-    """
-
-    width: str | dict[str, str]
-    rescaling: str = "none"
-    pairing: str = "vv_z_negz"
-    init: str = "copy_uniform"
-    where: Where = "hidden"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    gain: float = 1.0
-    noise: float = 0.0
-    multiple_of: int = 1
-    grouped: Grouped = "width"
-    seed: int = 0
-    compensate: bool = False
-    split_noise: float = 0.1
-    module: str = ""
-    blocks: dict[str, str] = field(default_factory=dict)
-    method: str = ""
-    size: str | dict[str, str] = ""
-    target: str = ""
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What was followed: the whole network or a submodule, on which inputs.
+    The fields that every :class:`fxgrow.plan.step.Step` has are those of the last step.
 
     Attributes:
-        module: its fully qualified name; "" for the whole.
-        inputs: shapes of its inputs.
-        inputs_inferred: whether these were inferred.
-        tracer: ``torch.fx``, or ``dispatch`` where there is no fx graph.
+        after: plans of one step that are carried out first, oldest first; this one is for what
+            they make.
+        schema: version of the JSON.
     """
 
-    module: str
-    inputs: tuple[tuple[int, ...], ...]
-    inputs_inferred: bool
-    tracer: str
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """What happens to one channel group; the fields are those of the report."""
-
-    name: str
-    width: tuple[int, int]
-    kind: GroupKind
-    block: str | None
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
-    factors: dict[str, float]
-    alpha: float | None
-    beta: float | None
-    alpha_beta: float | None
-    absorbed_by: tuple[str, ...]
-    gain: float
-    preserves: Verdict
-    reason: str
-    pairing: str
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """A block that a deepening inserts.
-
-    Attributes:
-        name: its fully qualified name.
-        like: the block it is a copy of in structure.
-        method: how it is kept from changing anything: ``r2deeper``, ``zero_last``, ``net2deeper``
-            or ``read_by_zeros``.
-        zeroed: the tensors that make its branch zero, or its layers identities.
-        preserves: what becomes of the function in eval mode.
-        reason: why so, where it needs one.
-        parameters: how many it brings.
-        in_training: what becomes of the function in train mode; where it changes, that is measured
-            and not judged.
-    """
-
-    name: str
-    like: str
-    method: str
-    zeroed: tuple[str, ...]
-    preserves: Verdict
-    reason: str
-    parameters: int
-    in_training: Verdict = "exact"
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """A layer whose kernel grows.
-
-    Attributes:
-        name: the layer.
-        before, after: kernel sizes, a number for each dim of space.
-        padding: before and after, a number for each dim of space, or ``same`` or ``valid``.
-        preserves: what becomes of the function.
-        reason: why so, where it needs one.
-    """
-
-    name: str
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    padding: tuple[tuple[int, ...] | str, tuple[int, ...] | str]
-    preserves: Verdict
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A group, stage or layer that was asked for and cannot grow, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole surgery. See the attributes' own classes for their meaning.
-
-    Attributes:
-        request: what was asked for.
-        groups: every group that grows.
-        refused: every selected group that does not.
-        tensors: edits by fully qualified name.
-        modules: attribute edits.
-        sizes: sizes that the network's own code fixes; the grown network is then a GraphModule.
-        multipliers: what ``compensate`` inserts into the graph of the grown network.
-        prediction: what turns the graph of the old network into the function that the grown one
-            is predicted to compute; empty if that is the old function.
-        norms: norms that absorb a gain, for the prediction in train mode.
-        aliases: tied tensors: other name -> the name under which the edit is listed.
-        source: fingerprint: shape and dtype of every tensor by name.
-        inputs: input shapes the network was followed on.
-        inputs_inferred: whether those were inferred.
-        tracer: ``torch.fx``, or ``dispatch`` where there is no fx graph.
-        parameters, flops: before and after.
-        warnings: what the user should know.
-        fxgrow, schema: versions.
-        submodules: where not the whole network was followed: the parts that were, whose inputs
-            the above are, one after the other.
-        rearrangements: modules that get new ones among those that they hold.
-        blocks: every block that is inserted.
-        kernels: every layer whose kernel grows.
-        after: plans that are carried out first, oldest first; this one is for what they make.
-        names: where the tensors become those of a given architecture: for each of its tensors, in
-            order, the name before, "" for a new one. Such a plan makes tensors, and no module.
-    """
-
-    # Of this and of all that it is made of: nothing is converted, left over or not finite.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, str_max_length=1 << 16
-    )
-
-    request: Request
-    groups: tuple[GroupPlan, ...]
-    refused: tuple[Refusal, ...]
-    tensors: dict[str, TensorEdit]
-    modules: tuple[ModuleEdit, ...]
-    multipliers: tuple[Multiplier, ...]
-    prediction: tuple[Multiplier, ...]
-    norms: tuple[NormGain, ...]
-    aliases: dict[str, str]
-    source: dict[str, tuple[tuple[int, ...], str]]
-    inputs: tuple[tuple[int, ...], ...]
-    inputs_inferred: bool
-    tracer: str
-    parameters: tuple[int, int]
-    flops: tuple[int, int]
-    warnings: tuple[str, ...]
-    fxgrow: str
-    schema: int = SCHEMA
-    sizes: tuple[SizeEdit, ...] = ()
-    submodules: tuple[Scope, ...] = ()
-    rearrangements: tuple[Rearrangement, ...] = ()
-    blocks: tuple[BlockPlan, ...] = ()
-    kernels: tuple[KernelPlan, ...] = ()
     after: tuple[Plan, ...] = ()
-    names: dict[str, str] = field(default_factory=dict)
+    schema: Literal[2] = 2
 
     @property
     def steps(self) -> tuple[Plan, ...]:
         """The plans to carry out one after the other, this one last."""
         return (*self.after, replace(self, after=()) if self.after else self)
-
-    @property
-    def scopes(self) -> tuple[Scope, ...]:
-        """The parts that were followed, or the whole network as the only one."""
-        whole = Scope("", self.inputs, self.inputs_inferred, self.tracer)
-        return self.submodules or (whole,)
-
-    @property
-    def makes_graphs(self) -> bool:
-        """Whether this plan puts graphs in place of code, without what is carried out before it."""
-        calls = any(edit.caller is not None for edit in self.rearrangements)
-        return bool(self.sizes or self.multipliers or calls)
-
-    @property
-    def changes(self) -> tuple[GroupPlan | BlockPlan | KernelPlan, ...]:
-        """What this plan makes grow, without what is carried out before it."""
-        return (*self.groups, *self.blocks, *self.kernels)
 
     @property
     def preserves(self) -> Verdict:
@@ -260,24 +68,26 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Return the plan that :meth:`to_dict` described.
+        """Return the plan that :meth:`to_dict` described, here or in a version of schema 1.
 
         Raises:
-            PlanError: the data is not a plan of this version, or says what no planner would say;
+            PlanError: the data is not a plan of these versions, or says what no planner would say;
                 the message names the field.
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"a plan is a mapping of its fields, not a {type(data).__name__}.")
-        found = data.get("schema")
-        if type(found) is not int or found != SCHEMA:
+        schema = data.get("schema")
+        if type(schema) is not int or schema not in (1, 2):
             raise PlanError(
-                f"this is not a plan of schema {SCHEMA} (its schema is {shown(repr(found))}).",
+                f"this is not a plan of schema 1 or 2 (its schema is {shown(repr(schema))}).",
                 way_out="Make the plan anew with this version of fxgrow.",
             )
         check_extent(dict(data))
         try:
-            # As JSON it is data alone, whatever it was read from.
-            plan = _ADAPTER.validate_json(json.dumps(dict(data)))
+            text = json.dumps(dict(data))  # as JSON it is data alone, whatever it was read from
+            if is_old(data):
+                text = json.dumps(upgraded(json.loads(text)))
+            plan = _ADAPTER.validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = shown(".".join(str(part) for part in first["loc"]) or "text")
@@ -286,8 +96,22 @@ class Plan:
             raise PlanError("the plan is nested too deeply.") from error
         except (TypeError, ValueError) as error:
             raise PlanError(f"the plan is made of other than JSON: {shown(str(error))}.") from error
-        check_plan(plan)
+        plan._check()
         return plan
+
+    def _check(self) -> None:
+        """Return if the plan, of the right types, says nothing that no planner would say.
+
+        Raises:
+            PlanError: it does; the message names the field.
+        """
+        if len(self.after) >= MOST_STEPS:
+            refuse("after", f"there can be {MOST_STEPS} steps, with the last one")
+        for index, step in enumerate(self.after):
+            if step.after:
+                refuse(f"after.{index}.after", "what is carried out first has nothing before it")
+            check_step(step, f"after.{index}.")
+        check_step(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -17,23 +17,21 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils import _pytree as pytree
 
-from fxgrow.apply.tensors import regroup
-from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain, TensorEdit
+from fxgrow.verification.forward import Mode, in_double, outputs_of, shown
+from fxgrow.verification.gradients import check_gradients
 
 Judgement = Literal["preserved", "as predicted", "failed", "skipped"]
-Mode = Literal["eval", "train"]
 
 TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
 # Smaller deviations count as none, so that outputs which are nothing but rounding (a constant less
@@ -147,50 +145,66 @@ def judge(
         batches: arguments of ``forward``, floating-point ones in the networks' own dtype.
         progress: called after each batch in each mode.
     """
-    exact_is_native = _epsilon(case.after) <= torch.finfo(torch.float64).eps and not case.notes
-    native: list[nn.Module] = []
-    exactly = Expectation(exact=True)
+    runs = _Runs(case)
     results: dict[Mode, ModeResult] = {}
     modes: tuple[Mode, ...] = ("eval", "train")
-    statistics = [(b, b.clone()) for b in case.reference.buffers() if b.is_floating_point()]
     for mode in modes:
-        norms = case.norms if mode == "train" else ()
         result = ModeResult()
         for batch in batches:
-            exact = pytree.tree_map_only(Tensor, _to_double, batch)
-            before = _run(case.exact_before, exact, mode, exactly)
-            after = _run(case.exact_after, exact, mode, exactly)
-            predicted = before
-            if case.reference is not case.exact_before or norms:
-                for buffer, value in statistics:  # a run in train mode has moved them
-                    buffer.copy_(value)
-                with _absorbing(case.reference, norms):
-                    predicted = _run(case.reference, exact, mode, exactly)
-            if exact_is_native and not exactly.casts:
-                old, new = before, after
-            else:
-                native = native or [stand_in(case.before, {}), stand_in(case.after, {})]
-                old, new = (_run(model, batch, mode, Expectation()) for model in native)
-            result = result.worst(
-                ModeResult(
-                    float64=_errors(before, after),
-                    native=_errors(old, new),
-                    rounding=_errors(before, old),
-                    predicted=_errors(before, predicted),
-                    residual=_errors(predicted, after),
-                )
-            )
+            result = result.worst(runs.compare(batch, mode))
             progress()
         results[mode] = result
-    gradients = _without_gradient(case, batches[0]) if case.edits else ()
+    gradients = check_gradients(case.exact_after, case.edits, batches[0])
     return Verification(
         verdict=_verdict(case, results),
         eval=results["eval"],
         train=results["train"],
         inputs=tuple("x".join(map(str, t.shape)) for batch in batches for t in tensors_in(batch)),
-        without_gradient=gradients,
-        notes=case.notes,
+        without_gradient=gradients.missing,
+        notes=(*case.notes, *gradients.notes),
     )
+
+
+class _Runs:
+    """Runs the networks of a case, in float64 and, where that is another, in their own dtype."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._exactly = Expectation(exact=True)
+        self._exact_is_native = (
+            _epsilon(case.after) <= torch.finfo(torch.float64).eps and not case.notes
+        )
+        buffers = (b for b in case.reference.buffers() if b.is_floating_point())
+        self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
+
+    @cached_property
+    def _native(self) -> tuple[nn.Module, nn.Module]:
+        """Copies of the networks before and after as they are."""
+        return stand_in(self._case.before, {}), stand_in(self._case.after, {})
+
+    def compare(self, batch: Arguments, mode: Mode) -> ModeResult:
+        """Return what one batch shows in one mode."""
+        case = self._case
+        exact = in_double(batch)
+        before = outputs_of(case.exact_before, exact, mode, self._exactly)
+        after = outputs_of(case.exact_after, exact, mode, self._exactly)
+        predicted = before
+        norms = case.norms if mode == "train" else ()
+        if case.reference is not case.exact_before or norms:
+            for buffer, value in self._statistics:  # a run in train mode has moved them
+                buffer.copy_(value)
+            with _absorbing(case.reference, norms):
+                predicted = outputs_of(case.reference, exact, mode, self._exactly)
+        old, new = before, after
+        if not self._exact_is_native or self._exactly.casts:
+            old, new = (outputs_of(model, batch, mode, Expectation()) for model in self._native)
+        return ModeResult(
+            float64=_errors(before, after),
+            native=_errors(old, new),
+            rounding=_errors(before, old),
+            predicted=_errors(before, predicted),
+            residual=_errors(predicted, after),
+        )
 
 
 def _verdict(case: Case, results: Mapping[Mode, ModeResult]) -> Judgement:
@@ -228,33 +242,6 @@ def _epsilon(model: nn.Module) -> float:
     """Return the coarsest rounding unit among a network's floating-point tensors."""
     dtypes = {t.dtype for t in named_tensors(model).values() if t.is_floating_point()}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-
-
-def _to_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _run(
-    model: nn.Module, arguments: Arguments, mode: Mode, without_chance: Expectation
-) -> list[Tensor]:
-    """Return the output tensors of a network in a mode; dropout is off in both.
-
-    Raises:
-        VerificationError: it does not run; a batch norm in train mode needs more than one value.
-    """
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
-    try:
-        with torch.no_grad(), without_chance:
-            return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise VerificationError(
-            f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
-            way_out="Give larger example inputs or a larger batch, or skip the check "
-            "(verify=False, --no-verify).",
-        ) from error
 
 
 def _errors(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
@@ -303,75 +290,8 @@ def _absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None
                 module.weight.copy_(weight)
 
 
-def _without_gradient(case: Case, batch: Arguments) -> tuple[str, ...]:
-    """Return grown tensors whose new entries receive no gradient within two steps of SGD."""
-    model = case.exact_after
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name in case.edits and _has_new(case.edits[name]) and parameter.requires_grad
-    }
-    waiting = dict(parameters)
-    exact = pytree.tree_map_only(Tensor, _to_double, batch)
-    model.train()
-    for _ in range(2):
-        if not waiting:
-            break
-        model.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            outputs = [t for t in tensors_in(call(model, exact)) if t.is_floating_point()]
-            scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
-            loss = torch.stack([t.square().mean() for t in scaled]).sum()
-        if not loss.requires_grad:
-            break
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name in list(waiting):
-            gradient = parameters[name].grad
-            if gradient is not None and _touches_new(gradient, case.edits[name]):
-                del waiting[name]
-        with torch.no_grad():
-            for parameter in parameters.values():
-                if parameter.grad is not None:
-                    size = float(parameter.grad.norm())
-                    if size > 0 and math.isfinite(size):
-                        step = 1e-2 * (float(parameter.norm()) or 1.0) / size
-                        parameter.sub_(step * parameter.grad)
-    model.zero_grad(set_to_none=True)
-    return tuple(waiting)
-
-
-def _has_new(edit: TensorEdit) -> bool:
-    """Return whether some entries of a tensor are new; those with a source are altogether."""
-    return bool(edit.axes or edit.source or edit.groups[0] != edit.groups[1])
-
-
-def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
-    """Return whether the gradient is nonzero anywhere among the new entries."""
-    if edit.source:
-        return bool(gradient.any())
-    if not edit.axes:  # its groups were merged, and nothing else
-        between = regroup(torch.ones(edit.shape), edit.groups) == 0
-        return bool(gradient[between.to(gradient.device)].any())
-    for axis in edit.axes:
-        per_group = gradient.shape[axis.dim]
-        old = torch.zeros(per_group * axis.groups, dtype=torch.bool)
-        position, seen = 0, set[int]()
-        for run in axis.runs:
-            if run.kind in ("old", "share"):  # further copies of an old position are new
-                sources = range(run.start, run.start + run.length)
-                fresh = [source not in seen for source in sources]
-                old[position : position + run.length] = torch.tensor(fresh)
-                seen.update(sources)
-            position += run.length
-        new = (~old.view(axis.groups, per_group)).any(dim=0).to(gradient.device)
-        if bool(gradient.movedim(axis.dim, 0)[new].any()):
-            return True
-    return False
-
-
 def notes_on(broken: Sequence[str]) -> tuple[str, ...]:
     """Return what to say of tensors with entries that are not finite."""
     if not broken:
         return ()
-    names = ", ".join(broken[:3]) + (" and others" if len(broken) > 3 else "")
-    return (f"{names}: NaN or infinite entries were taken as 0 in the float64 check",)
+    return (f"{shown(broken)}: NaN or infinite entries were taken as 0 in the float64 check",)

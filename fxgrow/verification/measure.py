@@ -20,13 +20,16 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import arranged, batches_for
 from fxgrow.modules.standin import float64_copy
 from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
-from fxgrow.plan.schema import BlockPlan, Plan, Scope
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import BlockPlan, Scope
+from fxgrow.verification.forward import Mode
 from fxgrow.verification.judge import (
     Case,
     Judgement,
-    Mode,
     ModeResult,
     Verification,
     agree,
@@ -70,48 +73,54 @@ def measure(
     if made.prediction:
         start = float64_copy(model)[0] if reference is exact else reference
         reference = insert_multipliers(start, made.prediction, both_modes=False)
-    predictable = not made.request.noise and cancels(made.request.pairing)
+    asked = made.request
+    predictable = not isinstance(asked, Widen) or (not asked.noise and cancels(asked.pairing))
     notes = notes_on(broken)
     if not predictable:
         notes += ("new channels do not cancel: the change was measured, not predicted",)
-    modes = judged_modes(made)
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(grown).items()}
+    case = Case(
+        model, grown, exact, exact_grown, reference, made.norms, predictable,
+        _last_edits(made, grown), notes, judged_modes(made),
+    )  # fmt: skip
     # What a large kernel reads depends on the input's size, and so may whether it runs at all
     whole = any(step.kernels for step in made.steps)
     found = []
     for scope in made.scopes:
-        before = model.get_submodule(scope.module)
-        case = Case(
-            before,
-            grown.get_submodule(scope.module),
-            exact.get_submodule(scope.module),
-            exact_grown.get_submodule(scope.module),
-            reference.get_submodule(scope.module),
-            tuple(
-                replace(norm, module=_inside(norm.module, scope.module))
-                for norm in made.norms
-                if _is_inside(norm.module, scope.module)
-            ),
-            predictable,
-            {
-                _inside(name, scope.module): edit
-                for step in made.steps
-                for name, edit in step.tensors.items()
-                if _is_inside(name, scope.module) and name in shapes
-                if edit.new_shape == shapes[name]
-            },
-            notes,
-            modes,
-        )
-        batches = batches_for(
-            case.after if whole else before,
-            scope.inputs,
-            scope.inputs_inferred,
-            example_inputs,
-            whole=whole,
-        )
-        found.append(judge(case, batches))
+        part = _within(case, scope.module)
+        runs = part.after if whole else part.before
+        inferred = scope.inputs_inferred
+        batches = batches_for(runs, scope.inputs, inferred, example_inputs, whole=whole)
+        found.append(judge(part, batches))
     return told(made, _combined(found, [scope.module for scope in made.scopes]))
+
+
+def _last_edits(made: Plan, grown: nn.Module) -> dict[str, TensorEdit]:
+    """Return the edits after which tensors have the shapes that they have in the end."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(grown).items()}
+    return {
+        name: edit
+        for step in made.steps
+        for name, edit in step.tensors.items()
+        if edit.new_shape == shapes.get(name)
+    }
+
+
+def _within(case: Case, module: str) -> Case:
+    """Return a case for one submodule of its networks, with names as they are there."""
+    return replace(
+        case,
+        before=case.before.get_submodule(module),
+        after=case.after.get_submodule(module),
+        exact_before=case.exact_before.get_submodule(module),
+        exact_after=case.exact_after.get_submodule(module),
+        reference=case.reference.get_submodule(module),
+        norms=tuple(
+            replace(norm, module=_inside(norm.module, module))
+            for norm in case.norms
+            if _is_inside(norm.module, module)
+        ),
+        edits={_inside(n, module): edit for n, edit in case.edits.items() if _is_inside(n, module)},
+    )
 
 
 def judged_modes(made: Plan) -> tuple[Mode, ...]:
@@ -207,7 +216,7 @@ def failure(
 
 def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Sequence[str]) -> Plan:
     """Return the same plan for some of its groups or kernels."""
-    if not made.groups:
+    if not isinstance(made.request, Widen):
         return only_kernels(made, names)
     widths = {group.name: str(group.width[1]) for group in made.groups if group.name in names}
     request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
@@ -265,22 +274,22 @@ def verify(
     """
     if example_inputs is None:
         traced = [analysis.traced for analysis in follow(before, None, module)[0]]
-        scopes = [Scope(t.module, t.input_shapes, t.inferred, t.tracer) for t in traced]
+        parts = [(t.module, t.input_shapes, t.inferred) for t in traced]
     else:
         if module:
             check_module(before, module)
-        scopes = [Scope(module, (), False, "")]
+        parts = [(module, (), False)]
     exact_before, broken = float64_copy(before)
     exact_after, _ = float64_copy(after)
     found = []
     try:
-        for scope in scopes:
+        for name, shapes, inferred in parts:
             old, new, exact_old, exact_new = (
-                network.get_submodule(scope.module)
+                network.get_submodule(name)
                 for network in (before, after, exact_before, exact_after)
             )
             case = Case(old, new, exact_old, exact_new, exact_old, notes=notes_on(broken))
-            batches = batches_for(old, scope.inputs, scope.inputs_inferred, example_inputs)
+            batches = batches_for(old, shapes, inferred, example_inputs)
             judged = judge(case, batches)
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, case) for result in results)
@@ -289,4 +298,4 @@ def verify(
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise VerificationError(f"the networks cannot be compared: {error}.") from error
-    return _combined(found, [scope.module for scope in scopes])
+    return _combined(found, [name for name, _, _ in parts])

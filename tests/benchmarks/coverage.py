@@ -43,7 +43,8 @@ from fxgrow.cli.arguments import parse_widths
 from fxgrow.errors import FxgrowError
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.architectures import Architecture
-from fxgrow.plan.schema import Plan, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
 
 FAMILIES = (
     "classification", "segmentation", "video", "detection", "optical_flow", "timm", "transformers",
@@ -93,7 +94,7 @@ def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, object]]:
     groups = [group for part in parts for group in part.groups]
     for where in options.where or ("hidden", "all"):
         own = row | {"where": where, "groups": len(groups)}
-        request = Request(options.width, where=where, noise=options.noise)
+        request = Widen(options.width, where=where, noise=options.noise)
         try:
             plan = plan_parts(parts, request, lambda _: math.nan)
             own |= {"widened": len(plan.groups), "pinned or refused": pinned(parts, plan)}
@@ -119,7 +120,7 @@ def pinned(parts: Sequence[Analysis], plan: Plan) -> str:
     groups = [group for part in parts for group in part.groups]
     reasons = {group.name: group.reason for group in groups if group.kind == "pinned"}
     reasons |= {refused.name: refused.reason for refused in plan.refused}
-    where = ", ".join(part.module for part in plan.submodules)
+    where = ", ".join(part.module for part in plan.scopes)
     return "; ".join(filter(None, (f"in {where}" if where else "", counted(reasons.values()))))
 
 

@@ -86,6 +86,13 @@ def differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
         yield f"{at}: {str(before)[:100]} → {str(after)[:100]}"
 
 
+def present(data: Any) -> Any:
+    """Return a plan as this version writes it; what is no plan is as it is."""
+    from fxgrow.plan.schema import Plan
+
+    return Plan.from_dict(data).to_dict() if data and "schema" in data else data
+
+
 def compare(before: Path, after: Path) -> int:
     """Print where the plans of two folders differ; return how many do."""
     plans = changed = 0
@@ -94,7 +101,7 @@ def compare(before: Path, after: Path) -> int:
         new = json.loads((after / path.name).read_text()) if (after / path.name).exists() else {}
         for case in (case for case in old if case != TIMES):
             plans += 1
-            found = list(differences(old[case], new.get(case)))
+            found = list(differences(present(old[case]), present(new.get(case))))
             if found:
                 changed += 1
                 print(f"{path.stem} {case}: {len(found)} differences")

@@ -8,12 +8,13 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fxgrow.api.report.layout import indented, name_list, new_table, some, verdict_text
+from fxgrow.api.report.elements import new_table, reasons, some, verdict_text
 from fxgrow.grow.kernels.taps import told
-from fxgrow.plan.schema import BlockPlan, KernelPlan, Request
+from fxgrow.plan.requests import Convert, Deepen, MorphKernel
+from fxgrow.plan.step import BlockPlan, KernelPlan
 
 
-def kernels_line(request: Request) -> Text:
+def kernels_line(request: MorphKernel) -> Text:
     """Return what was asked for of kernels."""
     size = request.size
     shown = size if isinstance(size, str) else ", ".join(f"{g}={s}" for g, s in size.items())
@@ -46,11 +47,19 @@ def _kernel_cells(kernel: KernelPlan) -> tuple[str, str, str]:
     )
 
 
-def blocks_line(request: Request) -> Text:
+def blocks_line(request: Deepen) -> Text:
     """Return what was asked for of blocks."""
     blocks = ", ".join(f"{stage}={number}" for stage, number in request.blocks.items())
     return Text(
         f"blocks {blocks}, method {request.method}, init {request.init}, seed {request.seed}"
+    )
+
+
+def target_line(request: Convert) -> Text:
+    """Return what was asked for of an architecture."""
+    return Text(
+        f"target {request.target}, pairing {request.pairing}, init {request.init}, "
+        f"seed {request.seed}"
     )
 
 
@@ -90,11 +99,5 @@ def _with_reasons(
     table: RenderableType, changes: Sequence[BlockPlan | KernelPlan]
 ) -> RenderableType:
     """Return a table with what a reader should know of its rows, alike ones together."""
-    reasons: dict[str, list[str]] = {}
-    for change in changes:
-        if change.reason:
-            reasons.setdefault(change.reason, []).append(change.name)
-    if not reasons:
-        return table
-    entries = [(some(names, 2), reason) for reason, names in reasons.items()]
-    return Group(table, Text("note:"), indented(name_list(entries)))
+    told = [(change.name, change.reason) for change in changes if change.reason]
+    return Group(table, Text("note:"), reasons(told)) if told else table

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.blocks import ResidualBlock
 from fxgrow.channels.explain import Explanation, explain
-from fxgrow.labels.remedies import remedy_for
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.judge import Verification
 from fxgrow.version import __version__
 
@@ -50,17 +52,14 @@ class Report:
             "fxgrow": __version__,
             "request": plan["request"],
             "before": [step["request"] for step in plan["after"]],
-            "groups": [
-                {key: value for key, value in group.items() if key != "pairing"}
-                for step in steps
-                for group in step["groups"]
-            ],
-            "blocks": [block for step in steps for block in step["blocks"]],
-            "kernels": [kernel for step in steps for kernel in step["kernels"]],
-            "refused": [refusal for step in steps for refusal in step["refused"]],
+            "groups": [_group_plan(group) for step in self.plan.steps for group in step.groups],
+            **{
+                key: [entry for step in steps for entry in step[key]]
+                for key in ("blocks", "kernels", "refused")
+            },
             "parameters": [steps[0]["parameters"][0], plan["parameters"][1]],
             "flops": [steps[0]["flops"][0], plan["flops"][1]],
-            "tracer": plan["tracer"],
+            "tracer": ", ".join(dict.fromkeys(scope["tracer"] for scope in plan["scopes"])),
             "warnings": list(self.warnings),
             "verification": plain(self.verification),
         }
@@ -69,6 +68,12 @@ class Report:
         from fxgrow.api.report.tables import as_text, report_table
 
         return as_text(report_table(self.plan, self.verification, self.warnings))
+
+
+def _group_plan(group: GroupPlan) -> dict[str, Any]:
+    """Return what a report tells of a group."""
+    told = plain(group) | {"alpha_beta": group.alpha_beta}
+    return {key: value for key, value in told.items() if key != "pairing"}
 
 
 @dataclass(frozen=True)
@@ -123,34 +128,8 @@ class Inspection:
             "modules": [found.module for found in traced if found.module],
             "warnings": list(self.warnings),
             "parameters": sum(p.numel() for p in traced[0].standin.parameters()),
-            "groups": [
-                {
-                    "name": group.name,
-                    "width": group.width,
-                    "channels": len(group.channels),
-                    "described_width": group.described_width,
-                    "kind": group.kind,
-                    "block": part.block_of(group),
-                    "writers": list(group.writers),
-                    "carriers": list(group.carriers),
-                    "readers": list(group.readers),
-                    "reason": group.reason,
-                    "needed": remedy_for(group.reason) if group.reason else "",
-                }
-                for part in self.parts
-                for group in part.groups
-            ],
-            "blocks": [
-                {
-                    "name": block.name,
-                    "skip": block.skip,
-                    "preactivation": block.preactivation,
-                    "layers": list(block.layers),
-                    "pairs": [plain(pair) for pair in block.pairs],
-                }
-                for part in self.parts
-                for block in part.blocks
-            ],
+            "groups": [_group(part, group) for part in self.parts for group in part.groups],
+            "blocks": [_block(block) for part in self.parts for block in part.blocks],
         }
 
     def __str__(self) -> str:
@@ -158,3 +137,26 @@ class Inspection:
         from fxgrow.api.report.tables import as_text
 
         return as_text(inspection_table(self.to_dict()))
+
+
+def _group(part: Analysis, group: ChannelGroup) -> dict[str, Any]:
+    """Return a channel group as JSON-able data."""
+    return {
+        "name": group.name,
+        "width": group.width,
+        "channels": len(group.channels),
+        "described_width": group.described_width,
+        "kind": group.kind,
+        "block": part.block_of(group),
+        "writers": list(group.writers),
+        "carriers": list(group.carriers),
+        "readers": list(group.readers),
+        "reason": group.reason,
+        "needed": group.pin.remedy if group.pin else "",
+    }
+
+
+def _block(block: ResidualBlock) -> dict[str, Any]:
+    """Return a residual block as JSON-able data."""
+    found: dict[str, Any] = plain(block)
+    return {key: found[key] for key in ("name", "skip", "preactivation", "layers", "pairs")}

@@ -7,14 +7,14 @@ row, one for each stage, with ``*`` for the numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxgrow.api.report.layout import indented, name_list, new_table, some
+from fxgrow.api.report.elements import new_table, reasons, some
 from fxgrow.api.report.tables import size, within
 from fxgrow.channels.blocks import common_module
 
@@ -48,7 +48,7 @@ def inspection_table(found: Entry, *, every: bool = False) -> RenderableType:
     parts += [Text(), Text("channel groups", style="bold"), _groups_table(groups)]
     pins = [members for members in groups if members[0]["kind"] == "pinned"]
     if pins:
-        parts += [Text(), Text("pinned, because"), indented(_pins_table(pins))]
+        parts += [Text(), Text("pinned, because"), reasons(_told_pins(pins))]
     return Group(*parts, Text(), Text(_summary(found)))
 
 
@@ -194,16 +194,12 @@ def _chain(pair: Entry, block: str) -> str:
     )
 
 
-def _pins_table(rows: Iterable[Sequence[Entry]]) -> Table:
-    """Return each reason once, with the groups it holds for and what would be needed."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
+def _told_pins(rows: Iterable[Sequence[Entry]]) -> Iterator[tuple[str, str]]:
+    """Yield the names of pinned groups with the reason, and what would be needed."""
     for members in rows:
-        key = (members[0]["reason"], members[0]["needed"])
-        by_reason.setdefault(key, []).extend(patterns(group["name"] for group in members))
-    return name_list(
-        (some(names, 2), f"{reason}\nneeded: {needed}" if needed else reason)
-        for (reason, needed), names in by_reason.items()
-    )
+        reason, needed = members[0]["reason"], members[0]["needed"]
+        for name in patterns(group["name"] for group in members):
+            yield name, f"{reason}\nneeded: {needed}" if needed else reason
 
 
 def _summary(found: Entry) -> str:

@@ -18,9 +18,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxgrow.api.report.changes import blocks_line, blocks_table, kernels_line, kernels_table
-from fxgrow.api.report.layout import indented, name_list, new_table, some, verdict_text
-from fxgrow.plan.schema import GroupPlan, Plan, Refusal
+from fxgrow.api.report.changes import (
+    blocks_line,
+    blocks_table,
+    kernels_line,
+    kernels_table,
+    target_line,
+)
+from fxgrow.api.report.elements import indented, new_table, reasons, some, verdict_text
+from fxgrow.plan.requests import Convert, Deepen, MorphKernel
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.judge import TOLERANCE, Verification
 
 if TYPE_CHECKING:
@@ -65,14 +73,17 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
     for step in plan.steps:
         parts.append(_request_line(step))
         if step.groups:
-            parts += [_groups_table(step.groups), *_reasons(step.groups)]
+            parts.append(_groups_table(step.groups))
+            if told := [(group.name, group.reason) for group in step.groups if group.reason]:
+                parts += [Text("because:"), reasons(told)]
         if step.blocks:
             parts.append(blocks_table(step.blocks))
         if step.kernels:
             parts.append(kernels_table(step.kernels))
         if step.refused:
             what = "widened" if step.groups else "grown"
-            parts += [Text(f"not {what}:"), indented(_refusals(step.refused))]
+            told = [(refusal.name, refusal.reason) for refusal in step.refused]
+            parts += [Text(f"not {what}:"), reasons(told)]
     if warnings:
         parts += [Text("warnings:", style="yellow"), indented(Text("\n".join(warnings)))]
     return Group(*parts, Text(), _costs(plan))
@@ -84,35 +95,34 @@ def verification_table(found: Verification) -> RenderableType:
     if found.eval is None or found.train is None:
         return headline
     headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
-    modes = {"eval mode": found.eval, "train mode": found.train}
-    unforetold = found.verdict == "as predicted" and any(
-        result.residual.max_rel > TOLERANCE for result in modes.values()
-    )
-    changes = any(result.predicted.max_rel for result in modes.values()) and not unforetold
+    both = (found.eval, found.train)
+    off = any(result.residual.max_rel > TOLERANCE for result in both)
+    unforetold = found.verdict == "as predicted" and off
+    changes = any(result.predicted.max_rel for result in both) and not unforetold
     columns = ["float64", "relative", "as saved", "relative "]
     columns += ["predicted", "off prediction"] if changes else []
     table = new_table("change in", *columns, right=columns)
-    for name, result in modes.items():
-        figures = [
-            error for e in (result.float64, result.native) for error in (e.max_abs, e.max_rel)
-        ]
+    for name, result in zip(("eval mode", "train mode"), both, strict=True):
+        wide, saved = result.float64, result.native
+        figures = [wide.max_abs, wide.max_rel, saved.max_abs, saved.max_rel]
         figures += [result.predicted.max_rel, result.residual.max_rel] if changes else []
         table.add_row(name, *(f"{figure:.2g}" for figure in figures))
-    parts: list[RenderableType] = [headline, table]
-    if unforetold:
-        parts.append(Text("The plan says that the function changes, and cannot say by how much."))
+    told = "The plan says that the function changes, and cannot say by how much."
+    remarks = [Text(told)] if unforetold else []
+    return Group(headline, table, *remarks, *_remarks(found, changes))
+
+
+def _remarks(found: Verification, changes: bool) -> Iterator[Text]:
+    """Yield what there is to say of measurements, where there are any."""
     if found.verdict == "preserved" and changes:
-        parts.append(
-            Text(
-                "In train mode the eps of a norm weighs differently against rescaled batch "
-                "statistics: the predicted change."
-            )
+        yield Text(
+            "In train mode the eps of a norm weighs differently against rescaled batch "
+            "statistics: the predicted change."
         )
     if found.without_gradient:
         names = some(found.without_gradient, 3)
-        parts.append(Text(f"new entries without a gradient in two steps: {names}"))
-    parts += [Text(f"note: {note}") for note in found.notes]
-    return Group(*parts)
+        yield Text(f"new entries without a gradient in two steps: {names}")
+    yield from (Text(f"note: {note}") for note in found.notes)
 
 
 @dataclass(frozen=True)
@@ -220,36 +230,18 @@ def _by_block(groups: Iterable[GroupPlan]) -> Iterator[tuple[str, list[GroupPlan
         yield block, list(members)
 
 
-def _reasons(groups: Sequence[GroupPlan]) -> list[RenderableType]:
-    """Return why groups are not preserved as they are, the same reason once."""
-    by_reason: dict[str, list[str]] = {}
-    for group in groups:
-        if group.reason:
-            by_reason.setdefault(group.reason, []).append(group.name)
-    if not by_reason:
-        return []
-    entries = [(some(names, 2), reason) for reason, names in by_reason.items()]
-    return [Text("because:"), indented(name_list(entries))]
-
-
-def _refusals(refused: Sequence[Refusal]) -> Table:
-    by_reason: dict[str, list[str]] = {}
-    for refusal in refused:
-        by_reason.setdefault(refusal.reason, []).append(refusal.name)
-    return name_list([(some(names, 2), reason) for reason, names in by_reason.items()])
-
-
 def _request_line(plan: Plan) -> Text:
     """Return what was asked for, defaults that mean nothing left out."""
-    request = plan.request
-    if request.blocks:
-        return blocks_line(request)
-    if request.size:
-        return kernels_line(request)
+    match request := plan.request:
+        case Deepen():
+            return blocks_line(request)
+        case MorphKernel():
+            return kernels_line(request)
+        case Convert():
+            return target_line(request)
     width = request.width
     shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
     settings = {
-        "target": request.target,
         "width": shown,
         "rescaling": request.rescaling,
         "pairing": request.pairing,
@@ -268,10 +260,11 @@ def _request_line(plan: Plan) -> Text:
 
 def _costs(plan: Plan) -> Table:
     """Return parameters and FLOPs, before and after."""
-    shapes = [shape[1:] if plan.inputs_inferred else shape for shape in plan.inputs]
+    inferred = all(scope.inputs_inferred for scope in plan.scopes)
+    shapes = [s[1:] if inferred else s for scope in plan.scopes for s in scope.inputs]
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
     first = plan.steps[0]
-    one = "one " if plan.inputs_inferred else ""
+    one = "one " if inferred else ""
     grid = Table.grid(padding=(0, 2))
     for name, (before, after), note in (
         ("parameters", (first.parameters[0], plan.parameters[1]), ""),

@@ -81,7 +81,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _DirectoryEntry:
     """What the directory says of a member."""
 
     name: str
@@ -129,22 +129,7 @@ def _directory(file: Readable) -> tuple[int, int, int]:
     mark, disk, first, here, count, size, begin, comment = _END.unpack(file.read(end, _END.size))
     if mark != b"PK\x05\x06" or comment:
         refuse_damaged(file.path, "it does not end with its table of contents")
-    values = (disk, first, here, count, size, begin)
-    place = end - _LOCATOR64.size - _END64.size
-    if place >= 0:
-        tail = file.read(place, end - place)
-        found = _LOCATOR64.unpack(tail[_END64.size :])
-        if found[0] == b"PK\x06\x07":
-            mark, length, _, _, *wide = _END64.unpack(tail[: _END64.size])
-            if mark != b"PK\x06\x06" or length != _END64.size - 12 or found[1:] != (0, place, 1):
-                _refuse(file, "two ends")
-            full = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, _FULL, _FULL)
-            same = all(
-                a in (b, all_ones) for a, b, all_ones in zip(values, wide, full, strict=True)
-            )
-            if not same:
-                _refuse(file, "two ends that differ")
-            values, end = tuple(wide), place
+    values, end = _wide_end(file, end, (disk, first, here, count, size, begin))
     disk, first, here, count, size, begin = values
     if disk or first or here != count or begin + size != end:
         _refuse(file, "another directory than the one that it ends with")
@@ -153,7 +138,31 @@ def _directory(file: Readable) -> tuple[int, int, int]:
     return begin, size, count
 
 
-def _entries(file: Readable, directory: bytes, count: int) -> Iterator[_Entry]:
+def _wide_end(file: Readable, end: int, values: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Return what the end says, and where it begins, by the 64-bit end before it if there is one.
+
+    Args:
+        file: the archive.
+        end: where its end begins.
+        values: what that says.
+    """
+    place = end - _LOCATOR64.size - _END64.size
+    if place < 0:
+        return values, end
+    tail = file.read(place, end - place)
+    found = _LOCATOR64.unpack(tail[_END64.size :])
+    if found[0] != b"PK\x06\x07":
+        return values, end
+    mark, length, _, _, *wide = _END64.unpack(tail[: _END64.size])
+    if mark != b"PK\x06\x06" or length != _END64.size - 12 or found[1:] != (0, place, 1):
+        _refuse(file, "two ends")
+    full = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, _FULL, _FULL)
+    if not all(a in (b, all_ones) for a, b, all_ones in zip(values, wide, full, strict=True)):
+        _refuse(file, "two ends that differ")
+    return tuple(wide), place
+
+
+def _entries(file: Readable, directory: bytes, count: int) -> Iterator[_DirectoryEntry]:
     """Yield what the directory says of each member."""
     at = 0
     for _ in range(count):
@@ -176,7 +185,7 @@ def _entries(file: Readable, directory: bytes, count: int) -> Iterator[_Entry]:
         )
         if comment or disk or (not method and packed != length) or next(wide, None) is not None:
             _refuse(file, f"a member {name!r} that is not plain")
-        yield _Entry(name, raw_name, flags, method, packed, header)
+        yield _DirectoryEntry(name, raw_name, flags, method, packed, header)
     if at != len(directory):
         _refuse(file, "more in its directory than it says")
 
@@ -209,7 +218,7 @@ def _name(file: Readable, raw: bytes) -> str:
     return name
 
 
-def _data_start(file: Readable, entry: _Entry) -> int:
+def _data_start(file: Readable, entry: _DirectoryEntry) -> int:
     """Return where the data of a member begins, if its own header says what the directory does."""
     head = _LOCAL.unpack(file.read(entry.header, _LOCAL.size))
     mark, _, flags, method, _, _, _, packed, length, name_length, extra_length = head

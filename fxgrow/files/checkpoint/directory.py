@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fxgrow.files.checkpoint.formats import FORMATS, Contents, FileFormat, sniff
+from fxgrow.files.checkpoint.formats import FORMATS, Candidate, Contents, FileFormat, read_file
 from fxgrow.files.checkpoint.reading import (
     AGAIN,
     FileReader,
@@ -24,7 +24,7 @@ from fxgrow.files.checkpoint.reading import (
     refuse_source,
     refuse_unreadable,
 )
-from fxgrow.files.checkpoint.tensors import check_inside, read_index
+from fxgrow.files.checkpoint.safetensors_files import check_inside, read_index
 
 CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -44,10 +44,11 @@ _PIECE = 16 << 20  # bytes that are copied at once
 class _Directory(FileFormat):
     name = "directory"
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return holds_model(path)
+    def sniff(self, found: Candidate) -> bool:
+        return holds_model(found.path)
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        path = found.path
         for _ in _files(path, skipped=_NEVER):  # each is checked
             pass
         weights = next((path / name for name in WEIGHTS if (path / name).exists()), None)
@@ -55,7 +56,7 @@ class _Directory(FileFormat):
             names = ", ".join(WEIGHTS)
             refuse_source(path, f"has a {CONFIG} but none of {names}", "Copy the weights too.")
         check_inside(path, weights)
-        contents = sniff(weights).read(weights, trust_pickle=trust_pickle)
+        _, contents = read_file(weights, trust_pickle=trust_pickle)
         contents.folder = path
         if os.path.lexists(path / CONFIG):
             contents.config = read_config(path / CONFIG, inside=True)

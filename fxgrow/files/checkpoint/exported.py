@@ -19,9 +19,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import SourceError
-from fxgrow.files.checkpoint.formats import FORMATS, Contents, FileFormat, members
+from fxgrow.files.checkpoint.formats import FORMATS, Candidate, Contents, FileFormat
 from fxgrow.files.checkpoint.programs import NAME, checked_program
-from fxgrow.files.checkpoint.reading import FileReader, reading
+from fxgrow.files.checkpoint.reading import reading
 from fxgrow.modules.calling import Arguments
 
 
@@ -29,16 +29,16 @@ class _Program(FileFormat):
     name = "pt2"
     suffixes = (".pt2",)
 
-    def sniff(self, path: Path, head: bytes) -> bool:
+    def sniff(self, found: Candidate) -> bool:
         marks = {"archive_format", "models/model.json", "serialized_exported_program.json"}
-        return not marks.isdisjoint(members(path, head))
+        return not marks.isdisjoint(found.members)
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        with FileReader(path) as file:
-            archive = path if trust_pickle else checked_program(file)
-            with reading(path), _quiet():
-                program = torch.export.load(archive)
-                module = program.module(check_guards=False)
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        path = found.path
+        archive = path if trust_pickle else checked_program(found.file, found.archive)
+        with reading(path), _quiet():
+            program = torch.export.load(archive)
+            module = program.module(check_guards=False)
         return Contents(module, inputs=_inputs(program), dynamic=_dynamic(program))
 
     def write(self, contents: Contents, path: Path) -> None:

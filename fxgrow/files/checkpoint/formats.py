@@ -2,7 +2,7 @@
 
 A format is an object registered under its name in :data:`FORMATS`; the order of registration is
 the order in which :func:`sniff` asks. Those of ``torch.save`` stand here, the others in modules of
-their own: :mod:`.tensors` (safetensors, in one file or in shards), :mod:`.directory` and
+their own: :mod:`.safetensors_files` (safetensors, in one file or in shards), :mod:`.directory` and
 :mod:`.exported`.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -18,9 +19,9 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from fxgrow.errors import SourceError
-from fxgrow.files.checkpoint.archive import MAGIC, read_archive
-from fxgrow.files.checkpoint.reading import AGAIN, FileReader, refuse_source
-from fxgrow.files.checkpoint.unpickling import LEGACY_MAGIC, load_pickled
+from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
+from fxgrow.files.checkpoint.reading import AGAIN, FileReader, NoBytes, Readable, refuse_source
+from fxgrow.files.checkpoint.unpickling import LEGACY_MAGIC, load_trusted, load_untrusted
 from fxgrow.modules.calling import Arguments
 from fxgrow.registry import Registry
 
@@ -65,6 +66,28 @@ class Contents:
     dynamic: tuple[frozenset[int], ...] | None = None
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A file or a directory whose format is asked for: what it is told by, and read from.
+
+    Attributes:
+        path: the file or directory.
+        file: its bytes.
+        head: the first of them.
+        archive: what lies where in it, if it is an archive.
+    """
+
+    path: Path
+    file: Readable
+    head: bytes
+    archive: Archive | None
+
+    @property
+    def members(self) -> Collection[str]:
+        """The names in an archive, without its folder's; none if the file is no archive."""
+        return () if self.archive is None else self.archive.members.keys()
+
+
 class FileFormat(ABC):
     """One file format.
 
@@ -77,12 +100,12 @@ class FileFormat(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def sniff(self, path: Path, head: bytes) -> bool:
-        """Tell whether the file is of this format, by its first bytes and, for zips, members."""
+    def sniff(self, found: Candidate) -> bool:
+        """Tell whether a file is of this format, by its first bytes and, for zips, members."""
 
     @abstractmethod
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        """Read the file, or raise :class:`SourceError`."""
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        """Read a file of this format, or raise :class:`SourceError`."""
 
     @abstractmethod
     def write(self, contents: Contents, path: Path) -> None:
@@ -96,17 +119,47 @@ class FileFormat(ABC):
 FORMATS: Registry[FileFormat] = Registry("file format")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Candidate]:
+    """Open a file or a directory; what of it must not change meanwhile is read once.
+
+    Raises:
+        SourceError: it is missing, empty, or an archive that readers may read in different ways.
+    """
+    is_directory = os.path.isdir(path)
+    with nullcontext(NoBytes(path)) if is_directory else FileReader(path) as file:
+        head = file.read(0, min(_HEAD, file.size))
+        if not head and not is_directory:
+            refuse_source(path, "is empty", AGAIN)
+        yield Candidate(path, file, head, read_archive(file) if head.startswith(MAGIC) else None)
+
+
+def read_file(path: Path, *, trust_pickle: bool = False) -> tuple[FileFormat, Contents]:
+    """Return the format of a file or a directory, told by its content, and what it holds.
+
+    Raises:
+        SourceError: it cannot be read, or is of no known format.
+    """
+    with opened(path) as found:
+        file_format = _format_of(found)
+        return file_format, file_format.read(found, trust_pickle=trust_pickle)
+
+
 def sniff(path: Path) -> FileFormat:
     """Find the format of a file by its content.
 
     Raises:
         SourceError: the file is missing, empty, truncated, or of no known format.
     """
-    head = b"" if os.path.isdir(path) else _read_head(path)
+    with opened(path) as found:
+        return _format_of(found)
+
+
+def _format_of(found: Candidate) -> FileFormat:
     for name in FORMATS:
-        if FORMATS[name].sniff(path, head):
+        if FORMATS[name].sniff(found):
             return FORMATS[name]
-    _refuse_unknown(path, head)
+    _refuse_unknown(found.path, found.head)
 
 
 def format_of_name(path: Path) -> str | None:
@@ -118,13 +171,13 @@ def format_of_name(path: Path) -> str | None:
 class _TorchScript(FileFormat):
     name = "torchscript"
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return "constants.pkl" in members(path, head)
+    def sniff(self, found: Candidate) -> bool:
+        return "constants.pkl" in found.members
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
         raise SourceError(
-            f"{path} is a TorchScript program, which is compiled code.",
-            name=str(path),
+            f"{found.path} is a TorchScript program, which is compiled code.",
+            name=str(found.path),
             way_out="Use the state_dict: torch.save(model.state_dict(), 'model.pt').",
         )
 
@@ -137,11 +190,13 @@ class _Torch(FileFormat):
     suffixes: ClassVar[tuple[str, ...]] = (".pt", ".pth", ".bin", ".ckpt", ".tar")
     _zip: ClassVar[bool] = True
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return "data.pkl" in members(path, head)
+    def sniff(self, found: Candidate) -> bool:
+        return "data.pkl" in found.members
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        return Contents(load_pickled(path, trust_pickle=trust_pickle))
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        if trust_pickle:
+            return Contents(load_trusted(found.path))
+        return Contents(load_untrusted(found.file, found.archive))
 
     def write(self, contents: Contents, path: Path) -> None:
         # A file object, because torch would put a file's (temporary) name into the archive.
@@ -154,31 +209,12 @@ class _TorchLegacy(_Torch):
     suffixes = ()
     _zip = False
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return head.startswith(LEGACY_MAGIC)
+    def sniff(self, found: Candidate) -> bool:
+        return found.head.startswith(LEGACY_MAGIC)
 
 
 for _format in (_TorchScript(), _Torch(), _TorchLegacy()):
     FORMATS.register(_format.name)(_format)
-
-
-def _read_head(path: Path) -> bytes:
-    with FileReader(path) as file:
-        if not file.size:
-            refuse_source(path, "is empty", AGAIN)
-        return file.read(0, min(_HEAD, file.size))
-
-
-def members(path: Path, head: bytes) -> Collection[str]:
-    """Return the names in an archive, without its folder's; none if the file is no archive.
-
-    Raises:
-        SourceError: it is one that readers may read in different ways.
-    """
-    if not head.startswith(MAGIC):
-        return ()
-    with FileReader(path) as file:
-        return read_archive(file).members.keys()
 
 
 def _refuse_unknown(path: Path, head: bytes) -> NoReturn:

@@ -49,7 +49,7 @@ def read_tensors(file: Readable) -> tuple[OrderedDict[str, Tensor], dict[str, st
         refuse_damaged(file.path, "its header has something else than texts under __metadata__")
     begin, end = 8 + length, 0
     tensors: dict[str, Tensor] = {}
-    entries = [(name, _Entry(file, name, entry)) for name, entry in header.items()]
+    entries = [(name, _TensorEntry(file, name, entry)) for name, entry in header.items()]
     for name, entry in sorted(entries, key=lambda item: item[1].bounds):
         if entry.bounds[0] != end:
             refuse_damaged(file.path, f"{name!r} does not begin where the one before it ends")
@@ -61,7 +61,7 @@ def read_tensors(file: Readable) -> tuple[OrderedDict[str, Tensor], dict[str, st
     return OrderedDict(sorted(tensors.items())), texts
 
 
-class _Entry:
+class _TensorEntry:
     """What a header says of a tensor.
 
     Attributes:

@@ -33,27 +33,37 @@ Identity: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Move:
-    """One file or directory that takes its name, and what had that name before."""
+    """One file or directory that takes its name, and what had that name before.
+
+    Attributes:
+        name: the name.
+        new: what takes it; None if what had it is only taken away.
+        old: what had it; None if nothing did.
+    """
 
     name: str
-    new: Identity
+    new: Identity | None
     old: Identity | None
 
 
-def move_all(folder: Path, names: Sequence[str], *, force: bool) -> None:
+def move_all(
+    folder: Path, names: Sequence[str], *, force: bool, superseded: Sequence[str] = ()
+) -> None:
     """Let what is in ``folder/new`` take its names beside the folder: all of it, or nothing.
 
     Args:
         folder: the temporary folder.
         names: what to move, in this order.
         force: replace files and directories of these names, which are kept in the folder.
+        superseded: files beside the folder that are taken away, as what refers to them is replaced.
 
     Raises:
         SourceError: a name was taken meanwhile, and nothing has changed; or putting back what was
             moved by then failed too.
         OSError: it failed, and nothing has changed.
     """
-    moves = []
+    taken = ((name, _identity(folder.parent / name)) for name in superseded)
+    moves = [_Move(name, None, old) for name, old in taken if old and stat.S_ISREG(old[1])]
     for name in names:
         new = _identity(folder / NEW / name)
         if new is None:
@@ -106,6 +116,10 @@ def sync_tree(path: Path) -> None:
 def _place(move: _Move, folder: Path, *, alone: bool) -> None:
     """Let a file or a directory take its name; what had it comes to lie in the folder."""
     new, kept, out = folder / NEW / move.name, folder / OLD / move.name, folder.parent / move.name
+    if move.new is None:
+        with contextlib.suppress(FileNotFoundError):  # someone has taken it away since
+            os.rename(out, kept)
+        return
     if move.old is None:
         try:
             rename_new(new, out)
@@ -225,7 +239,7 @@ def _read_journal(folder: Path) -> list[_Move]:
     items = told.get("moves") if isinstance(told, dict) else None
     moves = [_move_of(item) for item in items] if isinstance(items, list) else []
     known = [each for each in moves if each is not None]
-    if len(known) < len(moves) or not known:
+    if len(known) < len(moves) or not known or known[-1].new is None:
         return []
     if told.get("folder") != os.lstat(folder).st_ino:
         raise SourceError(
@@ -242,9 +256,9 @@ def _move_of(item: object) -> _Move | None:
         return None
     name, new, old = item
     plain = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
-    if not plain or "\0" in name or not _tells(new) or not (old is None or _tells(old)):
+    if not plain or "\0" in name or not all(each is None or _tells(each) for each in (new, old)):
         return None
-    return _Move(name, tuple(new), None if old is None else tuple(old))
+    return _Move(name, *(None if each is None else tuple(each) for each in (new, old)))
 
 
 def _tells(item: object) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, one_line
 from fxgrow.files.checkpoint.archive import Archive, read_archive
 from fxgrow.files.checkpoint.reading import Readable, parse_json, reading
 from fxgrow.files.checkpoint.unpickling import load_untrusted
@@ -66,13 +66,17 @@ class _NotPlainError(Exception):
     """A part of an archive that torch might execute."""
 
 
-def checked_program(file: Readable) -> io.BytesIO:
+def checked_program(file: Readable, archive: Archive | None = None) -> io.BytesIO:
     """Return an archive with what a program's file holds, made of what was checked alone.
+
+    Args:
+        file: the program.
+        archive: what lies where in it, if that is known.
 
     Raises:
         SourceError: the file is damaged, or the first part that is not plain is named.
     """
-    archive = read_archive(file)
+    archive = read_archive(file) if archive is None else archive
     checked = io.BytesIO()
     with reading(file.path), zipfile.ZipFile(checked, "w") as written:
         try:
@@ -223,7 +227,7 @@ def _refuse(file: Readable, what: str) -> NoReturn:
         SourceError: always.
     """
     raise SourceError(
-        f"{file.path} is a torch.export program with {' '.join(what.split())[:200]}, which loading "
+        f"{file.path} is a torch.export program with {one_line(what, 200)}, which loading "
         "it might execute, so it was not loaded.",
         name=str(file.path),
         way_out="If you trust the file, pass --trust-pickle, which executes whatever it holds.",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.errors import FxgrowError, SourceError, one_line
 
 AGAIN = "Copy or download it again."
 _MOST = 1 << 30  # bytes; one read of the system's returns at most 2 GB
@@ -72,6 +72,24 @@ class FilePart(Readable):
         if start + len(buffer) > self.size:
             refuse_damaged(self.path, "a part of it ends too early")
         self._whole.read_into(self._start + start, buffer)
+
+
+class NoBytes(Readable):
+    """What there is to read of a directory.
+
+    Args:
+        path: the directory.
+    """
+
+    size = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill an empty buffer; see :class:`Readable`."""
+        if buffer:
+            refuse_damaged(self.path, "it is a directory")
 
 
 class FileReader(Readable):
@@ -258,7 +276,7 @@ def refuse_damaged(path: Path, reason: str, error: Exception | None = None) -> N
     Raises:
         SourceError: always.
     """
-    short = " ".join(reason.split())[:300] or type(error).__name__
+    short = one_line(reason) or type(error).__name__
     refuse_source(path, f"is truncated or damaged: {short.rstrip('.')}", AGAIN, error)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.directory import left_out
 from fxgrow.files.checkpoint.formats import FORMATS, Contents, Shards, format_of_name
+from fxgrow.files.checkpoint.safetensors_files import INDEX_SUFFIX, packed
 from fxgrow.files.checkpoint.source import Source
-from fxgrow.files.checkpoint.tensors import INDEX_SUFFIX, packed
 from fxgrow.files.checkpoint.weights import (
     RECORD_KEY,
     Keys,
@@ -156,18 +156,8 @@ def _tensors_only(
     warnings: list[str],
 ) -> Contents:
     """Return what a format takes that holds named tensors and texts, and nothing else."""
-    location, old = source._locations[0], source._contents
-    bare = source.kind != "state_dict"
-    entries: Mapping[str, object] = new if bare else store(location, new)
-    found = unshared({n: value for n, value in entries.items() if isinstance(value, Tensor)})
-    if found.copied:
-        warnings.append(f"{', '.join(found.copied)} shared memory and became copies.")
-    left = ", ".join(name for name in entries if name not in found.tensors)
-    if bare:
-        left = f"the rest of the {source.kind}"
-    if left:
-        warnings.append(f"a {file_format} output holds tensors alone: it is without {left}.")
-    tensors, texts = packed(found.tensors, found.ties, getattr(entries, "_metadata", None))
+    old = source._contents
+    tensors, texts = _plain_tensors(source, new, file_format, warnings)
     header = {"format": "pt", **old.header, **texts, RECORD_KEY: json.dumps(record)}
     if config is not None:
         del header[RECORD_KEY]
@@ -176,6 +166,21 @@ def _tensors_only(
     if folder is not None and (gone := left_out(folder)):
         warnings.append(f"what does not fit the new weights is not copied: {', '.join(gone)}.")
     return Contents(tensors, header, shards, folder, None if config is None else dict(config))
+
+
+def _plain_tensors(
+    source: Source, new: Mapping[str, Tensor], file_format: str, warnings: list[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the texts of a file that holds nothing else; warn of what is left."""
+    bare = source.kind != "state_dict"
+    entries: Mapping[str, object] = new if bare else store(source._locations[0], new)
+    found = unshared({n: value for n, value in entries.items() if isinstance(value, Tensor)})
+    if found.copied:
+        warnings.append(f"{', '.join(found.copied)} shared memory and became copies.")
+    rest = ", ".join(name for name in entries if name not in found.tensors)
+    if left := f"the rest of the {source.kind}" if bare else rest:
+        warnings.append(f"a {file_format} output holds tensors alone: it is without {left}.")
+    return packed(found.tensors, found.ties, getattr(entries, "_metadata", None))
 
 
 def _pickled(

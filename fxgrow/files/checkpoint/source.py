@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import SourceError
-from fxgrow.files.checkpoint.formats import Contents, sniff
+from fxgrow.files.checkpoint.formats import Contents, read_file
 from fxgrow.files.checkpoint.reading import reading
 from fxgrow.files.checkpoint.weights import RECORD_KEY, Location, bare_module, find_locations
 from fxgrow.modules.calling import Arguments
@@ -87,8 +87,7 @@ def load_source(path: str | Path, *, trust_pickle: bool = False) -> Source:
             weights or weights that cannot be widened (quantized, sparse).
     """
     path = Path(path)
-    file_format = sniff(path)
-    contents = file_format.read(path, trust_pickle=trust_pickle)
+    file_format, contents = read_file(path, trust_pickle=trust_pickle)
     saved = contents.data
     with reading(path):
         found = find_locations(saved)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import SourceError
-from fxgrow.files.checkpoint import archive as archives
 from fxgrow.files.checkpoint import harmless
+from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
 from fxgrow.files.checkpoint.extent import check_shape
 from fxgrow.files.checkpoint.pickles import (
     MOST_STEPS,
@@ -31,13 +31,7 @@ from fxgrow.files.checkpoint.pickles import (
     PickleError,
     UnknownNameError,
 )
-from fxgrow.files.checkpoint.reading import (
-    FileReader,
-    Readable,
-    reading,
-    refuse_damaged,
-    refuse_source,
-)
+from fxgrow.files.checkpoint.reading import Readable, reading, refuse_damaged, refuse_source
 from fxgrow.files.checkpoint.storages import Storage, read_storage
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -51,44 +45,41 @@ _SMALL = 1 << 25  # bytes
 _MOST_MODULES = 20_000  # under all their names; the largest published networks have 5,000
 
 
-def load_pickled(path: Path, *, trust_pickle: bool = False) -> object:
-    """Load what ``torch.save`` wrote, on the CPU.
+def load_untrusted(file: Readable, archive: Archive | None = None) -> object:
+    """Load what ``torch.save`` wrote into a file or a part of one, running nothing of it.
 
     Args:
-        path: a file in torch's zip or legacy format.
-        trust_pickle: use Python's own unpickler, which executes whatever code the file holds.
+        file: in torch's zip or legacy format.
+        archive: what lies where in it, if that is known.
 
     Returns:
-        The object that was saved.
+        The object that was saved, on the CPU.
 
     Raises:
         SourceError: the file is damaged, or asks for a class or function that is not known to be
-            harmless; that one is named, and nothing of it is run.
+            harmless; that one is named.
     """
-    with FileReader(path) as file:
-        if trust_pickle:
-            return _load_trusted(path)
-        return load_untrusted(file)
-
-
-def load_untrusted(file: Readable) -> object:
-    """Load what ``torch.save`` wrote into a file or a part of one, running nothing of it.
-
-    Raises:
-        SourceError: as for :func:`load_pickled`.
-    """
-    is_zip = file.size >= 4 and file.read(0, 4) == archives.MAGIC
+    is_zip = file.size >= 4 and file.read(0, 4) == MAGIC
     with reading(file.path):
         try:
-            loaded = (_load_zip if is_zip else _load_legacy)(file)
+            if is_zip:
+                loaded = _load_zip(file, read_archive(file) if archive is None else archive)
+            else:
+                loaded = _load_legacy(file)
             _check(loaded, file.size)
         except PickleError as error:
             _refuse(file.path, error)
     return loaded
 
 
-def _load_trusted(path: Path) -> object:
-    """Load a file by Python's own unpickler, which imports from where the user stands too."""
+def load_trusted(path: Path) -> object:
+    """Load what ``torch.save`` wrote, on the CPU, executing whatever code the file holds.
+
+    Python's own unpickler imports from where the user stands, too.
+
+    Raises:
+        SourceError: the file is damaged, or needs code that is not there.
+    """
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)  # a console script does not look there
@@ -111,17 +102,12 @@ class _Words:
         load: returns the memory of a tensor by its key: (key, dtype, number of entries).
     """
 
+    find = staticmethod(harmless.resolve)
+    is_class = staticmethod(harmless.is_class)
+    build = staticmethod(harmless.build)
+
     def __init__(self, load: Any = None) -> None:
         self._load = load
-
-    def find(self, module: str, name: str) -> object:
-        return harmless.resolve(module, name)
-
-    def is_class(self, value: object) -> bool:
-        return harmless.is_class(value)
-
-    def build(self, instance: Any, state: object) -> None:
-        harmless.build(instance, state)
 
     def load_persistent(self, identity: object) -> object:
         plain = type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage"
@@ -133,9 +119,8 @@ class _Words:
         return self._load(key, dtype, count)
 
 
-def _load_zip(file: Readable) -> object:
+def _load_zip(file: Readable, archive: Archive) -> object:
     """Load a file of torch's zip format."""
-    archive = archives.read_archive(file)
     pickled = archive.part(file, "data.pkl")
     if pickled.size > _MOST_PICKLED:
         refuse_source(file.path, "has a pickle of more than 256 MB", "Save the state_dict alone.")

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.errors import FxgrowError, SourceError, one_line
 from fxgrow.files.checkpoint.directory import WEIGHTS
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.leftovers import temporary_folder, tidy
 from fxgrow.files.checkpoint.moving import NEW, move_all, sync_tree
+from fxgrow.files.checkpoint.safetensors_files import INDEX_SUFFIX, superseded
 
 Check: TypeAlias = Callable[[Path], object]
 
@@ -96,7 +97,7 @@ def write_whole(
 
     Args:
         out: the file or directory to write. Files of other names that ``write`` leaves (shards)
-            come to lie beside it, before it does.
+            come to lie beside it, before it does; those of an index that it replaces are removed.
         write: gets the path to write to, whose name is that of ``out``.
         source: the file the data came from, which is never written to.
         force: overwrite what is there.
@@ -113,7 +114,9 @@ def write_whole(
             names = sorted(os.listdir(folder / NEW), key=lambda name: (name == out.name, name))
             for name in names:  # writing takes a while; others may have come
                 check_output(out.with_name(name), source, force=force)
-            move_all(folder, names, force=force)
+            gone = superseded(out, names) if force and out.name.endswith(INDEX_SUFFIX) else ()
+            kept = "" if source is None else source.name  # it may be a shard itself
+            move_all(folder, names, force=force, superseded=sorted({*gone} - {kept}))
     except FxgrowError:
         raise
     except Exception as error:
@@ -135,7 +138,7 @@ def _cause(error: Exception, handled: BaseException | None) -> BaseException:
 
 def _refuse_failed(out: Path, error: Exception) -> NoReturn:
     """Say why writing failed."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(str(error)) or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if told := re.search(r"\(os error (\d+)\)", reason):  # as safetensors tells of it
         number = int(told[1])
@@ -198,14 +201,13 @@ def _check_source(out: Path, source: Path) -> None:
         SourceError: it does.
     """
     here, there = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if here == there or _is_same_file(out, source):
-        _refuse_output(out, "is the source, which is never written to", "Name another with -o.")
-    if there in here.parents and there.is_dir():
-        _refuse_output(
-            out, "lies in the source, which is never written to", "Name another with -o."
-        )
-    if here in there.parents and _holds_weights(out):
-        _refuse_output(out, "holds the source, which is never written to", "Name another with -o.")
+    for holds, how in (
+        (here == there or _is_same_file(out, source), "is"),
+        (there in here.parents and there.is_dir(), "lies in"),
+        (here in there.parents and _holds_weights(out), "holds"),
+    ):
+        if holds:
+            _refuse_output(out, f"{how} the source, which is never written to", _ANOTHER)
 
 
 def _check_directory(out: Path) -> None:
@@ -217,9 +219,7 @@ def _check_directory(out: Path) -> None:
     if not _holds_weights(out):
         _refuse_output(out, "is a directory", "Name a file in it with -o.")
     if os.path.lexists(out / ".git"):
-        _refuse_output(
-            out, "is the checkout of a repository, which is never replaced", "Name another with -o."
-        )
+        _refuse_output(out, "is the checkout of a repository, which is never replaced", _ANOTHER)
 
 
 def _holds_weights(path: Path) -> bool:

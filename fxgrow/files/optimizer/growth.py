@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
         torch.Size([16, 4])
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     if names.keys().isdisjoint(held):
         raise PlanError(
             "the optimizer holds no parameter of the model.",
@@ -128,16 +129,13 @@ def grow_state_dict(
         notes = [f"its state was emptied, because {error.message}. {error.way_out}".rstrip()]
         return {**saved, "state": {}}, notes if saved["state"] else []
     param_groups = saved["param_groups"]
-    key_of = {
-        name: key
-        for group, names in zip(param_groups, old_groups, strict=True)
-        for name, key in zip(names, group["params"], strict=True)
-    }
+    stored_keys = itertools.chain(*(group["params"] for group in param_groups))
+    key_of = dict(zip(itertools.chain(*old_groups), stored_keys, strict=True))
     tensors = named_tensors(before)
     states = {name: saved["state"][key] for name, key in key_of.items() if key in saved["state"]}
     new_states, notes = grow_states(plan, states, tensors)
     new_groups = grow_groups(plan, old_groups, tensors, dict(after.named_parameters()))
-    flat = [member for members in new_groups for member in members]
+    flat = list(itertools.chain(*new_groups))
     keys: Sequence[object] = range(len(flat))
     if all(isinstance(key, str) for key in key_of.values()):
         keys = _stored_names(flat, key_of)

@@ -88,19 +88,32 @@ def grow_groups(
         names: of all the old network's parameters and buffers, in its order.
         parameters: the grown network's, by name, in its order.
     """
-    origins = {name: (name, False) for name in names}
-    before = list(origins)
-    for step in plan.steps:
-        moved = names_after(origins, step)
-        origins = {n: (origins[old][0], new or origins[old][1]) for n, old, new in moved}
+    before = list(names)
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    origins = _origins(plan, before)
     name_after = {old: name for name, (old, is_new) in origins.items() if not is_new}
     group_of = {name: index for index, group in enumerate(groups) for name in group}
     result = [[(name_after.get(name, name), name) for name in group] for group in groups]
     for name, (like, is_new) in origins.items():
-        if is_new and like in group_of and name in parameters and parameters[name].requires_grad:
+        if is_new and like in group_of and name in trained:
             result[group_of[like]].append((name, ""))
-    place = {name: index for index, name in enumerate(parameters)}
+    place = dict(zip(parameters, range(len(parameters)), strict=True))
     for group, members in zip(groups, result, strict=True):
-        if list(group) == [name for name in before if name in set(group)]:
+        if _in_order(group, before):
             members.sort(key=lambda member: place.get(member[0], len(place)))
     return result
+
+
+def _in_order(group: Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether all of a group are among some names, and stand in their order."""
+    held = set(group)
+    return list(group) == [name for name in names if name in held]
+
+
+def _origins(plan: Plan, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Return, for each tensor after a plan, the old one that it is like, and whether it is new."""
+    origins = {name: (name, False) for name in names}
+    for step in plan.steps:
+        moved = names_after(origins, step)
+        origins = {n: (origins[old][0], new or origins[old][1]) for n, old, new in moved}
+    return origins

@@ -135,10 +135,10 @@ def _subsequence(
             if reason is None:
                 pairs[candidate] = name
                 break
-            reasons.append(reason.message)
+            reasons.append(reason.reason)
         else:
             text = f"has nothing that the source's {_join(before, name)} could become"
-            why = f": {reasons[0].rstrip('.')}" if reasons else ""
+            why = f": {reasons[0]}" if reasons else ""
             return pairs, _difference(before, after, text + why)
     return pairs, None
 

@@ -24,7 +24,7 @@ from fxgrow.grow.identity.filling import METHODS
 from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, tensor_edits
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import BlockPlan
+from fxgrow.plan.step import BlockPlan
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from fxgrow.grow.convert.target import towards
 from fxgrow.grow.widen.planner import aliases_of, attempts_for, plan_of
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import BlockPlan, KernelPlan, Plan, Request
+from fxgrow.plan.requests import Convert, Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import BlockPlan, KernelPlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Possible:
 
 
 def plan_conversion(
-    source: Analysis, target: Analysis, alignment: Alignment, request: Request
+    source: Analysis, target: Analysis, alignment: Alignment, request: Convert
 ) -> Plan:
     """Return the plan that turns the tensors of one network into those of a larger one.
 
@@ -44,7 +46,7 @@ def plan_conversion(
         source: of the network at hand.
         target: of the larger one.
         alignment: of their modules.
-        request: the pairing, the init and the seed; its widths are those of the target.
+        request: the pairing, the init and the seed.
 
     Raises:
         PlanError: that cannot be done exactly; the first thing that stands in the way is named.
@@ -58,10 +60,12 @@ def plan_conversion(
     regrouping = regrouped_towards(source, new, alignment.modules)
     source = replace(source, channels=regrouped(source.channels, regrouping))
     fresh, blocks = _fresh_edits(alignment, source, target)
-    found = towards(attempts_for(source, request), target, names, bridges(fresh))
-    made = plan_of(source, request, found, lambda name: 1.0)
+    widening = Widen({}, pairing=request.pairing, seed=request.seed)  # the target tells the widths
+    found = towards(attempts_for(source, widening), target, names, bridges(fresh))
+    made = plan_of(source, widening, found, lambda name: 1.0)
     made = _renamed(made, names, fresh, regrouping, target)
-    return replace(made, blocks=blocks, kernels=tuple(_kernels(alignment, old, new)))
+    kernels = tuple(_kernels(alignment, old, new))
+    return replace(made, request=request, blocks=blocks, kernels=kernels)
 
 
 def _kernels(alignment: Alignment, source: nn.Module, target: nn.Module) -> Iterator[KernelPlan]:

@@ -76,11 +76,8 @@ def _problem(source: Analysis, layer: str, old: _Groups, new: _Groups) -> str:
         return f"one there would have to hold {times} of the source's, and none can be split"
     if source.channels.convolution_groups.get(f"{layer}.weight") == 0:
         return "a depthwise convolution stays one"
-    try:
-        sharing_weight(source, layer)
-    except PlanError as error:
-        return error.message.rstrip(".")
-    return ""
+    sharing = sharing_weight(source, layer)
+    return sharing if isinstance(sharing, str) else ""
 
 
 def regrouped(channels: Channels, regrouping: Regrouping) -> Channels:

@@ -17,14 +17,16 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import PlanError
 from fxgrow.modules.calling import arguments_of, call
 from fxgrow.modules.standin import keeping_modes
+from fxgrow.plan.requests import Deepen
 from fxgrow.plan.schema import Plan
 
 
 def new_norms(plan: Plan) -> tuple[str, ...]:
     """Return the batch norms of the units that a plan by ``net2deeper`` inserts."""
-    edits = plan.tensors.items() if plan.request.method == "net2deeper" else ()
+    if not isinstance(plan.request, Deepen) or plan.request.method != "net2deeper":
+        return ()
     suffix = ".running_var"
-    return tuple(name.removesuffix(suffix) for name, _ in edits if name.endswith(suffix))
+    return tuple(name.removesuffix(suffix) for name in plan.tensors if name.endswith(suffix))
 
 
 def calibrate_(network: nn.Module, norms: Collection[str], batches: Iterable[object]) -> None:

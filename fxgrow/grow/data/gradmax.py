@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.inits import DataDriven, shapes_of
@@ -26,15 +25,16 @@ class GradMax(DataDriven):
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
+    def _problem(self, pair: Pair, model: nn.Module) -> str:
         if not pair.slope:
-            raise PlanError(
+            return (
                 f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
                 "differentiates it, so new rows of zeros would never learn (a ReLU does; "
                 "nn.Threshold(-1e-30, 0) differs from it by 1e-30 and has slope 1)"
             )
         if not _mean_norm(model, pair):
-            raise PlanError(f"{pair.reader} has no weights but zeros to take a scale from")
+            return f"{pair.reader} has no weights but zeros to take a scale from"
+        return ""
 
     def _directions(self, network: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Directions]:
         def correlated(_: str, seen: Seen) -> tuple[Tensor, ...]:

@@ -29,7 +29,9 @@ from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init, NamedInit
-from fxgrow.plan.schema import GroupPlan, Plan, Refusal, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan, Refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ class DataDriven(NamedInit):
         self,
         model: nn.Module,
         analyses: Sequence[Analysis],
-        request: Request,
+        request: Widen,
         variance_of: VarianceOf,
     ) -> Plan:
         """Compute new weights, and return the plan that makes room for them.
@@ -220,11 +222,10 @@ class DataDriven(NamedInit):
             for group in part.groups:
                 if widths.get(group.name, group.width) == group.width:
                     continue
-                try:
-                    pair = find_pair(part, group, model)
-                    self._check(pair, model)
-                except PlanError as error:
-                    unfit.append(Refusal(group.name, f"{self.name}: {error.message}"))
+                pair = find_pair(part, group, model)
+                reason = pair.reason if isinstance(pair, Refusal) else self._problem(pair, model)
+                if isinstance(pair, Refusal) or reason:
+                    unfit.append(Refusal(group.name, f"{self.name}: {reason}"))
                 else:
                     pairs[group.name] = pair
         return pairs, tuple(unfit)
@@ -288,12 +289,10 @@ class DataDriven(NamedInit):
     def _why_fewer(self) -> str:
         return "no more are strong enough" if self.threshold else "the batches give no more"
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
-        """Return if the method can treat a pair of layers of a network.
-
-        Raises:
-            PlanError: it cannot.
-        """
+    def _problem(self, pair: Pair, model: nn.Module) -> str:
+        """Return why the method cannot treat a pair of layers of a network; "" if it can."""
+        del pair, model
+        return ""
 
     def _gaining(
         self, network: nn.Module, pairs: Mapping[str, Pair], chosen: Mapping[str, Directions]

@@ -8,7 +8,7 @@ lies between (a norm, a gate, pooling, a reshape of the channels) is refused by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError
 from fxgrow.labels.operators import COPIES, UNTAGGED, aten, operator_name
 from fxgrow.labels.tape import Operation, Value
+from fxgrow.plan.step import Refusal
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -53,52 +53,60 @@ class Pair:
     slopes: tuple[float, float]
 
 
-def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Pair:
-    """Return the pair of layers around a channel group.
+def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Pair | Refusal:
+    """Return the pair of layers around a channel group, or why it has none.
 
     Args:
         analysis: of the network or of a part of it.
         group: one of its groups.
         model: the network itself, whose parameters σ may use.
-
-    Raises:
-        PlanError: the group has no such pair; the message says why.
     """
-    if group.kind != "hidden":
-        raise PlanError(f"it is a {group.kind} group, with more than one layer on either side")
-    for role, layers in (("write", group.writers), ("read", group.readers)):
-        if len(layers) != 1:
-            raise PlanError(f"{len(layers)} layers {role} it ({', '.join(layers)})")
-    if group.carriers:
-        raise PlanError(f"{group.carriers[0]} lies between the layers")
+    problem = next(_problems_around(group, model), None)
+    if problem is not None:
+        return Refusal(group.name, problem)
     (writer,), (reader,) = group.writers, group.readers
-    first, second = _linear_layer(model, writer), _linear_layer(model, reader)
-    rows, columns = first.weight.shape[0], second.weight.shape[1]
-    if not rows == columns == group.width == len(group.channels):
-        raise PlanError(f"its channels are not each one row of {writer} and one column of {reader}")
-    if first.weight.ndim != second.weight.ndim:
-        raise PlanError(f"{writer} and {reader} are not of one kind")
-    between = _between(analysis, model, writer, reader, first.weight.ndim == 2)
+    is_linear = model.get_parameter(f"{writer}.weight").ndim == 2
+    path = _path(analysis, writer, reader, channels_last=is_linear)
+    problem = next(_problems_between(analysis, path, writer, reader), None)
+    if problem is not None:
+        return Refusal(group.name, problem)
+    between = _replayed(path, model)
     at_zero = float(between(torch.zeros(1, dtype=torch.float64)))
     if at_zero:
-        raise PlanError(f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero")
+        text = f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero"
+        return Refusal(group.name, text)
     return Pair(
         group=group.name,
         width=group.width,
         writer=writer,
         reader=reader,
-        has_bias=first.bias is not None,
+        has_bias=model.get_submodule(writer)._parameters["bias"] is not None,
         slope=_slope(between),
         slopes=_one_sided(between),
     )
 
 
-def _linear_layer(model: nn.Module, name: str) -> LinearLayer:
-    """Return a layer that applies its own weight (out, in, *kernel) and nothing else.
+def _problems_around(group: ChannelGroup, model: nn.Module) -> Iterator[str]:
+    """Yield why the layers around a group are no pair; each holds if those before do not."""
+    if group.kind != "hidden":
+        yield f"it is a {group.kind} group, with more than one layer on either side"
+    for role, layers in (("write", group.writers), ("read", group.readers)):
+        if len(layers) != 1:
+            yield f"{len(layers)} layers {role} it ({', '.join(layers)})"
+    if group.carriers:
+        yield f"{group.carriers[0]} lies between the layers"
+    (writer,), (reader,) = group.writers, group.readers
+    yield from _problems_of(model, writer)
+    yield from _problems_of(model, reader)
+    first, second = (model.get_parameter(f"{layer}.weight").shape for layer in (writer, reader))
+    if not first[0] == second[1] == group.width == len(group.channels):
+        yield f"its channels are not each one row of {writer} and one column of {reader}"
+    if len(first) != len(second):
+        yield f"{writer} and {reader} are not of one kind"
 
-    Raises:
-        PlanError: it is of another kind, or shares its weight.
-    """
+
+def _problems_of(model: nn.Module, name: str) -> Iterator[str]:
+    """Yield why a layer does more than apply a weight (out, in, *kernel) of its own."""
     layer = dict(model.named_modules()).get(name)
     plain = [kind.forward for kind in _LAYERS]
     if (
@@ -106,13 +114,13 @@ def _linear_layer(model: nn.Module, name: str) -> LinearLayer:
         or "weight" not in layer._parameters  # a parametrized one is computed
         or type(layer).forward not in plain
     ):
-        raise PlanError(f"{name} is no plain linear layer or convolution")
+        yield f"{name} is no plain linear layer or convolution"
+        return
     if getattr(layer, "groups", 1) != 1:
-        raise PlanError(f"{name} is a grouped convolution")
+        yield f"{name} is a grouped convolution"
     uses = [p for _, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
     if len(uses) > 1:
-        raise PlanError(f"the weight of {name} is shared")
-    return layer
+        yield f"the weight of {name} is shared"
 
 
 @dataclass
@@ -125,6 +133,7 @@ class _Path:
         start: indices of the values that the writer puts out.
         passed: those, and the values computed from them.
         ends: indices of the values that the reader takes.
+        guilty: those of the operations that do not treat each number by itself.
     """
 
     channels_last: bool
@@ -132,16 +141,11 @@ class _Path:
     start: set[int] = field(default_factory=set)
     passed: set[int] = field(default_factory=set)
     ends: set[int] = field(default_factory=set)
+    guilty: list[Operation] = field(default_factory=list)
 
 
-def _between(
-    analysis: Analysis, model: nn.Module, writer: str, reader: str, channels_last: bool
-) -> Function:
-    """Return σ: what one number becomes between two layers.
-
-    Raises:
-        PlanError: something on the way is no function of each number by itself.
-    """
+def _path(analysis: Analysis, writer: str, reader: str, *, channels_last: bool) -> _Path:
+    """Return what lies between two layers."""
     path = _Path(channels_last)
     for op in analysis.tape.operations:
         hidden = [value for value in op.inputs if value.index in path.passed]
@@ -151,21 +155,28 @@ def _between(
         elif hidden and op.module == reader:
             path.ends |= {value.index for value in hidden}
         elif hidden:
-            _check_scalar(op, path)
             path.steps.append(op)
+            if not _is_scalar(op, path):
+                path.guilty.append(op)
             path.passed |= {value.index for value in op.outputs}
-    _check_once(analysis.tape.operations, writer, reader)
+    return path
+
+
+def _problems_between(analysis: Analysis, path: _Path, writer: str, reader: str) -> Iterator[str]:
+    """Yield why what lies between two layers is no function of each number by itself."""
+    for op in path.guilty:
+        where = f" at {op.module}" if op.module else ""
+        yield f"{op.name}{where} lies between the layers"
+    for layer in (writer, reader):
+        used = [op for op in analysis.tape.operations if f"{layer}.weight" in op.parameters]
+        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
+            yield f"{layer} is used more than once"
     if len(path.ends) != 1:
-        raise PlanError(f"{reader} does not read once what {writer} writes")
-    return _replayed(path, model)
+        yield f"{reader} does not read once what {writer} writes"
 
 
-def _check_scalar(op: Operation, path: _Path) -> None:
-    """Return if an operation treats each number by itself, all of them alike.
-
-    Raises:
-        PlanError: it does not.
-    """
+def _is_scalar(op: Operation, path: _Path) -> bool:
+    """Return whether an operation treats each number by itself, all of them alike."""
     name = operator_name(op.target)
     others = [value for value in op.inputs if value.index not in path.passed]
     pointwise = torch.Tag.pointwise in op.target.tags or name in UNTAGGED
@@ -173,27 +184,12 @@ def _check_scalar(op: Operation, path: _Path) -> None:
     same = pointwise and not random and all(_is_number(value) for value in others)
     dims = slice(-1 if path.channels_last else 0, None)  # others may be viewed as one
     kept = name in _RESHAPES and op.inputs[0].shape[dims] == op.outputs[0].shape[dims]
-    if not (same or kept):
-        where = f" at {op.module}" if op.module else ""
-        raise PlanError(f"{op.name}{where} lies between the layers")
+    return same or kept
 
 
 def _is_number(value: Value) -> bool:
     """Return whether a value is one number that the network holds, the slope of a PReLU, say."""
     return value.is_weight and len(value.origins) == 1 and set(value.shape) <= {1}
-
-
-def _check_once(operations: Sequence[Operation], *layers: str) -> None:
-    """Return if each layer is applied once.
-
-    Raises:
-        PlanError: it is applied more often.
-    """
-    for layer in layers:
-        weight = f"{layer}.weight"
-        used = [op for op in operations if weight in op.parameters]
-        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
-            raise PlanError(f"{layer} is used more than once")
 
 
 def _replayed(path: _Path, model: nn.Module) -> Function:

@@ -26,7 +26,9 @@ from fxgrow.grow.data.statistics import (
     readings,
 )
 from fxgrow.grow.widen.planner import VarianceOf
-from fxgrow.plan.schema import GroupPlan, Plan, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan
 
 
 class Tiny(DataDriven):
@@ -50,7 +52,7 @@ class Tiny(DataDriven):
         self,
         model: nn.Module,
         analyses: Sequence[Analysis],
-        request: Request,
+        request: Widen,
         variance_of: VarianceOf,
     ) -> Plan:
         """Compute new weights, and return the plan that makes room for them.
@@ -66,13 +68,14 @@ class Tiny(DataDriven):
             )
         return super().plan(model, analyses, request, variance_of)
 
-    def _check(self, pair: Pair, model: nn.Module) -> None:
+    def _problem(self, pair: Pair, model: nn.Module) -> str:
         del model
-        if not sum(pair.slopes):
-            raise PlanError(
-                f"what lies between {pair.writer} and {pair.reader} is flat at 0, or the same on "
-                "both sides of it"
-            )
+        if sum(pair.slopes):
+            return ""
+        return (
+            f"what lies between {pair.writer} and {pair.reader} is flat at 0, or the same on both "
+            "sides of it"
+        )
 
     def _directions(self, network: nn.Module, pairs: Mapping[str, Pair]) -> dict[str, Directions]:
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}

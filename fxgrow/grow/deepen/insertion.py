@@ -26,7 +26,7 @@ from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, Rearrangement
-from fxgrow.plan.schema import Request
+from fxgrow.plan.requests import Deepen
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Insertion:
     """Blocks to insert into a network, all at once."""
 
     traced: Traced
-    request: Request
+    request: Deepen
     before: Recording
     chosen: tuple[Chosen, ...]
 
@@ -92,8 +92,7 @@ class Insertion:
         if isinstance(through, Trial):
             return through
         raise PlanError(
-            f"{self._outcome.message.removesuffix('.')}; nor can it be called in a graph: "
-            f"{through.message.removesuffix('.')}.",
+            f"{self._outcome.reason}; nor can it be called in a graph: {through.reason}.",
             name=self._outcome.name,
             way_out="Put the blocks into an nn.ModuleList that the code iterates over.",
         ) from through

@@ -21,11 +21,13 @@ from fxgrow.grow.identity.stages import Stage, rearrangement
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.plan.schema import BlockPlan, Plan, Request, Scope
+from fxgrow.plan.requests import Deepen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.version import __version__
 
 
-def plan_blocks(traced: Traced, request: Request) -> Plan:
+def plan_blocks(traced: Traced, request: Deepen) -> Plan:
     """Return the plan that inserts blocks.
 
     Args:
@@ -131,23 +133,15 @@ def _plan(trial: Trial) -> Plan:
                 parameters=sum(kept[name].numel() for name in parameters & kept.keys()),
             )
         )
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     total = sum(p.numel() for p in traced.standin.parameters())
     return Plan(
         request=request,
-        groups=(),
-        refused=(),
         tensors=edits,
         modules=trial.modules,
-        multipliers=(),
-        prediction=(),
-        norms=(),
         aliases=_renamed_aliases(tensors, names) | aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(Scope.of(traced),),
         parameters=(total, total + sum(block.parameters for block in blocks)),
         flops=(insertion.before.tape.flops // batch, evaluated.tape.flops // batch),
         warnings=tuple(
@@ -157,7 +151,6 @@ def _plan(trial: Trial) -> Plan:
             if edit.caller is not None
         ),
         fxgrow=__version__,
-        submodules=(scope,) if traced.module else (),
         rearrangements=insertion.rearrangements,
         blocks=tuple(blocks),
     )

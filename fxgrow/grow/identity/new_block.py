@@ -12,9 +12,9 @@ from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, rehearse
+from fxgrow.labels.gains import Verdict
 from fxgrow.labels.tape import Value
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
-from fxgrow.plan.schema import Verdict
 
 _NORM_VALUES = {"one": 1.0, "zero": 0.0}
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.plan.edits import Child, Rearrangement
 
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -68,12 +68,12 @@ def new_blocks(blocks: str, old: int, name: str = "") -> int:
     """
     match = _COUNT.fullmatch(blocks.strip())
     if match is None or (match["sign"] and match["ratio"]):
-        raise PlanError(f"the number of blocks {blocks!r} cannot be read.", way_out=_FORMS)
+        raise UsageError(f"the number of blocks {blocks!r} cannot be read.", way_out=_FORMS)
     number = Fraction(match["number"])
     if match["ratio"]:
         asked = (number * old + Fraction(1, 2)).__floor__()
     elif number.denominator != 1:
-        raise PlanError(f"the number of blocks {blocks!r} is not a whole number.", way_out=_FORMS)
+        raise UsageError(f"the number of blocks {blocks!r} is not a whole number.", way_out=_FORMS)
     else:
         asked = int(number) + (old if match["sign"] else 0)
     if asked <= old:

@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import layer_of
-from fxgrow.errors import PlanError
 from fxgrow.grow.kernels.taps import Convolution, Sizes
 from fxgrow.modules.calling import call
 from fxgrow.modules.on_meta import OnMeta
@@ -49,24 +48,24 @@ def settings_of(module: _ConvNd) -> Convolution:
     )
 
 
-def sharing_weight(analysis: Analysis, layer: str) -> dict[str, _ConvNd]:
+def sharing_weight(analysis: Analysis, layer: str) -> dict[str, _ConvNd] | str:
     """Return the convolutions that have a layer's weight, by name, itself included.
 
-    Raises:
-        PlanError: one of them computes in another way than torch's own, or something else uses
-            the weight too.
+    Or why they cannot be told: one of them computes in another way than torch's own, or something
+    else uses the weight too.
     """
     standin, inside = analysis.traced.standin, analysis.traced.module
-    weight = torch_convolution(standin, layer).weight
-    names = [name for name, tensor in named_tensors(standin).items() if tensor is weight]
+    own = torch_convolution(standin, layer)
+    if isinstance(own, str):
+        return own
+    names = [name for name, tensor in named_tensors(standin).items() if tensor is own.weight]
     found: dict[int, tuple[str, _ConvNd]] = {}
     for name in names:
         if inside and not name.startswith(f"{inside}."):
-            raise PlanError(f"its weight is also {name}, outside of {inside}.")
-        try:
-            module = torch_convolution(standin, layer_of(name))
-        except PlanError as error:
-            raise PlanError(f"its weight is also {name}: {error}") from error
+            return f"its weight is also {name}, outside of {inside}"
+        module = torch_convolution(standin, layer_of(name))
+        if isinstance(module, str):
+            return f"its weight is also {name}: {module}"
         found.setdefault(id(module), (layer_of(name), module))
     for operation in analysis.tape.operations:
         if set(names).isdisjoint(operation.parameters):
@@ -74,33 +73,25 @@ def sharing_weight(analysis: Analysis, layer: str) -> dict[str, _ConvNd]:
         user = standin.get_submodule(operation.module)
         if operation.name != "convolution" or id(user) not in found:
             where = operation.module or "the model's own forward"
-            raise PlanError(f"its weight is also used in {where} ({operation.name}).")
+            return f"its weight is also used in {where} ({operation.name})"
     return dict(found.values())
 
 
-def torch_convolution(model: nn.Module, layer: str) -> _ConvNd:
-    """Return a layer that convolves its own weight as torch's classes do.
-
-    Raises:
-        PlanError: it is of another kind.
-    """
-    try:
-        module = model.get_submodule(layer)
-    except AttributeError as error:
-        kind = type(model).__name__
-        raise PlanError(f"it is a parameter of the whole ({kind}), not of a layer.") from error
+def torch_convolution(model: nn.Module, layer: str) -> _ConvNd | str:
+    """Return a layer that convolves its own weight as torch's classes do, or why it is none."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(layer)
+    if module is None:
+        return f"it is a parameter of the whole ({type(model).__name__}), not of a layer"
     kind = type(module).__name__
     if not isinstance(module, _ConvNd):
-        raise PlanError(
-            f"the forward of {kind} convolves by itself, with a padding that no attribute tells."
-        )
+        return f"the forward of {kind} convolves by itself, with a padding that no attribute tells"
     if any(_home(module, method) != _ConvNd.__module__ for method in ("forward", "_conv_forward")):
-        raise PlanError(f"{kind} has a forward of its own, which may use the kernel otherwise.")
+        return f"{kind} has a forward of its own, which may use the kernel otherwise"
     if is_parametrized(module, "weight"):
         rule = type(module.parametrizations.weight[0]).__name__  # type: ignore[union-attr,index]
-        raise PlanError(f"its weight is computed from other parameters ({rule.lstrip('_')}).")
+        return f"its weight is computed from other parameters ({rule.lstrip('_')})"
     if not isinstance(module._parameters.get("weight"), Tensor):
-        raise PlanError("its weight is no parameter: something computes it before each run.")
+        return "its weight is no parameter: something computes it before each run"
     return module
 
 

@@ -27,7 +27,9 @@ from fxgrow.grow.widen.submodules import merged
 from fxgrow.labels.tape import Tape
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Run, RunKind, TensorEdit
-from fxgrow.plan.schema import KernelPlan, Plan, Refusal, Request, Scope
+from fxgrow.plan.requests import MorphKernel
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import KernelPlan, Refusal, Scope
 from fxgrow.version import __version__
 
 
@@ -40,7 +42,7 @@ class _Growth:
     new: Enlarged
 
 
-def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
+def plan_kernels(analyses: Sequence[Analysis], request: MorphKernel) -> Plan:
     """Return the plan for larger kernels.
 
     Args:
@@ -55,10 +57,9 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     found: dict[str, dict[str, _Growth]] = {part.traced.module: {} for part in analyses}
     refused = []
     for name, size in sizes.items():
-        try:
-            growths = _growths(parts[name], name, size)
-        except PlanError as error:
-            refused.append(Refusal(name, str(error).rstrip(".")))
+        growths = _growths(parts[name], name, size)
+        if isinstance(growths, str):
+            refused.append(Refusal(name, growths))
         else:
             known = found[parts[name].traced.module]
             known |= {layer: new for layer, new in growths.items() if layer not in known}
@@ -73,7 +74,7 @@ def plan_kernels(analyses: Sequence[Analysis], request: Request) -> Plan:
     return replace(merged(plans), request=request, refused=tuple(refused))
 
 
-def _selected(names: Iterable[str], request: Request) -> dict[str, str]:
+def _selected(names: Iterable[str], request: MorphKernel) -> dict[str, str]:
     """Return the size asked for of each layer that a request selects.
 
     Raises:
@@ -115,47 +116,52 @@ def _check_glob(glob: str, names: Sequence[str]) -> None:
     )
 
 
-def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth]:
+def _growths(analysis: Analysis, name: str, size: str) -> dict[str, _Growth] | str:
     """Return the growth of a layer and of those that share its weight; none if they are that large.
 
-    Raises:
-        PlanError: the kernel cannot grow so; the message says why.
+    Or why the kernel cannot grow so.
     """
     layers = sharing_weight(analysis, name)
+    if isinstance(layers, str):
+        return layers
     kernel = new_kernel(size, settings_of(next(iter(layers.values()))).kernel)
+    if isinstance(kernel, str):
+        return kernel
     found = {}
     for layer, module in layers.items():
         old = settings_of(module)
         if kernel == old.kernel:
             return {}
-        found[layer] = _Growth(module, old, enlarged(old, kernel))
-        _check_inputs(analysis, found[layer])
+        new = enlarged(old, kernel)
+        if isinstance(new, str):
+            return new
+        found[layer] = _Growth(module, old, new)
+        problem = _input_problem(analysis, found[layer])
+        if problem:
+            return problem
     if len({growth.new.before for growth in found.values()}) > 1:
-        raise PlanError(
+        return (
             f"{' and '.join(found)} share the weight, and their paddings put its taps at different "
-            "places."
+            "places"
         )
     return found
 
 
-def _check_inputs(analysis: Analysis, growth: _Growth) -> None:
-    """Return if a layer's inputs are long enough for its new padding.
-
-    Raises:
-        PlanError: they are not.
-    """
+def _input_problem(analysis: Analysis, growth: _Growth) -> str:
+    """Return why a layer's inputs are too short for its new padding; "" if they are not."""
     least = growth.new.convolution.least_input
     if max(least) == 1:
-        return
+        return ""
     for sizes in input_sizes(analysis, growth.module):
         if any(size < needed for size, needed in zip(sizes, least, strict=True)):
-            raise PlanError(
+            return (
                 f"its {growth.old.padding_mode} padding would take inputs of at least "
-                f"{told(least)}, and it gets {told(sizes)}."
+                f"{told(least)}, and it gets {told(sizes)}"
             )
+    return ""
 
 
-def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth]) -> Plan:
+def _plan_of(analysis: Analysis, request: MorphKernel, growths: Mapping[str, _Growth]) -> Plan:
     """Return the plan for one network, or for one part of it.
 
     Raises:
@@ -168,28 +174,18 @@ def _plan_of(analysis: Analysis, request: Request, growths: Mapping[str, _Growth
         aliases.get(f"{name}.weight", f"{name}.weight"): _tensor_edit(growth)
         for name, growth in growths.items()
     }
-    scope = Scope(traced.module, traced.input_shapes, traced.inferred, traced.tracer)
     parameters = sum(parameter.numel() for parameter in traced.standin.parameters())
     added = sum(math.prod(e.new_shape) - math.prod(e.shape) for e in edits.values())
     plan = Plan(
         request=request,
-        groups=(),
-        refused=(),
         tensors={name: edits[name] for name in tensors if name in edits},
         modules=tuple(edit for name, growth in growths.items() for edit in _edits(name, growth)),
-        multipliers=(),
-        prediction=(),
-        norms=(),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(Scope.of(traced),),
         parameters=(parameters, parameters + added),
         flops=(0, 0),
-        warnings=(),
         fxgrow=__version__,
-        submodules=(scope,) if traced.module else (),
         kernels=tuple(_kernel_plan(name, growth) for name, growth in growths.items()),
     )
     batch = traced.input_shapes[0][0] if traced.inferred else 1

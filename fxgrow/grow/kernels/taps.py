@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import UsageError
 
 Sizes: TypeAlias = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -79,16 +79,17 @@ class Enlarged:
     before: Sizes
 
 
-def new_kernel(size: str, old: Sizes) -> Sizes:
+def new_kernel(size: str, old: Sizes) -> Sizes | str:
     """Return the kernel that a specification asks for, given the present one.
+
+    Or why it cannot be: it is for another number of dims, or asks for less than there is.
 
     Args:
         size: ``"5"``, ``"5x3"`` (one for each dim), ``"+2"`` or ``"+2x+0"``.
         old: the present kernel.
 
     Raises:
-        PlanError: the specification is malformed, for another number of dims, or asks for less
-            than there is.
+        UsageError: the specification is malformed.
 
     Example:
         >>> new_kernel("5", (3, 3)), new_kernel("5x3", (3, 3)), new_kernel("+2", (1, 7))
@@ -97,16 +98,14 @@ def new_kernel(size: str, old: Sizes) -> Sizes:
     check_size(size)
     parts = size.strip().split("x")
     if len(parts) not in (1, len(old)):
-        raise PlanError(
-            f"the size {size} has {len(parts)} numbers and the kernel {told(old)} has {len(old)}."
-        )
+        return f"the size {size} has {len(parts)} numbers and the kernel {told(old)} has {len(old)}"
     parts = parts * len(old) if len(parts) == 1 else parts
     asked = tuple(
         int(part) + (present if part.startswith("+") else 0)
         for part, present in zip(parts, old, strict=True)
     )
     if any(new < present for new, present in zip(asked, old, strict=True)):
-        raise PlanError(f"a kernel of {told(old)} would shrink to {told(asked)}.")
+        return f"a kernel of {told(old)} would shrink to {told(asked)}"
     return asked
 
 
@@ -114,21 +113,20 @@ def check_size(size: str) -> None:
     """Return if a specification can be read.
 
     Raises:
-        PlanError: it cannot.
+        UsageError: it cannot.
     """
     if _SIZE.fullmatch(size.strip()) is None:
-        raise PlanError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
+        raise UsageError(f"the kernel size {size!r} cannot be read.", way_out=_FORMS)
 
 
-def enlarged(old: Convolution, kernel: Sizes) -> Enlarged:
+def enlarged(old: Convolution, kernel: Sizes) -> Enlarged | str:
     """Return the convolution with a larger kernel that computes the same.
+
+    Or why there is none: the padding that it takes cannot be had; the nearest kernels are named.
 
     Args:
         old: the convolution as it is.
         kernel: the new kernel; nowhere smaller.
-
-    Raises:
-        PlanError: the padding that it takes cannot be had; the nearest kernels are named.
 
     Example:
         >>> conv = Convolution((3,), (1,), (1,), (1,), (0,))
@@ -141,10 +139,10 @@ def enlarged(old: Convolution, kernel: Sizes) -> Enlarged:
         before = _taps_before(old, new)
         if before is not None:
             return Enlarged(new, before)
-    raise PlanError(
+    return (
         f"from {told(old.kernel)} to {told(kernel)}, one side gets a tap more than the other and "
-        "must be padded more, which this layer's settings cannot express.",
-        way_out=f"Sizes that work: {_nearest(old, kernel)}.",
+        "must be padded more, which this layer's settings cannot express. "
+        f"Sizes that work: {_nearest(old, kernel)}"
     )
 
 

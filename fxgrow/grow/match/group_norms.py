@@ -17,7 +17,7 @@ import numpy as np
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
 from fxgrow.grow.obstacle import Obstacle
-from fxgrow.plan.schema import Grouped
+from fxgrow.plan.requests import Grouped
 
 
 def new_norm_groups(

@@ -19,7 +19,8 @@ from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
 from fxgrow.grow.match.group_norms import new_norm_groups
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.widths import nearest_widths
-from fxgrow.plan.schema import Grouped, Refusal
+from fxgrow.plan.requests import Grouped
+from fxgrow.plan.step import Refusal
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError, UnsupportedOperationError
-from fxgrow.plan.schema import Refusal, Request
+from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError, UsageError
+from fxgrow.labels.pins import PinKind
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
+_SHOWN = 3  # groups that a message names
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
@@ -34,13 +37,13 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
     """
     match = _WIDTH.fullmatch(width.strip())
     if match is None or (match["sign"] and match["ratio"]):
-        raise PlanError(f"the width {width!r} cannot be read.", way_out=_FORMS)
+        raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)
     number = Fraction(match["number"])
     if match["ratio"]:
         wanted = number * old
         asked = (wanted + Fraction(1, 2)).__floor__()
     elif number.denominator != 1:
-        raise PlanError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
+        raise UsageError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
     else:
         asked = int(number) + (old if match["sign"] else 0)
     if asked < old:
@@ -54,7 +57,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
 
 
 def select(
-    groups: Sequence[ChannelGroup], request: Request
+    groups: Sequence[ChannelGroup], request: Widen
 ) -> tuple[dict[str, int], tuple[Refusal, ...]]:
     """Return the new width of each group that the request selects.
 
@@ -63,7 +66,8 @@ def select(
         request: ``where``, ``include``, ``exclude``, ``width`` and ``multiple_of`` decide.
 
     Returns:
-        New width by group name, in the groups' order, and the pinned groups that a glob named.
+        New width by group name, in the groups' order, and refusals of the groups that a glob named
+        and of those that an operation without a rule pins.
 
     Raises:
         PlanError: a glob matches nothing, a width is malformed or below the present one, or
@@ -71,39 +75,74 @@ def select(
         UnsupportedOperationError: nothing is left, because of an operation without a rule.
     """
     if request.multiple_of < 1:
-        raise PlanError(f"multiple_of must be at least 1, not {request.multiple_of}.")
+        raise UsageError(f"multiple_of must be at least 1, not {request.multiple_of}.")
     per_glob = isinstance(request.width, dict)
     globs = request.width if isinstance(request.width, dict) else {"*": request.width}
     for pattern in (*request.include, *request.exclude, *(globs if per_glob else ())):
         _must_match(pattern, groups)
     chosen: dict[str, int] = {}
     refused: list[Refusal] = []
+    passed: list[ChannelGroup] = []
     for group in groups:
-        width = next((w for glob, w in globs.items() if matches(group, glob)), None)
-        named = any(matches(group, glob) for glob in request.include)
-        if width is None or (request.include and not named):
+        width = _asked_width(group, globs, request)
+        if width is None:
             continue
-        if any(matches(group, glob) for glob in request.exclude):
+        if group.kind != "pinned" and request.where in ("all", group.kind):
+            chosen[group.name] = new_width(
+                width, group.width, multiple_of=request.multiple_of, name=group.name
+            )
             continue
-        if group.kind == "pinned":
-            if named or request.where == "all":
-                refused.append(Refusal(group.name, group.reason))
-            continue
-        if request.where not in ("all", group.kind):
-            if named:
-                refused.append(Refusal(group.name, f"a {group.kind} group; ask for --where all"))
-            continue
-        chosen[group.name] = new_width(
-            width, group.width, multiple_of=request.multiple_of, name=group.name
-        )
+        passed.append(group)
+        if request.include or (group.pin and (request.where == "all" or _is_unknown(group))):
+            reason = group.reason or f"a {group.kind} group; ask for --where all"
+            refused.append(Refusal(group.name, reason))
     if not chosen:
-        why = f" {refused[0].name}: {refused[0].reason}." if refused else ""
-        unsupported = bool(refused) and refused[0].reason.startswith("no rule for")
-        raise (UnsupportedOperationError if unsupported else PlanError)(
-            f"nothing to widen: the request selects none of the {len(groups)} channel groups.{why}",
-            way_out="See `fxgrow inspect` for the groups, and --where, --include, --exclude.",
-        )
+        raise _nothing_selected(len(groups), passed)
     return chosen, tuple(refused)
+
+
+def _asked_width(group: ChannelGroup, globs: Mapping[str, str], request: Widen) -> str | None:
+    """Return the width that the globs of a request ask for, or None if they leave a group out."""
+    included = not request.include or any(matches(group, glob) for glob in request.include)
+    if not included or any(matches(group, glob) for glob in request.exclude):
+        return None
+    return next((width for glob, width in globs.items() if matches(group, glob)), None)
+
+
+def _is_unknown(group: ChannelGroup) -> bool:
+    return group.pin is not None and group.pin.kind is PinKind.NO_RULE
+
+
+def _ease(group: ChannelGroup) -> int:
+    """Return how hard a group is to free: by an option, by another network, not at all."""
+    return 0 if group.pin is None else 2 if group.pin.kind is PinKind.OUTPUT else 1
+
+
+def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError:
+    """Return the error for a request that selects none of so many groups.
+
+    Args:
+        count: the number of groups.
+        passed: those that the globs select and that are pinned, or of the other kind.
+    """
+    order = sorted(passed, key=_ease)
+    told = [
+        f"{group.name}: {group.reason}"
+        if group.kind == "pinned"
+        else f"{group.name} is a {'stream' if group.kind == 'stream' else 'hidden group'}: "
+        "--where all"
+        for group in order[:_SHOWN]
+    ]
+    if len(order) > _SHOWN:
+        told.append(f"and {len(order) - _SHOWN} more")
+    why = f" {'; '.join(told)}." if told else ""
+    unknown = bool(order) and _is_unknown(order[0])
+    see = "See `fxgrow inspect` for the groups, and --where, --include, --exclude."
+    return (UnsupportedOperationError if unknown else PlanError)(
+        f"nothing to widen: the request selects none of the {count} channel groups.{why}",
+        name=order[0].name if order else "",
+        way_out=f"To free it: {PinKind.NO_RULE.remedy}. {see}" if unknown else see,
+    )
 
 
 def matches(group: ChannelGroup, glob: str) -> bool:
@@ -143,4 +182,4 @@ def checked_widths(width: str | Mapping[str, str]) -> str | dict[str, str]:
         return width
     if isinstance(width, Mapping) and width and all(isinstance(v, str) for v in width.values()):
         return {str(glob): str(value) for glob, value in width.items()}
-    raise PlanError(f"the width {width!r} cannot be read.", way_out=_FORMS)
+    raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)

@@ -25,7 +25,8 @@ from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
 from fxgrow.plan.pairing import Pairing
-from fxgrow.plan.schema import Grouped, Refusal
+from fxgrow.plan.requests import Grouped
+from fxgrow.plan.step import Refusal
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,7 @@ class Attempts:
         return found
 
     def surplus(self, group: ChannelGroup, width: int) -> Surplus | str:
-        """Return how a group grows by more than whole copies, or why it cannot.
-
-        Its run is followed once.
-        """
+        """Return how a group grows by more than whole copies, or why not; it is followed once."""
         if group.name not in self._flows:
             self._flows[group.name] = follow_surplus(self.analysis, group)
         flow = self._flows[group.name]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxgrow.apply.module import fingerprint
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, layer_of
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
 from fxgrow.grow.norms.gains import propagate_gains
@@ -19,20 +19,23 @@ from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
-from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch
+from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.space import Role
+from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, NormGain, TensorEdit
+from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
+from fxgrow.plan.requests import Widen
 from fxgrow.plan.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
-from fxgrow.plan.schema import GroupPlan, Plan, Request, Scope, Verdict
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import GroupPlan, Scope
 from fxgrow.version import __version__
 
 VarianceOf = Callable[[str], float]
 
 
-def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> Plan:
+def make_plan(analysis: Analysis, request: Widen, variance_of: VarianceOf) -> Plan:
     """Return the plan for a request.
 
     Args:
@@ -45,7 +48,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         PlanError: the request is malformed or nothing that it selects can grow.
     """
     if not (request.noise >= 0 and math.isfinite(request.noise)):
-        raise PlanError(f"the noise must not be negative, but it is {request.noise}.")
+        raise UsageError(f"the noise must not be negative, but it is {request.noise}.")
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
     with uncollected():
@@ -54,7 +57,7 @@ def make_plan(analysis: Analysis, request: Request, variance_of: VarianceOf) -> 
         return plan_of(analysis, request, found, variance_of)
 
 
-def attempts_for(analysis: Analysis, request: Request) -> Attempts:
+def attempts_for(analysis: Analysis, request: Widen) -> Attempts:
     """Return all that the search for sizes depends on but the widths."""
     standin = analysis.traced.standin
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(standin).items()}
@@ -68,7 +71,7 @@ def attempts_for(analysis: Analysis, request: Request) -> Attempts:
     )
 
 
-def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: VarianceOf) -> Plan:
+def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: VarianceOf) -> Plan:
     """Return the plan that takes a network to sizes that work out.
 
     Args:
@@ -101,10 +104,9 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         _group_plan(analysis, request, group, sizes, factors, flow, *layout)
         for group, layout in zip(growing, layouts, strict=True)
     )
-    tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
+    tracer: Tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
-    norms = (norm for norm in flow.absorbed.values() if norm.running_var)
     return Plan(
         request=request,
         groups=groups,
@@ -113,23 +115,19 @@ def plan_of(analysis: Analysis, request: Request, found: Feasible, variance_of: 
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
-        norms=tuple(NormGain(norm.layer, norm.gain) for norm in norms),
         aliases=aliases,
         source=fingerprint(tensors),
-        inputs=scope.inputs,
-        inputs_inferred=scope.inputs_inferred,
-        tracer=scope.tracer,
+        scopes=(scope,),
         parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
         warnings=(*warnings, *_warnings(analysis, found, eps_edits)),
         fxgrow=__version__,
         sizes=resized.sizes,
-        submodules=(scope,) if traced.module else (),
     )
 
 
 def _multiplied(
-    analysis: Analysis, request: Request, found: Feasible, flow: GainFlow
+    analysis: Analysis, request: Widen, found: Feasible, flow: GainFlow
 ) -> tuple[tuple[Multiplier, ...], tuple[Multiplier, ...]]:
     """Return the multipliers to be inserted, and those that tell what becomes of the function.
 
@@ -188,7 +186,7 @@ def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
 
 
 def _factors(
-    request: Request,
+    request: Widen,
     weights: Mapping[str, Mapping[str, int]],
     shapes: Mapping[str, tuple[int, ...]],
     found: Feasible,
@@ -268,7 +266,7 @@ def _absorptions(norm: Absorbed) -> Iterable[tuple[str, Absorption]]:
 
 def _group_plan(
     analysis: Analysis,
-    request: Request,
+    request: Widen,
     group: ChannelGroup,
     sizes: Sizes,
     factors: Mapping[str, float],
@@ -294,7 +292,6 @@ def _group_plan(
         factors={layer_of(name): factors[name] for name in own if name in factors},
         alpha=alpha,
         beta=beta,
-        alpha_beta=None if alpha is None or beta is None else alpha * beta,
         absorbed_by=tuple(n.layer for n in flow.absorbed.values() if n.sources & touching),
         gain=math.prod(m.gain for m in mismatches),
         preserves=verdict,
@@ -314,7 +311,7 @@ def _common_factor(
 
 
 def _layout(
-    analysis: Analysis, request: Request, group: ChannelGroup, found: Feasible
+    analysis: Analysis, request: Widen, group: ChannelGroup, found: Feasible
 ) -> tuple[str, str]:
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
@@ -336,7 +333,7 @@ def _layout(
     )
 
 
-def _verdict(request: Request, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
+def _verdict(request: Widen, pairing: str, mismatches: list[Mismatch]) -> tuple[Verdict, str]:
     """Return what becomes of the function, and why."""
     if not cancels(pairing):
         return "no", f"pairing {pairing!r}: the new channels do not cancel"

@@ -9,10 +9,12 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf, make_plan
-from fxgrow.plan.schema import Plan, Refusal, Request
+from fxgrow.plan.requests import Widen
+from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import Refusal
 
 
-def plan_parts(analyses: Sequence[Analysis], request: Request, variance_of: VarianceOf) -> Plan:
+def plan_parts(analyses: Sequence[Analysis], request: Widen, variance_of: VarianceOf) -> Plan:
     """Return one plan for all parts of a network.
 
     Args:
@@ -58,14 +60,10 @@ def merged(plans: Sequence[Plan]) -> Plan:
         modules=tuple(edit for plan in plans for edit in plan.modules),
         multipliers=tuple(m for plan in plans for m in plan.multipliers),
         prediction=tuple(m for plan in plans for m in plan.prediction),
-        norms=tuple(norm for plan in plans for norm in plan.norms),
-        inputs=tuple(shape for plan in plans for shape in plan.inputs),
-        inputs_inferred=all(plan.inputs_inferred for plan in plans),
-        tracer=", ".join(dict.fromkeys(plan.tracer for plan in plans)),
         parameters=(before, before + added),
         flops=(sum(plan.flops[0] for plan in plans), sum(plan.flops[1] for plan in plans)),
         warnings=tuple(dict.fromkeys(text for plan in plans for text in plan.warnings)),
         sizes=tuple(edit for plan in plans for edit in plan.sizes),
-        submodules=tuple(scope for plan in plans for scope in plan.submodules),
+        scopes=tuple(scope for plan in plans for scope in plan.scopes),
         kernels=tuple(kernel for plan in plans for kernel in plan.kernels),
     )

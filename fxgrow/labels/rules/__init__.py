@@ -5,6 +5,7 @@ and most need no gain or padding, since they are asked (:mod:`fxgrow.labels.ask`
 nobody knows pins what it touches. ``README.md`` shows how to add one of your own.
 """
 
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import (
     arithmetic,
     convolution,
@@ -21,6 +22,7 @@ from fxgrow.labels.step import Step
 __all__ = [
     "RULES",
     "OpRule",
+    "PinKind",
     "Step",
     "arithmetic",
     "convolution",

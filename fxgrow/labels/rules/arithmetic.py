@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fxgrow.labels.gains import Absorbed, Gain, GainFlow, agree, same
-from fxgrow.labels.padding import Held, PaddingFlow, joined
+from fxgrow.labels.padding import Held, PaddingFlow, joined, zero_times
 from fxgrow.labels.rules.record import RULES, OpRule
 from fxgrow.labels.tape import Operation, Value
 
@@ -76,29 +76,12 @@ def sum_padding(flow: PaddingFlow, op: Operation) -> Held:
     return flow.lost(op) if held.what == "zero" and (others or _number(op)) else held
 
 
-def zero_times(
-    flow: PaddingFlow, op: Operation, data: list[Value], states: list[Held]
-) -> Held | None:
-    """Return what a product holds of which some factor is zero, or None if none is.
-
-    Several may not be, if a gradient has to come back later: the slope for each is zero then.
-    """
-    zeros = [held for held in states if held.what == "zero"]
-    factors = [value for value in data if not value.is_weight]
-    if flow.gradient_later and len(zeros) > 1 and len(factors) > 1:
-        return flow.refuse(
-            f"{op.place} multiplies channels of zeros by one another, so that none of them ever "
-            "gets a gradient"
-        )
-    return zeros[0] if zeros else None
-
-
 def product_padding(flow: PaddingFlow, op: Operation) -> Held:
     """A factor that is the same for all channels passes; zero times anything is zero."""
     carriers = flow.carriers(op)
-    data = [value for value in carriers if not value.is_weight] or carriers
-    states = [flow.of(value) for value in data]
-    return _scaled(flow, op, carriers, states, zero_times(flow, op, data, states))
+    data = [flow.of(value) for value in carriers if not value.is_weight]
+    zero = zero_times(flow, op, data) if data else None
+    return _scaled(flow, op, carriers, data or [flow.of(value) for value in carriers], zero)
 
 
 def quotient_padding(flow: PaddingFlow, op: Operation) -> Held:

@@ -6,9 +6,11 @@ from functools import partial
 
 from torch import Tensor
 
+from fxgrow.labels.gains import Gain, GainFlow, not_homogeneous
 from fxgrow.labels.layers import Layers, along, core, support
-from fxgrow.labels.padding import Held, PaddingFlow
-from fxgrow.labels.rules.products import gain_with_bias, layer_padding
+from fxgrow.labels.padding import Held, PaddingFlow, layer_padding
+from fxgrow.labels.pins import PinKind
+from fxgrow.labels.rules.products import gain_with_bias
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation
@@ -16,7 +18,7 @@ from fxgrow.labels.tape import Operation
 
 def convolution_padding(flow: PaddingFlow, op: Operation) -> Held:
     """As for any layer; the groups of a grouped one read different channels."""
-    return layer_padding(flow, op, bias=2, apart=op.args[8] > 1)
+    return layer_padding(flow, op, apart=op.args[8] > 1)
 
 
 @rule(
@@ -32,55 +34,46 @@ def convolution(step: Step) -> tuple[Layers, ...]:
     taken = weight.shape[0] if transposed else groups * weight.shape[1]
     if x.shape[1] != taken:  # which a transposed one on meta tensors does not check
         raise ValueError(f"a convolution of {taken} channels gets {x.shape[1]}")
+    if bias is not None and bias.shape[0] != step.outputs[0].shape[1]:
+        raise ValueError(f"a convolution of {len(bias)} biases writes {step.outputs[0].shape[1]}")
     if not kernel.is_weight:
-        return step.give_up("a convolution whose kernel is computed from data")
+        return step.give_up(PinKind.KERNEL)
     depthwise = 1 < groups == x.shape[1] == weight.shape[0] and weight.shape[1] == 1
     if groups > 1 and not depthwise and (transposed or not kernel.parameter):
         kind = "a transposed one" if transposed else "one whose weight is no plain parameter"
-        return step.give_up(f"a grouped convolution, {kind}")
+        return step.give_up(PinKind.GROUPED, kind)
     if groups > 1 and kernel.parameter:
         step.space.convolution_groups[kernel.parameter] = 0 if depthwise else groups
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), "a convolution over these positions")
-    # A depthwise weight is (channels, 1, …), transposed or not.
-    outgoing = step.line(weight, 1 if transposed and not depthwise else 0)
-    if depthwise:
-        _accompany(step, step.line(x, 1), outgoing)
-    else:
-        _read(step, step.line(x, 1), weight, 0 if transposed else 1, groups)
-        if outgoing is not None:
-            step.space.mark(outgoing, "writer")
-    if bias is not None and outgoing is not None:
-        step.accompany(bias, outgoing, "draw")
-    shape = step.outputs[0].shape
-    out = [core(kept, (0,)).expand(shape) for kept in beside if support(kept) == {0}]
-    if outgoing is not None:
-        out.append(along(outgoing, 1, shape))
-    return (tuple(out),)
-
-
-def _read(step: Step, incoming: Tensor | None, weight: Tensor, dim: int, groups: int) -> None:
-    """Let the columns of a weight read the channels that come in."""
-    kernel = step.value(weight)
+    beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
+    kept = tuple(core(x, (0,)).expand(step.outputs[0].shape) for x in beside if support(x) == {0})
+    incoming = step.line(x, 1)
+    if depthwise:  # transposed or not, its weight is (channels, 1, …)
+        return ((*kept, *_accompanied(step, incoming, weight, bias)),)
     if groups > 1:
-        size = groups * weight.shape[1]
-        read: Tensor | None = step.space.axis(kernel.parameter, 1, size, groups)
-    else:
-        read = step.line(weight, dim)
-    if read is not None:
+        read = step.space.axis(kernel.parameter, 1, groups * weight.shape[1], groups)
         step.read(read, kernel)
         if incoming is not None:
             step.space.unify(read, incoming)
-    elif incoming is not None:
-        step.pin((incoming,), "convolved with a kernel of fixed width")
+    else:
+        step.contract(incoming, weight, 0 if transposed else 1)
+    return ((*kept, *step.write(weight, 1 if transposed else 0, 1, bias)),)
 
 
-def _accompany(step: Step, incoming: Tensor | None, kernels: Tensor | None) -> None:
-    """Let kernels, one for each channel, accompany these."""
+def _accompanied(
+    step: Step, incoming: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Layers:
+    """Let kernels, one for each channel, accompany what comes in."""
+    kernels = step.line(weight, 0)
     if kernels is not None and incoming is not None:
         step.space.unify(kernels, incoming)
         step.space.mark(kernels, "carrier")
+    else:
+        alone = tuple(labels for labels in (kernels, incoming) if labels is not None)
+        step.pin(alone, PinKind.FIXED, "combined with a tensor")
+    step.accompany(bias, kernels, "draw")
+    return () if kernels is None else (along(kernels, 1, step.outputs[0].shape),)
 
 
 def _depthwise_in_heads(
@@ -90,10 +83,31 @@ def _depthwise_in_heads(
 
     These kernels are to the heads what the weight of a norm over their positions is.
     """
-    found = step.beside(x, (0, 1), "a convolution over these positions")
+    found = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
     for layer in found:
         if 1 in support(layer):
             step.accompany_each(weight, layer, 1, "draw")
             step.accompany_each(bias, layer, 1, "draw")
     shape = step.outputs[0].shape
     return (tuple(layer.expand(shape) for layer in found),)
+
+
+def deformable_gain(flow: GainFlow, op: Operation) -> Gain:
+    """As for any layer, of what it samples; offsets and masks take no gain."""
+    if any(flow.of(value).scale != 1.0 for value in op.args[2:4]):
+        return not_homogeneous(flow, op)
+    return gain_with_bias(flow, op, x=0, weight=1, bias=4)
+
+
+@rule("torchvision.deform_conv2d", gain=deformable_gain)
+def deformable_convolution(step: Step) -> tuple[Layers, ...]:
+    """A convolution that samples where its offsets say: these are positions, not channels."""
+    x, weight, offset, mask, bias = step.args[:5]
+    if not step.value(weight).is_weight:
+        return step.give_up(PinKind.KERNEL)
+    if (step.argument("groups"), step.argument("offset_groups")) != (1, 1):
+        return step.give_up(PinKind.GROUPED, "one that samples by groups")
+    for tensor, dims in ((x, (1,)), (offset, ()), (mask, ())):
+        step.beside(tensor, dims, PinKind.POSITIONS, "a convolution")
+    step.contract(step.line(x, 1), weight, 1)
+    return (step.write(weight, 0, 1, bias),)

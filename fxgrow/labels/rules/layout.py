@@ -8,6 +8,7 @@ from torch import Tensor
 from fxgrow.labels.gains import agree
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, support
 from fxgrow.labels.padding import joined
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import RULES, OpRule, rule
 from fxgrow.labels.step import Step
 
@@ -27,7 +28,11 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     for members in clusters([step.layers(tensor) for tensor in tensors]):
         dims = frozenset().union(*(support(m) for m in members if m is not None))
         if dim not in dims:
-            out.append(_same_channels(step, tensors, members).expand(shape))
+            first = _same_channels(step, tensors, members).expand(shape)
+            for tensor in same_rank:
+                if not tensor.shape[dim] and not step.value(tensor).is_uniform:
+                    step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
+            out.append(first)
             continue
         blank = torch.zeros((), dtype=torch.int32)
         pieces = [
@@ -56,7 +61,7 @@ def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None
     for tensor, layer in zip(tensors, members, strict=True):
         if layer is None and not step.value(tensor).is_uniform:
             fixed = [dim for dim in support(first) if tensor.shape[dim] > 1]
-            step.space.fix(first, fixed, f"joined with a tensor of fixed width ({step.place})")
+            step.space.fix(first, fixed, "joined with a tensor")
     return first
 
 
@@ -83,7 +88,7 @@ def as_strided(step: Step) -> tuple[Layers, ...]:
         size == 1 or stride == x.stride(dim)
         for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True))
     )
-    return (step.layers(x),) if same else step.give_up("memory is viewed through other strides")
+    return (step.layers(x),) if same else step.give_up(PinKind.LAYOUT, str(step.target))
 
 
 @rule("aten.tril", "aten.triu", "aten.diagonal")
@@ -93,7 +98,7 @@ def triangle(step: Step) -> tuple[Layers, ...]:
     first = step.argument("dim1", 0) % x.ndim if is_diagonal else x.ndim - 2
     second = step.argument("dim2", 1) % x.ndim if is_diagonal else x.ndim - 1
     kept = set(range(x.ndim)) - {first, second}
-    layers = step.beside(x, kept, "entries are picked by comparing two dims")
+    layers = step.beside(x, kept, PinKind.LOOKED_UP, "comparing two dims")
     if is_diagonal:
         layers = tuple(layer.diagonal(0, first, second) for layer in layers)
     return (tuple(x.expand(step.outputs[0].shape) for x in layers if support(x)),)
@@ -111,10 +116,13 @@ def copy(step: Step) -> tuple[Layers, ...]:
                 step.join_fixed(layer, source, shape)
         return (mine,)
     if not mine:
+        if not step.value(destination).is_uniform:
+            for layer in theirs:
+                step.join_fixed(layer, destination, shape)
         return (theirs,)
     pairs = clusters([mine, theirs])
     if any(None in pair for pair in pairs):
-        return step.give_up("written over by other channels")
+        return step.give_up(PinKind.OVERWRITTEN)
     out: list[Layer] = []
     for mine_along, theirs_along in pairs:
         if mine_along is not None and theirs_along is not None:

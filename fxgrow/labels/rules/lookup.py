@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from fxgrow.labels.layers import Layer, Layers, along, core, support
-from fxgrow.labels.rules.products import layer_padding
+from fxgrow.labels.gains import agree
+from fxgrow.labels.layers import Layer, Layers, clusters, core, support
+from fxgrow.labels.padding import joined
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 
@@ -17,14 +20,17 @@ def index(step: Step) -> tuple[Layers, ...]:
     shape = step.outputs[0].shape
     looked_up = [dim for dim, found in enumerate(indices) if found is not None]
     width = max(indices[dim].ndim for dim in looked_up)
+    for tensor in indices:
+        if tensor is not None:
+            step.pin(step.layers(tensor), PinKind.LOOKED_UP, "index")
     boolean = any(indices[dim].dtype in (torch.bool, torch.uint8) for dim in looked_up)
     apart = looked_up[-1] - looked_up[0] != len(looked_up) - 1
     if boolean or apart:
-        return step.give_up("looked up by a mask or in dims apart")
+        return step.give_up(PinKind.LOOKED_UP, "a mask or in dims apart")
     out: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) & set(looked_up):
-            step.pin((layer,), "looked up by index")
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
             continue
         for dim in reversed(looked_up):
             layer = layer.select(dim, 0)
@@ -34,17 +40,79 @@ def index(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
-@rule("aten.gather", "aten.index_select", "aten.take_along_dim")
-def gather(step: Step) -> tuple[Layers, ...]:
+@rule("aten.index_select")
+def index_select(step: Step) -> tuple[Layers, ...]:
     """Look positions up along one dim: labels along the others pass."""
-    x, dim = step.args[0], step.args[1] % max(step.args[0].ndim, 1)
+    x, dim, indices = step.args
+    step.pin(step.layers(indices), PinKind.LOOKED_UP, "index")
+    return (_along_others(step, x, dim),)
+
+
+def _along_others(step: Step, x: Tensor, dim: int) -> Layers:
+    """Return the layers of a tensor that is looked up along a dim."""
     out: list[Layer] = []
     for layer in step.layers(x):
-        if dim in support(layer):
-            step.pin((layer,), "looked up by index")
+        if dim % max(x.ndim, 1) in support(layer):
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
         else:
             out.append(core(layer, support(layer)).expand(step.outputs[0].shape))
+    return tuple(out)
+
+
+@rule("aten.gather")
+def gather(step: Step) -> tuple[Layers, ...]:
+    """Look positions up along one dim, others of them in each place along the others.
+
+    Indices that are alike along a dim (one entry, expanded or repeated) serve any channels there.
+    """
+    x, dim, indices = step.args[:3]
+    shape = step.outputs[0].shape
+    alike = step.value(indices).repeated | {d for d, n in enumerate(indices.stride()) if not n}
+    out: list[Layer] = []
+    for layer, own in clusters([step.layers(x), step.layers(indices)]):
+        members = tuple(labels for labels in (layer, own) if labels is not None)
+        dims = frozenset().union(*map(support, members))
+        whole = dim % x.ndim not in dims and all(x.shape[d] == shape[d] for d in dims)
+        if layer is None or not whole or (own is None and dims - alike):
+            step.pin(members, PinKind.LOOKED_UP, "index")
+            continue
+        if own is not None:
+            step.space.unify(core(own, dims).contiguous(), core(layer, dims).contiguous())
+        out.append(core(layer, dims).expand(shape))
     return (tuple(out),)
+
+
+@rule("aten.index_add", "aten.scatter_add", gain=agree, padding=joined)
+def accumulate(step: Step) -> tuple[Layers, ...]:
+    """Add at positions of one dim: along the others, both operands have the same channels."""
+    x, dim, positions, added = step.args[:4]
+    dim %= max(x.ndim, 1)
+    out: list[Layer] = []
+    for mine, theirs in clusters([step.layers(x), step.layers(added)]):
+        layers = [layer for layer in (mine, theirs) if layer is not None]
+        dims = frozenset().union(*map(support, layers))
+        begins = mine is None and step.value(x).is_uniform and theirs is not None
+        if dim in dims or theirs is None or not (mine is not None or begins):
+            step.pin(tuple(layers), PinKind.LOOKED_UP, "index")
+            continue
+        labels = core(theirs, dims)
+        if mine is None:
+            step.value(x).taken.append(labels.expand(x.shape))
+        else:
+            step.space.unify(core(mine, dims), labels)
+        own = [d for d in sorted(dims) if positions.ndim == x.ndim and positions.stride(d)]
+        if own:  # positions of their own for each channel
+            step.space.fix(labels, own, "added at positions")
+        out.append(labels.expand(x.shape))
+    return (tuple(out),)
+
+
+@rule("aten.bucketize")
+def bucketize(step: Step) -> tuple[Layers, ...]:
+    """Tell between which of some bounds each entry lies: the bounds are no channels of its own."""
+    *entries, bounds = step.operands
+    step.pin(step.layers(bounds), PinKind.LOOKED_UP, "index")
+    return (step.layers(entries[0]) if entries else (),)
 
 
 @rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
@@ -54,13 +122,12 @@ def embedding_bag(step: Step) -> tuple[Layers, ...]:
     return (layers, *(() for _ in step.outputs[1:]))
 
 
-@rule("aten.embedding", padding=layer_padding)
+@rule("aten.embedding")
 def embedding(step: Step) -> tuple[Layers, ...]:
     """Look rows of a table up: its columns are what it writes."""
-    weight = step.args[0]
-    columns = step.line(weight, 1)
-    if columns is None:
-        return ((),)
-    step.space.mark(columns, "writer")
-    shape = step.outputs[0].shape
-    return ((along(columns, len(shape) - 1, shape),),)
+    weight, *others = step.operands
+    for tensor in others:
+        step.pin(step.layers(tensor), PinKind.LOOKED_UP, "index")
+    rows = tuple(x for x in step.layers(weight) if 1 not in support(x))
+    step.pin(rows, PinKind.LOOKED_UP, "index")
+    return (step.write(weight, 1, step.outputs[0].ndim - 1),)

@@ -13,7 +13,9 @@ from torch import Tensor
 from fxgrow.labels.gains import Absorbed, Gain, GainFlow, same
 from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
+from fxgrow.labels.space import Fill
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
@@ -27,6 +29,7 @@ def batch_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     names = [v.parameter if isinstance(v, Value) else "" for v in (weight, mean, variance)]
     layer = layer_of(next(filter(None, names), "")) or op.module
     gain, eps = flow.of(op.args[0]), float(op.args[-1])
+    _part_from_others(flow, op)
     if not _takes_up(flow, op, layer, gain):
         return Gain()
     if all(names):
@@ -47,9 +50,18 @@ def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     layer = layer_of(next(iter(op.parameters), "")) or op.module
     eta = Gain(math.sqrt(flow.statistics.get(op.index, 1.0)), frozenset({op.module}))
     gain = flow.of(op.args[0]).times(eta)
+    _part_from_others(flow, op)
     if _takes_up(flow, op, layer, gain):
         _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
     return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+
+
+def _part_from_others(flow: GainFlow, op: Operation) -> None:
+    """Let gains part ways on what scales and shifts the normalised channels, if it is data."""
+    for value in op.inputs[1:]:
+        if not value.is_weight and flow.of(value).scale != 1.0:
+            why = f"a gain reaches what {op.place} scales or shifts its channels with"
+            flow.part_ways(op, value, flow.of(value), "no", why)
 
 
 def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
@@ -100,7 +112,10 @@ def layer_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
     if held.what != "mean" or not flow.is_whole(mixed):
         return flow.refuse(held.why or "it does not get all of them, and nothing else")
     flow.statistics.append(op.index)
-    return Held("zero")
+    flow.fill(x)
+    bias = op.args[3]  # a parameter's new entries are zeros
+    added = isinstance(bias, Value) and not bias.is_weight and flow.of(bias).what != "zero"
+    return flow.lost(op) if added else Held("zero")
 
 
 # ── labels ────────────────────────────────────────────────────────────────────────────────────
@@ -120,18 +135,13 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
         if 1 not in support(layer):  # batch statistics are taken over all other dims
             step.space.mix(core(layer, support(layer)), step.place)
     channels = step.line(step.args[0], 1)
-    if channels is not None:
-        vectors = zip(
-            step.args[1:3] + _statistics(step), ("one", "zero", "zero", "one"), strict=False
-        )
-        for vector, fill in vectors:
-            if isinstance(vector, Tensor):
-                step.accompany(vector, channels, fill)  # type: ignore[arg-type]
-    return (step.layers(step.args[0]), *(() for _ in step.outputs[1:]))
-
-
-def _statistics(step: Step) -> tuple[object, ...]:
-    return (step.argument("running_mean"), step.argument("running_var"))
+    fills: dict[str, Fill] = {
+        "weight": "one", "bias": "zero", "running_mean": "zero", "running_var": "one"
+    }  # fmt: skip
+    for name, fill in fills.items():
+        step.accompany(step.argument(name), channels, fill)
+    own = () if channels is None else (channels,)  # of the statistics of a batch, if it takes any
+    return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
 @rule("aten._weight_norm_interface")
@@ -143,6 +153,8 @@ def weight_norm(step: Step) -> tuple[Layers, ...]:
     if rows is not None and beside is not None:
         step.space.unify(rows, beside)
         step.space.mark(beside, "carrier", "copy")
+    elif rows is not None or beside is not None:
+        return step.give_up(PinKind.FIXED, "combined with a tensor")
     return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 
@@ -151,36 +163,41 @@ def layer_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over the last dim: a mixer; inside each head, where there are several."""
     x, normalized = step.args[:2]
     if len(normalized) > 1:
-        return step.give_up("a layer norm over more than the channels")
+        return step.give_up(PinKind.LAYER_NORM)
     last, weight = x.ndim - 1, step.argument("weight")
     layer = cover(step.layers(x), last)
     if layer is not None and support(layer) != {last} and isinstance(weight, Tensor):
         step.space.mix(core(layer, (last,)), step.place)
         step.accompany_each(weight, layer, last, "one")
         step.accompany_each(step.argument("bias"), layer, last, "zero")
-    elif layer is not None:
-        channels = step.flat(layer, (last,)).reshape(-1)
-        step.space.mix(channels, step.place)
+    else:
+        channels = None if layer is None else step.flat(layer, (last,)).reshape(-1)
+        if channels is not None:
+            step.space.mix(channels, step.place)
         step.accompany(weight, channels, "one")
         step.accompany(step.argument("bias"), channels, "zero")
-    return (step.layers(x), *(() for _ in step.outputs[1:]))
+    beside = [own.narrow(last, 0, 1) for own in step.layers(x) if last not in support(own)]
+    return (step.layers(x), *(tuple(beside) for _ in step.outputs[1:]))
 
 
 @rule("aten.native_group_norm", gain=layer_norm_gain, padding=batch_norm_padding)
 def group_norm(step: Step) -> tuple[Layers, ...]:
     """Mean and variance over each group of channels: a mixer inside each group."""
     x, weight, bias = step.args[:3]
-    kept = step.beside(x, (0, 1), "a group norm over these positions")
+    kept = step.beside(x, (0, 1), PinKind.POSITIONS, "a group norm")
     channels = step.line(x, 1)
     if channels is not None:
         named = step.value(weight).parameter if isinstance(weight, Tensor) else ""
         groups = int(step.args[6])
         if not named and groups > 1:
-            return step.give_up("a group norm without a weight, whose groups cannot be told")
+            return step.give_up(PinKind.GROUP_NORM)
         if named:
             step.space.norm_groups[named] = groups
         step.space.mix(channels, step.place, named)
-        step.accompany(weight, channels, "one")
-        step.accompany(bias, channels, "zero")
+    step.accompany(weight, channels, "one")
+    step.accompany(bias, channels, "zero")
+    samples = tuple(own for own in kept if support(own) == {0})
+    taken = step.outputs[1].shape  # (N, groups)
+    statistics = tuple(core(own, (0,)).reshape(-1, 1).expand(taken) for own in samples)
     shape = step.outputs[0].shape
-    return (tuple(x.expand(shape) for x in kept if support(x)), *(() for _ in step.outputs[1:]))
+    return (tuple(own.expand(shape) for own in kept if support(own)), statistics, statistics)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fxgrow.labels.gains import Gain, GainFlow
 from fxgrow.labels.layers import Layer, Layers, core, support
 from fxgrow.labels.padding import Held, PaddingFlow
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation
@@ -71,8 +73,12 @@ def reduction(step: Step) -> tuple[Layers, ...]:
         if support(layer) and support(layer) <= reduced:
             if step.ignores_copies(x, sorted(reduced)):
                 step.space.mix(core(layer, support(layer)), step.place)
+                for place, out in enumerate(step.outputs):
+                    if out.dtype == torch.int64 and x.dtype != torch.int64:  # of the largest
+                        told = (core(layer, support(layer)), step.target._opname)
+                        step.positions[place] = (*step.positions.get(place, ()), told)
             else:
-                step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+                step.pin((layer,), PinKind.MIXED, step.target._opname)
             continue
         left = step.flat(layer, set(range(x.ndim)) - reduced)
         for dim in sorted(reduced, reverse=True):
@@ -106,7 +112,7 @@ def along_a_dim(step: Step) -> tuple[Layers, ...]:
     kept: list[Layer] = []
     for layer in step.layers(x):
         if support(layer) and support(layer) <= dims:
-            step.pin((layer,), f"{step.target._opname} over the channels mixes all of them")
+            step.pin((layer,), PinKind.MIXED, step.target._opname)
         else:
             kept.append(step.flat(layer, support(layer) - dims))
     return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from fxgrow.labels.layers import Layers, compact, core, cover, support
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, cover, support
+from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 
@@ -42,38 +48,77 @@ from fxgrow.labels.step import Step
 )
 def spatial(step: Step) -> tuple[Layers, ...]:
     """Pooling, resampling, mirrored padding: the spatial dims are mixed, the leading ones pass."""
-    x = step.args[0]
+    x, *others = step.operands
     name = step.target._opname
     spatial_dims = 3 if "3d" in name else 1 if "1d" in name else 2
     leading = range(x.ndim - spatial_dims)
     shape = step.outputs[0].shape
-    kept = step.beside(x, leading, f"{name} over these positions")
-    if name == "roi_align":  # boxes take the place of samples
-        kept = tuple(core(layer, (1,)) for layer in kept if 1 in support(layer))
+    kept = step.beside(x, leading, PinKind.POSITIONS, name)
+    for other in others:
+        kept = _placed(step, kept, other, leading, name)
     return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
+
+
+def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], name: str) -> Layers:
+    """Return the layers that pass where another tensor says which positions to look at.
+
+    Positions are told for each sample (a grid), for samples that it picks (boxes), or for each
+    channel (indices of a pooling).
+    """
+    if name == "roi_align":
+        step.pin(
+            (*step.layers(other), *(own for own in kept if 0 in support(own))),
+            PinKind.POSITIONS,
+            name,
+        )
+        return tuple(core(own, (1,)) for own in kept if 1 in support(own))
+    shared = range(1) if name.startswith("grid_sampler") else leading
+    told = step.layers(other)
+    step.pin(
+        tuple(theirs for theirs in told if not support(theirs) <= set(shared)),
+        PinKind.POSITIONS,
+        name,
+    )
+    told = tuple(theirs for theirs in told if support(theirs) <= set(shared))
+    out: list[Layer] = []
+    for own, theirs in clusters([kept, told]):
+        members = tuple(labels for labels in (own, theirs) if labels is not None)
+        dims = [dim for x in members for dim in sorted(support(x))]
+        if own is not None and not set(dims) & set(shared):
+            out.append(own)
+        elif len(members) < 2 and any(other.shape[dim] > 1 for dim in dims):
+            step.pin(members, PinKind.FIXED, "combined with a tensor")
+        elif own is None or theirs is None or support(own) != support(theirs):
+            step.pin(members, PinKind.POSITIONS, name)
+        else:
+            step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
+            out.append(own)
+    return tuple(out)
 
 
 @rule("aten.im2col", "aten.col2im")
 def unfold(step: Step) -> tuple[Layers, ...]:
     """Patches as columns: each channel of (N, C·k·k, L) has its k·k positions side by side."""
-    x = step.args[0]
-    area = 1
-    for size in step.argument("kernel_size"):
-        area *= size
-    step.beside(x, (0, 1), f"{step.target._opname} over these positions")
-    channels = step.line(x, 1)
-    if channels is None:
-        return ((),)
+    x, is_apart = step.args[0], step.target._opname == "im2col"
+    area = math.prod(step.argument("kernel_size"))
+    channel = x.ndim - (3 if is_apart else 2)
+    found = step.beside(x, range(channel + 1), PinKind.POSITIONS, step.target._opname)
+    channels = step.line(x, channel)
     shape = step.outputs[0].shape
-    if step.target._opname == "im2col":
+    samples = tuple(
+        core(own, (0,)).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+        for own in found
+        if channel and support(own) == {0}
+    )
+    if channels is None:
+        return (samples,)
+    if is_apart:
         channels = channels.repeat_interleave(area)
     else:
         patches = channels.view(-1, area)
         step.space.unify(patches[:, :1].expand_as(patches), patches)
         channels = patches[:, 0]
-    view = [1] * len(shape)
-    view[1] = -1
-    return ((channels.reshape(view).expand(shape),),)
+    return ((*samples, along(channels.contiguous(), channel, shape)),)
 
 
 @rule("aten.unfold")

@@ -28,12 +28,15 @@ def new_table(*columns: str, right: Collection[str] = ()) -> Table:
     return table
 
 
-def name_list(entries: Iterable[tuple[str, str]]) -> Table:
-    """Return names with a text each."""
+def reasons(told: Iterable[tuple[str, str]]) -> Padding:
+    """Return pairs of a name and a reason as a list of the reasons, with names where each holds."""
+    names: dict[str, list[str]] = {}
+    for name, reason in told:
+        names.setdefault(reason, []).append(name)
     grid = Table.grid(padding=(0, 2))
-    for name, text in entries:
-        grid.add_row(Text(name, overflow="fold"), Text(text))
-    return grid
+    for reason, found in names.items():
+        grid.add_row(Text(some(found, 2), overflow="fold"), Text(reason))
+    return indented(grid)
 
 
 def some(names: Sequence[str], most: int) -> str:

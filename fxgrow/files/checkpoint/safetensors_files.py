@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from fxgrow.files.checkpoint.formats import FORMATS, Contents, FileFormat, Shards, sniff
+from fxgrow.errors import SourceError, shown
+from fxgrow.files.checkpoint.formats import (
+    FORMATS,
+    Candidate,
+    Contents,
+    FileFormat,
+    Shards,
+    read_file,
+)
 from fxgrow.files.checkpoint.headers import read_tensors
-from fxgrow.files.checkpoint.reading import AGAIN, FileReader, parse_json, read_bytes, refuse_source
+from fxgrow.files.checkpoint.reading import AGAIN, parse_json, read_bytes, refuse_source
 from fxgrow.files.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
@@ -33,12 +42,11 @@ class _Safetensors(FileFormat):
     name = "safetensors"
     suffixes = (_SUFFIX,)
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return len(head) > 8 and head[7:9] == b"\x00{"  # a header's length in 8 bytes, then JSON
+    def sniff(self, found: Candidate) -> bool:
+        return found.head[7:9] == b"\x00{"  # a header's length in 8 bytes, then JSON
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
-        with FileReader(path) as file:
-            tensors, header = read_tensors(file)
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        tensors, header = read_tensors(found.file)
         return Contents(_unpacked(tensors, header), header)
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -58,10 +66,11 @@ class _Sharded(FileFormat):
     name = "sharded"
     suffixes = (INDEX_SUFFIX,)
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        return path.name.endswith(".index.json") and head.lstrip().startswith(b"{")
+    def sniff(self, found: Candidate) -> bool:
+        return found.path.name.endswith(_INDICES) and found.head.lstrip().startswith(b"{")
 
-    def read(self, path: Path, *, trust_pickle: bool) -> Contents:
+    def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
+        path = found.path
         places, metadata = read_index(path)
         names: dict[str, list[str]] = {}
         for name, shard in places.items():
@@ -71,18 +80,18 @@ class _Sharded(FileFormat):
         limit = 0
         for shard in names:
             contents = _read_shard(path, path.with_name(shard), trust_pickle=trust_pickle)
-            found = cast("OrderedDict[str, Tensor]", contents.data)
+            held = cast("OrderedDict[str, Tensor]", contents.data)
             for name in names[shard]:
-                if name not in found:
+                if name not in held:
                     refuse_source(
                         path,
-                        f"says that {_shown(name)} is in {_shown(shard)}, where it is not",
+                        f"says that {shown(name, 80)} is in {shown(shard, 80)}, where it is not",
                         "Copy or download it and the index again.",
                     )
-            limit = max(limit, sum(tensor.nbytes for tensor in found.values()))
-            tensors.update(found)
+            limit = max(limit, sum(tensor.nbytes for tensor in held.values()))
+            tensors.update(held)
             header.update(contents.header)
-            vars(tensors).update(vars(found))
+            vars(tensors).update(vars(held))
         return Contents(_unpacked(tensors, header), header, Shards(limit, metadata))
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -158,8 +167,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for shard, name in first.items():
         if not _is_name(shard) or shard.endswith(_INDICES):
             what = "no file's name" if not _is_name(shard) else "an index itself"
-            shown = _shown(places[name])
-            refuse_source(path, f"says that {_shown(name)} is in '{shown}', which is {what}", AGAIN)
+            told = f"says that {shown(name, 80)} is in '{shown(str(places[name]), 80)}'"
+            refuse_source(path, f"{told}, which is {what}", AGAIN)
     metadata = index.get("metadata")
     kept = dict(metadata) if isinstance(metadata, dict) else {}
     for size in ("total_size", "total_parameters"):  # no longer true of other weights
@@ -167,15 +176,33 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return places, kept
 
 
+def superseded(index: Path, new: Collection[str]) -> set[str]:
+    """Return the shards of an index that another index in its place would leave behind.
+
+    Args:
+        index: the old index, if there is one.
+        new: the names of the new one and of its shards.
+
+    Returns:
+        Names of shards, as those of this index are called, that no other index beside it names.
+    """
+    stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
+    gone = {name for name in _shards(index) if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
+    others = (path for path in index.parent.glob(f"*{_INDICES}") if path != index)
+    return gone.difference(new, *map(_shards, others)) if gone else gone
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the files that an index names; none if there is no such index."""
+    try:
+        return set(read_index(index)[0].values())
+    except SourceError:
+        return set()
+
+
 def _is_name(name: str) -> bool:
     """Return whether a text is a file's name on any system, without a directory."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-
-
-def _shown(value: object) -> str:
-    """Return a name for a message: in one line, and not all of a long one."""
-    text = ascii(value)[1:-1] if isinstance(value, str) else ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -191,7 +218,7 @@ def check_inside(folder: Path, path: Path) -> None:
     Raises:
         SourceError: it is a directory or no regular file, or a link to anything else.
     """
-    what = f"holds '{_shown(os.path.relpath(path, folder))}', which"
+    what = f"holds '{shown(os.path.relpath(path, folder), 80)}', which"
     try:
         mode = os.lstat(path).st_mode
         if not stat.S_ISLNK(mode):
@@ -225,11 +252,11 @@ def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
     if not os.path.lexists(path):
         refuse_source(
             index,
-            f"needs {_shown(path.name)}, which is not beside it",
+            f"needs {shown(path.name, 80)}, which is not beside it",
             "Copy or download that file too.",
         )
     check_inside(path.parent, path)
-    contents = sniff(path).read(path, trust_pickle=trust_pickle)
+    _, contents = read_file(path, trust_pickle=trust_pickle)
     if not isinstance(contents.data, Mapping):
         refuse_source(path, "holds no tensors by name", AGAIN)
     items = contents.data.items()

@@ -1,0 +1,102 @@
+"""What users ask for: one request for each verb, with the fields that it uses.
+
+The fields are arguments of the public functions of these names. A request is recorded in its plan,
+with its verb as the tag that tells one from another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+Where = Literal["hidden", "stream", "all"]
+Grouped = Literal["width", "count"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How new weights are drawn.
+
+    Attributes:
+        init: name of the law.
+        seed: of the random numbers, with the name of the tensor.
+        noise: relative standard deviation of what is added to the new columns of twins.
+        split_noise: likewise to the shares of copies, where it sums to zero.
+    """
+
+    init: str = "copy_uniform"
+    seed: int = 0
+    noise: float = 0.0
+    split_noise: float = 0.1
+
+
+class _Request:
+    """What all requests tell."""
+
+    @property
+    def drawing(self) -> Drawing:
+        """How new weights are drawn; what this request has no field for is at its default."""
+        told: dict[str, Any] = {
+            entry.name: getattr(self, entry.name, entry.default) for entry in fields(Drawing)
+        }
+        return Drawing(**told)
+
+
+@dataclass(frozen=True)
+class Widen(_Request):
+    """More channels: the arguments of :func:`fxgrow.widen`."""
+
+    width: str | dict[str, str]
+    rescaling: str = "none"
+    pairing: str = "vv_z_negz"
+    init: str = "copy_uniform"
+    where: Where = "hidden"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    gain: float = 1.0
+    noise: float = 0.0
+    multiple_of: int = 1
+    grouped: Grouped = "width"
+    seed: int = 0
+    compensate: bool = False
+    split_noise: float = 0.1
+    module: str = ""
+    verb: Literal["widen"] = "widen"
+
+
+@dataclass(frozen=True)
+class Deepen(_Request):
+    """More blocks: the arguments of :func:`fxgrow.deepen`."""
+
+    blocks: dict[str, str]
+    method: str = "r2deeper"
+    init: str = "copy_uniform"
+    seed: int = 0
+    module: str = ""
+    verb: Literal["deepen"] = "deepen"
+
+
+@dataclass(frozen=True)
+class MorphKernel(_Request):
+    """Larger kernels: the arguments of :func:`fxgrow.morph_kernel`."""
+
+    size: str | dict[str, str]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    module: str = ""
+    verb: Literal["morph_kernel"] = "morph_kernel"
+
+
+@dataclass(frozen=True)
+class Convert(_Request):
+    """Another architecture: the arguments of :func:`fxgrow.convert`, the target by its name."""
+
+    target: str
+    pairing: str = "vv_z_negz"
+    init: str = "copy_uniform"
+    seed: int = 0
+    split_noise: float = 0.1
+    verb: Literal["convert"] = "convert"
+
+
+Request: TypeAlias = Widen | Deepen | MorphKernel | Convert

@@ -1,0 +1,60 @@
+"""Runs of a network for comparison: without chance, and with doubles in place of what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from fxgrow.errors import VerificationError
+from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.expectation import Expectation
+from fxgrow.modules.standin import first_line
+
+Mode = Literal["eval", "train"]
+FAULTS = (RuntimeError, ValueError, TypeError)  # what a user's forward or backward raises
+
+
+def outputs_of(
+    model: nn.Module, arguments: Arguments, mode: Mode, without_chance: Expectation
+) -> list[Tensor]:
+    """Return the output tensors of a network in a mode; dropout is off in both.
+
+    Raises:
+        VerificationError: it does not run; a batch norm in train mode needs more than one value.
+    """
+    set_mode(model, mode)
+    try:
+        with torch.no_grad(), without_chance:
+            return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
+    except FAULTS as error:
+        raise VerificationError(
+            f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
+            way_out="Give larger example inputs or a larger batch, or skip the check "
+            "(verify=False, --no-verify).",
+        ) from error
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Put a network into a mode, but for dropout, which is off in both."""
+    model.train(mode == "train")
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.eval()
+
+
+def in_double(arguments: Arguments) -> Arguments:
+    """Return arguments with floating-point tensors in float64."""
+    doubled: Arguments = pytree.tree_map_only(
+        Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments
+    )
+    return doubled
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first few of some names, for a note."""
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
