@@ -24,7 +24,8 @@ from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
-from fxgrow.grow.sizes.literals import Guesses, NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.guesses import Guesses
+from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
