@@ -118,11 +118,13 @@ class Guesses:
         model: the network.
         chosen: what is set now.
         useless: attributes that did not help.
+        wrong: the calls whose sizes were wrong last.
     """
 
     model: nn.Module
     chosen: dict[Candidate, Guess] = field(default_factory=dict)
     useless: set[Candidate] = field(default_factory=set)
+    wrong: set[int] = field(default_factory=set)
 
     @property
     def edits(self) -> tuple[ModuleEdit, ...]:
@@ -134,8 +136,8 @@ class Guesses:
 
         Of the candidates for a repair, the one is tried that most repairs have in common.
         """
-        wrong = {repair.call for repair in repairs}
-        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= wrong}
+        self.wrong = {repair.call for repair in repairs}
+        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= self.wrong}
         self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
         offers = [(repair, self._offer(repair)) for repair in repairs]
         votes = Counter(key for _, offer in offers for key in offer)
@@ -149,9 +151,9 @@ class Guesses:
         return bool(votes)
 
     def is_exhausted(self, repair: Repair) -> bool:
-        """Return whether what should explain a repair is set, and nothing else could."""
+        """Return whether a call stays wrong with what should explain it, and nothing else could."""
         guessed = any(repair.call in guess.calls for guess in self.chosen.values())
-        return guessed and not self._offer(repair)
+        return guessed and repair.call in self.wrong and not self._offer(repair)
 
     def _offer(self, repair: Repair) -> dict[Candidate, ModuleEdit]:
         """Return what a repair may come from and is not set yet, the most likely first."""
