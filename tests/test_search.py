@@ -20,7 +20,7 @@ from fxgrow.grow.widen.feasible import Feasible
 from fxgrow.grow.widen.planner import attempts_for
 from fxgrow.labels.propagate import Labeller
 from fxgrow.labels.trace import trace
-from fxgrow.plan.schema import Request
+from fxgrow.plan.requests import Widen
 
 
 class Fixed(nn.Module):
@@ -124,7 +124,7 @@ def test_what_code_fixes_names_the_group_that_it_comes_from():
 
 def test_the_search_raises_nothing():
     model = chain(Fixed(told=False, helper=True), nn.Linear(4, 5), nn.Linear(5, 4))
-    attempts = attempts_for(analysed(model), Request(width="2x"))
+    attempts = attempts_for(analysed(model), Widen(width="2x"))
     made = attempts.make({"0.first": 12, "1": 10})
     assert isinstance(made, Obstacle)
     assert (made.name, [*made.groups], made.certain) == ("0", ["0.first"], True)

@@ -62,7 +62,8 @@ def rows_of(starts: IntArray, channel: IntArray, unions: Sequence[Union]) -> Row
         apart = one != other
         if not apart.any():
             continue
-        members = several_rows[_ranges(begins, np.unique(channel[one[apart]]))]
+        one, other = one[apart], other[apart]
+        members = several_rows[_ranges(begins, np.unique(channel[one]))]
         rows, index = np.unique([one, other], return_inverse=True)
         joined = rows[components(len(rows), [(*index.reshape(2, -1), "")])]
         before = forest.find(members)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.errors import TraceError
 from fxgrow.labels.tape import Value
-from fxgrow.modules.calling import map_tensors, tensors_in
+from fxgrow.modules.calling import map_kind, map_tensors, tensors_in
 
 # Where each function takes its sizes: from which position to which, and under which names.
 SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
@@ -48,14 +48,20 @@ class SizedCall:
     Attributes:
         function: its name.
         args, kwargs: what it took, tensors replaced by their values.
-        inputs, outputs: the tensors it took and returned.
+        outputs: the tensors it returned.
     """
 
     function: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The tensors it took, in order."""
+        found: list[Value] = []
+        map_kind(Value, found.append, (self.args, self.kwargs))
+        return found
 
     @property
     def sizes(self) -> list[Any]:
@@ -133,9 +139,8 @@ class Recorder(TorchFunctionMode):
         if name in SIZED:
             with _disable_current_modes():  # labels are no data of the run
                 seen_args, seen_kwargs = map_tensors(self._value, (args, kwargs or {}))
-                inputs = tuple(self._value(tensor) for tensor in tensors_in((args, kwargs)))
-                outputs = tuple(self._value(tensor) for tensor in tensors_in(result))
-            self.calls.append(SizedCall(name, seen_args, seen_kwargs, inputs, outputs))
+                outputs = tuple([self._value(tensor) for tensor in tensors_in(result)])
+            self.calls.append(SizedCall(name, seen_args, seen_kwargs, outputs))
         return result
 
 

@@ -183,36 +183,28 @@ def match(
     mine, theirs = map(tied_channels, runs, (norm_codes, norm_codes), signatures)
     buckets = _buckets(mine), _buckets(theirs)
     continued, oversubscribed = _in_order(new.count, *buckets)
-    obstacle = None
     if torn := [first for first in oversubscribed if mine.size[first] > 1]:
-        obstacle = _torn(runs, norms, torn[0])
-    elif oversubscribed:
-        alone = _alone(mine, buckets[0]), _alone(theirs, buckets[1])
-        signed = BySignature(old, new, codes[1], *alone, history)
-        obstacle = signed.reassign(continued, oversubscribed)
-    if obstacle:
+        return _torn(runs, norms, torn[0])
+    alone = _alone(mine, buckets[0]), _alone(theirs, buckets[1])
+    signed = BySignature(old, new, codes[1], *alone, history)
+    if obstacle := signed.reassign(continued, oversubscribed):
         return obstacle
     found, only_copied = Assignment.empty(theirs), frozenset(copied.tolist())
-
-    def chosen(first: int) -> Pairing:
-        """Return how new channels are laid out beside old ones, of which one is told."""
-        return (
-            replicate if first in only_copied else drawing(pairing) if first in copies else pairing
-        )
-
     for members in buckets[1].values():
         fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
         kept = np.sort(continued[taken])
         continued[theirs.members(taken)] = mine.members(continued[taken])
-        if len(fresh):
-            first = int(kept[0]) if len(kept) else -1
-            left = found.copy_whole(fresh, kept, copies.get(first, 0))
-            found.lay_out(left, mine.members(kept), chosen(first), _name(old, kept))
+        if not len(fresh):
+            continue
+        first = next(iter(kept.tolist()), -1)
+        left = found.copy_whole(fresh, kept, copies.get(first, 0))
+        chosen = drawing(pairing) if first in copies else pairing
+        chosen = replicate if first in only_copied else chosen
+        found.lay_out(left, mine.members(kept), chosen, _name(old, kept))
     alone_copied = copied[~np.isin(copied, list(copies))]
-    obstacle = check_order(old, new, list(grown), continued) or check_copies(
-        old, new, alone_copied, continued, found.copy
-    )
-    if obstacle:
+    if obstacle := check_order(old, new, list(grown), continued):
+        return obstacle
+    if obstacle := check_copies(old, new, alone_copied, continued, found.copy):
         return obstacle
     part_twins(new, list(grown), continued, found)
     ranks = old.ranks(hashes[0]), new.ranks(hashes[1])

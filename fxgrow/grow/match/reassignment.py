@@ -17,6 +17,7 @@ from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 
 Touch: TypeAlias = Counter[tuple[int, int]]  # how often (axis code, convolution group)
+Node: TypeAlias = tuple[str, int]  # of the flow network: old or new, and a signature
 _DONE = -1  # stands for an axis where something is done to a channel
 
 
@@ -56,6 +57,8 @@ class BySignature:
         As many as possible keep a place of their own signature: a minimum-cost flow over
         signatures, in which any other place costs one.
         """
+        if not oversubscribed:
+            return None
         codes = range(len(self.old.axes))
         wanted = self._first_touches(self.old, codes, self.old_buckets)
         offered = self._first_touches(self.new, self.new_codes, self.new_buckets)
@@ -71,17 +74,20 @@ class BySignature:
         if homeless:
             first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
             return self._obstacle(wanted[first], homeless[first])
-        moved = np.concatenate([self.old_buckets[kind] for kind in wanted])
+        self._move(continued, {kind: found["old", kind] for kind in wanted})
+        return None
+
+    def _move(self, continued: IntArray, served: Mapping[int, Mapping[Node, int]]) -> None:
+        """Let channels continue elsewhere, in place: how many of each signature as which."""
+        moved = np.concatenate([self.old_buckets[kind] for kind in served])
         continued[np.isin(continued, moved)] = -1
-        free = {kind: list(self.new_buckets[kind]) for kind in offered}
-        for own in wanted:
+        free = {kind: list(members) for kind, members in self.new_buckets.items()}
+        for own, counts in served.items():
             members = list(self.old_buckets[own])
-            places = sorted(found["old", own].items(), key=lambda to: to[0][1] != own)
-            for (_, kind), count in places:
+            for (_, kind), count in sorted(counts.items(), key=lambda to: to[0][1] != own):
                 for member in members[:count]:
                     continued[free[kind].pop(0)] = member
                 members = members[count:]
-        return None
 
     def _network(
         self, wanted: Mapping[int, Touch], offered: Mapping[int, Touch], writers: Set[int]

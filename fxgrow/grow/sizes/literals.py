@@ -1,34 +1,30 @@
-"""Sizes that a network's own code fixes, and the attributes they come from.
+"""Sizes that a network's own code fixes.
 
 At new sizes a forward that says ``x.view(n, l, self.num_heads, 64)`` fails, or does something
 else. Run in step with the old run, each call that takes sizes is given those that the labels of
 its old result foretell; what had to be changed is a :class:`Repair`. Most repairs go back to an
 attribute (``num_heads``, ``hidden_dim``): set to its new value, the repair is no longer needed, and
-the network keeps its class.
+the network keeps its class (:mod:`fxgrow.grow.sizes.guesses`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import TraceError
-from fxgrow.grow.sizes.attributes import following
 from fxgrow.grow.sizes.growth import Growth
 from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.propagate import Place
 from fxgrow.labels.sizes import SIZED, SizedCall, function_name, map_sizes, sizes_in
 from fxgrow.labels.tape import Value
-from fxgrow.plan.edits import ModuleEdit
 from fxgrow.registry import Registry
 
 Count: TypeAlias = Fraction | int
@@ -253,149 +249,3 @@ class Repairer(TorchFunctionMode):
 def _told(old: int | None, new: Count | None) -> int | None:
     """Return a size as it should be; none is told by a -1, nor by what is no whole number."""
     return old if old in (-1, None) or new is None or new.denominator > 1 else int(new)
-
-
-Candidate: TypeAlias = tuple[str, str]  # class, attribute
-
-
-def candidates(
-    model: nn.Module, repair: Repair, without: set[Candidate]
-) -> Iterator[tuple[Candidate, ModuleEdit]]:
-    """Yield attributes that a wrong size may come from, the most likely first.
-
-    The modules that were running are asked from the innermost outwards, then the innermost one's
-    children, whose methods it may have called: for an attribute that is all the sizes, for one that
-    is a size, then for one of which a size is a small multiple; their own attributes first, then
-    those of objects that they hold (``self.config``).
-    """
-    names = repair.module.split(".") if repair.module else []
-    owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
-    inner = model.get_submodule(repair.module)
-    owners += [".".join((*names, child)) for child, _ in inner.named_children()]
-    after_all = tuple(size for size in repair.wanted if size is not None)
-    for owner in owners:
-        module = model.get_submodule(owner)
-        for attribute, before in _sizes_of(module):
-            key = (type(module).__qualname__, attribute)
-            if before == repair.given and key not in without:
-                yield key, ModuleEdit(owner, attribute, before, after_all)
-    for given, wanted in _multiples(repair):
-        for owner, (path, holder) in _holders(model, owners):
-            for attribute, before in _sizes_of(holder):
-                key = (type(holder).__qualname__, attribute)
-                after = _replaced(before, given, wanted)
-                if after != before and key not in without:
-                    yield key, ModuleEdit(owner, path + attribute, before, after)
-
-
-def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
-    """Yield what each size that grows may be a small multiple of, as it is and as it should be."""
-    for multiple in (1, 2, 3, 4):
-        for given, wanted in zip(repair.given, repair.wanted, strict=True):
-            if given is None or wanted is None or wanted <= given:
-                continue
-            if given % multiple == wanted % multiple == 0:
-                yield given // multiple, wanted // multiple
-
-
-def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tuple[str, object]]]:
-    """Yield modules, then what they hold, each with its owner and its path from there."""
-    modules = [(owner, model.get_submodule(owner)) for owner in owners]
-    yield from ((owner, ("", module)) for owner, module in modules)
-    for owner, module in modules:
-        for name, held in vars(module).items():
-            if not name.startswith("_") and hasattr(held, "__dict__") and not callable(held):
-                yield owner, (f"{name}.", held)
-
-
-def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """Yield the attributes of an object that are integers or tuples of them.
-
-    Those of a layer that are known to repeat a size of the tensors that it has are no candidates.
-    """
-    own = (
-        (*holder._parameters.values(), *holder._buffers.values())
-        if isinstance(holder, nn.Module)
-        else ()
-    )
-    if following(holder) and any(tensor is not None for tensor in own):
-        return
-    for name, value in vars(holder).items():
-        if name.startswith("_") or isinstance(value, bool):
-            continue
-        if isinstance(value, int):
-            yield name, value
-        elif isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
-            yield name, tuple(value)
-
-
-def _replaced(value: int | tuple[int, ...], given: int, wanted: int) -> int | tuple[int, ...]:
-    if isinstance(value, int):
-        return wanted if value == given else value
-    return tuple(wanted if item == given else item for item in value)
-
-
-@dataclass
-class Guess:
-    """Attributes of one name and class, set because of some calls.
-
-    Attributes:
-        edits: the attributes.
-        calls: the calls whose sizes they may explain.
-    """
-
-    edits: list[ModuleEdit] = field(default_factory=list)
-    calls: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Guesses:
-    """What is guessed of the attributes that wrong sizes come from, revised from run to run.
-
-    Attributes:
-        model: the network.
-        chosen: what is set now.
-        useless: attributes that did not help.
-    """
-
-    model: nn.Module
-    chosen: dict[Candidate, Guess] = field(default_factory=dict)
-    useless: set[Candidate] = field(default_factory=set)
-
-    @property
-    def edits(self) -> tuple[ModuleEdit, ...]:
-        """All attributes that are set."""
-        return tuple(edit for guess in self.chosen.values() for edit in guess.edits)
-
-    def revise(self, repairs: Sequence[Repair]) -> bool:
-        """Return whether there is something more to try, now that these sizes are wrong.
-
-        Of the candidates for a repair, the one is tried that most repairs have in common.
-        """
-        wrong = {repair.call for repair in repairs}
-        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= wrong}
-        self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
-        offers = [(repair, self._offer(repair)) for repair in repairs]
-        votes = Counter(key for _, offer in offers for key in offer)
-        for repair, offer in offers:
-            if offer:
-                best = max(offer, key=votes.__getitem__)
-                guess = self.chosen.setdefault(best, Guess())
-                guess.calls.add(repair.call)
-                if offer[best] not in guess.edits:
-                    guess.edits.append(offer[best])
-        return bool(votes)
-
-    def is_exhausted(self, repair: Repair) -> bool:
-        """Return whether what should explain a repair is set, and nothing else could."""
-        guessed = any(repair.call in guess.calls for guess in self.chosen.values())
-        return guessed and not self._offer(repair)
-
-    def _offer(self, repair: Repair) -> dict[Candidate, ModuleEdit]:
-        """Return what a repair may come from and is not set yet, the most likely first."""
-        found: dict[Candidate, ModuleEdit] = {}
-        for key, edit in candidates(self.model, repair, self.useless):
-            known = self.chosen.get(key)
-            if known is None or not ("." in edit.attribute or edit in known.edits):
-                found.setdefault(key, edit)
-        return found

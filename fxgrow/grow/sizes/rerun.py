@@ -24,7 +24,8 @@ from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
-from fxgrow.grow.sizes.literals import Guesses, NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.guesses import Guesses
+from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
@@ -192,8 +193,8 @@ class _Rerun:
                 layers = [layer for value in call.outputs for layer in value.layers]
                 for member in np.unique(group_of[channels.of_layers(layers)]).tolist():
                     if member >= 0 and groups[member].name in self.sizes.widths:
-                        reasons.setdefault(groups[member].name, _told(repair))
-        return Obstacle(_told(repairs[0]), repairs[0].module, reasons, certain=bool(reasons))
+                        reasons.setdefault(groups[member].name, _reason(repair))
+        return Obstacle(_reason(repairs[0]), repairs[0].module, reasons, certain=bool(reasons))
 
     def _enclosed(self, repairs: Sequence[Repair]) -> Sequence[Repair]:
         """Return the repairs inside of what is one node of the graph, if there is a graph."""
@@ -227,7 +228,7 @@ class _Rerun:
         return replace(found, sizes=tuple(edits))
 
 
-def _told(repair: Repair) -> str:
+def _reason(repair: Repair) -> str:
     """Return why sizes cannot be as they should be, as far as the code is concerned."""
     return (
         f"the code of {repair.module or 'the model'} fixes sizes {list(repair.given)} in "
