@@ -111,9 +111,9 @@ def report(tallies: dict[str, Tally]) -> None:
     count = sum(len(tally.wrong) for tally in tallies.values())
     missing = {n: t for n, t in tallies.items() if t.reasons and not t.counts["right"]}
     lines.append(f"\nOperators of which nothing is claimed ({len(missing)}):")
-    for name, tally in missing.items():
+    for name, tally in sorted(missing.items(), key=lambda item: -item[1].counts["missing"]):
         (reason, _), *_ = tally.reasons.most_common(1)
-        lines.append(f"{name}: {reason}")
+        lines.append(f"{name} ({tally.counts['missing']}): {reason}")
     right = sum(t.counts["right"] > 0 and not t.wrong for t in tallies.values())
     lines += ["", *wrong, f"{right} of {len(tallies)} operators right", f"{count} wrong"]
     sys.stdout.write("\n".join(lines) + "\n")
