@@ -155,6 +155,7 @@ def test_torchvisions_operators_are_right(name: str) -> None:
     assert not validate(calls, 60.0)[name].wrong
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's own samples
 def test_the_rules_are_right_on_torchs_own_samples() -> None:
     calls: dict[str, list[Call]] = {name: first(make()) for name, make in operators().items()}
     wrong = [line for tally in validate(calls, 30.0).values() for line in tally.wrong]

@@ -246,8 +246,9 @@ def _power(before: Tensor, after: Sequence[Tensor]) -> float | None:
 
 def _is_linear(numbers: _Numbers) -> bool:
     zeros = [torch.zeros_like(x) for x in numbers.draw(0)]
-    for seed in _SEEDS:
-        x, y = numbers.draw(seed), numbers.draw(seed + 10)
+    given = [1.5 * abs(x) for x in _scalars(numbers.call) if x and math.isfinite(x)]
+    for seed, magnitude in enumerate((*(1.0 for _ in _SEEDS), *given)):
+        x, y = numbers.draw(seed, magnitude), numbers.draw(seed + 10, magnitude)
         base = numbers.run(zeros, seed)[0]
         one, other = numbers.run(x, seed)[0], numbers.run(y, seed)[0]
         both = numbers.run([2.0 * a - 3.0 * b for a, b in zip(x, y, strict=True)], seed)[0]

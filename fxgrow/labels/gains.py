@@ -118,8 +118,9 @@ class GainFlow:
             return Gain()
         if traits.is_movement and not op.is_rounded:
             return agree(self, op)
-        for value in op.inputs:
-            self._bind(op, value)
+        if not all(out.is_weight and not out.is_curved for out in op.outputs):
+            for value in op.inputs:
+                self._bind(op, value)
         scaled = [v for v in dict.fromkeys(op.inputs) if self.of(v).scale != 1.0]
         return self._powers(op, scaled) if scaled else Gain()
 

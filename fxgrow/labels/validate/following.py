@@ -150,6 +150,8 @@ def _check_held(case: Case, table: _Table, members: IntArray, holds: Holds) -> s
             x = x if own is None else _padded(x, layer, members, padding, own)
         operands.append(x)
     again = run(case.call, operands)
+    if not all(bool(x.isfinite().all()) for x in again if x.is_floating_point()):
+        return ""  # a root of what is negative, say
     what = f"channels that hold {holds}"
     wanted = []
     for x, value, layers in zip(again, case.labelled.leaving, case.claims.results, strict=True):
