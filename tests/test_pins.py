@@ -62,7 +62,7 @@ NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
     PinKind.LAYOUT: lambda net, x, y: x.contiguous().as_strided((8, 3), (1, 8)),
     PinKind.OVERWRITTEN: lambda net, x, y: written(x, y),
     PinKind.ONE_DIM: lambda net, x, y: outer(x, y).flatten(1),
-    PinKind.EMPTY: lambda net, x, y: torch.cat([x, y[:0]]),
+    PinKind.EMPTY: lambda net, x, y: torch.cat([x, (y[:0] @ net.table)]),
     PinKind.LAYER_NORM: lambda net, x, y: F.layer_norm(x, (3, 8)),
     PinKind.GROUP_NORM: lambda net, x, y: F.group_norm(x, 2),
     PinKind.KERNEL: lambda net, x, y: F.conv1d(torch.ones(1, 8, 4), x[..., None]),

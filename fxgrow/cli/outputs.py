@@ -43,13 +43,13 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
     from fxgrow.files.checkpoint.reading import FileReader
 
     sources = tuple(sources)
+    wanted = [path for path in paths if path is not None]
+    for folder in sorted({path.parent for path in wanted}):
+        tidy(folder)  # first: it may bring a source back
     for source in sources:  # a missing one is a better reason to stop than its output
         if not os.path.isdir(source):
             with FileReader(source):
                 pass
-    wanted = [path for path in paths if path is not None]
-    for folder in sorted({path.parent for path in wanted}):
-        tidy(folder)
     seen: set[Path] = set()
     for path in wanted:
         for source in sources:

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
-from fxgrow.labels.operators import COPIES
+from fxgrow.labels.operators import COPIES, PICKS
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Value
@@ -109,6 +109,17 @@ def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
         if own is None and not step.value(tensor).is_uniform:
             for other in (layer for layer in cluster if layer is not None):
                 step.join_fixed(other, tensor, tensor.shape)
+
+
+def is_spread(step: Step, inputs: Sequence[Value]) -> bool:
+    """Return whether an operation repeats entries that it moves or picks, or one before it did."""
+    traits = step.traits
+    if traits.is_pointwise and len(inputs) == 1:
+        return inputs[0].is_spread
+    if not inputs or not (traits.is_movement or traits.name in PICKS):
+        return False
+    grows = any(x.numel() > step.operands[0].numel() for x in step.outputs)
+    return grows or inputs[0].is_spread
 
 
 def repeated(step: Step) -> frozenset[int]:

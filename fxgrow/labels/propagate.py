@@ -169,7 +169,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if step.traits.is_factory or not any(value.layers for value in inputs):
             return tuple(() for _ in step.outputs)
-        if step.outputs and not any(tensor.numel() for tensor in step.outputs):
+        nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
+        if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
@@ -197,6 +198,7 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_padded": traits.is_padding,
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step),
+        "is_spread": generic.is_spread(step, inputs),
     }
 
 

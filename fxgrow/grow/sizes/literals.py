@@ -127,14 +127,14 @@ def _part(call: SizedCall, new: NewShapes) -> Sizes:
 
 @WANTED.register("pad")
 def _padding(call: SizedCall, new: NewShapes) -> Sizes:
-    """How much is put before and after each dim, from the last one on."""
+    """How much is put before and after each dim, from the last one on; it need not be in ratio."""
     value, amounts = call.outputs[0], call.sizes
     wanted: list[Count | None] = []
     for index in range(0, len(amounts), 2):
         dim = len(value.shape) - 1 - index // 2
         before, after = amounts[index : index + 2]
-        inner = new.size(value, dim, value.shape[dim] - after)
-        wanted += [new.size(value, dim, before), new.size(value, dim) - inner]
+        inner = round(new.size(value, dim, value.shape[dim] - after))
+        wanted += [round(new.size(value, dim, before)), new.size(value, dim) - inner]
     return tuple(wanted)
 
 

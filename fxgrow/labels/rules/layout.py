@@ -31,7 +31,7 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
         if dim not in dims:
             first = _same_channels(step, tensors, members).expand(shape)
             for tensor in (x for x in same_rank if not x.shape[dim]):
-                if not step.value(tensor).is_uniform:
+                if step.value(tensor).producer is None:
                     step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
             out.append(first)
             continue

@@ -162,7 +162,8 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     heads = narrowed(batched[0], (0,))
     out: list[Layer] = []
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
-        if cover(step.layers(tensor), 0) is None and not step.value(tensor).is_uniform:
+        value = step.value(tensor)  # spread over heads, it is alike for all of them
+        if cover(step.layers(tensor), 0) is None and not (value.is_uniform or value.is_spread):
             step.pin((heads,), PinKind.FIXED, "multiplied by matrices of a tensor")
         for layer in step.layers(tensor):
             if 0 in support(layer):

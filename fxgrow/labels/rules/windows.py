@@ -45,8 +45,6 @@ from fxgrow.labels.tape import Operation
     "aten.grid_sampler_3d",
     "aten.max_unpool2d",
     "aten.max_unpool3d",
-    "aten.fractional_max_pool2d",
-    "aten.fractional_max_pool3d",
 )
 def spatial(step: Step) -> tuple[Layers, ...]:
     """Pooling, resampling, mirrored padding: the spatial dims are mixed, the leading ones pass."""
@@ -59,6 +57,15 @@ def spatial(step: Step) -> tuple[Layers, ...]:
     for other in others:
         kept = _placed(step, kept, other, leading, name)
     return tuple(tuple(layer.expand(shape) for layer in kept) for _ in step.outputs)
+
+
+@rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+def spatial_by_chance(step: Step) -> tuple[Layers, ...]:
+    """The same, over positions that are drawn for each channel."""
+    x = step.args[0]
+    leading = range(x.ndim - len(step.argument("kernel_size")))
+    kept = step.beside(x, leading, PinKind.POSITIONS, step.target._opname)
+    return tuple(tuple(layer.expand(out.shape) for layer in kept) for out in step.outputs)
 
 
 def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], name: str) -> Layers:
