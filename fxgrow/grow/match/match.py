@@ -194,13 +194,12 @@ def match(
         fresh, taken = members[continued[members] < 0], members[continued[members] >= 0]
         kept = np.sort(continued[taken])
         continued[theirs.members(taken)] = mine.members(continued[taken])
-        if not len(fresh):
-            continue
         first = next(iter(kept.tolist()), -1)
-        left = found.copy_whole(fresh, kept, copies.get(first, 0))
         chosen = drawing(pairing) if first in copies else pairing
         chosen = replicate if first in only_copied else chosen
-        found.lay_out(left, mine.members(kept), chosen, _name(old, kept))
+        if len(fresh):
+            left = found.copy_whole(fresh, kept, copies.get(first, 0))
+            found.lay_out(left, mine.members(kept), chosen, _name(old, kept))
     alone_copied = copied[~np.isin(copied, list(copies))]
     if obstacle := check_order(old, new, list(grown), continued):
         return obstacle

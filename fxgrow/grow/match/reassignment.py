@@ -66,7 +66,11 @@ class BySignature:
         writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
         concerned = {code for touch in touched.values() for code, _ in touch} & writers
         wanted, offered = (
-            {kind: touch for kind, touch in some.items() if {c for c, _ in touch} & concerned}
+            {
+                kind: touch
+                for kind, touch in some.items()
+                if not concerned.isdisjoint(c for c, _ in touch)
+            }
             for some in (wanted, offered)
         )
         found = nx.min_cost_flow(self._network(wanted, offered, writers))

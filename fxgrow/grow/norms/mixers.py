@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -41,6 +42,28 @@ class Mixed:
         alone = place < len(self.copied) and bool(self.copied[place] == first)
         return alone or group.name in self.surplus
 
+    def grow(
+        self,
+        group: ChannelGroup,
+        width: int,
+        place: str,
+        surplus_of: Callable[[ChannelGroup, int], Surplus | str] | None,
+    ) -> None:
+        """Let a group grow that a norm at some place depends on; not if others grow otherwise."""
+        if surplus_of is None:
+            self.problems[group.name] = (
+                f"{place} depends on all its channels together, and some of them do not grow alike"
+            )
+        elif width % group.width and group.name not in self.surplus:
+            surplus = surplus_of(group, width)
+            if isinstance(surplus, Surplus):
+                self.surplus[group.name] = surplus
+            else:
+                self.problems[group.name] = (
+                    f"{place} depends on all {group.width} channels together, and {surplus}, so "
+                    f"they grow by whole copies; possible: {2 * group.width}"
+                )
+
     def copies(self, groups: Sequence[ChannelGroup]) -> dict[int, int]:
         """Return, for each channel of a group with a surplus, how many of it there are to be."""
         return {
@@ -67,6 +90,7 @@ def mixed_groups(
         extended: the weights of group norms that get new groups, which ask for nothing.
     """
     groups = analysis.groups
+    ratios = [Fraction(widths.get(group.name, group.width), group.width) for group in groups]
     group_of = group_of_channel(analysis.channels, groups)
     copied: dict[str, IntArray] = {}
     found = Mixed(np.zeros(0, dtype=np.int64))
@@ -74,32 +98,11 @@ def mixed_groups(
         if norm in extended:
             continue
         touched = np.unique(group_of[members]).tolist()
-        growing = [groups[i] for i in touched if i >= 0 and groups[i].name in widths]
-        ratios = {
-            (widths[groups[i].name], groups[i].width) if i >= 0 and groups[i].name in widths
-            else (1, 1)
-            for i in touched
-        }  # fmt: skip
-        factors = {new / old for new, old in ratios}
-        for group in growing:
-            width = widths[group.name]
-            if width == group.width:
-                continue
+        growing = [i for i in touched if i >= 0 and ratios[i] != 1]
+        alike = len({ratios[i] if i >= 0 else Fraction(1) for i in touched}) == 1
+        for group in (groups[i] for i in growing):
             copied[group.name] = group.channels
-            if len(factors) > 1:
-                found.problems[group.name] = (
-                    f"{place} depends on all its channels together, and some of them do not grow "
-                    "alike"
-                )
-            elif width % group.width and group.name not in found.surplus:
-                surplus = surplus_of(group, width)
-                if isinstance(surplus, Surplus):
-                    found.surplus[group.name] = surplus
-                else:
-                    found.problems[group.name] = (
-                        f"{place} depends on all {group.width} channels together, and {surplus}, "
-                        f"so they grow by whole copies; possible: {2 * group.width}"
-                    )
+            found.grow(group, widths[group.name], place, surplus_of if alike else None)
     alone = [members for name, members in copied.items() if name not in found.surplus]
     if alone:
         found.copied = np.unique(np.concatenate(alone))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
@@ -53,17 +54,15 @@ def merged(plans: Sequence[Plan]) -> Plan:
     """Return plans for different parts of one network as one plan; all name the whole's tensors."""
     before = plans[0].parameters[0]
     added = sum(plan.parameters[1] - before for plan in plans)
+    parts = ("groups", "modules", "multipliers", "prediction", "sizes", "scopes", "kernels")
+    joined: dict[str, Any] = {
+        part: tuple(item for plan in plans for item in getattr(plan, part)) for part in parts
+    }
     return replace(
         plans[0],
-        groups=tuple(group for plan in plans for group in plan.groups),
         tensors={name: edit for plan in plans for name, edit in plan.tensors.items()},
-        modules=tuple(edit for plan in plans for edit in plan.modules),
-        multipliers=tuple(m for plan in plans for m in plan.multipliers),
-        prediction=tuple(m for plan in plans for m in plan.prediction),
         parameters=(before, before + added),
         flops=(sum(plan.flops[0] for plan in plans), sum(plan.flops[1] for plan in plans)),
         warnings=tuple(dict.fromkeys(text for plan in plans for text in plan.warnings)),
-        sizes=tuple(edit for plan in plans for edit in plan.sizes),
-        scopes=tuple(scope for plan in plans for scope in plan.scopes),
-        kernels=tuple(kernel for plan in plans for kernel in plan.kernels),
+        **joined,
     )
