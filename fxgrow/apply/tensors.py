@@ -258,10 +258,11 @@ def _shares(tensor: Tensor, dim: int, edit: AxisEdit, draws: _Draws) -> Tensor:
     ]
     if not sources:
         return tensor
-    index = torch.tensor(sources, device=tensor.device)
+    index = torch.tensor(sources)
+    counts = torch.bincount(index, minlength=tensor.shape[dim]).to(tensor)
+    index = index.to(tensor.device)
     shape = [1] * tensor.ndim
     shape[dim] = -1
-    counts = torch.bincount(index, minlength=tensor.shape[dim]).to(tensor.dtype)
     whole = tensor.index_select(dim, index)
     shares = whole / counts[index].view(shape)
     if draws.split_noise:

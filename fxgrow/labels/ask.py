@@ -247,7 +247,7 @@ def _power(before: Tensor, after: Sequence[Tensor]) -> float | None:
 def _is_linear(numbers: _Numbers) -> bool:
     zeros = [torch.zeros_like(x) for x in numbers.draw(0)]
     given = [1.5 * abs(x) for x in _scalars(numbers.call) if x and math.isfinite(x)]
-    for seed, magnitude in enumerate((*(1.0 for _ in _SEEDS), *given)):
+    for seed, magnitude in enumerate((*_MAGNITUDES, *given)):
         x, y = numbers.draw(seed, magnitude), numbers.draw(seed + 10, magnitude)
         base = numbers.run(zeros, seed)[0]
         one, other = numbers.run(x, seed)[0], numbers.run(y, seed)[0]
@@ -255,20 +255,21 @@ def _is_linear(numbers: _Numbers) -> bool:
         moved = (one != base) | (other != base) | (both != base)
         told = moved if bool(moved.any()) else torch.ones_like(moved)
         offset = bool((base[told] != 0).any()) or not base.is_floating_point()
-        if offset or not torch.allclose(both[moved], (2 * one - 3 * other)[moved], 1e-9, 1e-9):
+        slack = _CLOSE * float(both.abs().max()) if both.numel() else 0.0
+        if offset or not torch.allclose(both[moved], (2 * one - 3 * other)[moved], 0.0, slack):
             return False
     return True
 
 
 def _is_alike(numbers: _Numbers, dims: tuple[int, ...], out: tuple[int, ...]) -> bool:
-    for seed in _SEEDS:
+    for seed, magnitude in enumerate(_MAGNITUDES):
         same = []
-        for x in numbers.draw(seed):
+        for x in numbers.draw(seed, magnitude):
             thin = functools.reduce(lambda t, dim: t.narrow(dim, 0, 1), dims, x)
             same.append(thin.expand_as(x).contiguous())
         found = numbers.run(same, seed)[0]
         first = functools.reduce(lambda t, dim: t.narrow(dim, 0, 1), out, found)
-        if not torch.allclose(found, first.expand_as(found), 1e-9, 1e-12):
+        if not torch.allclose(found, first.expand_as(found), _CLOSE, 0.0):
             return False
     return True
 

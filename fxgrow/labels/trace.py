@@ -195,9 +195,14 @@ class Traced:
 
     def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
+        stack: list[str] = []
         try:
             target = self.target.train()
-            propagate(target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros)
+            with running_modules(self.standin, stack):
+                propagate(
+                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,
+                    place=lambda: ("", stack[-1] if stack else ""),
+                )  # fmt: skip
         except Exception as error:
             if not self.inferred:
                 raise TraceError(
