@@ -8,20 +8,24 @@
 Names are imported when they are first used, so that ``import fxgrow`` and the command line's
 ``--help`` do not load torch.
 
-The way of the data is the order of the rooms: a user's module (:mod:`~fxgrow.modules`), the labels
-of its channels (:mod:`~fxgrow.labels`), what belongs together (:mod:`~fxgrow.channels`), plans as
-data (:mod:`~fxgrow.plan`), what carries them out (:mod:`~fxgrow.apply`), the planners
+The rooms, from the bottom up: a user's module (:mod:`~fxgrow.modules`), the labels of its channels
+(:mod:`~fxgrow.labels`), what belongs together (:mod:`~fxgrow.channels`), plans as data
+(:mod:`~fxgrow.plan`), what carries them out (:mod:`~fxgrow.apply`), the planners
 (:mod:`~fxgrow.grow`), the judge (:mod:`~fxgrow.verification`), the public functions
 (:mod:`~fxgrow.api`), what is on disk (:mod:`~fxgrow.files`), the command line (:mod:`~fxgrow.cli`).
-A room imports those before it alone.
+A room imports those below it alone. A command goes through them so: load, trace, label, find the
+groups, plan, apply, verify, save.
 
 Glossary:
     label: an integer for each position of a parameter's axis, which flows through the operations.
+    label layer: a tensor of labels with the shape of the tensor it is for, for each set of dims in
+        which channels lie.
     channel: all positions that carry one feature; labels that were unified.
     channel group: channels that must change width together. Torch-Pruning (Fang et al. 2023):
         dependency group.
     writer, reader: a parameter's axis that produces a group's channels, or contracts them.
-    carrier: a parameter with an entry for each channel that passes: a norm, a depthwise kernel.
+    carrier: the axis of a parameter with an entry for each channel that passes: that of a norm, or
+        of a depthwise kernel.
     mixer: an operation whose result depends on a set of channels as a whole: a LayerNorm.
     hidden, stream, pinned: a group inside a block; carried by a residual addition; of fixed width,
         for a reason (*pin*).
@@ -43,8 +47,6 @@ Glossary:
     zero channels: new channels that their writers write as zeros (NetMorph, Wei et al. 2016).
     channel assignment: which old channel each new one continues, copies or joins.
     submodule: a part of a network that is followed by itself, where the whole cannot be.
-    concrete run: a run of some operations on numbers, to see what a block passes on.
-    taps: the positions of a convolution's kernel.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ class PaddingFlow:
         """Return what is held after an operation on zeros: what it makes of them tells."""
         found = ask.at_zero(op, data)
         if found is None:
-            return self.lost(op)
+            return Held(None, f"what {op.place} makes of a channel of zeros cannot be told")
         if not math.isfinite(found.value):
             return self.refuse(f"{op.place} makes {found.value} of a channel of zeros")
         if found.value:

@@ -151,6 +151,10 @@ class Step:
             groups: of a convolution, whose weight has the columns of one group.
         """
         columns = self.line(weight, dim)
+        if not self.value(weight).is_weight:
+            both = tuple(labels for labels in (columns, incoming) if labels is not None)
+            self.pin(both, PinKind.ACTIVATIONS)
+            return
         if groups > 1:
             size = groups * weight.shape[dim]
             columns = self.space.axis(self.value(weight).parameter, dim, size, groups)
@@ -174,11 +178,29 @@ class Step:
         self.accompany(bias, rows, "draw")
         if rows is None:
             return ()
-        self.space.mark(rows, "writer")
+        if self.value(weight).is_weight:
+            self.space.mark(rows, "writer")
         return (along(rows, out, self.outputs[0].shape),)
 
+    def unify(self, left: Tensor | None, right: Tensor | None) -> None:
+        """Let channels of two operands be one, position by position, as :meth:`line` returns them.
+
+        If one operand has none, it is of fixed width, and so the other's are pinned.
+        """
+        if left is not None and right is not None:
+            self.space.unify(left, right)
+        else:
+            alone = tuple(labels for labels in (left, right) if labels is not None)
+            self.pin(alone, PinKind.FIXED, "combined with a tensor")
+
     def accompany(self, vector: Tensor | None, channels: Tensor | None, fill: Fill) -> None:
-        """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves."""
+        """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves.
+
+        Args:
+            vector: along its last dim, an entry for each channel; its axis is a *carrier*.
+            channels: their labels, as :meth:`line` returns them.
+            fill: what its new entries are: ``draw`` (by the init), ``one``, ``zero``, or ``copy``.
+        """
         if vector is None:
             return
         if channels is None:

@@ -44,7 +44,8 @@ def assert_rule(function: Callable[..., Any], before: str, after: str) -> None:
 
     Raises:
         AssertionError: labels are others, or what they say is not so on numbers: if channels
-            change places, if one changes, or if there are more of them.
+            change places, if one changes, or if there are more of them. On numbers, operands come
+            in as parameters, as constants and as data with channels in any of their dims.
 
     Example:
         >>> assert_rule(lambda x: x.roll(1, 1), "x[2 a=4]", "x[2 a] -> [2 a(3)+a(0:3)]")
@@ -79,12 +80,20 @@ def _check_numbers(function: Callable[..., Any], operands: Sequence[_Operand]) -
     """Check on numbers what the labels say; see :mod:`fxgrow.labels.validate`."""
     random = torch.Generator().manual_seed(0)
     given = tuple(torch.randn(x.shape, dtype=torch.float64, generator=random) for x in operands)
-    way = tuple(
-        "p" if x.is_parameter else "d" + "".join(map(str, sorted(x.letters))) for x in operands
-    )
-    for outcome in outcomes_of(Call("this", function, given, {}), way):
+    for outcome in outcomes_of(Call("this", function, given, {})):
         if outcome.kind == "wrong":
-            raise AssertionError(f"on numbers: {outcome.reason}")
+            names = [x.name for x in operands]
+            ways = ", ".join(map(" ".join, zip(names, map(_told, outcome.way), strict=True)))
+            raise AssertionError(f"on numbers, for {ways}: {outcome.reason}")
+
+
+def _told(way: str) -> str:
+    """Return how an operand comes in, in words."""
+    if way == "p":
+        return "as a parameter"
+    if way == "c":
+        return "as a constant"
+    return f"as data with channels in dim {' and '.join(way[1:])}" if way[1:] else "as data"
 
 
 class _Picture:

@@ -20,9 +20,21 @@ FAULTS = (RuntimeError, ValueError, TypeError)  # what a user's forward or backw
 
 
 def outputs_of(
-    model: nn.Module, arguments: Arguments, mode: Mode, without_chance: Expectation
+    model: nn.Module,
+    arguments: Arguments,
+    mode: Mode,
+    without_chance: Expectation,
+    *,
+    grown: bool = False,
 ) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both.
+
+    Args:
+        model: the network.
+        arguments: what it is called with.
+        mode: the mode.
+        without_chance: the run that it is a part of.
+        grown: it was made of a network that runs on these arguments.
 
     Raises:
         VerificationError: it does not run; a batch norm in train mode needs more than one value.
@@ -32,6 +44,11 @@ def outputs_of(
         with torch.no_grad(), without_chance:
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
+        if grown:
+            raise VerificationError(
+                f"the grown {type(model).__name__} does not run in {mode} mode, where the original "
+                f"does: {first_line(error)}. What was done to it does not fit together."
+            ) from error
         raise VerificationError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "

@@ -187,7 +187,7 @@ class _Runs:
         case = self._case
         exact = in_double(batch)
         before = outputs_of(case.exact_before, exact, mode, self._exactly)
-        after = outputs_of(case.exact_after, exact, mode, self._exactly)
+        after = outputs_of(case.exact_after, exact, mode, self._exactly, grown=True)
         predicted = before
         norms = case.norms if mode == "train" else ()
         if case.reference is not case.exact_before or norms:

@@ -188,14 +188,13 @@ def trilinear(step: Step) -> tuple[Layers, ...]:
     """The sum over some dims of a product of three, broadcast: what ``nn.Bilinear`` runs."""
     *factors, expand1, expand2, expand3, summed = step.args[:7]
     weights = [step.value(tensor).is_weight for tensor in factors]
-    if sum(weights) != 1:
+    if weights != [False, True, False]:  # only the middle one has both dims that are summed
         return step.give_up(PinKind.PARAMETERS if any(weights) else PinKind.ACTIVATIONS)
-    place = weights.index(True)
     names = [_places(x, dims) for x, dims in zip(factors, (expand1, expand2, expand3), strict=True)]
     out: list[Layer] = []
     wide = len(step.outputs[0].shape) + len(summed)
     rest = [dim for dim in range(wide) if dim not in summed]
-    weight, places = factors.pop(place), names.pop(place)
+    weight, places = factors.pop(1), names.pop(1)
     for dim in range(wide):
         pairs = zip(factors, names, strict=True)
         beside = [step.line(tensor, known.index(dim)) for tensor, known in pairs if dim in known]
