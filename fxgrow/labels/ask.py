@@ -164,10 +164,7 @@ class _Numbers(NamedTuple):
 
 
 def _random(
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    generator: torch.Generator,
-    are_numbers: bool = False,
+    dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator, are_numbers: bool = False
 ) -> Tensor:
     """Return numbers of both signs, none near zero; positions are zeros, and masks alternate.
 

@@ -23,10 +23,7 @@ from fxgrow.modules.tensors import named_tensors
 
 
 def towards(
-    attempts: Attempts,
-    target: Analysis,
-    names: Mapping[str, str],
-    bridges: Collection[str] = (),
+    attempts: Attempts, target: Analysis, names: Mapping[str, str], bridges: Collection[str] = ()
 ) -> Feasible:
     """Return the sizes and the channels that a target has for the tensors of a source.
 
