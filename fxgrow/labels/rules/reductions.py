@@ -30,7 +30,7 @@ def mean_padding(flow: PaddingFlow, op: Operation) -> Held:
     if mixed is None:
         return held
     times = np.unique(mixed, return_counts=True)[1]
-    alike = len(times) == len(flow.group.channels) and len(np.unique(times)) == 1
+    alike = len(times) == len(flow.channels) and len(np.unique(times)) == 1
     if held.what != "zero" or not alike or not flow.is_alone(mixed):
         return flow.refuse(held.why or "they are averaged together with others")
     flow.statistics.append(op.index)
