@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.labels.forest import distinct
-from fxgrow.labels.layers import along, compact, core, cover, line, support
+from fxgrow.labels.layers import along, compact, core, cover, support
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.rules import RULES, rule
 from fxgrow.labels.space import LabelSpace
@@ -38,21 +38,12 @@ def test_layers_are_supported_where_they_vary(shape: list[int], data: st.DataObj
     labels = torch.arange(1, shape[dim] + 1, dtype=torch.int32)
     layer = along(labels, dim, shape)
     assert support(layer) == (frozenset({dim}) if shape[dim] > 1 else frozenset())
-    found = line(layer, dim)
-    assert found is not None
-    assert found.tolist() == labels.tolist()
     dense = layer.contiguous()
     assert support(compact(dense)) == support(layer)
     assert torch.equal(compact(dense), layer)
     assert core(layer, (dim,)).numel() == shape[dim]
     if shape[dim] > 1:
         assert cover((layer,), dim) is layer
-
-
-def test_a_layer_that_varies_elsewhere_has_no_line() -> None:
-    layer = torch.arange(6, dtype=torch.int32).view(2, 3)
-    assert line(layer, 1) is None
-    assert support(layer) == {0, 1}
 
 
 @settings(deadline=None)

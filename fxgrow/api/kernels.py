@@ -36,10 +36,7 @@ def plan(
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
     request = MorphKernel(
-        size=_checked(size),
-        include=globs(include),
-        exclude=globs(exclude),
-        module=module,
+        size=_checked(size), include=globs(include), exclude=globs(exclude), module=module
     )
     notes = check_tensors(named_tensors(model))
     progress("following the channels")

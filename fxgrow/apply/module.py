@@ -71,10 +71,7 @@ def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = Tr
 
 
 def new_tensors(
-    plan: Plan,
-    lookup: Lookup,
-    init: Init | None = None,
-    like: Mapping[str, Tensor] | None = None,
+    plan: Plan, lookup: Lookup, init: Init | None = None, like: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor that one step edits by name, one at a time, in the plan's order."""
     for name in plan.tensors:

@@ -200,10 +200,7 @@ def stream_channels(channels: Channels, tape: Tape, blocks: Iterable[ResidualBlo
 
 
 def find_pairs(
-    blocks: Iterable[ResidualBlock],
-    groups: Sequence[ChannelGroup],
-    channels: Channels,
-    tape: Tape,
+    blocks: Iterable[ResidualBlock], groups: Sequence[ChannelGroup], channels: Channels, tape: Tape
 ) -> tuple[ResidualBlock, ...]:
     """Return the blocks with the hidden channel groups of their branches as pairs."""
     group_of_label = group_of_channel(channels, groups)[channels.channel_of_label]

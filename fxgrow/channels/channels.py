@@ -7,7 +7,7 @@ at its new ones, are compared on these tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import Layer, core, support
+from fxgrow.labels.padding import ChannelTable
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
-from fxgrow.labels.space import Axis, Fill, LabelSpace, Role
+from fxgrow.labels.space import Fill, LabelSpace
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -39,19 +40,17 @@ class Mixer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(ChannelTable):
     """The channel of every position of every labelled axis.
 
     Attributes:
-        axes: the axes, in order of first use.
-        roles, fills: per axis; what no operation gave a role is a carrier.
+        fills: per axis.
         channel: ``channel[start[a] + p]`` is the channel of position ``p`` of axis ``a``, an
             integer from 0 in order of first use.
         start: first row of each axis, and one entry past the last.
         count: number of channels.
         pins: why a channel cannot change, by channel.
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
-        channel_of_label: the channel of each label, -1 where it has none.
         mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
         unions: where labels became one channel: both sides' labels and the place.
@@ -62,15 +61,12 @@ class Channels:
         first_labels: the first label of each axis, of those without a channel too.
     """
 
-    axes: tuple[Axis, ...]
-    roles: tuple[Role, ...]
     fills: tuple[Fill, ...]
     channel: IntArray
     start: IntArray
     count: int
     pins: dict[int, Pin]
     convolution_groups: dict[str, int]
-    channel_of_label: IntArray
     mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
@@ -78,14 +74,6 @@ class Channels:
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-
-    def of_layers(self, layers: Iterable[Layer]) -> IntArray:
-        """Return the channels that some label layers stand for, sorted."""
-        found = [self.channel_of_label[core(x, support(x)).numpy().ravel()] for x in layers]
-        if not found:
-            return np.zeros(0, dtype=np.int64)
-        joined = np.unique(np.concatenate(found))
-        return joined[joined >= 0]
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""

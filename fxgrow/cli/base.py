@@ -44,8 +44,7 @@ def fxgrow(
         ),
     ] = False,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", envvar="FXGROW_DEBUG", help="Show tracebacks of errors."),
+        bool, typer.Option("--debug", envvar="FXGROW_DEBUG", help="Show tracebacks of errors.")
     ] = False,
 ) -> None:
     """Grow trained PyTorch networks without changing what they compute."""

@@ -37,8 +37,7 @@ SourceFile = Annotated[
     ),
 ]
 PlanFile = Annotated[
-    Path,
-    typer.Argument(metavar="PLAN", help="A plan that --plan wrote.", show_default=False),
+    Path, typer.Argument(metavar="PLAN", help="A plan that --plan wrote.", show_default=False)
 ]
 AfterPlan = Annotated[
     Path | None,

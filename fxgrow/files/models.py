@@ -44,6 +44,7 @@ from fxgrow.modules.calling import Arguments
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
+from fxgrow.modules.tensors import aliases_of
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.names import carried_names
 from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
@@ -347,7 +348,7 @@ def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -
     # load_state_dict notes in the metadata that it assigned, and whoever loads the file that these
     # are written to would assign too, behind the back of an optimizer.
     vars(weights)["_metadata"] = copy.deepcopy(getattr(source.state_dict, "_metadata", None))
-    ties = _ties(model)
+    ties = aliases_of(dict(model.named_parameters(remove_duplicate=False)))
     try:
         result = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
@@ -371,13 +372,6 @@ def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> 
         name=name,
         way_out="Name the architecture with --arch (and --arch-arg).",
     )
-
-
-def _ties(model: nn.Module) -> dict[str, str]:
-    """Return the first name of each tied parameter by its further ones."""
-    first: dict[int, str] = {}
-    names = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
-    return {n: first[i] for n, i in names.items() if first.setdefault(i, n) != n}
 
 
 def _record(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:

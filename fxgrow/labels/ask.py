@@ -145,14 +145,11 @@ class _Numbers(NamedTuple):
                 made[value.index] = _random(value.dtype, shape, generator, are_numbers)
             return made[value.index].clone()
 
-        args, kwargs = map_kind(Value, number, (self.call.args, self.call.kwargs))
-        args, kwargs = tuple(map(_in_float64, args)), {k: _in_float64(x) for k, x in kwargs.items()}
-        kwargs.pop("device", None)
         if torch.Tag.nondeterministic_seeded not in self.call.target.tags:
-            return tensors_in(self.call.target(*args, **kwargs))
+            return run_on(self.call, number)
         with torch.random.fork_rng(devices=()):  # the same chance in each run
             torch.manual_seed(seed)
-            return tensors_in(self.call.target(*args, **kwargs))
+            return run_on(self.call, number)
 
     def draw(self, seed: int, magnitude: float = 1.0) -> list[Tensor]:
         """Return numbers of both signs for the operands in question, of one magnitude."""
@@ -164,10 +161,7 @@ class _Numbers(NamedTuple):
 
 
 def _random(
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    generator: torch.Generator,
-    are_numbers: bool = False,
+    dtype: torch.dtype, shape: Sequence[int], generator: torch.Generator, are_numbers: bool = False
 ) -> Tensor:
     """Return numbers of both signs, none near zero; positions are zeros, and masks alternate.
 
@@ -183,10 +177,20 @@ def _random(
     return drawn * signs.sign() + (0j if dtype.is_complex else 0)
 
 
-def _in_float64(argument: Any) -> Any:
-    """Return an argument, a floating-point dtype as float64."""
-    is_dtype = isinstance(argument, torch.dtype) and argument.is_floating_point
-    return torch.float64 if is_dtype else argument
+def run_on(call: Asked, number: Callable[[Value], Tensor]) -> list[Tensor]:
+    """Return the results of a call on the numbers of its values, in float64 where it says a dtype.
+
+    Raises:
+        Exception: whatever the operation raises.
+    """
+
+    def in_float64(argument: Any) -> Any:
+        is_dtype = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return torch.float64 if is_dtype else argument
+
+    args, kwargs = map_kind(Value, number, (call.args, call.kwargs))
+    named = {key: in_float64(item) for key, item in kwargs.items() if key != "device"}
+    return tensors_in(call.target(*map(in_float64, args), **named))
 
 
 def _degrees(numbers: _Numbers) -> tuple[float | None, ...] | None:
@@ -336,16 +340,11 @@ def _asked(
 
 def _shapes(call: Asked) -> Iterator[dict[int, tuple[int, ...]]]:
     """Yield shapes to run a call on: cut in each dim, sizes that are equal alike, and its own."""
-    values = _values(call)
+    values: list[Value] = []
+    map_kind(Value, values.append, (call.args, call.kwargs))
     yield {v.index: tuple(min(size, _ENOUGH) for size in v.shape) for v in values}
     if sum(math.prod(value.shape) for value in values) <= _MOST:
         yield {value.index: value.shape for value in values}
-
-
-def _values(call: Asked) -> list[Value]:
-    found: list[Value] = []
-    map_kind(Value, found.append, (call.args, call.kwargs))
-    return found
 
 
 def _scalars(call: Asked) -> list[float]:

@@ -50,18 +50,6 @@ def core(layer: Layer, dims: Iterable[int]) -> Tensor:
     return layer.as_strided(shape, layer.stride())
 
 
-def line(layer: Layer, dim: int) -> Tensor | None:
-    """Return the 1-D labels of ``layer`` along ``dim``, or None if it varies elsewhere too.
-
-    Example:
-        >>> line(along(torch.tensor([7, 8]), 1, (3, 2)), 1).tolist()
-        [7, 8]
-    """
-    if support(layer) - {dim}:
-        return None
-    return core(layer, (dim,)).reshape(-1)
-
-
 def narrowed(layer: Layer, dims: Iterable[int]) -> Tensor:
     """Return the largest label along every dim that is not in ``dims``, these having size one.
 

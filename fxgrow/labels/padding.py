@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,32 +27,30 @@ from fxgrow.labels.tape import Operation, Value
 Holds: TypeAlias = Literal["mean", "zero"]
 
 
-class ChannelTable(Protocol):
-    """The channels of a run: see :class:`fxgrow.channels.channels.Channels`."""
+@dataclass(frozen=True)
+class ChannelTable:
+    """The channel of every label of a run.
 
-    @property
-    def axes(self) -> tuple[Axis, ...]: ...  # noqa: D102
-    @property
-    def roles(self) -> tuple[Role, ...]: ...  # noqa: D102
-    @property
-    def count(self) -> int: ...  # noqa: D102
-    @property
-    def channel_of_label(self) -> IntArray: ...  # noqa: D102
+    Attributes:
+        axes: the axes, in order of first use.
+        roles: per axis; what no operation gave a role is a carrier.
+        channel_of_label: the channel of each label, -1 where it has none.
+    """
+
+    axes: tuple[Axis, ...]
+    roles: tuple[Role, ...]
+    channel_of_label: IntArray
 
     def of_layers(self, layers: Iterable[Layer]) -> IntArray:
         """Return the channels that some label layers stand for, sorted."""
+        found = [self.channel_of_label[core(x, support(x)).numpy().ravel()] for x in layers]
+        joined = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+        return joined[joined >= 0]
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
-
-
-class Group(Protocol):
-    """Channels that change width together: see :class:`fxgrow.channels.groups.ChannelGroup`."""
-
-    @property
-    def channels(self) -> IntArray: ...  # noqa: D102
-    @property
-    def axes(self) -> tuple[int, ...]: ...  # noqa: D102
+        found = self.axes[axis]
+        return self.channel_of_label[found.start : found.start + found.size]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ class PaddingFlow:
 
     Attributes:
         table: the channels of the run.
-        group: the group.
+        channels: those of the group, each once.
+        axes: the axes (indices) that hold some of them.
         holds: what its writers write.
         gradient_later: zeros go on where no gradient comes back, which is followed afterwards, and
             no further than to two of them multiplied by one another.
@@ -87,7 +86,8 @@ class PaddingFlow:
     """
 
     table: ChannelTable
-    group: Group
+    channels: IntArray
+    axes: tuple[int, ...]
     holds: Holds
     gradient_later: bool = False
     filled: set[int] = field(default_factory=set)
@@ -113,15 +113,15 @@ class PaddingFlow:
     @cached_property
     def _is_member(self) -> npt.NDArray[np.bool_]:
         """Whether each channel is one of the group's; one entry more, for "no channel"."""
-        is_member = np.zeros(self.table.count + 1, dtype=bool)
-        is_member[self.group.channels] = True
+        is_member = np.zeros(len(self.table.channel_of_label) + 1, dtype=bool)
+        is_member[self.channels] = True
         return is_member
 
     @cached_property
     def _axes(self) -> dict[str, tuple[int, ...]]:
         """The group's axes by tensor."""
         axes: dict[str, tuple[int, ...]] = {}
-        for index in self.group.axes:
+        for index in self.axes:
             name = self.table.axes[index].tensor
             axes[name] = (*axes.get(name, ()), index)
         return axes
@@ -153,7 +153,7 @@ class PaddingFlow:
 
     def is_whole(self, channels: IntArray) -> bool:
         """Return whether these are all the group's channels, each once, and nothing else."""
-        count = len(self.group.channels)
+        count = len(self.channels)
         return len(channels) == count == len(np.unique(channels)) and self.is_alone(channels)
 
     def of(self, value: Value) -> Held:
@@ -167,7 +167,7 @@ class PaddingFlow:
         if held.what != "mean":
             return held
         found = self.table.of_layers(value.layers)
-        whole = np.count_nonzero(self._is_member[found]) == len(self.group.channels)
+        whole = np.count_nonzero(self._is_member[found]) == len(self.channels)
         return held if whole else Held(None, why)
 
     def axes_of(self, value: Value, role: Role) -> list[int]:

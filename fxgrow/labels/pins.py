@@ -18,10 +18,7 @@ class PinKind(Enum):
         "an output of the network",
         "nothing to do: fxgrow never changes what the network returns",
     )
-    OUTSIDE = (
-        "{} is the same tensor, outside of {}",
-        "follow the whole network: no --module",
-    )
+    OUTSIDE = ("{} is the same tensor, outside of {}", "follow the whole network: no --module")
     NO_RULE = (
         "no rule for {}",
         'register a rule for the operation: see "Add an operation" in the README',
@@ -77,10 +74,7 @@ class PinKind(Enum):
         "looked up by {}",
         "split or slice the channels: what an index or a mask picks is data",
     )
-    LAYOUT = (
-        "{} cannot move labels",
-        "write it with view, permute, slicing or cat",
-    )
+    LAYOUT = ("{} cannot move labels", "write it with view, permute, slicing or cat")
     OVERWRITTEN = (
         "written over in part or by other channels",
         "use torch.cat or torch.where in place of an assignment",
@@ -93,10 +87,7 @@ class PinKind(Enum):
         "nothing is computed of them on these inputs",
         "give example inputs for which all of it is computed",
     )
-    LAYER_NORM = (
-        "a layer norm over more than the channels",
-        "normalise over the channels alone",
-    )
+    LAYER_NORM = ("a layer norm over more than the channels", "normalise over the channels alone")
     GROUP_NORM = (
         "a group norm without a weight, whose groups cannot be told",
         "give the norm affine=True: its weight tells the groups",

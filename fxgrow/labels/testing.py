@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fxgrow.labels.forest import IntArray
-from fxgrow.labels.layers import along, core, cover, support
-from fxgrow.labels.propagate import Labeller
+from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Value
 from fxgrow.labels.validate.case import outcomes_of
-from fxgrow.labels.validate.claims import Call
-from fxgrow.modules.calling import tensors_in
+from fxgrow.labels.validate.claims import PARAMETER, Call, label
 
 _OPERAND = re.compile(r"(\w+)(\*?)\[([^\]]*)\]")
 
@@ -52,32 +50,15 @@ def assert_rule(function: Callable[..., Any], before: str, after: str) -> None:
     """
     operands = [_operand(name, star, dims.split()) for name, star, dims in _OPERAND.findall(before)]
     metas = [torch.empty(operand.shape, device="meta") for operand in operands]
-    space = LabelSpace()
-    named = {x.name: t for x, t in zip(operands, metas, strict=True) if x.is_parameter}
-    labeller = Labeller(named, space)
-    for operand, meta in zip(operands, metas, strict=True):
-        if not operand.is_parameter:
-            lines = ((d, space.axis(operand.name, d, meta.shape[d])) for d in operand.letters)
-            labeller.enter_input(meta, tuple(along(line, d, meta.shape) for d, line in lines))
-    values = [labeller.value(meta) for meta in metas]
-    with torch.no_grad(), labeller:
-        results = [labeller.value(x) for x in tensors_in(function(*metas))]
-    found = _Picture(space, operands, values)
-    shown = " ".join(map(found.operand, operands, values))
-    shown += " -> " + " ".join(f"[{' '.join(found.dims(value))}]" for value in results)
+    way = tuple(
+        "p" if x.is_parameter else "d" + "".join(map(str, sorted(x.letters))) for x in operands
+    )
+    run = label(Call("this", function, tuple(metas), {}), way, metas)
+    found = _Picture(run.space, operands, run.entering)
+    shown = " ".join(map(found.operand, range(len(operands)), operands, run.entering))
+    shown += " -> " + " ".join(f"[{' '.join(found.dims(value))}]" for value in run.leaving)
     if shown != after:
         raise AssertionError(f"the labels are\n    {shown}\nand not\n    {after}")
-    _check_numbers(function, operands)
-
-
-def _operand(name: str, star: str, dims: Sequence[str]) -> _Operand:
-    parts = [dim.rpartition("=") for dim in dims]
-    letters = {d: letter for d, (letter, _, _) in enumerate(parts) if letter}
-    return _Operand(name, bool(star), tuple(int(size) for _, _, size in parts), letters)
-
-
-def _check_numbers(function: Callable[..., Any], operands: Sequence[_Operand]) -> None:
-    """Check on numbers what the labels say; see :mod:`fxgrow.labels.validate`."""
     random = torch.Generator().manual_seed(0)
     given = tuple(torch.randn(x.shape, dtype=torch.float64, generator=random) for x in operands)
     for outcome in outcomes_of(Call("this", function, given, {})):
@@ -85,6 +66,12 @@ def _check_numbers(function: Callable[..., Any], operands: Sequence[_Operand]) -
             names = [x.name for x in operands]
             ways = ", ".join(map(" ".join, zip(names, map(_told, outcome.way), strict=True)))
             raise AssertionError(f"on numbers, for {ways}: {outcome.reason}")
+
+
+def _operand(name: str, star: str, dims: Sequence[str]) -> _Operand:
+    parts = [dim.rpartition("=") for dim in dims]
+    letters = {d: letter for d, (letter, _, _) in enumerate(parts) if letter}
+    return _Operand(name, bool(star), tuple(int(size) for _, _, size in parts), letters)
 
 
 def _told(way: str) -> str:
@@ -115,7 +102,7 @@ class _Picture:
                 for place, root in enumerate(self._line(value, dim)):
                     self.names.setdefault(root, (letter, place))
 
-    def operand(self, operand: _Operand, value: Value) -> str:
+    def operand(self, place: int, operand: _Operand, value: Value) -> str:
         """Return the picture of an operand."""
         dims = self.dims(value, operand.letters)
         star = "*" if operand.is_parameter else ""
@@ -123,7 +110,7 @@ class _Picture:
             roles = {
                 axis.dim: self.space.roles[index]
                 for index, axis in enumerate(self.space.axes)
-                if axis.tensor == operand.name and index in self.space.roles
+                if axis.tensor == f"{PARAMETER} {place}" and index in self.space.roles
             }
             dims = [f"{text}:{roles[d]}" if d in roles else text for d, text in enumerate(dims)]
         return f"{operand.name}{star}[{' '.join(dims)}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +17,16 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 if tensor is not None:
                     found[prefix + local] = tensor
     return parameters | buffers
+
+
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each further name of a tied tensor, its first name."""
+    first: dict[int, str] = {}
+    return {
+        name: known
+        for name, tensor in tensors.items()
+        if (known := first.setdefault(id(tensor), name)) != name
+    }
 
 
 def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -125,39 +124,6 @@ def _remarks(found: Verification, changes: bool) -> Iterator[Text]:
     yield from (Text(f"note: {note}") for note in found.notes)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a block, or of a group outside of any.
-
-    Attributes:
-        block: its name ("" outside of blocks).
-        cells: the rows; equal for blocks that may share them.
-    """
-
-    block: str
-    cells: tuple[tuple[str, ...], ...]
-
-
-def _add_folded(table: Table, rows: Iterable[_Rows], verdict: int | None = None) -> None:
-    """Add rows to a table, consecutive blocks with the same cells as one.
-
-    Args:
-        table: the table; its first column is the block.
-        rows: the rows of each block.
-        verdict: the index of the cell to colour.
-    """
-    for (cells, inside), same in groupby(rows, key=lambda r: (r.cells, bool(r.block))):
-        names = [entry.block for entry in same]
-        shared = _span(names) if inside else "–"
-        for index, row in enumerate(cells * (1 if inside else len(names))):
-            label = Text("" if index and inside else shared, overflow="fold")
-            coloured = [
-                verdict_text(cell) if position == verdict else Text(cell, overflow="fold")
-                for position, cell in enumerate(row)
-            ]
-            table.add_row(label, *coloured)
-
-
 def _span(names: Sequence[str]) -> str:
     """Return the label of consecutive blocks that share their rows.
 
@@ -189,16 +155,21 @@ def targets_table(architecture: object, targets: Sequence[Possible]) -> Renderab
 
 
 def _groups_table(groups: Sequence[GroupPlan]) -> Table:
-    """Return the table of the groups that grow."""
+    """Return the table of the groups that grow, consecutive blocks with the same cells as one."""
     table = new_table(
         "block", "group", "width", "α", "β", "α·β", "absorbed by", "gain", "verdict",
         right=("width", "α", "β", "α·β", "gain"),
     )  # fmt: skip
-    rows = (
-        _Rows(block, tuple(_group_cells(group, block) for group in members))
-        for block, members in _by_block(groups)
-    )
-    _add_folded(table, rows, verdict=7)
+    rows = [
+        (block, tuple(_group_cells(group, block) for group in members))
+        for block, members in groupby(groups, key=lambda group: group.block or "")
+    ]
+    for (cells, inside), same in groupby(rows, key=lambda row: (row[1], bool(row[0]))):
+        names = [block for block, _ in same]
+        shared = _span(names) if inside else "–"
+        for index, (*figures, verdict) in enumerate(cells * (1 if inside else len(names))):
+            texts = ("" if index and inside else shared, *figures)
+            table.add_row(*(Text(x, overflow="fold") for x in texts), verdict_text(verdict))
     return table
 
 
@@ -222,12 +193,6 @@ def _factor(factor: float | None, group: GroupPlan, layers: Sequence[str]) -> st
     if factor is not None or not found:
         return _number(factor)
     return f"{_number(min(found))}–{_number(max(found))}"
-
-
-def _by_block(groups: Iterable[GroupPlan]) -> Iterator[tuple[str, list[GroupPlan]]]:
-    """Yield consecutive groups of one block together."""
-    for block, members in groupby(groups, key=lambda group: group.block or ""):
-        yield block, list(members)
 
 
 def _request_line(plan: Plan) -> Text:

@@ -84,11 +84,7 @@ def write_file(
 
 
 def write_whole(
-    out: Path,
-    write: Callable[[Path], object],
-    *,
-    source: Path | None = None,
-    force: bool = True,
+    out: Path, write: Callable[[Path], object], *, source: Path | None = None, force: bool = True
 ) -> None:
     """Let ``write`` fill an empty directory; what is in it then takes its place, all or nothing.
 

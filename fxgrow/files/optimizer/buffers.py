@@ -81,10 +81,21 @@ def shape_by(state: State, name: str) -> Shape:
         raise PlanError(f"{name} lacks what belongs to it", name=name) from error
 
 
-@BUFFERS.register("grad_avg", "prev")
-def average(state: State, name: str) -> Buffer:
-    """An average of gradients (RMSprop, centered), or the last one (Rprop)."""
-    return Buffer(state[name], 1, "zero")
+def _of_degree(degree: int, fresh: Literal["zero", "mean"]) -> BufferRule:
+    """Return the rule of buffers that hold their numbers as they are."""
+    return lambda state, name: Buffer(state[name], degree, fresh)
+
+
+# An average of gradients (RMSprop, centered), or the last one (Rprop).
+BUFFERS.register("grad_avg", "prev")(_of_degree(1, "zero"))
+# An average (Adam, RMSprop, Adadelta, Adafactor), maximum (AMSGrad) or sum (Adagrad) of g².
+BUFFERS.register("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance")(
+    _of_degree(2, "mean")
+)
+# The decaying maximum of |g| (Adamax).
+BUFFERS.register("exp_inf")(_of_degree(1, "mean"))
+# Sizes of steps, which do not depend on the gradient's size (Adadelta, Rprop).
+BUFFERS.register("acc_delta", "step_size")(_of_degree(0, "mean"))
 
 
 @BUFFERS.register("exp_avg")
@@ -97,24 +108,6 @@ def first_moment(state: State, name: str) -> Buffer:
 def momentum(state: State, name: str) -> Buffer:
     """A sum of gradients (SGD, Muon), or of gradients over their own size (RMSprop)."""
     return Buffer(state[name], 0 if "square_avg" in state else 1, "zero")
-
-
-@BUFFERS.register("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance")
-def squares(state: State, name: str) -> Buffer:
-    """An average (Adam, RMSprop, Adadelta, Adafactor), maximum (AMSGrad) or sum (Adagrad) of g²."""
-    return Buffer(state[name], 2, "mean")
-
-
-@BUFFERS.register("exp_inf")
-def largest(state: State, name: str) -> Buffer:
-    """The decaying maximum of |g| (Adamax)."""
-    return Buffer(state[name], 1, "mean")
-
-
-@BUFFERS.register("acc_delta", "step_size")
-def steps(state: State, name: str) -> Buffer:
-    """Sizes of steps, which do not depend on the gradient's size (Adadelta, Rprop)."""
-    return Buffer(state[name], 0, "mean")
 
 
 @BUFFERS.register("row_var")

@@ -15,8 +15,8 @@ from fxgrow.grow.convert.fresh import Fresh, bridges, units_of
 from fxgrow.grow.convert.regroup import Regrouping, regrouped, regrouped_towards
 from fxgrow.grow.convert.target import towards
 from fxgrow.grow.identity.stages import child_of
-from fxgrow.grow.widen.planner import aliases_of, attempts_for, plan_of
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.grow.widen.planner import attempts_for, plan_of
+from fxgrow.modules.tensors import aliases_of, named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.requests import Convert, Widen
 from fxgrow.plan.schema import Plan

@@ -23,10 +23,7 @@ from fxgrow.modules.tensors import named_tensors
 
 
 def towards(
-    attempts: Attempts,
-    target: Analysis,
-    names: Mapping[str, str],
-    bridges: Collection[str] = (),
+    attempts: Attempts, target: Analysis, names: Mapping[str, str], bridges: Collection[str] = ()
 ) -> Feasible:
     """Return the sizes and the channels that a target has for the tensors of a source.
 
@@ -51,7 +48,7 @@ def towards(
     known = {(axis.tensor, axis.dim): axis for axis in new.axes}
     widths = {}
     for group in analysis.groups:
-        first = _first_writer(analysis, group.axes)
+        first = next(x for x in group.axes if analysis.channels.roles[x] == "writer")
         axis = analysis.channels.axes[first]
         grown = known.get((axis.tensor, axis.dim))
         if grown is None:
@@ -136,8 +133,3 @@ def _written_elsewhere(channels: Channels, names: Mapping[str, str], new: Channe
     kept = [new.of_axis(i) for i, role in enumerate(new.roles) if role == "writer"]
     nothing = np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.concatenate([nothing, *own]), np.concatenate([nothing, *kept]))
-
-
-def _first_writer(analysis: Analysis, axes: Collection[int]) -> int:
-    """Return the axis that tells a group's width."""
-    return next(axis for axis in axes if analysis.channels.roles[axis] == "writer")

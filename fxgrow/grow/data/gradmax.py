@@ -45,10 +45,7 @@ class GradMax(DataDriven):
         averages = self.averages(network, pairs, correlated)
         return {
             name: algebra.gradmax(
-                averages[name][0],
-                pair.slope,
-                _mean_norm(network, pair),
-                shapes_of(network, pair),
+                averages[name][0], pair.slope, _mean_norm(network, pair), shapes_of(network, pair)
             )
             for name, pair in pairs.items()
         }

@@ -50,7 +50,8 @@ def _depths(model: nn.Module, stage: Stage, likes: Sequence[int]) -> Iterator[Mo
             for name, before in _about(vars(holder), owner, stage.container).items():
                 after = _deeper(before, len(stage.names), place, sources)
                 if after is not None:
-                    yield ModuleEdit(owner, prefix + name, _frozen(before), after)
+                    before = tuple(before) if isinstance(before, list) else before
+                    yield ModuleEdit(owner, prefix + name, before, after)
 
 
 def _about(attributes: Mapping[str, object], owner: str, container: str) -> dict[str, Any]:
@@ -81,10 +82,6 @@ def _deeper(before: object, old: int, place: int, sources: Sequence[int]) -> Any
     if len(before) == old and all(type(item) is str for item in before):  # a kind for each block
         return tuple(before[source] for source in sources)
     return None
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _place(model: nn.Module, path: Sequence[str]) -> int:

@@ -16,9 +16,8 @@ from fxgrow.grow.identity.filling import METHODS
 from fxgrow.grow.identity.net2deeper import find_unit
 from fxgrow.grow.identity.new_block import NewBlock, block_plan, tensor_edits
 from fxgrow.grow.identity.stages import Stage, rearrangement
-from fxgrow.grow.widen.planner import aliases_of
 from fxgrow.labels.trace import Traced
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import aliases_of, named_tensors
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.names import new_names

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from fxgrow.labels.ask import run_on
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.propagate import propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced, running_modules
-from fxgrow.modules.calling import map_kind, tensors_in
+from fxgrow.modules.calling import tensors_in
 
 _DRAWS = 2
 _EXACTLY = 1e-12  # up to the rounding of float64
@@ -282,18 +283,13 @@ def run(op: Operation, numbers: Mapping[int, Tensor]) -> list[Tensor]:
         op: the operation.
         numbers: what it takes, by index of the value.
     """
-    kwargs = {key: item for key, item in op.kwargs.items() if key != "device"}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        kwargs["dtype"] = torch.float64
     in_place = traits_of(op.target).is_mutable
 
     def number(value: Value) -> Tensor:
         return numbers[value.index].clone() if in_place else numbers[value.index]
 
     try:
-        args, kwargs = map_kind(Value, number, (op.args, kwargs))
-        return tensors_in(op.target(*args, **kwargs))
+        return run_on(op, number)
     except (RuntimeError, TypeError, IndexError, KeyError, NotImplementedError):
         return []
 

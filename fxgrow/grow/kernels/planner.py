@@ -20,10 +20,9 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.kernels.convolutions import convolutions, input_sizes, settings_of, sharing_weight
 from fxgrow.grow.kernels.taps import Convolution, Enlarged, check_size, enlarged, new_kernel, told
-from fxgrow.grow.widen.planner import aliases_of
 from fxgrow.grow.widen.submodules import merged
 from fxgrow.labels.tape import Tape
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import aliases_of, named_tensors
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Run, RunKind, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.requests import MorphKernel

@@ -170,10 +170,7 @@ def _transposed_candidate(old: Convolution, kernel: PerDim) -> Convolution:
         before.append(taps)
         output_padding.append(present + dilation * (2 * taps - more))
     return replace(
-        old,
-        kernel=kernel,
-        padding=_padded(old, before),
-        output_padding=tuple(output_padding),
+        old, kernel=kernel, padding=_padded(old, before), output_padding=tuple(output_padding)
     )
 
 

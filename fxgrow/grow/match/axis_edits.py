@@ -11,7 +11,6 @@ from fxgrow.channels.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching
 from fxgrow.grow.norms.padding import Surplus
-from fxgrow.grow.norms.zero_channels import Silence
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.space import Fill, Role
 from fxgrow.plan.edits import AxisEdit, Run, RunKind
@@ -28,7 +27,7 @@ def axis_edits(
     new: Channels,
     matching: Matching,
     surplus: Collection[Surplus] = (),
-    silent: Collection[Silence] = (),
+    silent: Collection[frozenset[int]] = (),
 ) -> dict[str, list[AxisEdit]]:
     """Return, for each tensor, the edits of the axes whose positions change; readers first.
 
@@ -46,7 +45,7 @@ def axis_edits(
     edits: dict[str, list[AxisEdit]] = {}
     codes = {"mean": MEAN, "zero": ZERO}
     filled = {axis: codes[found.holds] for found in surplus for axis in found.filled}
-    filled |= {axis: ZERO for found in silent for axis in found.filled}
+    filled |= {axis: ZERO for found in silent for axis in found}
     free = {axis for found in surplus for axis in found.free}
     for index, axis in enumerate(new.axes):
         before = index_of[axis.tensor, axis.dim]

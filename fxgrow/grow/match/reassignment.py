@@ -136,10 +136,7 @@ class BySignature:
         )
 
     def _first_touches(
-        self,
-        channels: Channels,
-        codes: Sequence[int],
-        buckets: dict[int, IntArray],
+        self, channels: Channels, codes: Sequence[int], buckets: dict[int, IntArray]
     ) -> dict[int, Touch]:
         """Return what the channels of each signature touch, and what is done to them."""
         firsts = {int(members[0]): kind for kind, members in buckets.items()}

@@ -52,7 +52,8 @@ def follow_surplus(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
     """
     places = analysis.mixers_of(group)
     layer_norms = any(place.startswith("aten.native_layer_norm") for place in places)
-    flow = PaddingFlow(analysis.channels, group, "mean" if layer_norms else "zero")
+    holds: Holds = "mean" if layer_norms else "zero"
+    flow = PaddingFlow(analysis.channels, group.channels, group.axes, holds)
     group_norm = next((place for place in places if place.startswith("aten.native_group_norm")), "")
     if group_norm:
         flow.refuse(f"{group_norm} is no LayerNorm or RMSNorm")

@@ -8,7 +8,6 @@ and behind one such channels would stay zero for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
@@ -18,26 +17,17 @@ from fxgrow.labels.tape import Operation
 from fxgrow.modules.tensors import layer_of
 
 
-@dataclass(frozen=True)
-class Silence:
-    """What makes the new channels of a group zero.
+def follow_silence(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | str:
+    """Return the axes (indices) of a group that zeros fill, or why its new channels cannot be zero.
 
-    Attributes:
-        filled: axes (indices) whose new entries are zeros: writers and what is added to them.
-    """
-
-    filled: frozenset[int]
-
-
-def follow_silence(analysis: Analysis, group: ChannelGroup) -> Silence | str:
-    """Return which axes of a group are filled with zeros, or why its new channels cannot be zero.
+    These are those of its writers, and of what is added to them.
 
     Args:
         analysis: of the network.
         group: the group; no norm over its channels says how they are laid out.
     """
-    flow = PaddingFlow(analysis.channels, group, "zero", gradient_later=True)
     channels = analysis.channels
+    flow = PaddingFlow(channels, group.channels, group.axes, "zero", gradient_later=True)
     operations = analysis.operations_of(group)
     interpret(operations, flow)
     if flow.refusal:
@@ -53,7 +43,7 @@ def follow_silence(analysis: Analysis, group: ChannelGroup) -> Silence | str:
     if mute is not None:
         why = next(iter(flow.flat.values()), "no gradient comes back to them")
         return f"new channels of {mute} would stay zero: {why}"
-    return Silence(frozenset(flow.filled | writers))
+    return frozenset(flow.filled | writers)
 
 
 def _without_gradient(flow: PaddingFlow, operations: Sequence[Operation]) -> str | None:

@@ -46,6 +46,18 @@ def follows(*classes: type[nn.Module]) -> Callable[[Follow], Follow]:
     return decorate
 
 
+def _repeats(**sizes: tuple[str, int]) -> Follow:
+    """Return what gives each attribute the size of a tensor along a dim."""
+    return lambda _, shapes, groups: {x: shapes[name][dim] for x, (name, dim) in sizes.items()}
+
+
+follows(nn.Linear)(_repeats(out_features=("weight", 0), in_features=("weight", 1)))
+follows(nn.Embedding)(_repeats(num_embeddings=("weight", 0), embedding_dim=("weight", 1)))
+follows(nn.EmbeddingBag)(_repeats(embedding_dim=("weight", 1)))  # rows are looked up and stay
+follows(nn.RNNCellBase)(_repeats(hidden_size=("weight_hh", 1), input_size=("weight_ih", 1)))
+follows(nn.PReLU)(_repeats(num_parameters=("weight", 0)))
+
+
 @follows(_ConvNd)
 def convolution(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     """``out_channels``, ``in_channels`` and ``groups``."""
@@ -54,20 +66,6 @@ def convolution(module: nn.Module, shapes: Shapes, groups: int | None) -> Attrib
     if getattr(module, "transposed", False):
         return {"in_channels": first, "out_channels": second * count, "groups": count}
     return {"out_channels": first, "in_channels": second * count, "groups": count}
-
-
-@follows(nn.Linear)
-def linear(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``out_features`` and ``in_features``."""
-    del module, groups
-    return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
-
-
-@follows(nn.Embedding)
-def embedding(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``num_embeddings`` and ``embedding_dim``."""
-    del module, groups
-    return {"num_embeddings": shapes["weight"][0], "embedding_dim": shapes["weight"][1]}
 
 
 @follows(_NormBase)
@@ -105,13 +103,6 @@ def attention(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribut
     }
 
 
-@follows(nn.EmbeddingBag)
-def embedding_bag(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``embedding_dim``; rows are looked up and stay."""
-    del module, groups
-    return {"embedding_dim": shapes["weight"][1]}
-
-
 @follows(nn.RNNBase)
 def recurrent(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
     """``hidden_size``, of which each gate has one, ``input_size`` and ``proj_size``."""
@@ -120,20 +111,6 @@ def recurrent(module: nn.Module, shapes: Shapes, groups: int | None) -> Attribut
     gates = {"LSTM": 4, "GRU": 3}.get(str(module.mode), 1)
     sizes: Attributes = {"hidden_size": rows // gates, "input_size": inputs}
     return sizes | ({"proj_size": shapes["weight_hr_l0"][0]} if module.proj_size else {})
-
-
-@follows(nn.RNNCellBase)
-def recurrent_cell(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``hidden_size`` and ``input_size``."""
-    del module, groups
-    return {"hidden_size": shapes["weight_hh"][1], "input_size": shapes["weight_ih"][1]}
-
-
-@follows(nn.PReLU)
-def prelu(module: nn.Module, shapes: Shapes, groups: int | None) -> Attributes:
-    """``num_parameters``."""
-    del module, groups
-    return {"num_parameters": shapes["weight"][0]}
 
 
 def following(module: object) -> Follow | None:

@@ -289,9 +289,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _resized(
-    standin: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    edits: tuple[ModuleEdit, ...],
+    standin: nn.Module, shapes: Mapping[str, tuple[int, ...]], edits: tuple[ModuleEdit, ...]
 ) -> Iterator[None]:
     """Swap tensors and attributes of a stand-in for a while; ties stay tied."""
     before = named_tensors(standin)

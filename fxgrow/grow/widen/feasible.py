@@ -18,7 +18,7 @@ from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
 from fxgrow.grow.norms.mixers import Mixed, mixed_groups
 from fxgrow.grow.norms.padding import Surplus, find_surplus, follow_surplus
-from fxgrow.grow.norms.zero_channels import Silence, follow_silence
+from fxgrow.grow.norms.zero_channels import follow_silence
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
@@ -51,7 +51,7 @@ class Feasible:
     surplus: dict[str, Surplus]
     eta: Eta
     refused: tuple[Refusal, ...]
-    silent: dict[str, Silence] = field(default_factory=dict)
+    silent: dict[str, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Attempts:
     with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     scale_writers: bool = True
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
-    _silences: dict[str, Silence | str] = field(default_factory=dict)
+    _silences: dict[str, frozenset[int] | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
 
     def silent(
         self, widths: Mapping[str, int], mixed: Mixed
-    ) -> tuple[dict[str, Silence], dict[str, str]]:
+    ) -> tuple[dict[str, frozenset[int]], dict[str, str]]:
         """Return what is zero of the groups whose new channels are to be, and why it cannot be."""
-        found: dict[str, Silence] = {}
+        found: dict[str, frozenset[int]] = {}
         problems: dict[str, str] = {}
         if not self.pairing(1, 0, "").silent:
             return found, problems

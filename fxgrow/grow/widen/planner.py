@@ -22,7 +22,7 @@ from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import aliases_of, named_tensors
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
@@ -345,16 +345,6 @@ def _verdict(request: Widen, pairing: str, mismatches: list[Mismatch]) -> tuple[
     if request.compensate:
         return "exact", f"compensated by a multiplier ({reasons})"
     return ("no" if any(m.verdict == "no" for m in mismatches) else "scaled"), reasons
-
-
-def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return, for each further name of a tied tensor, its first name."""
-    first: dict[int, str] = {}
-    return {
-        name: known
-        for name, tensor in tensors.items()
-        if (known := first.setdefault(id(tensor), name)) != name
-    }
 
 
 def _parameter_counts(

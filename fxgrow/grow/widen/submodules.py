@@ -43,11 +43,8 @@ def plan_parts(analyses: Sequence[Analysis], request: Widen, variance_of: Varian
             refused += tuple(Refusal(name, error.message.rstrip(".")) for name in mine)
     if not made:
         raise problems[0]
-    return replace(merged(made), request=request, refused=refused + _all_refused(made))
-
-
-def _all_refused(plans: Sequence[Plan]) -> tuple[Refusal, ...]:
-    return tuple(refusal for plan in plans for refusal in plan.refused)
+    refused += tuple(refusal for plan in made for refusal in plan.refused)
+    return replace(merged(made), request=request, refused=refused)
 
 
 def merged(plans: Sequence[Plan]) -> Plan:

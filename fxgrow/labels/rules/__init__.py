@@ -20,17 +20,6 @@ from fxgrow.labels.rules.record import RULES, OpRule, rule
 from fxgrow.labels.step import Step
 
 __all__ = [
-    "RULES",
-    "OpRule",
-    "PinKind",
-    "Step",
-    "arithmetic",
-    "convolution",
-    "layout",
-    "lookup",
-    "norms",
-    "products",
-    "reductions",
-    "rule",
-    "windows",
-]
+    "RULES", "OpRule", "PinKind", "Step", "arithmetic", "convolution", "layout", "lookup", "norms",
+    "products", "reductions", "rule", "windows",
+]  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from fxgrow.labels.gains import Gain, GainFlow
 from fxgrow.labels.layers import Layer, Layers, core, support
+from fxgrow.labels.operators import aten
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
@@ -30,7 +31,7 @@ def mean_padding(flow: PaddingFlow, op: Operation) -> Held:
     if mixed is None:
         return held
     times = np.unique(mixed, return_counts=True)[1]
-    alike = len(times) == len(flow.group.channels) and len(np.unique(times)) == 1
+    alike = len(times) == len(flow.channels) and len(np.unique(times)) == 1
     if held.what != "zero" or not alike or not flow.is_alone(mixed):
         return flow.refuse(held.why or "they are averaged together with others")
     flow.statistics.append(op.index)
@@ -39,23 +40,10 @@ def mean_padding(flow: PaddingFlow, op: Operation) -> Held:
 
 @rule("aten.mean", gain=mean_gain, padding=mean_padding)
 @rule(
-    "aten.sum",
-    "aten.prod",
-    "aten.amax",
-    "aten.amin",
-    "aten.max",
-    "aten.min",
-    "aten.any",
-    "aten.all",
-    "aten.var",
-    "aten.var_mean",
-    "aten.std",
-    "aten.std_mean",
-    "aten.argmax",
-    "aten.argmin",
-    "aten.logsumexp",
-    "aten.linalg_vector_norm",
-    "aten.norm",
+    *aten(
+        "sum prod amax amin max min any all var var_mean std std_mean argmax argmin logsumexp "
+        "linalg_vector_norm norm"
+    )
 )
 def reduction(step: Step) -> tuple[Layers, ...]:
     """A reduction keeps the labels along the dims it leaves alone.
@@ -91,15 +79,7 @@ def _sequence(dims: int | list[int]) -> list[int]:
     return [dims] if isinstance(dims, int) else list(dims)
 
 
-@rule(
-    "aten._softmax",
-    "aten._log_softmax",
-    "aten._safe_softmax",
-    "aten.cumsum",
-    "aten.cumprod",
-    "aten.sort",
-    "aten.topk",
-)
+@rule(*aten("_softmax _log_softmax _safe_softmax cumsum cumprod sort topk"))
 def along_a_dim(step: Step) -> tuple[Layers, ...]:
     """What mixes the positions of one dim passes labels along the others.
 

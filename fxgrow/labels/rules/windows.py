@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxgrow.labels.gains import Gain, GainFlow, not_homogeneous
 from fxgrow.labels.layers import Layer, Layers, along, clusters, compact, core, cover, support
+from fxgrow.labels.operators import aten
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
@@ -17,34 +18,15 @@ from fxgrow.labels.tape import Operation
 
 
 @rule(
-    "aten.max_pool2d_with_indices",
-    "aten.max_pool3d_with_indices",
-    "aten.avg_pool2d",
-    "aten.avg_pool3d",
-    "aten._adaptive_avg_pool2d",
-    "aten._adaptive_avg_pool3d",
-    "aten.adaptive_max_pool2d",
-    "aten.adaptive_max_pool3d",
-    "aten.upsample_nearest1d",
-    "aten.upsample_nearest2d",
-    "aten.upsample_nearest3d",
-    "aten._upsample_nearest_exact2d",
-    "aten.upsample_linear1d",
-    "aten.upsample_bilinear2d",
-    "aten.upsample_bicubic2d",
-    "aten.upsample_trilinear3d",
-    "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa",
-    "aten.reflection_pad1d",
-    "aten.reflection_pad2d",
-    "aten.reflection_pad3d",
-    "aten.replication_pad1d",
-    "aten.replication_pad2d",
-    "aten.replication_pad3d",
-    "aten.grid_sampler_2d",
-    "aten.grid_sampler_3d",
-    "aten.max_unpool2d",
-    "aten.max_unpool3d",
+    *aten(
+        "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d "
+        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d "
+        "grid_sampler_3d max_unpool2d max_unpool3d"
+    )
 )
 def spatial(step: Step) -> tuple[Layers, ...]:
     """Pooling, resampling, mirrored padding: the spatial dims are mixed, the leading ones pass."""

@@ -6,9 +6,6 @@ channels hold zeros, or the mean of the others, those of the result hold what th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,10 +13,8 @@ from torch import Tensor
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.gains import Absorbed, Gain, GainFlow
 from fxgrow.labels.interpreter import interpret
-from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.operators import traits_of
-from fxgrow.labels.padding import Held, Holds, PaddingFlow
-from fxgrow.labels.space import Axis, Role
+from fxgrow.labels.padding import ChannelTable, Held, Holds, PaddingFlow
 from fxgrow.labels.tape import Operation
 from fxgrow.labels.validate.checks import Case, UnmatchedError, carried, difference, run
 from fxgrow.labels.validate.claims import PARAMETER, Located
@@ -69,42 +64,11 @@ def _absorb(norm: Absorbed, operands: list[Tensor], names: dict[str, int]) -> No
         operands[variance] = square * (operands[variance] + norm.eps) - norm.eps
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The channels of a call: each label's is the smallest that it is one with."""
-
-    axes: tuple[Axis, ...]
-    roles: tuple[Role, ...]
-    channel_of_label: IntArray
-
-    @property
-    def count(self) -> int:
-        """The number of channels, with those that are none."""
-        return len(self.channel_of_label)
-
-    def of_layers(self, layers: Iterable[Layer]) -> IntArray:
-        """Return the channels that some label layers stand for, sorted."""
-        found = [self.channel_of_label[core(x, support(x)).numpy().ravel()] for x in layers]
-        joined = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
-        return joined[joined >= 0]
-
-    def of_axis(self, axis: int) -> IntArray:
-        """Return the channel of each position of an axis."""
-        found = self.axes[axis]
-        return self.channel_of_label[found.start : found.start + found.size]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Some channels, and every axis that holds some of them."""
-
-    channels: IntArray
-    axes: tuple[int, ...]
-
-
 def check_padding(case: Case) -> str:
     """Let some channels hold zeros, or the mean of the others; return what is wrong, or ""."""
-    table = _table_of(case)
+    space, roots = case.labelled.space, case.labelled.space.roots()
+    roles = tuple(space.roles.get(index, "carrier") for index in range(len(space.axes)))
+    table = ChannelTable(tuple(space.axes), roles, np.where(roots > 0, roots, -1))
     for value, layers in zip(case.labelled.entering, case.claims.operands, strict=True):
         for layer in layers:
             members = np.unique(layer.channels)
@@ -116,17 +80,10 @@ def check_padding(case: Case) -> str:
     return ""
 
 
-def _table_of(case: Case) -> _Table:
-    """Return the channels of a case, as the padding's flow sees them."""
-    space, roots = case.labelled.space, case.labelled.space.roots()
-    roles = tuple(space.roles.get(index, "carrier") for index in range(len(space.axes)))
-    return _Table(tuple(space.axes), roles, np.where(roots > 0, roots, -1))
-
-
-def _check_held(case: Case, table: _Table, members: IntArray, holds: Holds) -> str:
+def _check_held(case: Case, table: ChannelTable, members: IntArray, holds: Holds) -> str:
     """Follow what some channels of a group hold, and see whether they do."""
     axes = [i for i, _ in enumerate(table.axes) if np.isin(table.of_axis(i), members).any()]
-    flow = PaddingFlow(table, _Group(members, tuple(axes)), holds, gradient_later=True)
+    flow = PaddingFlow(table, members, tuple(axes), holds, gradient_later=True)
     for value in filter(flow.carries, case.labelled.entering):
         if not value.dtype.is_floating_point:
             return ""

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.forest import IntArray
-from fxgrow.labels.validate.checks import Case, UnmatchedError, alike, laid_out_as, run, taken
+from fxgrow.labels.validate.checks import (
+    Case,
+    UnmatchedError,
+    alike,
+    difference,
+    laid_out_as,
+    run,
+    taken,
+)
 from fxgrow.labels.validate.claims import Call, Claims, Located, claims_of, label
 
 FloatArray = npt.NDArray[np.float64]
@@ -60,25 +68,18 @@ def check_widening(case: Case) -> str:
         return f"more channels: torch refuses them ({_first_line(error)})"
     if len(results) != len(case.results):
         raise UnmatchedError
-    for place, (before, after) in enumerate(zip(case.results, results, strict=True)):
+    for place, before in enumerate(case.results):
         if claims.is_open[place]:
             continue
         old, new = claims.results[place], wide.results[place]
         if [x.dims for x in old] != [x.dims for x in new]:
             raise UnmatchedError
         for mine, theirs in zip(old, new, strict=True):
-            after = _kept(after, mine, theirs, origin)
-        after = _cut(after, before)
-        if before.shape != after.shape and wide.numbers != claims.numbers:
+            results[place] = _kept(results[place], mine, theirs, origin)
+        results[place] = _cut(results[place], before)
+        if before.shape != results[place].shape and wide.numbers != claims.numbers:
             raise UnmatchedError  # what was computed from a size in Python has another one
-        if before.shape != after.shape:
-            return (
-                f"more channels: result {place} is of {list(after.shape)}, not {list(before.shape)}"
-            )
-        wrong = ~alike(before, after)
-        if wrong.any():
-            return f"more channels: {int(wrong.sum())} old entries of result {place} change"
-    return ""
+    return difference(case, case.results, results, "more channels")
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:
