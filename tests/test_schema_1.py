@@ -29,7 +29,6 @@ from torch import nn
 import fxgrow
 from fxgrow.api import widen as api
 from fxgrow.apply.module import apply_to_state_dict
-from fxgrow.plan.step import Step
 
 Data = dict[str, Any]
 OLD: Data = json.loads((Path(__file__).parent / "data" / "plans_of_schema_1.json").read_text())
@@ -86,7 +85,7 @@ def test_a_plan_of_schema_1_makes_what_the_same_plan_makes_today(kind: str) -> N
     net, today = made_now(kind)
     plan = fxgrow.Plan.from_dict(OLD[kind])
     for step, other in zip(plan.steps, today.steps, strict=True):
-        for entry in fields(Step):
+        for entry in fields(PlanStep):
             if entry.name not in ("groups", "refused", "warnings", "fxgrow", "flops"):
                 assert getattr(step, entry.name) == getattr(other, entry.name), entry.name
     one, other = (apply_to_state_dict(p, net.state_dict()) for p in (plan, today))

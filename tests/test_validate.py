@@ -15,7 +15,7 @@ from fxgrow.labels.layers import support
 from fxgrow.labels.rules import RULES, OpRule, Step
 from fxgrow.labels.validate.__main__ import main, spread, validate
 from fxgrow.labels.validate.case import Outcome, outcomes_of
-from fxgrow.labels.validate.claims import Call, ways_of
+from fxgrow.labels.validate.claims import SampleCall, ways_of
 from fxgrow.labels.validate.samples import BY_HAND, operators
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ def drawn(*shape: int) -> Tensor:
 
 def outcomes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Outcome]:
     """Return what comes of a call by the way that its operands come in: ``"d0,p"``."""
-    found = outcomes_of(Call("tried", function, args, kwargs))
+    found = outcomes_of(SampleCall("tried", function, args, kwargs))
     return {",".join(outcome.way): outcome for outcome in found}
 
 
@@ -157,11 +157,11 @@ def test_torchvisions_operators_are_right(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own samples
 def test_the_rules_are_right_on_torchs_own_samples() -> None:
-    calls: dict[str, list[Call]] = {name: first(make()) for name, make in operators().items()}
+    calls: dict[str, list[SampleCall]] = {name: first(make()) for name, make in operators().items()}
     wrong = [line for tally in validate(calls, 30.0).values() for line in tally.wrong]
     assert not wrong, "\n".join(wrong[:20])
 
 
-def first(calls: Iterator[Call]) -> list[Call]:
+def first(calls: Iterator[SampleCall]) -> list[SampleCall]:
     """Return two calls of an operator."""
     return [call for call, _ in zip(calls, range(2), strict=False)]

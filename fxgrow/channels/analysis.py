@@ -128,7 +128,7 @@ class Opened:
     @cached_property
     def run(self) -> SizedRun | None:
         """A run of the graph at the present sizes, if it runs."""
-        recording = Recording(self.traced)
+        recording = CallRecording(self.traced)
         try:
             space, _ = self.traced.label_graph(self.graph, recording)
         except TraceError:
@@ -149,7 +149,7 @@ class SizedRun:
     calls: tuple[tuple[SizedCall, ...], ...]
 
 
-class Recording:
+class CallRecording:
     """Watches the runs of a network for the calls that take sizes."""
 
     def __init__(self, traced: Traced) -> None:
@@ -175,7 +175,7 @@ def analyse(traced: Traced) -> Analysis:
     Raises:
         TraceError: the network does not run on its inputs.
     """
-    recording = Recording(traced)
+    recording = CallRecording(traced)
     space, tape = traced.follow(recording)
     channels = resolve(space)
     bare = residual_additions(tape)

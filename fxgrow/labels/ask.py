@@ -38,7 +38,7 @@ _AS_OTHERS = -_OWN  # what is drawn for the first of the others, if it is of the
 T = TypeVar("T")
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """An operation with its arguments, tensors replaced by their values."""
 
     target: OpOverload
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-Asked: TypeAlias = Call | Operation
+Asked: TypeAlias = OpCall | Operation
 
 
 class AtZero(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.labels import ask
-from fxgrow.labels.ask import Call
+from fxgrow.labels.ask import OpCall
 from fxgrow.labels.layers import Layer, Layers, along, core, cover, narrowed, support
 from fxgrow.labels.operators import Traits
 from fxgrow.labels.pins import PinKind
@@ -52,10 +52,10 @@ class Step:
     positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
 
     @cached_property
-    def call(self) -> Call:
+    def call(self) -> OpCall:
         """The operation with a value for each tensor, to be asked."""
         args, kwargs = map_tensors(self.value, (self.args, self.kwargs))
-        return Call(self.target, args, kwargs)
+        return OpCall(self.target, args, kwargs)
 
     def ignores_copies(self, tensor: Tensor, dims: Sequence[int]) -> bool:
         """Return whether the result stays as it is if all along some dims is there twice."""

@@ -14,7 +14,7 @@ from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Value
 from fxgrow.labels.validate.case import outcomes_of
-from fxgrow.labels.validate.claims import PARAMETER, Call, label
+from fxgrow.labels.validate.claims import PARAMETER, SampleCall, label
 
 _OPERAND = re.compile(r"(\w+)(\*?)\[([^\]]*)\]")
 
@@ -53,7 +53,7 @@ def assert_rule(function: Callable[..., Any], before: str, after: str) -> None:
     way = tuple(
         "p" if x.is_parameter else "d" + "".join(map(str, sorted(x.letters))) for x in operands
     )
-    run = label(Call("this", function, tuple(metas), {}), way, metas)
+    run = label(SampleCall("this", function, tuple(metas), {}), way, metas)
     found = _Picture(run.space, operands, run.entering)
     shown = " ".join(map(found.operand, range(len(operands)), operands, run.entering))
     shown += " -> " + " ".join(f"[{' '.join(found.dims(value))}]" for value in run.leaving)
@@ -61,7 +61,7 @@ def assert_rule(function: Callable[..., Any], before: str, after: str) -> None:
         raise AssertionError(f"the labels are\n    {shown}\nand not\n    {after}")
     random = torch.Generator().manual_seed(0)
     given = tuple(torch.randn(x.shape, dtype=torch.float64, generator=random) for x in operands)
-    for outcome in outcomes_of(Call("this", function, given, {})):
+    for outcome in outcomes_of(SampleCall("this", function, given, {})):
         if outcome.kind == "wrong":
             names = [x.name for x in operands]
             ways = ", ".join(map(" ".join, zip(names, map(_told, outcome.way), strict=True)))

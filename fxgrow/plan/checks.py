@@ -51,13 +51,13 @@ from fxgrow.plan.bounds import (
 )
 from fxgrow.plan.edits import Child, Multiplier, Rearrangement
 from fxgrow.plan.requests import Convert, Deepen, Request, Widen
-from fxgrow.plan.step import Step
+from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
 _MOST_CHILDREN = 1 << 14  # of a module
 
 
-def check_step(step: Step, place: str = "") -> None:
+def check_step(step: PlanStep, place: str = "") -> None:
     """Return if a step of a plan says nothing that no planner would say.
 
     Args:
@@ -79,7 +79,7 @@ class _Checked:
         place: what its fields are called before their names.
     """
 
-    step: Step
+    step: PlanStep
     place: str
 
     def check(self) -> None:

@@ -47,18 +47,18 @@ class Layout:
         column_signs: for each new channel +1, −1 or 0: the sign of its column at every reader.
         copies: for each new channel the old one, by its place among those of its kind, that it
             copies; empty if new channels are drawn.
-        silent: whether the new rows are zeros instead of what is drawn.
+        writes_zeros: whether the new rows are zeros instead of what is drawn.
     """
 
     draws: tuple[int, ...]
     column_signs: tuple[int, ...]
     copies: tuple[int, ...] = ()
-    silent: bool = False
+    writes_zeros: bool = False
 
     @property
     def preserving(self) -> bool:
         """Whether every drawn value is zero, or the signs of the columns that read it sum to it."""
-        if self.silent:
+        if self.writes_zeros:
             return True
         sums: dict[int, int] = {}
         for draw, sign in zip(self.draws, self.column_signs, strict=True):
@@ -77,7 +77,7 @@ def vv_z_negz(count: int, old: int = 0, seed: str = "") -> Layout:
 
     Example:
         >>> vv_z_negz(5)
-        Layout(draws=(0, 1, 0, 1, 2), column_signs=(1, 1, -1, -1, 0), copies=(), silent=False)
+        Layout(draws=(0, 1, 0, 1, 2), column_signs=(1, 1, -1, -1, 0), copies=(), writes_zeros=False)
     """
     del old, seed
     half = count // 2
@@ -99,7 +99,7 @@ def v_zero(count: int, old: int = 0, seed: str = "") -> Layout:
 def zero_z(count: int, old: int = 0, seed: str = "") -> Layout:
     """New columns that read nothing yet."""
     del old, seed
-    return Layout(draws=tuple(range(count)), column_signs=(1,) * count, silent=True)
+    return Layout(draws=tuple(range(count)), column_signs=(1,) * count, writes_zeros=True)
 
 
 @PAIRINGS.register("replicate")
@@ -137,9 +137,9 @@ def none(count: int, old: int = 0, seed: str = "") -> Layout:
 
 
 def drawing(pairing: Pairing) -> Pairing:
-    """Return a pairing, or twins instead of one that copies, is silent or does not cancel."""
+    """Return a pairing, or twins instead of one that copies, writes zeros or does not cancel."""
     layout = pairing(2, 1, "")
-    own = layout.preserving and not layout.copies and not layout.silent
+    own = layout.preserving and not layout.copies and not layout.writes_zeros
     return pairing if own else vv_z_negz
 
 
@@ -212,5 +212,5 @@ def apply_pairing(
     shaped = signs.view(1, -1, *(1,) * (reader.ndim - 2))
     columns = new_columns.index_select(1, draws.to(reader.device)) * shaped
     rows = new_rows.index_select(0, draws)
-    rows = torch.zeros_like(rows) if layout.silent else rows
+    rows = torch.zeros_like(rows) if layout.writes_zeros else rows
     return torch.cat([writer, rows]), torch.cat([reader, columns], dim=1)

@@ -20,17 +20,17 @@ from fxgrow.errors import PlanError, shown
 from fxgrow.labels.gains import Verdict
 from fxgrow.plan.bounds import check_extent, refuse
 from fxgrow.plan.checks import check_step
-from fxgrow.plan.step import Step
+from fxgrow.plan.step import PlanStep
 from fxgrow.plan.upgrade import is_old, upgraded
 
 MOST_STEPS = 64
 
 
 @dataclass(frozen=True)
-class Plan(Step):
+class Plan(PlanStep):
     """A whole surgery, of one step or of several.
 
-    The fields that every :class:`fxgrow.plan.step.Step` has are those of the last step.
+    The fields that every :class:`fxgrow.plan.step.PlanStep` has are those of the last step.
 
     Attributes:
         after: plans of one step that are carried out first, oldest first; this one is for what

@@ -122,7 +122,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One surgery. See the attributes' own classes for their meaning.
 
     Attributes:

@@ -66,15 +66,15 @@ def towards(
     extended = with_new_groups(analysis.channels, new)
     if isinstance(extended, Obstacle):
         raise extended.error
-    mixed = mixed_groups(analysis, widths, attempts.surplus, extended)
+    mixed = mixed_groups(analysis, widths, attempts.padding, extended)
     eta, unsettled = settle(
-        analysis.tape, mixed.surplus, attempts.with_eps, scale_writers=attempts.scale_writers
+        analysis.tape, mixed.padding, attempts.with_eps, scale_writers=attempts.scale_writers
     )
-    silent, mute = attempts.silent(widths, mixed)
-    for name, reason in (mute | mixed.problems | unsettled).items():
+    zero_channels, stuck = attempts.zero_channels(widths, mixed)
+    for name, reason in (stuck | mixed.problems | unsettled).items():
         raise PlanError(f"{name} cannot get width {widths[name]}: {reason}.", name=name)
     if eta.statistics and not eta.factors:
-        name = next(iter(mixed.surplus))
+        name = next(iter(mixed.padding))
         raise PlanError(
             f"{name} cannot get width {widths[name]}: its norms would need another eps than the "
             "target has.",
@@ -88,7 +88,7 @@ def towards(
     matching = replace(matching, sign=np.where(read_by_zeros, 0, matching.sign))
     sizes = Sizes(shapes, {}, widths, ())
     resized = Resized(new, (), target.tape)
-    return Feasible(sizes, resized, matching, mixed.copied, mixed.surplus, eta, (), silent)
+    return Feasible(sizes, resized, matching, mixed.copied, mixed.padding, eta, (), zero_channels)
 
 
 def continuing(channels: Channels, names: Mapping[str, str]) -> Channels:

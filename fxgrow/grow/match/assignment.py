@@ -22,7 +22,7 @@ class Assignment:
 
     Attributes:
         tied: which channels of the network go together.
-        draw, sign, copy, surplus: as :class:`fxgrow.grow.match.match.Matching` has them.
+        draw, sign, copy, padding: as :class:`fxgrow.grow.match.match.Matching` has them.
         drawn: number of values drawn so far.
     """
 
@@ -30,18 +30,18 @@ class Assignment:
     draw: IntArray
     sign: IntArray
     copy: IntArray
-    surplus: npt.NDArray[np.bool_]
+    padding: npt.NDArray[np.bool_]
     drawn: int = 0
 
     @classmethod
     def empty(cls, tied: Tied) -> Assignment:
         """Return that of a network in which every channel continues an old one."""
         nothing = np.full(len(tied.first), -1, dtype=np.int64)
-        silent = np.zeros(len(nothing), dtype=bool)
-        return cls(tied, nothing, np.zeros_like(nothing), nothing.copy(), silent)
+        zero_channels = np.zeros(len(nothing), dtype=bool)
+        return cls(tied, nothing, np.zeros_like(nothing), nothing.copy(), zero_channels)
 
     def copy_whole(self, fresh: IntArray, kept: IntArray, times: int) -> IntArray:
-        """Let the first of new channels be copies of all old ones; return the surplus that is left.
+        """Let the first of new channels be copies of all old ones; return the padding that is left.
 
         Args:
             fresh: the new channels of one kind.
@@ -50,10 +50,10 @@ class Assignment:
         """
         if not times:
             return fresh
-        copies, surplus = np.split(fresh, [(times - 1) * len(kept)])
+        copies, padding = np.split(fresh, [(times - 1) * len(kept)])
         self.copy[copies] = np.tile(kept, times - 1)
-        self.surplus[surplus] = True
-        return surplus
+        self.padding[padding] = True
+        return padding
 
     def lay_out(self, fresh: IntArray, kept: IntArray, pairing: Pairing, name: str) -> None:
         """Lay out new tied channels of one kind.
@@ -90,7 +90,7 @@ class Assignment:
         draws = np.asarray(layout.draws)[:, None] * size + np.arange(size)
         self.draw[members] = self.drawn + draws
         self.sign[members] = np.asarray(layout.column_signs)[:, None]
-        self.surplus[members] |= layout.silent
+        self.padding[members] |= layout.writes_zeros
         self.drawn += int(draws.max()) + 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching
-from fxgrow.grow.norms.padding import Surplus
+from fxgrow.grow.norms.padding import Padding
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.space import Fill, Role
 from fxgrow.plan.edits import AxisEdit, Run, RunKind
@@ -26,8 +26,8 @@ def axis_edits(
     old: Channels,
     new: Channels,
     matching: Matching,
-    surplus: Collection[Surplus] = (),
-    silent: Collection[frozenset[int]] = (),
+    padding: Collection[Padding] = (),
+    zero_channels: Collection[frozenset[int]] = (),
 ) -> dict[str, list[AxisEdit]]:
     """Return, for each tensor, the edits of the axes whose positions change; readers first.
 
@@ -35,8 +35,8 @@ def axis_edits(
         old: the channels at the old sizes.
         new: the channels at the new sizes.
         matching: which new channel continues which old one.
-        surplus: of the groups that have channels beyond whole copies.
-        silent: of the groups whose new channels are zeros.
+        padding: of the groups that have channels beyond whole copies.
+        zero_channels: of the groups whose new channels are zeros.
 
     Raises:
         PlanError: a position of an old channel has no counterpart.
@@ -44,9 +44,9 @@ def axis_edits(
     index_of = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
     edits: dict[str, list[AxisEdit]] = {}
     codes = {"mean": MEAN, "zero": ZERO}
-    filled = {axis: codes[found.holds] for found in surplus for axis in found.filled}
-    filled |= {axis: ZERO for found in silent for axis in found}
-    free = {axis for found in surplus for axis in found.free}
+    filled = {axis: codes[found.holds] for found in padding for axis in found.filled}
+    filled |= {axis: ZERO for found in zero_channels for axis in found}
+    free = {axis for found in padding for axis in found.free}
     for index, axis in enumerate(new.axes):
         before = index_of[axis.tensor, axis.dim]
         if axis.groups != old.axes[before].groups:
@@ -90,7 +90,7 @@ def _positions(
 ) -> tuple[IntArray, IntArray]:
     """Return the kind and the source of each position of a new axis.
 
-    For surplus channels, ``special`` gives the kind that is asked for, and whether this axis reads
+    For padding channels, ``special`` gives the kind that is asked for, and whether this axis reads
     them where they are zero, so that a column without a twin need not be.
     """
     rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
@@ -115,15 +115,15 @@ def _positions(
     without = ZERO if reads else BORROWED
     kind[~fresh] = np.where(unread, without, np.where(shared, SHARE, OLD))
 
-    surplus = matching.surplus[channel]
+    padding = matching.padding[channel]
     filling, is_free = special
     if filling is not None:
-        kind[surplus] = filling
-        fresh &= ~surplus
+        kind[padding] = filling
+        fresh &= ~padding
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]
     if is_free:
-        sign = np.where(surplus[fresh] & (sign == 0), 1, sign)
+        sign = np.where(padding[fresh] & (sign == 0), 1, sign)
     kind[fresh], start[fresh] = _fresh(
         new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
     )

@@ -41,7 +41,7 @@ class Matching:
         draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
         sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
         copy: for a new channel the old one whose value it copies, or -1.
-        surplus: for a new channel whether it must leave the norms over its group as they are, see
+        padding: for a new channel whether it must leave the norms over its group as they are, see
             :mod:`fxgrow.grow.norms.padding`, or be zero, see
             :mod:`fxgrow.grow.norms.zero_channels`.
         old_rank, new_rank: for each row of either network, its place among those of its axis and
@@ -52,7 +52,7 @@ class Matching:
     draw: IntArray
     sign: IntArray
     copy: IntArray
-    surplus: npt.NDArray[np.bool_]
+    padding: npt.NDArray[np.bool_]
     old_rank: IntArray
     new_rank: IntArray
 
@@ -158,7 +158,7 @@ def match(
         new: the run at the new sizes.
         pairing: lays out the new channels of each signature.
         copied: old channels that can only be copied, whatever the pairing; sorted.
-        copies: for old channels whose group has a surplus, how many of each there are to be.
+        copies: for old channels whose group has padding channels, how many of each there are to be.
 
     Returns:
         The matching, or why some old channel has no place in the new network.
@@ -207,7 +207,7 @@ def match(
         return obstacle
     part_twins(new, list(grown), continued, found)
     ranks = old.ranks(hashes[0]), new.ranks(hashes[1])
-    return Matching(continued, found.draw, found.sign, found.copy, found.surplus, *ranks)
+    return Matching(continued, found.draw, found.sign, found.copy, found.padding, *ranks)
 
 
 def _grown(old: Channels, new: Channels) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Who takes the η of a surplus: the standard deviation that a norm divides by becomes η of it.
+"""Who takes the η of padding channels: the deviation that a norm divides by becomes η of it.
 
 Either every writer of the group is multiplied by 1/η, and eps stays what it was, so that the
 weights fit a network of the stock architecture; or eps becomes η²·eps. In both cases the norm's
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fxgrow.grow.norms.gains import propagate_gains
-from fxgrow.grow.norms.padding import Surplus
+from fxgrow.grow.norms.padding import Padding
 from fxgrow.labels.gains import GainFlow
 from fxgrow.labels.tape import Tape
 
 
 @dataclass(frozen=True)
 class Eta:
-    """What goes into the propagation of gains on account of surplus channels.
+    """What goes into the propagation of gains on account of padding channels.
 
     Attributes:
         factors: factor by weight name: 1/η for writers, unless eps takes it.
@@ -32,28 +32,28 @@ class Eta:
     undone: frozenset[str] = frozenset()
 
 
-def eta_of(tape: Tape, surplus: Mapping[str, Surplus], *, scale_writers: bool) -> Eta:
-    """Return what some surpluses bring about.
+def eta_of(tape: Tape, padding: Mapping[str, Padding], *, scale_writers: bool) -> Eta:
+    """Return what padding channels bring about.
 
     Args:
         tape: a run of the network at its old sizes.
-        surplus: by group name.
+        padding: by group name.
         scale_writers: multiply the groups' writers by 1/η.
     """
     scaled = {
         writer: 1.0 / math.sqrt(found.ratio)
-        for found in surplus.values()
+        for found in padding.values()
         for writer in found.writers
         if scale_writers
     }
-    statistics = {index: found.ratio for found in surplus.values() for index in found.statistics}
+    statistics = {index: found.ratio for found in padding.values() for index in found.statistics}
     layers = {tape.operations[index].module for index in statistics}
     return Eta(scaled, statistics, frozenset(layers | scaled.keys()))
 
 
 def settle(
     tape: Tape,
-    surplus: Mapping[str, Surplus],
+    padding: Mapping[str, Padding],
     with_eps: Mapping[str, Mapping[str, float]],
     *,
     scale_writers: bool,
@@ -62,7 +62,7 @@ def settle(
 
     Args:
         tape: a run of the network at its old sizes.
-        surplus: by group name.
+        padding: by group name.
         with_eps: for each layer the attributes that may be its eps.
         scale_writers: whether writers may be multiplied by 1/η: they are if that is exact.
     """
@@ -70,23 +70,23 @@ def settle(
     def flow(eta: Eta) -> GainFlow:
         return propagate_gains(tape, eta.factors, with_eps, eta.statistics, eta.undone)
 
-    if not surplus:
+    if not padding:
         return Eta(), {}
-    if scale_writers and all(found.sole for found in surplus.values()):
-        eta = eta_of(tape, surplus, scale_writers=True)
+    if scale_writers and all(found.sole for found in padding.values()):
+        eta = eta_of(tape, padding, scale_writers=True)
         result = flow(eta)
         if not result.mismatches and not result.absorbed:
             return eta, {}
-    eta = eta_of(tape, surplus, scale_writers=False)
+    eta = eta_of(tape, padding, scale_writers=False)
     unsettled = flow(eta).mismatches
     if not unsettled:
         return eta, {}
     problems = {}
     sources = frozenset[str]().union(*(mismatch.sources for mismatch in unsettled))
-    for name, found in surplus.items():
+    for name, found in padding.items():
         alone = eta_of(tape, {name: found}, scale_writers=False)
         mismatches = flow(alone).mismatches if alone.undone & sources else ()
         if mismatches:
             problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
     together = f"η cannot be taken up: {unsettled[0].reason}"
-    return eta, problems or dict.fromkeys(surplus, together)
+    return eta, problems or dict.fromkeys(padding, together)

@@ -1,4 +1,4 @@
-"""What normalisations over channels ask of a plan: whole copies, or a surplus that they ignore.
+"""What normalisations over channels ask of a plan: whole copies, or padding that they ignore.
 
 LayerNorm, RMSNorm and GroupNorm compute statistics of a set of channels. If every channel of the
 set is copied the same number of times, mean and variance stay what they were, in train mode as in
@@ -17,7 +17,7 @@ import numpy as np
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
-from fxgrow.grow.norms.padding import Surplus
+from fxgrow.grow.norms.padding import Padding
 from fxgrow.labels.forest import IntArray
 
 
@@ -27,12 +27,12 @@ class Mixed:
 
     Attributes:
         copied: the channels that are copied alone, sorted.
-        surplus: by group name, for those with other channels besides.
+        padding: by group name, for those with other channels besides.
         problems: by group name, why a wanted width is impossible.
     """
 
     copied: IntArray
-    surplus: dict[str, Surplus] = field(default_factory=dict)
+    padding: dict[str, Padding] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     def lays_out(self, group: ChannelGroup) -> bool:
@@ -40,36 +40,36 @@ class Mixed:
         first = group.channels[0]
         place = int(np.searchsorted(self.copied, first))
         alone = place < len(self.copied) and bool(self.copied[place] == first)
-        return alone or group.name in self.surplus
+        return alone or group.name in self.padding
 
     def grow(
         self,
         group: ChannelGroup,
         width: int,
         place: str,
-        surplus_of: Callable[[ChannelGroup, int], Surplus | str] | None,
+        padding_for: Callable[[ChannelGroup, int], Padding | str] | None,
     ) -> None:
         """Let a group grow that a norm at some place depends on; not if others grow otherwise."""
-        if surplus_of is None:
+        if padding_for is None:
             self.problems[group.name] = (
                 f"{place} depends on all its channels together, and some of them do not grow alike"
             )
-        elif width % group.width and group.name not in self.surplus:
-            surplus = surplus_of(group, width)
-            if isinstance(surplus, Surplus):
-                self.surplus[group.name] = surplus
+        elif width % group.width and group.name not in self.padding:
+            padding = padding_for(group, width)
+            if isinstance(padding, Padding):
+                self.padding[group.name] = padding
             else:
                 self.problems[group.name] = (
-                    f"{place} depends on all {group.width} channels together, and {surplus}, so "
+                    f"{place} depends on all {group.width} channels together, and {padding}, so "
                     f"they grow by whole copies; possible: {2 * group.width}"
                 )
 
     def copies(self, groups: Sequence[ChannelGroup]) -> dict[int, int]:
-        """Return, for each channel of a group with a surplus, how many of it there are to be."""
+        """Return, for each channel of a group with padding channels, how many there are to be."""
         return {
-            channel: self.surplus[group.name].copies
+            channel: self.padding[group.name].copies
             for group in groups
-            if group.name in self.surplus
+            if group.name in self.padding
             for channel in group.channels.tolist()
         }
 
@@ -77,7 +77,7 @@ class Mixed:
 def mixed_groups(
     analysis: Analysis,
     widths: Mapping[str, int],
-    surplus_of: Callable[[ChannelGroup, int], Surplus | str],
+    padding_for: Callable[[ChannelGroup, int], Padding | str],
     extended: Collection[str],
 ) -> Mixed:
     """Return how the growing groups on which some mixer depends can grow.
@@ -85,7 +85,7 @@ def mixed_groups(
     Args:
         analysis: of the network.
         widths: wanted width by group name.
-        surplus_of: returns how a group grows to a width that is no multiple of its present one,
+        padding_for: returns how a group grows to a width that is no multiple of its present one,
             or why it cannot.
         extended: the weights of group norms that get new groups, which ask for nothing.
     """
@@ -102,8 +102,8 @@ def mixed_groups(
         alike = len({ratios[i] if i >= 0 else Fraction(1) for i in touched}) == 1
         for group in (groups[i] for i in growing):
             copied[group.name] = group.channels
-            found.grow(group, widths[group.name], place, surplus_of if alike else None)
-    alone = [members for name, members in copied.items() if name not in found.surplus]
+            found.grow(group, widths[group.name], place, padding_for if alike else None)
+    alone = [members for name, members in copied.items() if name not in found.padding]
     if alone:
         found.copied = np.unique(np.concatenate(alone))
     return found

@@ -1,11 +1,11 @@
 """Channels beyond whole copies that leave a LayerNorm or an RMSNorm as it was.
 
-Of T new channels, k·D are k copies of the D old ones. The others, the *surplus*, carry the mean of
+Of T new channels, k·D are k copies of the D old ones. The others, the *padding*, carry the mean of
 the old channels where a LayerNorm follows, and zero where an RMSNorm does: they move no mean, and
 add nothing to the squares, which are averaged over T and so become η² = k·D/T of what they were.
 
 Whoever writes the group writes that mean (it is linear in the rows of a weight) or that zero. What
-the surplus then holds is followed through a run, from the writers to the norms and readers
+the padding then holds is followed through a run, from the writers to the norms and readers
 (:mod:`fxgrow.labels.padding`), and where it is neither, the answer is no.
 """
 
@@ -21,7 +21,7 @@ from fxgrow.labels.padding import Holds, PaddingFlow
 
 
 @dataclass(frozen=True)
-class Surplus:
+class Padding:
     """What it takes to widen a group by more than whole copies.
 
     Attributes:
@@ -29,7 +29,7 @@ class Surplus:
         holds: what the other channels carry.
         ratio: η² = k·D/T.
         statistics: the operations (tape indices) whose result becomes η² of what it was.
-        filled: axes (indices) whose new entries, where they serve the surplus, are what it holds.
+        filled: axes (indices) whose new entries, where they serve the padding, are what it holds.
         free: axes of readers that read it where it is zero: any column will do there.
         writers: the weights that write the group.
         sole: they write nothing else, so that all of them can be multiplied by 1/η.
@@ -45,8 +45,8 @@ class Surplus:
     sole: bool
 
 
-def follow_surplus(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
-    """Return what the surplus channels of a group must hold, and where.
+def follow_padding(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
+    """Return what the padding channels of a group must hold, and where.
 
     Its ``refusal`` tells why some norm over its channels would not compute what it did, if so.
     """
@@ -67,12 +67,12 @@ def follow_surplus(analysis: Analysis, group: ChannelGroup) -> PaddingFlow:
     return flow
 
 
-def find_surplus(flow: PaddingFlow, group: ChannelGroup, width: int) -> Surplus:
+def padding_of(flow: PaddingFlow, group: ChannelGroup, width: int) -> Padding:
     """Return how a group grows to a width that is no multiple of its present one."""
     channels = flow.table
     axes = [axis for axis in group.axes if channels.roles[axis] == "writer"]
     copies = width // group.width
-    return Surplus(
+    return Padding(
         copies=copies,
         holds=flow.holds,
         ratio=copies * group.width / width,

@@ -17,7 +17,7 @@ from fxgrow.labels.tape import Operation
 from fxgrow.modules.tensors import layer_of
 
 
-def follow_silence(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | str:
+def follow_zeros(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | str:
     """Return the axes (indices) of a group that zeros fill, or why its new channels cannot be zero.
 
     These are those of its writers, and of what is added to them.
@@ -39,10 +39,10 @@ def follow_silence(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | 
             why = flow.reasons.get(axis, "they come to it in an unknown way")
             return f"new channels need not be zero where {layer} reads them: {why}"
     writers = {axis for axis in group.axes if channels.roles[axis] == "writer"}
-    mute = _without_gradient(flow, operations)
-    if mute is not None:
+    stuck = _without_gradient(flow, operations)
+    if stuck is not None:
         why = next(iter(flow.flat.values()), "no gradient comes back to them")
-        return f"new channels of {mute} would stay zero: {why}"
+        return f"new channels of {stuck} would stay zero: {why}"
     return frozenset(flow.filled | writers)
 
 

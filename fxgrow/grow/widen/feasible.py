@@ -17,8 +17,8 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
 from fxgrow.grow.norms.mixers import Mixed, mixed_groups
-from fxgrow.grow.norms.padding import Surplus, find_surplus, follow_surplus
-from fxgrow.grow.norms.zero_channels import follow_silence
+from fxgrow.grow.norms.padding import Padding, follow_padding, padding_of
+from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
@@ -38,20 +38,20 @@ class Feasible:
         resized: the run at these sizes.
         matching: which new channel continues which old one.
         copied: old channels that can only be copied, sorted.
-        surplus: by group name, what makes norms ignore the channels beyond whole copies.
+        padding: by group name, what makes norms ignore the channels beyond whole copies.
         eta: how the norms' η is taken up.
         refused: groups that have to stay as they are, and why.
-        silent: by group name, what is zero of groups whose new channels are.
+        zero_channels: by group name, what is zero of groups whose new channels are.
     """
 
     sizes: Sizes
     resized: Resized
     matching: Matching
     copied: IntArray
-    surplus: dict[str, Surplus]
+    padding: dict[str, Padding]
     eta: Eta
     refused: tuple[Refusal, ...]
-    silent: dict[str, frozenset[int]] = field(default_factory=dict)
+    zero_channels: dict[str, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,27 @@ class Attempts:
     with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     scale_writers: bool = True
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
-    _silences: dict[str, frozenset[int] | str] = field(default_factory=dict)
+    _zero_channels: dict[str, frozenset[int] | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
 
-    def silent(
+    def zero_channels(
         self, widths: Mapping[str, int], mixed: Mixed
     ) -> tuple[dict[str, frozenset[int]], dict[str, str]]:
         """Return what is zero of the groups whose new channels are to be, and why it cannot be."""
         found: dict[str, frozenset[int]] = {}
         problems: dict[str, str] = {}
-        if not self.pairing(1, 0, "").silent:
+        if not self.pairing(1, 0, "").writes_zeros:
             return found, problems
         for group in self.analysis.groups:
             if widths.get(group.name, group.width) == group.width or mixed.lays_out(group):
                 continue
-            if group.name not in self._silences:
-                self._silences[group.name] = follow_silence(self.analysis, group)
-            silence = self._silences[group.name]
-            if isinstance(silence, str):
-                problems[group.name] = silence
+            if group.name not in self._zero_channels:
+                self._zero_channels[group.name] = follow_zeros(self.analysis, group)
+            found_zeros = self._zero_channels[group.name]
+            if isinstance(found_zeros, str):
+                problems[group.name] = found_zeros
             else:
-                found[group.name] = silence
+                found[group.name] = found_zeros
         return found, problems
 
     def _copied_groups(self, sizes: Sizes, mixed: Mixed) -> dict[str, str]:
@@ -115,12 +115,12 @@ class Attempts:
                 )
         return found
 
-    def surplus(self, group: ChannelGroup, width: int) -> Surplus | str:
+    def padding(self, group: ChannelGroup, width: int) -> Padding | str:
         """Return how a group grows by more than whole copies, or why not; it is followed once."""
         if group.name not in self._flows:
-            self._flows[group.name] = follow_surplus(self.analysis, group)
+            self._flows[group.name] = follow_padding(self.analysis, group)
         flow = self._flows[group.name]
-        return flow.refusal or find_surplus(flow, group, width)
+        return flow.refusal or padding_of(flow, group, width)
 
     def make(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
         """Return what comes of some widths; those that no count allows are refused.
@@ -136,7 +136,7 @@ class Attempts:
     def _make_either(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
         """Try new groups of group norms first, or copies first."""
         layout = self.pairing(1, 1, "")
-        copying = bool(layout.copies) or layout.silent
+        copying = bool(layout.copies) or layout.writes_zeros
         made = self._make(widths, copying=copying)
         if isinstance(made, Feasible) or copying or not self.analysis.channels.norm_groups:
             return made
@@ -151,12 +151,12 @@ class Attempts:
                 analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
                 copying=copying,
             )  # fmt: skip
-            mixed = mixed_groups(analysis, sizes.widths, self.surplus, sizes.norm_groups)
+            mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             eta, unsettled = settle(
-                analysis.tape, mixed.surplus, self.with_eps, scale_writers=self.scale_writers
+                analysis.tape, mixed.padding, self.with_eps, scale_writers=self.scale_writers
             )
-            silent, mute = self.silent(widths, mixed)
-            problems = mute | mixed.problems | unsettled | self._copied_groups(sizes, mixed)
+            zero_channels, stuck = self.zero_channels(widths, mixed)
+            problems = stuck | mixed.problems | unsettled | self._copied_groups(sizes, mixed)
             problems |= {refusal.name: refusal.reason for refusal in sizes.refused}
             if not problems:
                 break
@@ -170,10 +170,12 @@ class Attempts:
         copies = mixed.copies(analysis.groups)
         matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
         if isinstance(matching, Obstacle):
-            stuck = self._read_together(matching.name)
-            groups = dict.fromkeys((name for name in widths if name in stuck), matching.reason)
+            together = self._read_together(matching.name)
+            groups = dict.fromkeys((name for name in widths if name in together), matching.reason)
             return replace(matching, groups=groups, certain=bool(groups))
-        return Feasible(sizes, resized, matching, mixed.copied, mixed.surplus, eta, found, silent)
+        return Feasible(
+            sizes, resized, matching, mixed.copied, mixed.padding, eta, found, zero_channels
+        )
 
     def _read_together(self, writer: str) -> set[str]:
         """Return the groups that a layer writes, and all that share a reader with them, and so on.

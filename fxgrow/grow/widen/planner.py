@@ -88,8 +88,8 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
-        analysis.channels, resized.channels, found.matching, found.surplus.values(),
-        found.silent.values(),
+        analysis.channels, resized.channels, found.matching, found.padding.values(),
+        found.zero_channels.values(),
     )  # fmt: skip
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, found, variance_of)
@@ -316,16 +316,16 @@ def _layout(
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
         return "replicate", "whole copies, for a norm over all its channels"
-    surplus = found.surplus.get(group.name)
-    if surplus is None:
+    padding = found.padding.get(group.name)
+    if padding is None:
         touched = {analysis.channels.axes[axis].tensor for axis in group.axes}
         norm = next((weight for weight in found.sizes.norm_groups if weight in touched), "")
         return request.pairing, f"whole new groups, for {layer_of(norm)}" if norm else ""
     own = PAIRINGS[request.pairing]
-    eta = math.sqrt(surplus.ratio)
-    held = "the mean of the old channels" if surplus.holds == "mean" else "zero"
+    eta = math.sqrt(padding.ratio)
+    held = "the mean of the old channels" if padding.holds == "mean" else "zero"
     taken = "the writers are multiplied by 1/η" if found.eta.factors else "its eps by η²"
-    copies = f"besides {surplus.copies} whole copies, " if surplus.copies > 1 else ""
+    copies = f"besides {padding.copies} whole copies, " if padding.copies > 1 else ""
     return (
         request.pairing if drawing(own) is own else "vv_z_negz",
         f"{copies}new channels carry {held}, for a norm over all channels: its weight, or "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fxgrow.labels.validate.case import Outcome, outcomes_of
-from fxgrow.labels.validate.claims import Call, Way
+from fxgrow.labels.validate.claims import SampleCall, Way
 from fxgrow.labels.validate.samples import operators
 
 SHOWN = 4  # of each operator's wrong cases
@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def validate(
-    calls: dict[str, list[Call]], seconds: float, sample: int | None = None, way: Way | None = None
+    calls: dict[str, list[SampleCall]],
+    seconds: float,
+    sample: int | None = None,
+    way: Way | None = None,
 ) -> dict[str, Tally]:
     """Check the calls of each operator in turn, a call of each in each round, while time lasts."""
     end = time.process_time() + seconds
@@ -71,7 +74,7 @@ def validate(
     return tallies
 
 
-def _in_rounds(calls: dict[str, list[Call]]) -> Iterator[tuple[str, int]]:
+def _in_rounds(calls: dict[str, list[SampleCall]]) -> Iterator[tuple[str, int]]:
     """Yield operators and numbers of their calls, those of each operator far apart at first."""
     orders = {name: spread(len(own)) for name, own in calls.items()}
     for place in range(max(map(len, orders.values()), default=0)):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.validate.checks import (
-    Case,
+    SampleCase,
     UnmatchedError,
     alike,
     check_flow,
     check_locality,
     run,
 )
-from fxgrow.labels.validate.claims import Call, Way, claims_of, label, ways_of
+from fxgrow.labels.validate.claims import SampleCall, Way, claims_of, label, ways_of
 from fxgrow.labels.validate.following import check_gain, check_padding
 from fxgrow.labels.validate.widening import check_widening
 
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def outcomes_of(call: Call, way: Way | None = None) -> Iterator[Outcome]:
+def outcomes_of(call: SampleCall, way: Way | None = None) -> Iterator[Outcome]:
     """Yield what comes of a call in each way, or in one of them; nothing if it is random."""
     operands = call.operands
     try:
@@ -60,7 +60,7 @@ def outcomes_of(call: Call, way: Way | None = None) -> Iterator[Outcome]:
 
 
 def _outcome(
-    call: Call, way: Way, operands: Sequence[Tensor], results: Sequence[Tensor]
+    call: SampleCall, way: Way, operands: Sequence[Tensor], results: Sequence[Tensor]
 ) -> Outcome:
     labelled = label(call, way, operands)
     claims = claims_of(labelled)
@@ -73,7 +73,7 @@ def _outcome(
     is_open = tuple(a or not b for a, b in zip(claims.is_open, fits, strict=True))
     told = [[] if gap else layers for gap, layers in zip(is_open, claims.results, strict=True)]
     claims = replace(claims, is_open=is_open, results=told)
-    case = Case(call, way, operands, results, labelled, claims)
+    case = SampleCase(call, way, operands, results, labelled, claims)
     for check in (check_flow, check_locality, check_widening, check_gain, check_padding):
         try:
             wrong = check(case)
@@ -84,7 +84,7 @@ def _outcome(
     return Outcome("right", way)
 
 
-def _is_determined(call: Call, operands: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+def _is_determined(call: SampleCall, operands: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
     """Return whether a call gives the same for every seed and memory."""
     again = run(call, operands, seed=1)
     return len(again) == len(results) and all(
@@ -92,7 +92,7 @@ def _is_determined(call: Call, operands: Sequence[Tensor], results: Sequence[Ten
     )
 
 
-def _runs_on_meta(call: Call, operands: Sequence[Tensor]) -> bool:
+def _runs_on_meta(call: SampleCall, operands: Sequence[Tensor]) -> bool:
     """Return whether torch by itself runs a call on meta tensors."""
     try:
         with torch.no_grad():

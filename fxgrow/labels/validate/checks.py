@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.labels.forest import IntArray
-from fxgrow.labels.validate.claims import BoolArray, Call, Claims, Labelled, Located, Way
+from fxgrow.labels.validate.claims import BoolArray, Claims, Labelled, Located, SampleCall, Way
 from fxgrow.modules.calling import tensors_in
 
 _SLACK = {  # of the largest entry
@@ -29,7 +29,7 @@ _OTHER_SLACK = 1e-4
 
 
 @dataclass(frozen=True)
-class Case:
+class SampleCase:
     """One call on numbers, labelled in one way.
 
     Attributes:
@@ -42,7 +42,7 @@ class Case:
         random: where to draw from.
     """
 
-    call: Call
+    call: SampleCall
     way: Way
     operands: Sequence[Tensor]
     results: Sequence[Tensor]
@@ -55,14 +55,14 @@ class UnmatchedError(Exception):
     """What the wide call claims says nothing about the old one: a literal size, say."""
 
 
-def run(call: Call, operands: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def run(call: SampleCall, operands: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Return the tensors that a call makes of operands, which stay as they are."""
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return tensors_in(call.on([x.clone() for x in operands]))
 
 
-def check_flow(case: Case) -> str:
+def check_flow(case: SampleCase) -> str:
     """Put alike channels in another order in all operands; return what is wrong, or ""."""
     claims = case.claims
     image = np.arange(len(claims.group))
@@ -103,7 +103,9 @@ def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y.permute(order).contiguous().permute(np.argsort(order).tolist()) if order else y
 
 
-def difference(case: Case, expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> str:
+def difference(
+    case: SampleCase, expected: Sequence[Tensor], found: Sequence[Tensor], what: str
+) -> str:
     """Return how two results differ, or ""."""
     if len(expected) != len(found):
         return f"{what}: {len(found)} results for {len(expected)}"
@@ -127,7 +129,7 @@ def alike(a: Tensor, b: Tensor) -> Tensor:
     return equal | ((a - b).abs() <= _SLACK.get(a.dtype, _OTHER_SLACK) * (1 + size))
 
 
-def check_locality(case: Case) -> str:
+def check_locality(case: SampleCase) -> str:
     """Change one channel of each kind; return what is wrong, or ""."""
     claims = case.claims
     for members in itertools.islice(claims.signatures().values(), 3):

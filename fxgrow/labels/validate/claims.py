@@ -30,7 +30,7 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Call:
+class SampleCall:
     """One call of a function.
 
     Attributes:
@@ -55,7 +55,7 @@ class Call:
         args, kwargs = map_tensors(lambda _: next(queue), (self.args, self.kwargs))
         return self.function(*args, **kwargs)
 
-    def with_larger_numbers(self) -> Iterator[Call]:
+    def with_larger_numbers(self) -> Iterator[SampleCall]:
         """Yield the call with one of the numbers among its arguments doubled, two, or all."""
         count = itertools.count()
         _exchange((self.args, self.kwargs), lambda number: next(count) and number)
@@ -209,7 +209,7 @@ class Labelled:
     operations: Sequence[Operation]
 
 
-def label(call: Call, way: Way, operands: Sequence[Tensor]) -> Labelled:
+def label(call: SampleCall, way: Way, operands: Sequence[Tensor]) -> Labelled:
     """Label the operands of a call and run it on meta tensors.
 
     Args:

@@ -16,7 +16,7 @@ from fxgrow.labels.interpreter import interpret
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.padding import ChannelTable, Held, Holds, PaddingFlow
 from fxgrow.labels.tape import Operation
-from fxgrow.labels.validate.checks import Case, UnmatchedError, carried, difference, run
+from fxgrow.labels.validate.checks import SampleCase, UnmatchedError, carried, difference, run
 from fxgrow.labels.validate.claims import PARAMETER, Located
 
 _NEW: dict[str, float] = {"zero": 0.0, "one": 1.0}  # how new entries of parameters begin
@@ -24,7 +24,7 @@ _HOLDS: tuple[Holds, ...] = ("zero", "mean")
 SCALE = 4.0  # exact, and so is its square root
 
 
-def check_gain(case: Case) -> str:
+def check_gain(case: SampleCase) -> str:
     """Scale each operand of data in turn; return what is wrong, or ""."""
     names = {f"{PARAMETER} {place}": place for place in range(len(case.operands))}
     for place, x in enumerate(case.operands):
@@ -64,7 +64,7 @@ def _absorb(norm: Absorbed, operands: list[Tensor], names: dict[str, int]) -> No
         operands[variance] = square * (operands[variance] + norm.eps) - norm.eps
 
 
-def check_padding(case: Case) -> str:
+def check_padding(case: SampleCase) -> str:
     """Let some channels hold zeros, or the mean of the others; return what is wrong, or ""."""
     space, roots = case.labelled.space, case.labelled.space.roots()
     roles = tuple(space.roles.get(index, "carrier") for index in range(len(space.axes)))
@@ -80,7 +80,7 @@ def check_padding(case: Case) -> str:
     return ""
 
 
-def _check_held(case: Case, table: ChannelTable, members: IntArray, holds: Holds) -> str:
+def _check_held(case: SampleCase, table: ChannelTable, members: IntArray, holds: Holds) -> str:
     """Follow what some channels of a group hold, and see whether they do."""
     axes = [i for i, _ in enumerate(table.axes) if np.isin(table.of_axis(i), members).any()]
     flow = PaddingFlow(table, members, tuple(axes), holds, gradient_later=True)

@@ -11,17 +11,17 @@ import torch
 import torchvision
 from torch import Tensor
 
-from fxgrow.labels.validate.claims import Call
+from fxgrow.labels.validate.claims import SampleCall
 
 MOST_ENTRIES = 20_000  # of an operand: no claim becomes truer with its size
 _DTYPE = torch.float64
 
 
-def operators() -> dict[str, Callable[[], Iterator[Call]]]:
+def operators() -> dict[str, Callable[[], Iterator[SampleCall]]]:
     """Return, for each operator, what makes its calls; in-place variants are of their own name."""
     from torch.testing._internal.common_methods_invocations import op_db
 
-    found: dict[str, Callable[[], Iterator[Call]]] = {}
+    found: dict[str, Callable[[], Iterator[SampleCall]]] = {}
     for info in op_db:
         if _DTYPE not in info.supported_dtypes("cpu"):  # type: ignore[no-untyped-call]
             continue
@@ -33,18 +33,18 @@ def operators() -> dict[str, Callable[[], Iterator[Call]]]:
     return found | {name: functools.partial(_by_hand, name) for name in BY_HAND}
 
 
-def _by_hand(name: str) -> Iterator[Call]:
-    return (Call(name, *call) for call in BY_HAND[name]())
+def _by_hand(name: str) -> Iterator[SampleCall]:
+    return (SampleCall(name, *call) for call in BY_HAND[name]())
 
 
-def _sampled(info: Any, name: str, function: Callable[..., Any]) -> Iterator[Call]:
+def _sampled(info: Any, name: str, function: Callable[..., Any]) -> Iterator[SampleCall]:
     """Yield torch's samples of an operator, each kind of call once."""
     seen = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kinds of tensors that are new to torch
         samples = [*info.sample_inputs("cpu", _DTYPE, requires_grad=False)]
     for sample in samples:
-        call = Call(name, function, (sample.input, *sample.args), sample.kwargs)
+        call = SampleCall(name, function, (sample.input, *sample.args), sample.kwargs)
         told = str(call)
         if (
             told not in seen
@@ -55,7 +55,7 @@ def _sampled(info: Any, name: str, function: Callable[..., Any]) -> Iterator[Cal
             yield call
 
 
-def _is_plain(call: Call) -> bool:
+def _is_plain(call: SampleCall) -> bool:
     """Return whether the operands are dense tensors of a size that can be compared."""
     return bool(call.operands) and all(
         x.layout is torch.strided and not x.is_nested and x.numel() <= MOST_ENTRIES

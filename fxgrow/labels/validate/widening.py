@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.validate.checks import (
-    Case,
+    SampleCase,
     UnmatchedError,
     alike,
     difference,
@@ -21,7 +21,7 @@ from fxgrow.labels.validate.checks import (
     run,
     taken,
 )
-from fxgrow.labels.validate.claims import Call, Claims, Located, claims_of, label
+from fxgrow.labels.validate.claims import Claims, Located, SampleCall, claims_of, label
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class Origin:
     columns: FloatArray
 
 
-def check_widening(case: Case) -> str:
+def check_widening(case: SampleCase) -> str:
     """Double the channels of a call; return what is wrong, or "".
 
     Raises:
@@ -98,7 +98,7 @@ def _doubled(shape: Sequence[int], layers: Sequence[Located]) -> torch.Size:
     return torch.Size([size * (1 + (dim in dims)) for dim, size in enumerate(shape)])
 
 
-def _claims_at(case: Case, shapes: Sequence[torch.Size]) -> tuple[Call, Claims] | str:
+def _claims_at(case: SampleCase, shapes: Sequence[torch.Size]) -> tuple[SampleCall, Claims] | str:
     """Return the call that runs at other shapes, with its claims; literal sizes follow.
 
     Returns:

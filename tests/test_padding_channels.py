@@ -120,9 +120,9 @@ def test_a_stream_through_norms_grows_to_any_width(
     grown = fxgrow.widen(model, f"+{more}", data(), where="stream", pairing=pairing)
     check(model, grown, data())
     (group,) = grown.plan.groups
-    copies, surplus = divmod(WIDTH + more, WIDTH)
+    copies, padding = divmod(WIDTH + more, WIDTH)
     assert group.width == (WIDTH, WIDTH + more)
-    if surplus:
+    if padding:
         held = "the mean" if norm.startswith("LayerNorm") else "zero"
         eta = (copies * WIDTH / (WIDTH + more)) ** 0.5
         assert group.pairing == ("v_zero" if pairing == "v_zero" else "vv_z_negz")
@@ -188,10 +188,10 @@ def through_tanh() -> nn.Module:
 def test_a_file_of_weights_gives_the_eps_back(tmp_path) -> None:
     torch.manual_seed(0)
     torch.save(trained(through_tanh()).state_dict(), tmp_path / "old.pt")
-    opened = open_model(tmp_path / "old.pt", arch="test_surplus:through_tanh")
+    opened = open_model(tmp_path / "old.pt", arch="test_padding_channels:through_tanh")
     grown = fxgrow.widen(opened.model, "+3", data(), where="stream")
     write_grown(opened, grown, tmp_path / "new.pt")
-    back = fxgrow.load(tmp_path / "new.pt", arch="test_surplus:through_tanh")
+    back = fxgrow.load(tmp_path / "new.pt", arch="test_padding_channels:through_tanh")
     with torch.no_grad():
         assert torch.equal(back(data()), grown.model(data()))
     assert back.norms[1].eps == grown.model.norms[1].eps != 1e-2

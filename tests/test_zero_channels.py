@@ -27,7 +27,9 @@ def data(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def silent(model: nn.Module, x: Tensor, width: str = "+5", where: str = "hidden") -> nn.Module:
+def widened_by_zeros(
+    model: nn.Module, x: Tensor, width: str = "+5", where: str = "hidden"
+) -> nn.Module:
     """Widen by channels of zeros and assert that the function is kept and everything learns."""
     grown = fxgrow.widen(model, width, x, pairing="zero_z", where=where)  # type: ignore[arg-type]
     verification = grown.report.verification
@@ -46,7 +48,7 @@ def silent(model: nn.Module, x: Tensor, width: str = "+5", where: str = "hidden"
 )  # fmt: skip
 def test_zeros_stay_zero_where_an_activation_keeps_them(activation: Callable[[], nn.Module]):
     model = pair(activation())
-    grown = silent(model, data(7, 4))
+    grown = widened_by_zeros(model, data(7, 4))
     assert not grown[0].weight[8:].any()
     assert not grown[0].bias[8:].any()
     assert grown[2].weight[:, 8:].abs().min() > 0
@@ -96,7 +98,7 @@ class Gated(nn.Module):
 
 def test_a_gate_may_be_anything_but_zero() -> None:
     torch.manual_seed(0)
-    silent(Gated(torch.sigmoid).double(), data(7, 4))
+    widened_by_zeros(Gated(torch.sigmoid).double(), data(7, 4))
     with pytest.raises(PlanError, match="multiplies channels of zeros by one another"):
         fxgrow.widen(Gated(F.silu).double(), "2x", data(7, 4), pairing="zero_z")
 
@@ -109,7 +111,7 @@ class Handmade(nn.Module):
 
 
 def test_an_activation_is_told_by_what_it_does() -> None:
-    silent(pair(Handmade()), data(7, 4))
+    widened_by_zeros(pair(Handmade()), data(7, 4))
 
 
 def test_kernels_and_pooling_on_the_way() -> None:
@@ -118,7 +120,7 @@ def test_kernels_and_pooling_on_the_way() -> None:
         nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8), nn.GELU(), nn.MaxPool2d(2),
         nn.Conv2d(8, 8, 1, groups=4), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3),
     ).double()  # fmt: skip
-    grown = silent(model, data(2, 3, 8, 8), "2x")
+    grown = widened_by_zeros(model, data(2, 3, 8, 8), "2x")
     assert grown[2].weight.abs().min() > 0  # a kernel of zeros would let no gradient through
     for layer in (0, 2, 5):
         assert int((grown[layer].bias == 0).sum()) == 8
@@ -142,7 +144,7 @@ class Residual(nn.Module):
 
 def test_one_way_for_the_gradient_is_enough() -> None:
     torch.manual_seed(0)
-    silent(Residual(nn.Identity()).double(), data(7, 4), where="stream")
+    widened_by_zeros(Residual(nn.Identity()).double(), data(7, 4), where="stream")
     with pytest.raises(PlanError, match="new channels of branch would stay zero: relu at"):
         fxgrow.widen(
             Residual(nn.ReLU()).double(), "2x", data(7, 4), pairing="zero_z", where="stream"
