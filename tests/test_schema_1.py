@@ -29,6 +29,7 @@ from torch import nn
 import fxgrow
 from fxgrow.api import widen as api
 from fxgrow.apply.module import apply_to_state_dict
+from fxgrow.plan.step import PlanStep
 
 Data = dict[str, Any]
 OLD: Data = json.loads((Path(__file__).parent / "data" / "plans_of_schema_1.json").read_text())
