@@ -237,3 +237,12 @@ def test_wider_deeper_and_larger_kernels_in_one_plan(resnet, order):
     assert report["kernels"]
     weights = apply_to_state_dict(made, resnet.state_dict())
     assert all(torch.equal(weights[n], t) for n, t in grown.model.state_dict().items())
+
+
+def test_a_plan_goes_on_from_copies() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    inputs = torch.randn(4, 5)
+    first = fxgrow.widen(net, "2x", inputs, pairing="replicate")
+    second = fxgrow.widen(net, "2x", inputs, after=first.plan)
+    assert second.model[0].out_features == 32
+    assert second.report.verification.verdict == "preserved"

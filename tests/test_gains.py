@@ -129,3 +129,21 @@ def test_a_written_out_norm_that_is_used_twice_takes_up_its_first_gain(gained: s
     assert grown.report.verification.verdict == "as predicted"
     assert grown.report.verification.eval.residual.max_rel < 1e-12
     assert any(edit.attribute == "eps" for edit in grown.plan.modules) == (gained == "first")
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_constant_of_the_code_leaves_the_graph_to_multipliers(compensate: bool) -> None:
+    """Each trace makes it anew, under another name."""
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.into(x)) * torch.tensor(0.5))
+
+    options = {"rescaling": "default_vt", "compensate": compensate}
+    grown = fxgrow.widen(made(Halved), "2x", data(4, 5), **options)
+    assert grown.plan.preserves == ("exact" if compensate else "scaled")
+    assert grown.report.verification.verdict == ("preserved" if compensate else "as predicted")

@@ -325,3 +325,19 @@ def test_groups_of_a_convolution_do_not_write_the_mean_of_all() -> None:
     with pytest.raises(PlanError, match="convolution at 0 changes the mean of channels"):
         fxgrow.widen(model.double(), "1.5x", x)
     assert fxgrow.widen(model, "2x", x).report.verification.verdict == "preserved"
+
+
+def test_a_parameter_that_nobody_uses_hides_no_norm() -> None:
+    """For its sake the network is run in train mode as well, and meets the norm again."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+            self.out, self.unused = nn.Linear(8, 3), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.into(x)))
+
+    grown = fxgrow.widen(Unused(), "1.5x", torch.randn(4, 5))
+    assert grown.report.verification.verdict == "preserved"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from fxgrow.errors import PlanError, TraceError, shown
-from fxgrow.labels.graphs import open_graph, symbolic_trace
+from fxgrow.labels.graphs import open_graph, same_graphs, symbolic_trace
 from fxgrow.labels.sizes import check_sizes, map_sizes, sizes_in
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.plan.edits import Multiplier, SizeEdit
@@ -81,7 +81,7 @@ def _as_graph(
     except Exception as error:  # a user's forward may raise anything
         raise TraceError(f"torch.fx cannot trace it: {first_line(error)}.") from error
     graph = graphs[1]
-    if both_modes and str(graphs[0]) != str(graph):
+    if both_modes and not same_graphs(model, *graphs):
         raise TraceError(
             f"the graph of {type(model).__name__} differs between train and eval mode (functional "
             "dropout, stochastic depth), so no multiplier can be put into it.",

@@ -19,6 +19,8 @@ from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import stand_in
 
+_MAKING = ("lift_fresh", "lift_fresh_copy", "detach")  # what torch makes a constant tensor with
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -63,9 +65,14 @@ class Analysis:
             _, tape = self.traced.label_graph(graph)
         except TraceError:
             return ()
-        # By name: a graph has x + y where the code has x += y.
-        ran, known = ([op.name for op in run.operations] for run in (tape, self.tape))
-        return tuple(op.node for op in tape.operations) if ran == known else ()
+        # By name: a graph has x + y where the code has x += y. A graph holds constants ready-made.
+        ran, known = (
+            [op for op in run.operations if op.name not in _MAKING] for run in (tape, self.tape)
+        )
+        if [op.name for op in ran] != [op.name for op in known]:
+            return ()
+        nodes = iter([op.node for op in ran])
+        return tuple("" if op.name in _MAKING else next(nodes) for op in self.tape.operations)
 
     @cached_property
     def _block_of_layer(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import threading
 import warnings
 from collections.abc import Callable, Set
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from fxgrow.errors import TraceError
 from fxgrow.modules.standin import first_line, keeping_modes
+
+_CONSTANT = re.compile(r"\b_tensor_constant\d+\b")  # what torch.fx calls a tensor of the code's own
 
 
 class ThreadTracer(fx.Tracer):
@@ -101,11 +104,22 @@ def open_graph(model: nn.Module) -> fx.Graph:
                 graphs = [tracer().trace(model.train(mode)) for mode in (True, False)]
         except Exception as error:  # a user's forward may raise anything
             raise TraceError(f"torch.fx cannot trace it: {first_line(error)}") from error
-        if str(graphs[0]) == str(graphs[1]):
+        if same_graphs(model, *graphs):
             return graphs[1]
     raise TraceError(
         f"the graph of {type(model).__name__} differs between train and eval mode, so that sizes "
         "in its code cannot be rewritten"
+    )
+
+
+def same_graphs(model: nn.Module, first: fx.Graph, second: fx.Graph) -> bool:
+    """Return whether two graphs of a model say the same; each trace makes its constants anew."""
+    constants = [_CONSTANT.findall(str(graph)) for graph in (first, second)]
+    if _CONSTANT.sub("", str(first)) != _CONSTANT.sub("", str(second)):
+        return False
+    return len(constants[0]) == len(constants[1]) and all(
+        one == other or torch.equal(getattr(model, one), getattr(model, other))
+        for one, other in zip(*constants, strict=True)
     )
 
 

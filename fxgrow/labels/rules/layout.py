@@ -26,14 +26,13 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     same_rank = [tensor for tensor in step.args[0] if tensor.ndim == len(shape)]
     tensors = [tensor for tensor in same_rank if tensor.shape[dim]] or same_rank[:1]
     out: list[Layer] = []
+    empty = [x for x in same_rank if not x.shape[dim] and step.value(x).producer is None]
     for members in clusters([step.layers(tensor) for tensor in tensors]):
         dims = frozenset().union(*(support(m) for m in members if m is not None))
         if dim not in dims:
-            first = _same_channels(step, tensors, members).expand(shape)
-            for tensor in (x for x in same_rank if not x.shape[dim]):
-                if step.value(tensor).producer is None:
-                    step.join_fixed(first, tensor, shape)  # nothing joins, of a fixed width
-            out.append(first)
+            out.append(_same_channels(step, tensors, members).expand(shape))
+            for tensor in empty:  # nothing joins, of a fixed width
+                step.join_fixed(out[-1], tensor, shape)
             continue
         joined = compact(_side_by_side(tensors, members, dims, dim).expand(shape))
         if support(joined) == {dim}:

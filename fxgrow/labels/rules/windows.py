@@ -62,16 +62,16 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
     out: list[Layer] = []
     for own, theirs in clusters([kept, told]):
         members = tuple(labels for labels in (own, theirs) if labels is not None)
-        dims = [dim for x in members for dim in sorted(support(x))]
-        if own is not None and not set(dims) & set(shared):
+        dims = frozenset().union(*map(support, members))
+        if own is not None and dims.isdisjoint(shared):
+            out.append(own)
+        elif own is not None and theirs is not None and support(own) == support(theirs):
+            step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
             out.append(own)
         elif len(members) < 2 and any(other.shape[dim] > 1 for dim in dims):
             step.pin(members, PinKind.FIXED, "combined with a tensor")
-        elif own is None or theirs is None or support(own) != support(theirs):
-            step.pin(members, PinKind.POSITIONS, name)
         else:
-            step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
-            out.append(own)
+            step.pin(members, PinKind.POSITIONS, name)
     return tuple(out)
 
 
