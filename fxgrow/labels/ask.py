@@ -348,7 +348,7 @@ def _shapes(call: Asked) -> Iterator[dict[int, tuple[int, ...]]]:
 
 
 def _scalars(call: Asked) -> list[float]:
-    """Return the numbers that a call is given."""
+    """Return the numbers that a call is given, or takes by default."""
     found: list[float] = []
 
     def gather(argument: Any) -> None:
@@ -358,6 +358,8 @@ def _scalars(call: Asked) -> list[float]:
         elif isinstance(argument, (int, float)) and not isinstance(argument, bool):
             found.append(float(argument))
 
+    left_out = call.target._schema.arguments[len(call.args) :]
+    gather([argument.default_value for argument in left_out if argument.name not in call.kwargs])
     gather((*call.args, *call.kwargs.values()))
     return found
 

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
-from fxgrow.labels.operators import COPIES, PICKS
+from fxgrow.labels.operators import COPIES
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Value
@@ -111,24 +111,35 @@ def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
                 step.join_fixed(other, tensor, tensor.shape)
 
 
-def is_spread(step: Step, inputs: Sequence[Value]) -> bool:
-    """Return whether an operation repeats entries that it moves or picks, or one before it did."""
-    traits = step.traits
-    if traits.is_pointwise and len(inputs) == 1:
-        return inputs[0].is_spread
-    if not inputs or not (traits.is_movement or traits.name in PICKS):
-        return False
-    grows = any(x.numel() > step.operands[0].numel() for x in step.outputs)
-    return grows or inputs[0].is_spread
-
-
-def repeated(step: Step) -> frozenset[int]:
+def repeated(step: Step, inputs: Sequence[Value]) -> frozenset[int]:
     """Return the dims of the output in which entries are the same because there was one."""
-    if step.traits.name != "aten.repeat":
+    if len(inputs) != 1:
         return frozenset()
+    x, out, known = step.operands[0], step.outputs[0], inputs[0].repeated
+    name = step.traits.name
+    if name in ("aten.expand", "aten.repeat"):
+        added = out.ndim - x.ndim
+        single = {d for d, size in enumerate((*[1] * added, *x.shape)) if size == 1}
+        return frozenset(single | {dim + added for dim in known})
+    if name == "aten.transpose":
+        first, second = (step.argument(dim) % x.ndim for dim in ("dim0", "dim1"))
+        turned = {first: second, second: first}
+        return frozenset(turned.get(dim, dim) for dim in known)
+    if step.target in _ON_LABELS:  # dims of one entry come and go
+        before, after = ([d for d, size in enumerate(t.shape) if size > 1] for t in (x, out))
+        same = [x.shape[d] for d in before] == [out.shape[d] for d in after]
+        return frozenset(b for a, b in zip(before, after, strict=same) if same and a in known)
+    kept = name in COPIES or (step.traits.is_pointwise and x.shape == out.shape)
+    return known if kept else frozenset()
+
+
+def runs(step: Step, inputs: Sequence[Value]) -> int:
+    """Return how many matrices in a row are the same, where a view made one dim of two."""
+    if len(inputs) != 1 or step.target not in _ON_LABELS:
+        return 1
     x, out = step.operands[0], step.outputs[0]
-    sizes = (*[1] * (out.ndim - x.ndim), *x.shape)
-    return frozenset(dim for dim, size in enumerate(sizes) if size == 1)
+    merged = x.ndim > 1 and out.shape == (x.shape[0] * x.shape[1], *x.shape[2:])
+    return x.shape[1] if merged and 1 in inputs[0].repeated else 1
 
 
 def _apart(step: Step, layers: list[Layer]) -> Layers:

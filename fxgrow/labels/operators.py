@@ -36,8 +36,6 @@ UNIFORM = aten(
     "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
     "new_empty zero"
 )
-# Entries that are picked by position.
-PICKS = aten("index_select index")
 COMMUTATIVE = aten("add mul maximum minimum")
 # Pointwise operations that torch does not tag as such.
 UNTAGGED = aten(

@@ -197,8 +197,8 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_uniform": traits.is_uniform or moved,
         "is_padded": traits.is_padding,
         "is_curved": weight and generic.is_curved(step, inputs),
-        "repeated": generic.repeated(step),
-        "is_spread": generic.is_spread(step, inputs),
+        "repeated": generic.repeated(step, inputs),
+        "runs": generic.runs(step, inputs),
     }
 
 

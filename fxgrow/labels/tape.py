@@ -34,8 +34,8 @@ class Value:
         is_padded: one constant at some positions of a dim with channels, beside these.
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
-        is_spread: a movement repeated entries of what it was made of, along some dim.
         repeated: dims along which it is the same by construction: it had one entry there.
+        runs: so many positions of dim 0 in a row are the same, by construction.
         positions: channels among which it tells positions (of the largest one), with the name of
             the operation: where it is used, they cannot change.
         taken: for a uniform or a padded one, layers it met: they tell what its sizes stand for.
@@ -54,8 +54,8 @@ class Value:
     is_uniform: bool = False
     is_padded: bool = False
     is_curved: bool = False
-    is_spread: bool = False
     repeated: frozenset[int] = frozenset()
+    runs: int = 1
     positions: tuple[tuple[Layer, str], ...] | None = None
     taken: list[Layer] = field(default_factory=list)
 

@@ -162,8 +162,8 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     heads = narrowed(batched[0], (0,))
     out: list[Layer] = []
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
-        value = step.value(tensor)  # spread over heads, it is alike for all of them
-        if cover(step.layers(tensor), 0) is None and not (value.is_uniform or value.is_spread):
+        alone = cover(step.layers(tensor), 0) is None
+        if alone and not _is_alike_for_heads(step.value(tensor), heads):
             step.pin((heads,), PinKind.FIXED, "multiplied by matrices of a tensor")
         for layer in step.layers(tensor):
             if 0 in support(layer):
@@ -175,6 +175,20 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
     step.space.several(heads)
     return (heads.expand(step.outputs[0].shape), *out)
+
+
+def _is_alike_for_heads(value: Value, heads: Tensor) -> bool:
+    """Return whether the matrices of a value, along dim 0, are the same for all heads of a sample.
+
+    Args:
+        value: of shape (samples · heads, …).
+        heads: labels, a head for each of these.
+    """
+    labels = heads.reshape(-1)
+    if value.is_uniform or 0 in value.repeated:
+        return True
+    samples = labels.view(-1, value.runs) if labels.numel() % value.runs == 0 else labels[:0]
+    return value.runs > 1 and bool(samples.numel()) and bool((samples == samples[:1]).all())
 
 
 def _is_transposed_parameter(step: Step, tensor: Tensor) -> bool:
