@@ -113,7 +113,7 @@ def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
 
 def repeated(step: Step, inputs: Sequence[Value]) -> frozenset[int]:
     """Return the dims of the output in which entries are the same because there was one."""
-    if len(inputs) != 1:
+    if len(inputs) != 1 or not step.outputs:
         return frozenset()
     x, out, known = step.operands[0], step.outputs[0], inputs[0].repeated
     name = step.traits.name
@@ -122,7 +122,7 @@ def repeated(step: Step, inputs: Sequence[Value]) -> frozenset[int]:
         single = {d for d, size in enumerate((*[1] * added, *x.shape)) if size == 1}
         return frozenset(single | {dim + added for dim in known})
     if name == "aten.transpose":
-        first, second = (step.argument(dim) % x.ndim for dim in ("dim0", "dim1"))
+        first, second = (step.argument(dim) % max(x.ndim, 1) for dim in ("dim0", "dim1"))
         turned = {first: second, second: first}
         return frozenset(turned.get(dim, dim) for dim in known)
     if step.target in _ON_LABELS:  # dims of one entry come and go
