@@ -125,12 +125,18 @@ def repeated(step: Step, inputs: Sequence[Value]) -> frozenset[int]:
         first, second = (step.argument(dim) % max(x.ndim, 1) for dim in ("dim0", "dim1"))
         turned = {first: second, second: first}
         return frozenset(turned.get(dim, dim) for dim in known)
-    if step.target in _ON_LABELS:  # dims of one entry come and go
-        before, after = ([d for d, size in enumerate(t.shape) if size > 1] for t in (x, out))
-        same = [x.shape[d] for d in before] == [out.shape[d] for d in after]
-        return frozenset(b for a, b in zip(before, after, strict=same) if same and a in known)
+    if step.target in _ON_LABELS:
+        return _across_view(x, out, known)
     kept = name in COPIES or (step.traits.is_pointwise and x.shape == out.shape)
     return known if kept else frozenset()
+
+
+def _across_view(x: Tensor, out: Tensor, dims: frozenset[int]) -> frozenset[int]:
+    """Return dims of a tensor as those of its view, where only dims of one entry come and go."""
+    before, after = ([d for d, size in enumerate(t.shape) if size > 1] for t in (x, out))
+    if [x.shape[d] for d in before] != [out.shape[d] for d in after]:
+        return frozenset()
+    return frozenset(b for a, b in zip(before, after, strict=True) if a in dims)
 
 
 def runs(step: Step, inputs: Sequence[Value]) -> int:
