@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
+from fxgrow.channels.groups import ChannelGroup, group_of_channel
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Tape
+from fxgrow.modules.tensors import layer_of
 
 Skip = Literal["identity", "projection", "slice/pad"]
 

@@ -20,12 +20,13 @@ import numpy as np
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import ChannelGroup, Kind, group_of_channel, layer_of
+from fxgrow.channels.groups import ChannelGroup, Kind, group_of_channel
 from fxgrow.errors import PlanError
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import place_of
 from fxgrow.labels.space import Role
+from fxgrow.modules.tensors import layer_of
 
 ONE_PARAMETER = "one parameter"  # the place of a link between two positions of one axis
 _SHOWN = 12

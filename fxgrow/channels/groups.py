@@ -19,7 +19,7 @@ from fxgrow.channels.channels import Channels
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.space import Axis
-from fxgrow.modules.tensors import layer_of as layer_of
+from fxgrow.modules.tensors import layer_of
 
 Kind = Literal["hidden", "stream", "pinned"]
 

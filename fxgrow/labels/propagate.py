@@ -113,9 +113,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         traits = traits_of(func)
         step = Step(self.space, func, traits, args, kwargs, operands, outputs, self.value, where)
         layers = self._labels(step, inputs)
-        deed = generic.alters(step) if layers and layers[0] else ""
-        if deed:
-            self._note(deed, inputs, ordered=not traits.is_commutative)
+        done = generic.alters(step) if layers and layers[0] else ""
+        if done:
+            self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
         facts = _facts(step, inputs)
         index = len(self.tape.operations)
@@ -150,11 +150,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if layers is not known.layers:
             self._enter(view._base, layers, producer=index)
 
-    def _note(self, deed: str, inputs: tuple[Value, ...], *, ordered: bool) -> None:
+    def _note(self, done: str, inputs: tuple[Value, ...], *, ordered: bool) -> None:
         """Record what is done to the labels of each operand, and which operand they are."""
         labelled = [(place, value) for place, value in enumerate(inputs) if value.layers]
         for place, value in labelled:
-            told = f"{deed} #{place}" if ordered and len(labelled) > 1 else deed
+            told = f"{done} #{place}" if ordered and len(labelled) > 1 else done
             for layer in self._as_read(value):
                 self.space.note(told, layer)
 

@@ -8,11 +8,10 @@ from functools import cached_property
 from torch import nn
 
 from fxgrow.channels.blocks import residual_additions
-from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import ModuleCall, Recording, is_inside
 from fxgrow.grow.identity.stages import Stage, pattern
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import layer_of, named_tensors
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import (
     ConcreteRun,
@@ -24,6 +23,7 @@ from fxgrow.grow.identity.net2deeper import net2deeper
 from fxgrow.grow.identity.new_block import Filling, NewBlock, of_norms, passes
 from fxgrow.grow.identity.paired_channels import pair_channels
 from fxgrow.labels.tape import Operation, Value
+from fxgrow.modules.tensors import layer_of
 from fxgrow.registry import Registry
 
 Method: TypeAlias = Callable[[NewBlock], Filling]

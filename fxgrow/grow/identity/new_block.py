@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.concrete_run import Recording, run_concretely
 from fxgrow.labels.gains import Verdict
 from fxgrow.labels.tape import Value
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.step import BlockPlan
 

@@ -12,10 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import layer_of
 from fxgrow.grow.identity.concrete_run import record
 from fxgrow.grow.kernels.taps import Convolution, PerDim
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import layer_of, named_tensors
 
 
 def convolutions(analysis: Analysis) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from math import gcd, lcm
 import numpy as np
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
+from fxgrow.channels.groups import ChannelGroup, group_of_channel
 from fxgrow.grow.obstacle import Obstacle
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.requests import Grouped
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels, HashArray
-from fxgrow.channels.groups import layer_of
 from fxgrow.grow.match.assignment import Assignment, check_copies, check_order, part_twins
 from fxgrow.grow.match.group_norms import with_new_groups
 from fxgrow.grow.match.hashes import mix
@@ -29,6 +28,7 @@ from fxgrow.grow.match.refinement import told_apart
 from fxgrow.grow.match.tied import Tied, tied_channels
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.pairing import Pairing, drawing, replicate
 
 

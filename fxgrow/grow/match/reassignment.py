@@ -12,9 +12,9 @@ import networkx as nx
 import numpy as np
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import layer_of
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
+from fxgrow.modules.tensors import layer_of
 
 Touch: TypeAlias = Counter[tuple[int, int]]  # how often (axis code, convolution group)
 Node: TypeAlias = tuple[str, int]  # of the flow network: old or new, and a signature

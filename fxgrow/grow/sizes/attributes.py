@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from fxgrow.channels.groups import layer_of
 from fxgrow.errors import PlanError
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.edits import ModuleEdit
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]

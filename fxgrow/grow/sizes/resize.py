@@ -15,10 +15,11 @@ from math import gcd
 import numpy as np
 
 from fxgrow.channels.channels import Channels
-from fxgrow.channels.groups import ChannelGroup, group_of_channel, layer_of
+from fxgrow.channels.groups import ChannelGroup, group_of_channel
 from fxgrow.grow.match.group_norms import new_norm_groups
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.widths import nearest_widths
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.requests import Grouped
 from fxgrow.plan.step import Refusal
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup, layer_of
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
@@ -24,6 +24,7 @@ from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.pairing import Pairing
 from fxgrow.plan.requests import Grouped
 from fxgrow.plan.step import Refusal

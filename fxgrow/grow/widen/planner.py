@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup, layer_of
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
@@ -22,7 +22,7 @@ from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
-from fxgrow.modules.tensors import aliases_of, named_tensors
+from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded

@@ -8,7 +8,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.labels.gains import GainFlow, Mismatch
 from fxgrow.labels.graphs import operands_from
-from fxgrow.labels.operators import MOVEMENTS, operator_name
+from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Tape
 from fxgrow.plan.edits import Multiplier
 
@@ -51,7 +51,7 @@ def _before_node(tape: Tape, names: Sequence[str], mismatch: Mismatch) -> int:
     while mismatch.consumer >= 0 and place >= 0 and names[place] == names[mismatch.consumer]:
         op = tape.operations[place]
         data = [value for value in op.inputs if not value.is_weight]
-        moves = op.target.is_view or operator_name(op.target) in MOVEMENTS
+        moves = traits_of(op.target).is_movement
         if len(data) != 1 or not ((moves and data == [*op.inputs]) or op.name in ("mm", "bmm")):
             break
         place = -1 if data[0].producer is None else data[0].producer
