@@ -134,8 +134,8 @@ class Runs:
         predicted = self._predicted(None, batches, jobs, before)
         old, new = before, after
         if case.edits and case.effort == "full":
-            some = [batches[0], *(batch for batch, _ in self._inputs.drawn[:1])]
-            self.gradients = self._check_gradients(min(some, key=entries))
+            alike = (b for b, _ in self._inputs.drawn if _sample(b) == _sample(batches[0]))
+            self.gradients = self._check_gradients(min([*alike, batches[0]], key=entries))
         if self._rounds:
             old = self._native(case.before.module, batches, jobs)
             new = self._native(case.after.module, batches, jobs, grown=True)
@@ -326,6 +326,11 @@ def _jobs(batches: Sequence[tuple[Arguments, Modes]]) -> tuple[list[Arguments], 
 def entries(batch: Arguments) -> int:
     """Return how many numbers there are in a batch."""
     return sum(tensor.numel() for tensor in tensors_in(batch))
+
+
+def _sample(batch: Arguments) -> list[tuple[int, ...]]:
+    """Return the shapes of a batch without the number of samples."""
+    return [tuple(tensor.shape[1:]) for tensor in tensors_in(batch)]
 
 
 def _nudged(batch: Arguments) -> Arguments:

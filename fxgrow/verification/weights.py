@@ -117,8 +117,10 @@ def _after(step: Plan, before: Weights, origins: Mapping[str, str], init: Init |
 
 def rounds(edit: TensorEdit | None, step: Plan) -> bool:
     """Return whether what an edit makes of a tensor depends on the dtype that it is made in."""
-    if edit is None or edit.fill:
+    if edit is None:
         return False
+    if edit.fill:
+        return edit.fill == "constant" and not edit.scale.is_integer()
     kinds = {run.kind for axis in edit.axes for run in axis.runs}
     drawing = step.request.drawing
     return bool(
