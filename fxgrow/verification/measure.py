@@ -17,7 +17,7 @@ from fxgrow.errors import FxgrowError, PlanError, VerificationError
 from fxgrow.grow.kernels.planner import only_kernels
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.labels.trace import trace
-from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import arranged, batches_for, possible_inputs, runs_through
 from fxgrow.modules.standin import stand_in
@@ -32,6 +32,7 @@ from fxgrow.verification import weights
 from fxgrow.verification.findings import Effort, Judgement, ModeResult, Verification
 from fxgrow.verification.forward import Mode, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
+from fxgrow.verification.rounding import MOST, told_rounding
 from fxgrow.verification.runs import Case, Network
 from fxgrow.verification.sizes import judged_inputs
 
@@ -84,12 +85,36 @@ def measure(task: Task) -> Verification:
         runs = (case.after if whole else case.before).module.get_submodule(scope.module)
         given = task.example_inputs if scope in made.scopes else None
         batches = batches_for(runs, scope.inputs, scope.inputs_inferred, given, whole=whole)
+        if given is None:
+            batches = _unprompted(runs, scope, batches)
         old, new = (n.module.get_submodule(scope.module) for n in (case.before, case.after))
         inputs, notes = judged_inputs(old, new, batches, task.effort, draw=True)
         told_of = _Countdown(task.progress, index, len(parts))
-        found.append(judge(replace(case, notes=case.notes + notes), inputs, told_of))
+        judged = judge(replace(case, notes=case.notes + notes), inputs, told_of)
+        if (ratio := _ratio(judged)) > MOST:
+            note = told_rounding(made, case, inputs.given[0][0], ratio)
+            judged = replace(judged, notes=(*judged.notes, note))
+        found.append(judged)
     combined = _combined(found, [scope.module for scope in parts])
     return told(made, _outside(made, parts, combined))
+
+
+def _unprompted(model: nn.Module, scope: Scope, batches: list[Arguments]) -> list[Arguments]:
+    """Return batches of which not all have the sizes that a plan tells: it may be anybody's."""
+    standin = stand_in(model)
+    for arguments in possible_inputs(standin, lambda: None):
+        if runs_through(standin, arguments):
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
+            if shapes != scope.inputs:
+                return [batches[0], batches_for(model, shapes, True)[0]]
+            break
+    return batches
+
+
+def _ratio(found: Verification) -> float:
+    """Return how many times the old network's rounding the grown one's is, at most."""
+    results = (found.eval, found.train)
+    return max((r.ratio for r in results if r is not None and r.ratio is not None), default=0.0)
 
 
 def _case(task: Task) -> Case:

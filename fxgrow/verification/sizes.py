@@ -43,18 +43,23 @@ def judged_inputs(
         return Inputs([(min(batches, key=entries), ("eval",))]), ()
     probe = _Probe(before, after)
     base = {mode: probe.behaviours(batches[0], mode) for mode in _BOTH}
-    problem = next((b.problem for mode in _BOTH for b in base[mode] if b.problem), "")
-    if problem:
-        note = "whether other sizes of inputs make the network do something else was not looked at"
-        notes: tuple[str, ...] = (f"{note}: it does not run on shapes alone ({problem})",)
-        return _arranged(batches, _BOTH, (), draw=draw, same=False), notes
+    problems = {mode: next((b.problem for b in base[mode] if b.problem), "") for mode in _BOTH}
+    notes = tuple(
+        f"whether inputs of other sizes make the network do something else in {mode} mode was not "
+        f"looked at, since it does not run on shapes alone ({problem})"
+        for mode, problem in problems.items()
+        if problem
+    )
+    if problems["eval"]:
+        return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
+    followed = [mode for mode in _BOTH if not problems[mode]]
     same = all(a.operations == b.operations for a, b in zip(*base.values(), strict=True))
     modes: Modes = ("eval",) if same else _BOTH
     first, *others = batches
     if draw:
         others = [probe.covering(others[0] if others else probe.smaller(first, modes), base)]
-    found, notes = _differing(probe, first, base, modes)
-    return _arranged([first, *others], modes, found, draw=draw, same=same), notes
+    found, more = _differing(probe, first, base, [mode for mode in modes if mode in followed])
+    return _arranged([first, *others], modes, found, draw=draw, same=same), notes + more
 
 
 def _arranged(
@@ -76,7 +81,7 @@ def _differing(
     probe: _Probe,
     batch: Arguments,
     base: dict[Mode, tuple[Behaviour, Behaviour]],
-    modes: Modes,
+    modes: Sequence[Mode],
 ) -> tuple[list[tuple[Arguments, Modes]], tuple[str, ...]]:
     """Return inputs of other sizes on which one of the networks does something else."""
     samples = next((t.shape[0] for t in tensors_in(batch)[:1] if t.ndim), 0)
