@@ -1,4 +1,4 @@
-"""What the judge sees: other sizes, zeros, hostile plans, rows and experts that no example touches."""
+"""What the judge sees: other sizes, zeros, hostile plans, what no example touches."""
 
 from __future__ import annotations
 
