@@ -8,7 +8,6 @@ of a few at a time.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias, cast
 
@@ -23,7 +22,6 @@ from fxgrow.modules.tensors import aliases_of, named_tensors
 Weights: TypeAlias = Callable[[str], Tensor]
 
 _SMALL = 1 << 20  # bytes; what is smaller is kept
-_LAST = 3  # larger ones that are kept, for modules that look at a weight before they use it
 
 
 class Exact:
@@ -45,7 +43,7 @@ class Exact:
         self.used: set[str] = set()
         self._weights = weights
         self._kept: dict[str, Tensor] = {}
-        self._last: OrderedDict[str, Tensor] = OrderedDict()
+        self._last: tuple[str, Tensor] | None = None  # for modules that look at a weight first
         tensors = named_tensors(module)
         self._first = {name: name for name in tensors} | aliases_of(tensors)
         eager = _held_elsewhere(module, tensors)
@@ -83,22 +81,17 @@ class Exact:
     def parameter(self, name: str) -> Tensor:
         """Return a parameter by its first name."""
         self.used.add(name)
-        found = self._kept.get(name)
-        if found is None:
-            found = self._last.get(name)
-        if found is None:
-            found = nn.Parameter(self._weights(name), requires_grad=False)
-            if found.nbytes <= _SMALL:
-                self._kept[name] = found
-            else:
-                self._last[name] = found
-                while len(self._last) > _LAST:
-                    self._last.popitem(last=False)
+        if name in self._kept:
+            return self._kept[name]
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        self._last = None  # before the next one is made
+        found = nn.Parameter(self._weights(name), requires_grad=False)
+        if found.nbytes <= _SMALL:
+            self._kept[name] = found
+        else:
+            self._last = name, found
         return found
-
-    def release(self) -> None:
-        """Drop large parameters that were kept for a next access."""
-        self._last.clear()
 
     def _lend(self, inner: nn.Module, prefix: str, eager: set[str]) -> None:
         """Have a module ask for its parameters here."""

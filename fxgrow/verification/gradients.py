@@ -45,12 +45,25 @@ def check_gradients(
         edits: grown tensors by name; none, no check.
         batch: what it is called with.
     """
+    # Where nothing begins as zero one step mostly tells all, and no parameter needs to move for it.
+    if not any(map(_has_zeros, edits.values())):
+        found = _descended(model, edits, batch, steps=1)
+        if not found.missing:
+            return found
+    return _descended(model, edits, batch, steps=2)
+
+
+def _descended(
+    model: nn.Module, edits: Mapping[str, TensorEdit], batch: Arguments, steps: int
+) -> Gradients:
+    """Return what some steps of descent find."""
     copied = _copy(model)
-    parameters = {
-        name: parameter
-        for name, parameter in copied.named_parameters()
-        if name in edits and _has_new(edits[name]) and parameter.requires_grad
-    }
+    parameters = {}
+    for name, parameter in copied.named_parameters():
+        if name in edits and _has_new(edits[name]) and parameter.requires_grad:
+            parameters[name] = parameter
+        else:
+            parameter.requires_grad_(False)
     waiting = dict(parameters)
 
     def listener(name: str) -> Callable[[Tensor], None]:
@@ -59,7 +72,8 @@ def check_gradients(
             if gradient is not None:
                 if name in waiting and _touches_new(gradient, edits[name]):
                     del waiting[name]
-                _descend(parameter, gradient)
+                if steps > 1:
+                    _descend(parameter, gradient)
 
         return listen
 
@@ -68,7 +82,7 @@ def check_gradients(
     set_mode(copied, "train")
     unchecked: list[str] = []
     try:
-        for _ in range(2):
+        for _ in range(steps):
             unchecked = [*waiting]
             if not waiting or not _backward(copied, _typed(batch, model)):
                 break
@@ -139,6 +153,11 @@ def _descend(parameter: Tensor, gradient: Tensor) -> None:
 def _has_new(edit: TensorEdit) -> bool:
     """Return whether some entries of a tensor are new; those with a source are altogether."""
     return bool(edit.axes or edit.source or edit.groups[0] != edit.groups[1])
+
+
+def _has_zeros(edit: TensorEdit) -> bool:
+    """Return whether some entries of a tensor begin as zeros."""
+    return bool(edit.fill) or any(run.kind == "zero" for axis in edit.axes for run in axis.runs)
 
 
 def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:
