@@ -174,8 +174,10 @@ def _reference(task: Task, before: Network) -> Network | None:
         network = Network(between, given, tuple(drawn))
     if not made.prediction:
         return network
+    known = named_tensors(network.module)
     module = insert_multipliers(network.module, made.prediction, both_modes=False)
-    return replace(network, module=module)
+    given, *drawn = (weights.besides(w, known, module) for w in (network.given, *network.drawn))
+    return Network(module, given, tuple(drawn))
 
 
 def _parts(task: Task) -> list[Scope]:

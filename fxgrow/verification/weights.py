@@ -45,6 +45,18 @@ def own(model: nn.Module) -> Weights:
     return look_up
 
 
+def besides(known: Weights, names: Collection[str], model: nn.Module) -> Weights:
+    """Return weights, and for names that they do not know (constants of a graph) a network's own.
+
+    Args:
+        known: the weights.
+        names: that they know.
+        model: the network.
+    """
+    constants = own(model)
+    return lambda name: known(name) if name in names else constants(name)
+
+
 def exactly(tensor: Tensor) -> Tensor:
     """Return a tensor in float64 without entries that are not finite; others are only copied."""
     tensor = tensor.detach()
