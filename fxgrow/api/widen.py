@@ -21,14 +21,15 @@ from fxgrow.grow.data import DataDriven
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import named_tensors, variance
 from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.fault import failure
 from fxgrow.verification.findings import Effort, Verification
-from fxgrow.verification.measure import Task, failure, measure, predictable, variance
+from fxgrow.verification.measure import Task, measure, predictable
 
 Progress: TypeAlias = Callable[[str], None]
 
