@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxgrow.errors import VerificationError
-from fxgrow.files.checkpoint.directory import CONFIG, read_config
+from fxgrow.files.checkpoint.directory import CONFIG, is_weights, read_config
 from fxgrow.files.checkpoint.formats import read_file
+from fxgrow.files.checkpoint.mapping import Mappings
+from fxgrow.files.comparison import (
+    difference,
+    keys_difference,
+    structure_difference,
+    tensor_difference,
+)
+from fxgrow.files.pretrained import keep_tensors_
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
 
 
-def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
+def check_directory(
+    path: Path,
+    grown: nn.Module,
+    inputs: Arguments | None,
+    config: Mapping[str, Any],
+    folder: Path | None = None,
+) -> None:
     """Return if a directory, read by transformers itself, gives back a model.
 
     Args:
         path: the directory.
         grown: the model that it should hold.
         inputs: what both are run on.
+        config: what its ``config.json`` should say.
+        folder: the directory whose other files were copied; None if there is none.
 
     Raises:
-        VerificationError: a tensor or the output differs.
+        VerificationError: a tensor, a plain attribute, the output or another file differs.
     """
+    if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
+        raise _unlike(told)
+    if folder is not None:
+        _check_copies(path, folder)
     kind: Any = type(grown)
     try:
         with _alone(path) as folder, closed("transformers"):
@@ -42,12 +63,17 @@ def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
             )
     except Exception as error:  # whatever transformers may raise on what it cannot read
         raise _unlike(f"it cannot be read: {first_line(error)}") from error
+    mappings = Mappings()
+    held: Any = read_file(path, opener=mappings.open)[1].data
+    keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype
+    if told := keys_difference(sorted(found.state_dict()), sorted(grown.state_dict()), ""):
+        raise _unlike(told)
     loaded = found.state_dict()
     for name, tensor in grown.state_dict().items():
-        other = loaded.get(name)
-        # from_pretrained casts all weights to one dtype.
-        if other is None or not _equal(other, tensor.to(other.dtype)):
-            raise _unlike(f"{name} differs", name)
+        if told := tensor_difference(loaded[name], tensor.detach(), name):
+            raise _unlike(told, name)
+    if told := structure_difference(found, grown):
+        raise _unlike(told)
     if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
         _check_outputs(grown, found, inputs)
 
@@ -80,14 +106,21 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
         inputs: what both are run on.
 
     Raises:
-        VerificationError: the output differs.
+        VerificationError: a tensor or the output differs.
     """
     found: Any = read_file(path, trust_pickle=True)[1].data  # fxgrow's own work
+    loaded = found.state_dict()
+    for name, tensor in grown.state_dict().items():
+        # What the computation does not need is in no program.
+        if name in loaded and (told := tensor_difference(loaded[name].detach(), tensor, name)):
+            raise _unlike(told, name)
     _check_outputs(grown, found, inputs)
 
 
-def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments) -> None:
-    """Return if two networks give the same outputs, up to rounding."""
+def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
+    """Return if two networks give the same outputs, up to rounding; without inputs, at once."""
+    if inputs is None:
+        return
     with torch.no_grad(), keeping_modes(grown):
         if any(module.training for module in grown.modules()):
             grown.eval()
@@ -101,8 +134,17 @@ def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments) -> Non
             raise _unlike("it computes something else")
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+def _check_copies(path: Path, folder: Path) -> None:
+    """Return if the other files of a directory are as they were.
+
+    Raises:
+        VerificationError: one of them is not.
+    """
+    for copy in (file for file in path.rglob("*") if file.is_file()):
+        old = folder / copy.relative_to(path)
+        known = copy.parent == path and (copy.name == CONFIG or is_weights(copy.name))
+        if not known and not (old.is_file() and filecmp.cmp(copy, old, shallow=False)):
+            raise _unlike(f"{copy.relative_to(path)} differs")
 
 
 def _unlike(how: str, name: str = "") -> VerificationError:
