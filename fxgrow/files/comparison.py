@@ -112,13 +112,16 @@ def module_difference(found: nn.Module, wanted: nn.Module, place: str = "") -> s
     return next(filter(None, (tensor_difference(f, w, n) for n, f, w in pairs)), "")
 
 
-def structure_difference(found: nn.Module, wanted: nn.Module, *, modes: bool = False) -> str:
+def structure_difference(
+    found: nn.Module, wanted: nn.Module, *, modes: bool = False, sizes: bool = True
+) -> str:
     """Return how a module differs in what it is made of and in its plain attributes, or "".
 
     Args:
         found: the module.
         wanted: what it should be like; its tensors are not looked at.
         modes: compare whether modules are in train mode, too.
+        sizes: compare whole numbers and where a model was read from, too.
     """
     have, want = dict(found.named_modules()), dict(wanted.named_modules())
     if told := keys_difference(list(have), list(want), "the modules"):
@@ -130,6 +133,8 @@ def structure_difference(found: nn.Module, wanted: nn.Module, *, modes: bool = F
             return f"{shown} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = (_plain_attributes(each, modes=modes) for each in (other, module))
         for key in theirs:
+            if not sizes and (_is_size(theirs[key]) or key == "name_or_path"):
+                continue
             if key not in mine or not _equal(mine[key], theirs[key]):
                 return f"{shown}.{key} is {mine.get(key)!r:.60}, not {theirs[key]!r:.60}"
     return ""
@@ -156,6 +161,11 @@ def _plain_attributes(module: nn.Module, *, modes: bool) -> dict[str, object]:
         and not name.startswith("_")
         and (modes or name != "training")
     }
+
+
+def _is_size(value: object) -> bool:
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return all(type(item) is int for item in items)
 
 
 def _is_plain_list(value: object) -> bool:

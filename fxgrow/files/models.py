@@ -39,7 +39,7 @@ from fxgrow.files.pretrained import (
     untied,
 )
 from fxgrow.files.records import identify, put_weights, rebuild, record_of
-from fxgrow.files.reread import Judged, check_written
+from fxgrow.files.reread import Judged, check_written, containers_copied
 from fxgrow.files.written import check_directory, check_program
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import Arguments
@@ -182,7 +182,7 @@ def write_grown(
     def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
         check_optimizer(grown.plan, saved, changed, opened.model, grown.model, found)
-        judged.optimizers[id(saved)] = changed
+        judged.optimizers[id(saved)] = containers_copied(changed)
         notes.extend(f"the optimizer in {place!r}: {note}" for note in found)
         return changed
 
@@ -194,8 +194,9 @@ def write_grown(
         check = functools.partial(check_program, grown=grown.model, inputs=example)
     if described:
         config, weights = _for_directory(opened, grown)
+        named: Any = opened.architecture.arguments["config"] if opened.architecture else {}
         check = functools.partial(
-            check_directory, grown=grown.model, inputs=example, config=config,
+            check_directory, grown=grown.model, inputs=example, config=config, kept=named,
             folder=source._contents.folder,
         )  # fmt: skip
     else:

@@ -88,6 +88,13 @@ def refuse_written(path: Path, how: str, name: str = "") -> NoReturn:
     )
 
 
+def containers_copied(saved: Any) -> Any:
+    """Return nested dicts and lists anew, with the same tensors: nobody else changes them."""
+    if isinstance(saved, dict):
+        return {key: containers_copied(value) for key, value in saved.items()}
+    return [containers_copied(item) for item in saved] if type(saved) is list else saved
+
+
 class _Reread:
     """One file that is read again."""
 

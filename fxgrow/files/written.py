@@ -31,12 +31,15 @@ from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
 
+_CLASSES = "architectures"
+
 
 def check_directory(
     path: Path,
     grown: nn.Module,
     inputs: Arguments | None,
     config: Mapping[str, Any],
+    kept: Mapping[str, Any],
     folder: Path | None = None,
 ) -> None:
     """Return if a directory, read by transformers itself, gives back a model.
@@ -46,12 +49,15 @@ def check_directory(
         grown: the model that it should hold.
         inputs: what both are run on.
         config: what its ``config.json`` should say.
+        kept: a configuration of which it should say all that is no number.
         folder: the directory whose other files were copied; None if there is none.
 
     Raises:
         VerificationError: a tensor, a plain attribute, the output or another file differs.
     """
     if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
+        raise _unlike(told)
+    if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
         raise _unlike(told)
     if folder is not None:
         _check_copies(path, folder)
@@ -72,7 +78,8 @@ def check_directory(
     for name, tensor in grown.state_dict().items():
         if told := tensor_difference(loaded[name], tensor.detach(), name):
             raise _unlike(told, name)
-    if told := structure_difference(found, grown):
+    # Sizes that nothing reads are out of date in the grown model.
+    if told := structure_difference(found, grown, sizes=False):
         raise _unlike(told)
     if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
         _check_outputs(grown, found, inputs)
@@ -132,6 +139,12 @@ def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None)
             atol=NATIVE_FACTOR * unit * float(old.double().abs().nan_to_num().max()),
         ):  # fmt: skip
             raise _unlike("it computes something else")
+
+
+def _words(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says under those keys where another has no numbers or lists."""
+    plain = {key for key, value in like.items() if isinstance(value, (str, bool))}
+    return {key: value for key, value in config.items() if key in plain or key == _CLASSES}
 
 
 def _check_copies(path: Path, folder: Path) -> None:

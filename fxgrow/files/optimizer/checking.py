@@ -27,6 +27,7 @@ from fxgrow.verification.places import along, back
 from fxgrow.verification.positions import close, regrouped
 
 _CONTINUE = ("old", "share")
+_TINY = 1e-30  # below it, a mean may vanish
 
 
 def check_optimizer(
@@ -180,8 +181,7 @@ class _StateCheck:
             if not bool((close(have, wanted.values) | ~wanted.known).all()):
                 _refuse(f"{key} of {now} does not go on with its old numbers")
             fresh = have[~wanted.known]
-            right = fresh == 0 if rule.fresh == "zero" else torch.isfinite(fresh)
-            if not bool(right.all()) or (rule.fresh == "mean" and _is_negative(fresh, value)):
+            if not _is_fresh(fresh, value, rule):
                 _refuse(f"{key} of {now} does not begin with the {rule.fresh} for new weights")
 
     def _continued(self, name: str, rule: Buffer) -> _Continued | None:
@@ -247,9 +247,13 @@ def _sources(axis: AxisEdit) -> tuple[Any, Any]:
     return source, share
 
 
-def _is_negative(fresh: Tensor, old: Tensor) -> bool:
-    """Return whether new sizes are below zero where no old one is."""
-    return bool((fresh < 0).any()) and not bool((old < 0).any())
+def _is_fresh(fresh: Tensor, old: Tensor, rule: Buffer) -> bool:
+    """Return whether new weights begin with zeros, or with sizes like those of the old."""
+    if rule.fresh == "zero":
+        return not bool(fresh.any())
+    finite = torch.isfinite(old).all()
+    sizes = finite and (old >= 0).all() and old.double().mean() > _TINY
+    return bool((fresh > 0).all()) if bool(sizes) else bool(torch.isfinite(fresh).all() | ~finite)
 
 
 def _refuse_if(how: str) -> None:
