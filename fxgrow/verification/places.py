@@ -53,18 +53,22 @@ class AxisPlaces:
 
     def before(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the old positions that go on, in order; shares of one are added up in float64."""
-        at, sources = self.share
         copied = self.first[self.goes_on]
-        if not len(at):
+        if not len(self.share[0]):
             return take(tensor, dim, copied)
+        plain = np.flatnonzero(copied >= 0)
+        index = torch.from_numpy(plain).to(tensor.device)
+        copies = take(tensor, dim, copied[plain]).double()
+        return self.sums(tensor, dim).index_copy_(dim, index, copies)
+
+    def sums(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return the sums of shares for the old positions that go on, in float64."""
+        at, sources = self.share
         shape = list(tensor.shape)
         shape[dim] = len(self.goes_on)
         total = torch.zeros(shape, dtype=torch.float64, device=tensor.device)
         index = torch.from_numpy(np.searchsorted(self.goes_on, sources)).to(tensor.device)
-        total.index_add_(dim, index, take(tensor, dim, at).double())
-        plain = np.flatnonzero(copied >= 0)
-        index = torch.from_numpy(plain).to(tensor.device)
-        return total.index_copy_(dim, index, take(tensor, dim, copied[plain]).double())
+        return total.index_add_(dim, index, take(tensor, dim, at).double())
 
 
 @dataclass(frozen=True)

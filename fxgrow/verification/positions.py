@@ -160,6 +160,13 @@ class TensorCheck:
         """Compare further copies of old positions, and means of them."""
         copies, sources = places.of("old")
         self._check_twins(tensor, dim, axis, copies, places.first[sources], negative=False)
+        both = np.intersect1d(sources, places.share[1])
+        if len(both):
+            at = np.searchsorted(places.goes_on, both)
+            sums, spread = (take(places.sums(t, dim), dim, at) for t in (tensor, tensor.abs()))
+            want, size = take(base, dim, at), spread + tensor.abs().max()
+            if not bool(close(sums.to(tensor.dtype), want, size).all()):
+                self._refuse_at(places.share[0], axis, "should add up to what they are shares of")
         if self.free or (self.noise and axis.role == "reader"):
             return
         borrowed, sources = places.of("borrowed")

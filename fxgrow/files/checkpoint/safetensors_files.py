@@ -187,10 +187,14 @@ def superseded(index: Path, new: Collection[str]) -> set[str]:
         new: the names of the new one and of its shards.
 
     Returns:
-        Names of shards, as those of this index are called, that no other index beside it names.
+        Names of shards, as those of this index are called, that no other index beside it names. Of
+        an index that cannot be read, all that are called so.
     """
     stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
-    gone = {name for name in _shards(index) if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
+    named = _shards(index)
+    if not named and index.is_file():
+        named = {path.name for path in index.parent.iterdir() if path.is_file()}
+    gone = {name for name in named if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
     others = (path for path in index.parent.glob(f"*{_INDICES}") if path != index)
     return gone.difference(new, *map(_shards, others)) if gone else gone
 
