@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.verification.bits import first_difference, same_bits
 
+_APART = ("name_or_path",)  # where transformers read a model from
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -121,7 +122,7 @@ def structure_difference(
         found: the module.
         wanted: what it should be like; its tensors are not looked at.
         modes: compare whether modules are in train mode, too.
-        sizes: compare whole numbers and where a model was read from, too.
+        sizes: compare whole numbers, too.
     """
     have, want = dict(found.named_modules()), dict(wanted.named_modules())
     if told := keys_difference(list(have), list(want), "the modules"):
@@ -133,7 +134,7 @@ def structure_difference(
             return f"{shown} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = (_plain_attributes(each, modes=modes) for each in (other, module))
         for key in theirs:
-            if not sizes and (_is_size(theirs[key]) or key == "name_or_path"):
+            if key in _APART or (not sizes and _is_size(theirs[key])):
                 continue
             if key not in mine or not _equal(mine[key], theirs[key]):
                 return f"{shown}.{key} is {mine.get(key)!r:.60}, not {theirs[key]!r:.60}"

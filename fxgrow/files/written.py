@@ -69,20 +69,29 @@ def check_directory(
             )
     except Exception as error:  # whatever transformers may raise on what it cannot read
         raise _unlike(f"it cannot be read: {first_line(error)}") from error
-    mappings = Mappings()
-    held: Any = read_file(path, opener=mappings.open)[1].data
+    dtypes = [{tensor.dtype for tensor in model.parameters()} for model in (found, grown)]
+    held: Any = read_file(path, opener=Mappings().open)[1].data
     keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype
-    if told := keys_difference(sorted(found.state_dict()), sorted(grown.state_dict()), ""):
-        raise _unlike(told)
-    loaded = found.state_dict()
-    for name, tensor in grown.state_dict().items():
-        if told := tensor_difference(loaded[name], tensor.detach(), name):
-            raise _unlike(told, name)
+    _check_tensors(grown, found)
+    if dtypes[0] == dtypes[1]:
+        _check_outputs(grown, found, inputs)
     # Sizes that nothing reads are out of date in the grown model.
     if told := structure_difference(found, grown, sizes=False):
         raise _unlike(told)
-    if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
-        _check_outputs(grown, found, inputs)
+
+
+def _check_tensors(grown: nn.Module, found: nn.Module) -> None:
+    """Return if a network has the names and, bit for bit, the tensors of another.
+
+    Raises:
+        VerificationError: it has not.
+    """
+    loaded, wanted = found.state_dict(), grown.state_dict()
+    if told := keys_difference(sorted(loaded), sorted(wanted), ""):
+        raise _unlike(told)
+    for name, tensor in wanted.items():
+        if told := tensor_difference(loaded[name].detach(), tensor.detach(), name):
+            raise _unlike(told, name)
 
 
 @contextmanager
