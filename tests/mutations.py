@@ -31,6 +31,7 @@ from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.optimizer import growth, state, steps
 from fxgrow.modules.architectures import Architecture
 
+Way = Callable[[Path], list[str]]
 Patch = Callable[[pytest.MonkeyPatch], None]
 ARCH = ("--arch", "networks:PreactivationNet", "--arch-arg", "skip=identity")
 IMAGES = ("--input-shape", "2x3x6x6")
@@ -43,11 +44,17 @@ class Fault(NamedTuple):
         name: what is wrong.
         run: name of a function of :data:`RUNS` that must see it.
         patch: plants it.
+        silent: the example gives the same output as without the fault.
+        refused: it is refused before anything is made, as a network that cannot grow.
+        where: what the message names, where that is no dotted name.
     """
 
     name: str
     run: str
     patch: Patch
+    silent: bool = False
+    refused: bool = False
+    where: str = ""
 
 
 class Tied(nn.Module):
@@ -147,6 +154,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def module(folder: Path) -> list[str]:
+    torch.manual_seed(0)
     torch.save(mild(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))), folder / "net.pt")
     return command(folder / "net.pt", "out.pt", "--input-shape", "2x3")
 
@@ -187,13 +195,25 @@ def model_directory(folder: Path) -> list[str]:
     return command(folder / "net", "out", "--include", "*intermediate*")
 
 
-RUNS: dict[str, Callable[[Path], list[str]]] = {
+RUNS: dict[str, Way] = {
     run.__name__: run
     for run in (
         checkpoint, rescaled, replicated, weights, legacy, safetensors_file, shards, module,
         tables, twice, known, model_directory,
     )
 }  # fmt: skip
+
+
+# An example for each run, where it takes other inputs than images.
+_IDS = torch.arange(5).expand(2, 5)
+_OTHER_EXAMPLES: dict[str, Tensor] = {
+    "module": torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3),
+    "tables": _IDS, "model_directory": _IDS,
+}  # fmt: skip
+EXAMPLES: dict[str, Tensor] = {
+    name: _OTHER_EXAMPLES.get(name, torch.linspace(-2, 2, 216).sin().reshape(2, 3, 6, 6))
+    for name in RUNS
+}
 
 
 # ── how faults are planted ────────────────────────────────────────────────────────────────────
@@ -342,7 +362,7 @@ WRITER: list[Fault] = [
           written(_on_data(each_tensor(_through_half)), "torch_legacy")),
     Fault("weights through half precision", "safetensors_file",
           written(_on_data(each_tensor(_through_half)), "safetensors")),
-    Fault("one zero has another sign", "weights", stored(each_tensor(_one_bit))),
+    Fault("one zero has another sign", "weights", stored(each_tensor(_one_bit)), silent=True),
     Fault("two layers exchanged", "safetensors_file", written(
         _on_data(_exchanged("block.conv1.weight", "block.conv2.weight")), "safetensors")),
     Fault("two norms exchanged", "shards", written(
@@ -352,19 +372,20 @@ WRITER: list[Fault] = [
     Fault("a shard goes without its last tensor", "shards", wrap(
         safetensors_files, "_groups", lambda groups: ([g[:-1] or g for g in groups]))),
     Fault("a text of the header is lost", "safetensors_file", written(
-        lambda contents: contents.header.pop("by"), "safetensors")),
-    Fault("an entry of the checkpoint is lost", "checkpoint", written(_on_data(_without("epoch")))),
+        lambda contents: contents.header.pop("by"), "safetensors"), silent=True),
+    Fault("an entry of the checkpoint is lost", "checkpoint",
+          written(_on_data(_without("epoch"))), silent=True),
     Fault("the schedule starts anew", "checkpoint",
-          written(_on_data(_set("scheduler.last_epoch", 0)))),
+          written(_on_data(_set("scheduler.last_epoch", 0))), silent=True),
     Fault("a tensor beside the weights is another", "checkpoint",
-          written(_on_data(_set("noise", torch.zeros(5))))),
+          written(_on_data(_set("noise", torch.zeros(5)))), silent=True),
     Fault("a number in a list is another", "checkpoint",
-          written(_on_data(_set("history", [{"loss": 0.5}, {"loss": 0.5}])))),
+          written(_on_data(_set("history", [{"loss": 0.5}, {"loss": 0.5}]))), silent=True),
     Fault("the versions of modules are lost", "weights", wrap(
-        saving, "store", lambda entries: OrderedDict(entries))),
-    Fault("what was tied is parted", "tables", wrap(saving, "keep_ties", _untied)),
+        saving, "store", lambda entries: OrderedDict(entries)), silent=True),
+    Fault("what was tied is parted", "tables", wrap(saving, "keep_ties", _untied), silent=True),
     Fault("another file of the directory is cut", "model_directory",
-          instead(directory, "_copy", _cut_copies)),
+          instead(directory, "_copy", _cut_copies), silent=True),
     Fault("a module's weights are others", "module", wrap(
         saving, "rewrap", _in_place(lambda net: _nothing(nn.init.zeros_(net[0].bias))))),
 ]  # fmt: skip
@@ -390,16 +411,16 @@ def _zero(name: str, row: int) -> Callable[[dict[str, Tensor]], None]:
 
 AVERAGE: list[Fault] = [
     Fault("the average is overwritten by the weights", "checkpoint", wrap(
-        models, "_grown_weights", lambda found: [found[0]] * len(found))),
-    Fault("the average is under other names", "checkpoint", stored(_bare)),
+        models, "_grown_weights", lambda found: [found[0]] * len(found)), silent=True),
+    Fault("the average is under other names", "checkpoint", stored(_bare), silent=True),
     Fault("the average's counter is lost", "checkpoint",
-          stored(lambda entries: _nothing(entries.pop("n_averaged", None)))),
+          stored(lambda entries: _nothing(entries.pop("n_averaged", None))), silent=True),
     Fault("an old row of the average is lost", "checkpoint",
-          _computed(_zero("block.conv1.weight", 1))),
+          _computed(_zero("block.conv1.weight", 1)), silent=True),
     Fault("a new row of the average has no twin", "checkpoint",
-          _computed(_zero("block.conv1.weight", -1))),
+          _computed(_zero("block.conv1.weight", -1)), silent=True),
     Fault("a row beyond the example's ids is lost", "tables",
-          _computed(_zero("table.weight", 33))),
+          _computed(_zero("table.weight", 33)), silent=True),
 ]  # fmt: skip
 
 
@@ -440,28 +461,29 @@ def _settings(change: Callable[[dict[str, Any]], None]) -> Patch:
 
 OPTIMIZER: list[Fault] = [
     Fault("averages of gradients start anew", "checkpoint",
-          _states(lambda found: _nothing(found["exp_avg"].zero_()))),
+          _states(lambda found: _nothing(found["exp_avg"].zero_())), silent=True),
     Fault("averages are in another order", "checkpoint",
-          _states(lambda found: found.update(exp_avg_sq=found["exp_avg_sq"].flip(0)))),
+          _states(lambda found: found.update(exp_avg_sq=found["exp_avg_sq"].flip(0))), silent=True),
     Fault("steps start anew", "checkpoint",
-          _states(lambda found: found.update(step=torch.tensor(0.0)))),
+          _states(lambda found: found.update(step=torch.tensor(0.0))), silent=True),
     Fault("squares of new weights are zero", "checkpoint",
-          instead(state, "_mean", lambda _: lambda tensor, reference, fan_in: tensor.zero_())),
+          instead(state, "_mean", lambda _: lambda tensor, reference, fan_in: tensor.zero_()),
+          silent=True),
     Fault("averages do not follow the rescaling", "rescaled",
-          wrap(state, "_factor", lambda factor: torch.ones_like(factor))),
+          wrap(state, "_factor", lambda factor: torch.ones_like(factor)), silent=True),
     Fault("copies do not share gradients", "replicated",
-          wrap(state, "_share", lambda share: torch.ones_like(share))),
+          wrap(state, "_share", lambda share: torch.ones_like(share)), silent=True),
     Fault("two parameters have each other's state", "checkpoint",
-          wrap(growth, "grow_states", _swap_states)),
+          wrap(growth, "grow_states", _swap_states), silent=True),
     Fault("a state is lost without a word", "checkpoint",
-          wrap(growth, "grow_states", _drop_state)),
+          wrap(growth, "grow_states", _drop_state), silent=True),
     Fault("a setting of a group is another", "checkpoint",
-          _settings(lambda saved: saved["param_groups"][1].update(weight_decay=0.1))),
+          _settings(lambda saved: saved["param_groups"][1].update(weight_decay=0.1)), silent=True),
     Fault("the optimizer does not grow", "checkpoint",
-          instead(saving, "with_optimizers", lambda _: lambda saved, change: saved)),
+          instead(saving, "with_optimizers", lambda _: lambda saved, change: saved), silent=True),
     Fault("the optimizer is rounded on writing", "checkpoint", written(_on_data(
         lambda data: [each_tensor(_through_half)(s) for s in data["optimizer"]["state"].values()]
-        and None))),
+        and None)), silent=True),
 ]  # fmt: skip
 
 
@@ -475,16 +497,16 @@ def _config(**fields: object) -> Patch:
 CONFIGURATION: list[Fault] = [
     Fault("another number of heads", "model_directory", _config(num_attention_heads=2)),
     Fault("another activation", "model_directory", _config(hidden_act="relu")),
-    Fault("another eps", "model_directory", _config(layer_norm_eps=1e-9)),
-    Fault("another dropout", "model_directory", _config(hidden_dropout_prob=0.5)),
+    Fault("another eps", "model_directory", _config(layer_norm_eps=1e-9), silent=True),
+    Fault("another dropout", "model_directory", _config(hidden_dropout_prob=0.5), silent=True),
     Fault("another class is named", "model_directory", _config(architectures=["BertForMaskedLM"])),
     Fault("a width does not follow", "model_directory", _config(intermediate_size=24)),
     Fault("a field is lost on writing", "model_directory", written(
         lambda contents: contents.config.pop("vocab_size"), "directory")),
     Fault("an attribute does not follow", "module", wrap(
-        saving, "rewrap", _in_place(lambda net: setattr(net[0], "out_features", 4)))),
+        saving, "rewrap", _in_place(lambda net: setattr(net[0], "out_features", 4))), silent=True),
     Fault("a module is in another mode", "module", wrap(
-        saving, "rewrap", _in_place(lambda net: _nothing(net[0].train())))),
+        saving, "rewrap", _in_place(lambda net: _nothing(net[0].train()))), silent=True),
 ]  # fmt: skip
 
 
@@ -512,9 +534,10 @@ RECORD: list[Fault] = [
     Fault("a plan is lost", "checkpoint", _plans(lambda plans: plans[:-1])),
     Fault("the plan before is lost", "twice", _plans(lambda plans: plans[1:])),
     Fault("plans are in another order", "twice", _plans(lambda plans: plans[::-1])),
-    Fault("edits of attributes are lost", "checkpoint", _plans(_attributes_lost)),
+    Fault("edits of attributes are lost", "checkpoint", _plans(_attributes_lost), silent=True),
     Fault("a plan has another seed", "weights",
-          _plans(lambda plans: [{**p, "request": {**p["request"], "seed": 7}} for p in plans])),
+          _plans(lambda plans: [{**p, "request": {**p["request"], "seed": 7}} for p in plans]),
+          silent=True),
     Fault("another argument of the architecture", "safetensors_file",
           _record(lambda record: record["architecture"]["arguments"].update(skip="projection"))),
     Fault("no architecture", "shards", _record(lambda record: record.update(architecture=None))),

@@ -114,7 +114,8 @@ class _Reread:
         if kept is not None and kept.kind == "checkpoint":
             wanted += judged.copies
         if len(found.state_dicts) != len(wanted):
-            self._refuse(f"it has weights in {len(found.state_dicts)} places, not {len(wanted)}")
+            have, want = _places(found), _places(found if source is None else source)
+            self._refuse(f"it has weights in {have}, not in {want} ({len(wanted)} in all)")
         for location, weights in zip(found._locations, wanted, strict=True):
             self._check_weights(location, weights, judged.absent)
         if kept is not None:
@@ -233,17 +234,19 @@ class _Reread:
         """Compare the record with the plans, and the grown network with what it rebuilds."""
         judged = self._judged
         if record is None:
-            self._refuse("its record is missing")
+            self._refuse(f"its record ({RECORD_KEY}) is missing")
         named = judged.architecture
         told = json.loads(json.dumps(record.get("architecture")))
         if told != (None if named is None else json.loads(json.dumps(named.to_dict()))):
-            self._refuse(f"its record names the architecture {told!r:.80}")
+            self._refuse(f"its record ({RECORD_KEY}) names the architecture {told!r:.80}")
         try:
             plans = plans_of(record)
         except FxgrowError as error:
             self._refuse(f"its record cannot be read: {error.reason}")
         if plans != judged.plans:
-            self._refuse(f"its record has {len(plans)} plans that are not those carried out")
+            self._refuse(
+                f"its record ({RECORD_KEY}) has {len(plans)} plans that are not those carried out"
+            )
         if named is None:
             return
         try:
@@ -264,6 +267,11 @@ class _Reread:
 
     def _refuse(self, how: str, name: str = "") -> NoReturn:
         refuse_written(self._path, how, name)
+
+
+def _places(source: Source) -> str:
+    """Return where a file holds weights, in words."""
+    return ", ".join(repr(str(location)) for location in source._locations) or "no place"
 
 
 def _beside(location: Location) -> dict[str, object]:

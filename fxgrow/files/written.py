@@ -64,11 +64,15 @@ def check_directory(
     kind: Any = type(grown)
     try:
         with _alone(path) as folder, closed("transformers"):
-            found = kind.from_pretrained(
-                str(folder), dtype="auto", local_files_only=True, use_safetensors=True
-            )
+            found, loading = kind.from_pretrained(
+                str(folder), dtype="auto", local_files_only=True, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # whatever transformers may raise on what it cannot read
         raise _unlike(f"it cannot be read: {first_line(error)}") from error
+    for name, have, want in sorted(loading["mismatched_keys"]):
+        sizes = f"{name} is {list(have)}, and its config.json asks for {list(want)}"
+        raise _unlike(sizes, name)
     dtypes = [{tensor.dtype for tensor in model.parameters()} for model in (found, grown)]
     held: Any = read_file(path, opener=Mappings().open)[1].data
     keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype

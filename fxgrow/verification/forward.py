@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,15 +46,27 @@ def outputs_of(
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
         if grown:
+            layer = _layer_at(model, error)
+            where = f" (at {layer})" if layer else ""
             raise VerificationError(
                 f"the grown {type(model).__name__} does not run in {mode} mode, where the original "
-                f"does: {first_line(error)}. What was done to it does not fit together."
+                f"does: {first_line(error)}{where}. What was done to it does not fit together.",
+                name=layer,
             ) from error
         raise VerificationError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "
             "(verify=False, --no-verify).",
         ) from error
+
+
+def _layer_at(model: nn.Module, error: BaseException) -> str:
+    """Return the name of the innermost module of a network in whose forward an error was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = names.get(id(frame.f_locals.get("self")), found)
+    return found
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

@@ -25,6 +25,7 @@ from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.verification import weights
+from fxgrow.verification.attributes import check_attributes, check_flags
 from fxgrow.verification.findings import Effort, Judgement, ModeResult, Verification
 from fxgrow.verification.forward import Mode, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
@@ -67,9 +68,12 @@ def measure(task: Task) -> Verification:
     """Return the judgement of a grown network.
 
     Raises:
-        VerificationError: a network does not run, or a tensor is not as the plan lays it out.
+        VerificationError: a network does not run, or a tensor or an attribute is not as the plan
+            has it.
     """
     made = task.plan
+    check_attributes(made, task.grown)
+    check_flags(made, task.model, task.grown)
     check_layout(made, named_tensors(task.model), named_tensors(task.grown), free=_finished(task))
     if made.after and (made.prediction or made.norms):
         # The prediction is of the last step. Those before it keep the function: that is judged here
