@@ -99,7 +99,7 @@ def check_flags(plan: Plan, before: nn.Module, grown: nn.Module) -> None:
     modules = dict(before.named_modules())
     for name, module in grown.named_modules():
         former = modules.get(name)
-        if type(former) is not type(module):  # a graph, or what a graph keeps its layers in
+        if former is None or type(former) is not type(module):  # what a graph is made of
             continue
         if former.training != module.training:
             _refuse(name, f"training of {name or 'the network'} has become {module.training}")
