@@ -1,7 +1,7 @@
 """Channel groups: sets of channels that must change width together.
 
 Two writer axes are coupled when they share a channel (a residual addition did that); the connected
-components of that relation, found with networkx, are the groups.
+components of that relation are the groups.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels
-from fxgrow.labels.forest import IntArray
+from fxgrow.labels.forest import IntArray, components
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.space import Axis
 from fxgrow.modules.tensors import layer_of
@@ -76,17 +75,17 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
     Returns:
         Every group that some parameter writes, pinned ones included.
     """
-    coupling = nx.Graph()
     owner = np.full(channels.count, -1, dtype=np.int64)  # the first axis that writes each channel
     written = np.asarray([role == "writer" for role in channels.roles], dtype=bool)
     rows = np.flatnonzero(written[channels.axis_of_row])
     owner[channels.channel[rows[::-1]]] = channels.axis_of_row[rows[::-1]]  # the last one stays
-    coupling.add_nodes_from(np.flatnonzero(written).tolist())
-    coupling.add_edges_from(_pairs(owner[channels.channel[rows]], channels.axis_of_row[rows]))
-    parts = sorted(sorted(part) for part in nx.connected_components(coupling))
+    coupled = (owner[channels.channel[rows]], channels.axis_of_row[rows], "")
+    first_axis = components(len(channels.axes), [coupled])[written]
+    parts: list[list[int]] = [[] for _ in np.unique(first_axis)]
     part_of = np.full(len(channels.axes) + 1, -1, dtype=np.int64)  # owner -1 has no part
-    for index, part in enumerate(parts):
-        part_of[part] = index
+    part_of[:-1][written] = np.unique(first_axis, return_inverse=True)[1]
+    for axis in np.flatnonzero(written).tolist():
+        parts[part_of[axis]].append(axis)
     group_of = part_of[owner]
     axes_of: list[list[int]] = [[] for _ in parts]
     for axis, index in _pairs(channels.axis_of_row, group_of[channels.channel]):

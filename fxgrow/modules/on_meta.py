@@ -8,23 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.modules.calling import map_tensors, tensors_in
+from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.meta_shapes import run_on_meta
 
 
-class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode in which constants that a model makes on another device join the meta one."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: to keep dynamo away, torch wraps what is called here for each operation."""
-        return False
 
     def __torch_dispatch__(
         self,

@@ -19,9 +19,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import PlanError, UsageError
+from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.registry import Registry
 
 Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
@@ -200,14 +200,14 @@ def draw(
     return tensor.to(device=like.device, dtype=like.dtype)
 
 
-class _DrawingFrom(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _DrawingFrom(DispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode in which random numbers come from a generator of its own.
 
     The default one belongs to the whole process: other threads may draw from it meanwhile.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._generator = generator
 
     def __torch_dispatch__(
