@@ -235,9 +235,10 @@ def find_pairs(
         if group.kind == "hidden":
             written.setdefault(group.writers[0], []).append(index)
     found = []
+    known: dict[int, set[int]] = {}  # groups by layers, of which operations pass most on
     for block in blocks:
         path = [tape.operations[index] for index in block.branch]
-        carried = [_groups_on(op, group_of_label) for op in path]
+        carried = [_groups_on(op, group_of_label, known) for op in path]
         pairs = []
         for index in sorted(i for layer in block.layers for i in written.get(layer, ())):
             inside = [op for op, on in zip(path, carried, strict=True) if index in on]
@@ -247,13 +248,17 @@ def find_pairs(
     return tuple(found)
 
 
-def _groups_on(op: Operation, group_of_label: IntArray) -> set[int]:
+def _groups_on(op: Operation, group_of_label: IntArray, known: dict[int, set[int]]) -> set[int]:
     """Return the groups whose channels an operation puts out."""
     found: set[int] = set()
     for layer in (x for value in op.outputs for x in value.layers):
-        carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
-        alike = bool((carried == carried[:1]).all())
-        found.update((carried[:1] if alike else np.unique(carried)).tolist())
+        groups = known.get(id(layer))
+        if groups is None:
+            carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
+            alike = bool((carried == carried[:1]).all())
+            groups = {*(carried[:1] if alike else np.unique(carried)).tolist()}
+            known[id(layer)] = groups
+        found |= groups
     return found
 
 

@@ -93,9 +93,13 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
             axes_of[index].append(axis)
     on_stream = np.zeros(channels.count, dtype=bool)
     on_stream[streams] = True
+    is_pinned = np.zeros(channels.count, dtype=bool)
+    is_pinned[list(channels.pins)] = True
     names = _names([channels.axes[part[0]] for part in parts])
     return tuple(
-        _group(channels, name, _distinct_channels(channels, part), axes, part[0], on_stream)
+        _group(
+            channels, name, _distinct_channels(channels, part), axes, part[0], is_pinned, on_stream
+        )
         for name, axes, part in zip(names, axes_of, parts, strict=True)
     )
 
@@ -152,9 +156,11 @@ def _group(
     members: IntArray,
     axes: list[int],
     first: int,
+    is_pinned: npt.NDArray[np.bool_],
     on_stream: npt.NDArray[np.bool_],
 ) -> ChannelGroup:
-    pin = next((channels.pins[c] for c in members.tolist() if c in channels.pins), None)
+    pinned = members[is_pinned[members]]
+    pin = channels.pins[int(pinned[0])] if len(pinned) else None
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:
         layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))

@@ -116,4 +116,4 @@ def operator_name(target: OpOverload) -> str:
 
 def place_of(target: OpOverload, node: str, module: str) -> str:
     """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
-    return f"{operator_name(target)} at {module or node or 'the top level'}"
+    return f"{traits_of(target).name} at {module or node or 'the top level'}"

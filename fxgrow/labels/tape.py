@@ -62,7 +62,7 @@ class Value:
     taken: list[Layer] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # as above; nothing ever changes
 class Operation:
     """One ATen operation as it ran.
 

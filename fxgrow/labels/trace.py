@@ -26,7 +26,7 @@ from fxgrow.labels.tape import Tape
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, keeping_buffers, stand_in
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
 from fxgrow.modules.tensors import named_tensors, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -186,7 +186,7 @@ class Traced:
                 way_out="" if self.inferred else "Give inputs that it takes.",
             ) from error
         finally:
-            self.standin.eval()
+            in_eval_mode(self.standin)
         self._pin_shared(space)
         return space, tape
 
@@ -220,9 +220,10 @@ class Traced:
         own = named_tensors(self.target) if self.module else tensors
         used = {id(tensors[axis.tensor]) for axis in space.axes if axis.tensor}
         return any(
-            id(tensor) not in used and isinstance(tensor, nn.Parameter) and max(tensor.shape) > 1
+            id(tensor) not in used
+            and isinstance(tensor, nn.Parameter)
+            and max(tensor.shape, default=1) > 1
             for tensor in own.values()
-            if tensor.ndim
         )
 
     def _pin_shared(self, space: LabelSpace) -> None:
@@ -311,7 +312,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     Raises:
         TraceError: the model cannot be copied.
     """
-    standin = stand_in(model).eval()
+    standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
     return Traced(standin, inputs, inferred, module, zero_buffers(model))

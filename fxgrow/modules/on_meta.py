@@ -13,6 +13,8 @@ from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.meta_shapes import run_on_meta
 
+_TO_COPY = torch.ops.aten._to_copy.default
+
 
 class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode in which constants that a model makes on another device join the meta one."""
@@ -35,13 +37,13 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         """
         kwargs = kwargs or {}
         tensors = tensors_in((args, kwargs))
-        elsewhere = sum([not tensor.is_meta for tensor in tensors])
+        elsewhere = len(tensors) - sum([tensor.is_meta for tensor in tensors])
         if 0 < elsewhere < len(tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
             tensors = tensors_in((args, kwargs))
         if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        elif func is torch.ops.aten._to_copy.default:
+        elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         result = run_on_meta(func, args, kwargs, tensors)
         self.ran(func, args, kwargs, tensors, result)

@@ -16,7 +16,9 @@ from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import named_tensors
 
 _PLAIN = frozenset((bool, int, float, str, NoneType))
+_STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
+_SET_STATE = nn.Module.__setstate__
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
 
@@ -44,7 +46,9 @@ def stand_in(
         if id(tensor) in memo or (replacements is not None and name not in replacements):
             continue
         fresh = _on_meta(tensor) if replacements is None else replacements[name]
-        if isinstance(tensor, nn.Parameter):
+        if type(tensor) is nn.Parameter and type(fresh) is Tensor:  # as nn.Parameter does, sooner
+            fresh = Tensor._make_subclass(nn.Parameter, fresh, tensor.requires_grad)
+        elif isinstance(tensor, nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fresh
     try:
@@ -79,9 +83,14 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if recipe[0] is not _NEW or recipe[1] != (type(module),) or any(recipe[3:]):
             continue  # its class has it copied in a way of its own
         states.append(recipe[2])
-        fresh: Any = type(module).__new__(type(module))
+        kind: Any = type(module)
+        fresh: Any = kind.__new__(kind)
         memo[id(module)] = fresh
-        fresh.__setstate__(_copied_entries(recipe[2], memo))
+        copies = _copied_entries(recipe[2], memo)
+        if kind.__setstate__ is _SET_STATE:  # it adds what modules from former versions lack
+            fresh.__dict__.update(copies)
+        else:
+            fresh.__setstate__(copies)
     return copy.deepcopy(model, memo)
 
 
@@ -96,12 +105,22 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
             copies[key] = known
         elif kind in _FILLED and not value:
             copies[key] = memo[id(value)] = kind()
-        elif kind is dict and _PLAIN.issuperset(map(type, value)):
+        elif kind is dict and _STRINGS.issuperset(map(type, value)):
             copies[key] = memo[id(value)] = {}
             copies[key].update(_copied_entries(value, memo))
         else:
             copies[key] = copy.deepcopy(value, memo)
     return copies
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """Return a model after ``model.eval()``, which takes long and often has nothing to do."""
+    plain = (nn.Module.train, nn.Module.eval)
+    for module in model.modules():
+        kind = type(module)
+        if module.training or (kind.train, kind.eval) != plain:
+            return model.eval()
+    return model
 
 
 def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

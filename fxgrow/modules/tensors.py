@@ -53,16 +53,17 @@ def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str
 
 def zero_buffers(model: nn.Module) -> frozenset[str]:
     """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
-    found = named_tensors(model)
-    held = ((name, found[name]) for name in _fleeting(model) if name in found)
+    fleeting = list(_fleeting(model))
+    found = named_tensors(model) if fleeting else {}
+    held = ((name, found[name]) for name in fleeting if name in found)
     return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
 
 
 def _fleeting(model: nn.Module) -> Iterator[str]:
     """Yield the names of buffers that no state_dict holds."""
     for prefix, module in _prefixed_modules(model):
-        for local in module._non_persistent_buffers_set:
-            yield prefix + local
+        if module._non_persistent_buffers_set:
+            yield from (prefix + local for local in module._non_persistent_buffers_set)
 
 
 def layer_of(tensor: str) -> str:
