@@ -7,13 +7,14 @@ module tree with every parameter and buffer on the meta device. The user's model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -76,16 +77,27 @@ class Traced:
     @cached_property
     def untraceable(self) -> str:
         """Why there is no graph that runs on the inputs, or ""."""
+        return self._run_of_graph[1]
+
+    @property
+    def nodes(self) -> tuple[tuple[str, str], ...]:
+        """The operations that the graph runs, in order, by name, and the node of each."""
+        return self._run_of_graph[0]
+
+    @cached_property
+    def _run_of_graph(self) -> tuple[tuple[tuple[str, str], ...], str]:
+        """The operations of the graph with their nodes, or why there are none."""
         graph, reason = self._symbolic
         if graph is None:
-            return reason
+            return (), reason
         interpreter = _Interpreter(self.target, graph, self.module)
+        listing = _Listing(interpreter.place)
         try:
-            with torch.no_grad(), OnMeta():
+            with keeping_buffers(self.standin), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
-            return f"its graph does not run: {first_line(error)}"
-        return ""
+            return (), f"its graph does not run: {first_line(error)}"
+        return tuple(listing.found), ""
 
     @property
     def tracer(self) -> Tracer:
@@ -294,6 +306,26 @@ class _Interpreter(fx.Interpreter):
 
     def place(self) -> Place:
         return self._at
+
+
+class _Listing(OnMeta):  # type: ignore[no-untyped-call]
+    """Lists the operations that run by name, and the nodes that run them."""
+
+    def __init__(self, place: Callable[[], Place]) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._place = place
+
+    def ran(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+        result: object,
+    ) -> None:
+        """List an operation."""
+        self.found.append((func._opname.rstrip("_"), self._place()[0]))
 
 
 def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> Traced:
