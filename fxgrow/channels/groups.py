@@ -117,6 +117,8 @@ def _pairs(first: IntArray, second: IntArray) -> list[tuple[int, int]]:
 def _distinct_channels(channels: Channels, axes: Sequence[int]) -> IntArray:
     """Return the channels of some axes, in the order in which they come there."""
     rows = np.concatenate([channels.of_axis(axis) for axis in axes])
+    if (rows[1:] > rows[:-1]).all():  # most are: channels are numbered in order of first use
+        return rows
     _, first = np.unique(rows, return_index=True)
     return rows[np.sort(first)]
 

@@ -114,6 +114,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         for value in inputs:
             if value.positions is not None:
                 self._use(value)
+        if not operands and not func._schema.is_mutable:  # nothing that could be known of it
+            self._enter_made(func, args, kwargs, outputs, (node, module))
+            return
         where = self.space.place = place_of(func, node, module)
         traits = traits_of(func)
         step = Step(self.space, func, traits, args, kwargs, operands, outputs, value_of, where)
@@ -134,6 +137,20 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self.tape.operations.append(
             Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
         )
+
+    def _enter_made(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Tensor, ...],
+        place: Place,
+    ) -> None:
+        """Append what makes tensors of numbers alone, as each batch norm does, to the tape."""
+        index = len(self.tape.operations)
+        is_uniform = traits_of(func).is_uniform
+        values = [self._enter(x, (), producer=index, is_uniform=is_uniform) for x in outputs]
+        self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""

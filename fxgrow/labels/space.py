@@ -159,8 +159,9 @@ class LabelSpace:
             return
         run = self._run(labels)
         low, high = (run[0], sum(run) - 1) if run else map(int, labels.aminmax())
-        first = bisect_right(self._starts, low) - 1
-        last = bisect_right(self._starts, high) - 1
+        first = last = bisect_right(self._starts, low) - 1
+        if first < 0 or high >= self.axes[first].start + self.axes[first].size:
+            last = bisect_right(self._starts, high) - 1
         owners: Sequence[int] = (last,)
         if first != last or last < 0:  # over several parameters, or places without a label
             found = np.searchsorted(self._starts, labels.numpy().ravel(), side="right") - 1

@@ -28,7 +28,7 @@ from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
-from fxgrow.modules.tensors import named_tensors, zero_buffers
+from fxgrow.modules.tensors import module_names, named_tensors, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -255,7 +255,7 @@ class Traced:
 @contextlib.contextmanager
 def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = module_names(model)
 
     def enter(module: nn.Module, _: object) -> None:
         if id(module) in names:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import TraceError
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import modules_of, named_tensors
 
 _PLAIN = frozenset((bool, int, float, str, NoneType))
 _STRINGS = frozenset((str,))
@@ -76,7 +76,7 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     leaves up, so that no module is ever seen unfinished by the ``__deepcopy__`` of one around it.
     """
     states = []  # ids are only unique among the living
-    for module in reversed([*model.modules()]):
+    for module in reversed([*modules_of(model)]):
         if id(module) in memo or hasattr(module, "__deepcopy__"):
             continue
         recipe: Any = module.__reduce_ex__(4)
@@ -116,7 +116,7 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
 def in_eval_mode(model: nn.Module) -> nn.Module:
     """Return a model after ``model.eval()``, which takes long and often has nothing to do."""
     plain = (nn.Module.train, nn.Module.eval)
-    for module in model.modules():
+    for module in modules_of(model):
         kind = type(module)
         if module.training or (kind.train, kind.eval) != plain:
             return model.eval()
@@ -155,7 +155,7 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
-    every = (module._buffers for module in model.modules())
+    every = (module._buffers for module in modules_of(model))
     held = [(buffers, dict(buffers)) for buffers in every if buffers]
     try:
         yield

