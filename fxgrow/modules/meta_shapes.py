@@ -220,14 +220,27 @@ def _normalized(
     return _empty_like(x), _empty(statistics, x), _empty(statistics, x)
 
 
+def _check_inner(left: Tensor, right: Tensor) -> None:
+    """Return if two matrices can be multiplied.
+
+    Raises:
+        RuntimeError: they cannot. torch says the same, and loads sympy to do so: sizes that a
+            network may not take are tried for each.
+    """
+    if left.shape[1] != right.shape[0]:
+        shapes = f"{list(left.shape)} X {list(right.shape)}"
+        raise RuntimeError(f"a and b must have same reduction dim, but got {shapes}.")
+
+
 @SHORTCUTS.register("aten::addmm")
 def matrix_product(
     bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
     """The inner sizes agree, and the bias is one row or a number."""
     del beta, alpha
-    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+    if left.ndim != 2 or right.ndim != 2:
         return NotImplemented
+    _check_inner(left, right)
     if tuple(bias.shape) not in ((right.shape[1],), (1,), ()) or left.dtype != right.dtype:
         return NotImplemented
     return _empty((left.shape[0], right.shape[1]), left)
@@ -236,8 +249,9 @@ def matrix_product(
 @SHORTCUTS.register("aten::mm")
 def bare_product(left: Tensor, right: Tensor) -> Any:
     """The inner sizes agree."""
-    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+    if left.ndim != 2 or right.ndim != 2:
         return NotImplemented
+    _check_inner(left, right)
     if left.dtype != right.dtype or not right.is_meta:
         return NotImplemented
     return _empty((left.shape[0], right.shape[1]), left)
