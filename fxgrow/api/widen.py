@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
+from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.exclusive import exclusive
@@ -158,6 +159,7 @@ def widen(
     compensate: bool = False,
     verify: bool = True,
     *,
+    calibration: Iterable[object] | None = None,
     module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
@@ -194,6 +196,10 @@ def widen(
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.
         verify: measure the result before it is returned.
+        calibration: batches of inputs (a tensor, a tuple of arguments or a dict each) whose
+            statistics the new channels of batch norms take; without, these begin with mean 0 and
+            variance 1. The function is the same with either; with data, new channels are in eval
+            mode what they are in train mode.
         module: follow and widen this submodule alone, by its fully qualified name; the example
             inputs are then its, and it is its outputs that are kept and compared. Without, the
             whole, or, where that cannot be followed, the largest submodules that can.
@@ -229,9 +235,15 @@ def widen(
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
         split_noise=split_noise, module=module, after=after, progress=progress,
     )  # fmt: skip
+    finish = None
+    if calibration is not None:
+        finish = functools.partial(
+            calibrate_new_, entries=new_entries(made), batches=list(calibration)
+        )
     return carry_out(
-        made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
-    )
+        made, model, example_inputs, init=init, strict=strict, verify=verify, finish=finish,
+        progress=progress,
+    )  # fmt: skip
 
 
 @exclusive
