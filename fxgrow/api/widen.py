@@ -23,7 +23,7 @@ from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
@@ -48,7 +48,7 @@ class Grown:
     model: nn.Module
     plan: Plan
     report: Report
-    init: Init = field(repr=False, default=copy_uniform)
+    init: Init = field(repr=False, default=copy_rows)
 
 
 def silent(step: str) -> None:
@@ -82,7 +82,7 @@ def plan(
     example_inputs: object = None,
     rescaling: str = "none",
     pairing: str = "vv_z_negz",
-    init: str | Init = "copy_uniform",
+    init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -146,7 +146,7 @@ def widen(
     example_inputs: object = None,
     rescaling: str = "none",
     pairing: str = "vv_z_negz",
-    init: str | Init = "copy_uniform",
+    init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -178,8 +178,8 @@ def widen(
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
         pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
             ``replicate``, ``replicate_random``, ``none``.
-        init: what fills new weights: ``copy_uniform``, ``copy_normal``, ``kaiming``,
-            ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
+        init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
+            ``kaiming``, ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
             ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
             :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`.
         where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
@@ -292,7 +292,7 @@ def carry_out(
         verification = measure(made, model, grown, example_inputs, fill, finish)
     if verification.verdict == "failed":
         raise failure(made, model, example_inputs, fill, verification)
-    if isinstance(fill, NamedInit):
+    if isinstance(fill, PlacedInit):
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
         warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
