@@ -249,6 +249,26 @@ def test_every_path_makes_the_same_numbers(init: str, pairing: str, kind: str) -
         )
 
 
+@pytest.mark.filterwarnings("ignore::fxgrow.FxgrowWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("pairing", ["vv_z_negz", "replicate"])
+@pytest.mark.parametrize("rescaling", ["none", "default_vt"])
+@pytest.mark.parametrize("kind", ["conv2d", "grouped", "transposed", "mean"])
+def test_a_source_on_cuda_gets_the_same_numbers(kind: str, rescaling: str, pairing: str) -> None:
+    if kind == "mean":  # in channels that a norm is computed over
+        net = nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 4))
+        example = torch.randn(2, 5)
+    else:
+        net = nn.Sequential(*chain(kind, 32)).insert(1, nn.BatchNorm2d(32))
+        example = torch.randn(LAYERS[kind][1])
+    told = {"rescaling": rescaling, "pairing": pairing, "verify": False}
+    plan = fxgrow.widen(net, "1.5x", example, **told).plan  # type: ignore[arg-type]
+    expected = apply_to_state_dict(plan, net.state_dict())
+    found = apply_to_state_dict(plan, copy.deepcopy(net).cuda().state_dict())
+    assert {tensor.device.type for tensor in found.values()} == {"cuda"}
+    assert all(torch.equal(found[name].cpu(), expected[name]) for name in expected)
+
+
 def test_registered_inits_are_recorded_by_their_names() -> None:
     assert {name: init_name(INITS[name]) for name in INITS} == {name: name for name in INITS}
     assert fxgrow.widen(chain("linear"), "2x").plan.request.init == "copy_rows"
