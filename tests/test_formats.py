@@ -102,6 +102,18 @@ def test_the_shards_of_an_index_go_with_it(tmp_path):
     assert set(files_in(out.parent)) == named | kept
 
 
+def test_the_shards_of_an_index_that_cannot_be_read_go_with_it(tmp_path):
+    source = load_source(sharded(tmp_path, network().state_dict()))
+    (tmp_path / "out").mkdir()
+    out = sharded(tmp_path / "out", network().state_dict(), count=4)
+    out.write_text(out.read_text()[:-9])
+    other = out.with_name("model-x-00001-of-00002.safetensors")
+    other.write_text("precious")
+    save_source(source, doubled(source), out, record=RECORD, force=True)
+    named = set(json.loads(out.read_text())["weight_map"].values())
+    assert set(files_in(out.parent)) == named | {out.name, other.name}
+
+
 def test_the_shards_of_pickles_are_read_by_the_safe_unpickler(tmp_path):
     state = network().state_dict()
     torch.save({"0.weight": state["0.weight"]}, tmp_path / "a.bin")
@@ -327,7 +339,7 @@ def test_a_program_that_was_written_wrong_is_not_kept(tmp_path, monkeypatch):
         written(exported, path)
 
     monkeypatch.setattr(torch.export, "save", spoilt)
-    with pytest.raises(fxgrow.VerificationError, match="it computes something else"):
+    with pytest.raises(fxgrow.VerificationError, match=r"0\.weight\[0, 0\] is"):
         write_grown(opened, grown, tmp_path / "out.pt2")
     assert files_in(tmp_path) == ["net.pt2"]
 

@@ -268,8 +268,28 @@ Strict = Annotated[
     bool,
     output("--strict", help="Refuse, with exit code 4, whatever does not preserve the function."),
 ]
+Verify = Annotated[
+    str,
+    output(
+        "--verify",
+        metavar="full|quick|none",
+        help="How thoroughly the result is measured before it is written. full: several inputs and "
+        "sizes, eval and train mode, the given weights and drawn ones, gradients. quick: one small "
+        "input in eval mode.",
+    ),
+]
 NoVerify = Annotated[
-    bool, output("--no-verify", help="Write the result without measuring what it computes.")
+    bool,
+    output("--no-verify", help="The same as --verify none: write the result without measuring."),
+]
+Device = Annotated[
+    str,
+    output(
+        "--device",
+        metavar="DEVICE",
+        help="Where the result is made and measured: cpu, cuda, cuda:1, mps. "
+        "What is written is the same.",
+    ),
 ]
 DryRun = Annotated[
     bool, output("--dry-run", help="Show what would be done; write nothing but PLAN.")

@@ -7,7 +7,6 @@ first. From these :func:`load` rebuilds the module on shapes alone and puts the 
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from collections import OrderedDict
@@ -19,16 +18,17 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
-from fxgrow.apply.module import apply_to_state_dict, remade
+from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import output_format
 from fxgrow.files.checkpoint.weights import RECORD_KEY
-from fxgrow.files.checkpoint.writing import write_file
+from fxgrow.files.checkpoint.writing import Check, write_file
 from fxgrow.files.configuration import grown_config
 from fxgrow.files.optimizer import grow_state_dict
+from fxgrow.files.optimizer.checking import check_optimizer
 from fxgrow.files.pretrained import (
     architecture_of,
     example_inputs,
@@ -38,19 +38,20 @@ from fxgrow.files.pretrained import (
     stored,
     untied,
 )
+from fxgrow.files.records import identify, put_weights, rebuild, record_of
+from fxgrow.files.reread import Judged, check_written, containers_copied
 from fxgrow.files.written import check_directory, check_program
-from fxgrow.modules.architectures import Architecture, parse_architecture
+from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import Arguments
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
-from fxgrow.modules.tensors import aliases_of
+from fxgrow.modules.tensors import named_tensors
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.names import carried_names
-from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
-from fxgrow.version import __version__
+from fxgrow.plan.schema import Plan
+from fxgrow.verification.layout import check_layout
 
-RECORD_SCHEMA = 1
 _PICKLED_GRAPH = (
     "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
     "--trust-pickle. Widen a state_dict to avoid that."
@@ -117,10 +118,10 @@ def open_model(
             return OpenedModel(
                 source, model, architecture, (), [*notes, *more], example_inputs(model)
             )
-        architecture, plans = _identify(source, arch, dict(arch_arguments or {}))
+        architecture, plans = identify(source, arch, dict(arch_arguments or {}))
         limit = Limit.of(source.state_dict) if architecture.origin else None
         model = rebuild(architecture, plans, limit)
-        _put_weights(model, source, architecture)
+        put_weights(model, source, architecture)
         if not is_pretrained(architecture):
             return OpenedModel(source, model, architecture, plans, notes)
         notes += reaching(architecture.arguments["config"], source.path)  # type: ignore[arg-type]
@@ -176,24 +177,33 @@ def write_grown(
     target = output_format(source, out, configured=known)
     notes = [_PICKLED_GRAPH] if _pickles_graph(source, grown.model, target) else []
 
+    judged = _judged(opened, grown)
+
     def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
+        check_optimizer(grown.plan, saved, changed, opened.model, grown.model, found)
+        judged.optimizers[id(saved)] = containers_copied(changed)
         notes.extend(f"the optimizer in {place!r}: {note}" for note in found)
         return changed
 
-    config, check, example = None, None, None
+    config, example = None, None
+    check: Check = functools.partial(check_written, judged=judged)
     described = target == "directory" and (known or source.config is not None)
     if target == "pt2" or described:
         example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
-        again = check_directory if described else check_program
-        check = functools.partial(again, grown=grown.model, inputs=example)
+        check = functools.partial(check_program, grown=grown.model, inputs=example)
     if described:
         config, weights = _for_directory(opened, grown)
+        named: Any = opened.architecture.arguments["config"] if opened.architecture else {}
+        check = functools.partial(
+            check_directory, grown=grown.model, inputs=example, config=config, kept=named,
+            folder=source._contents.folder,
+        )  # fmt: skip
     else:
-        weights = _grown_weights(source, grown)
+        weights = _grown_weights(source, grown, judged.copies)
     plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
     written = save_source(
-        source, weights, out, record=_record(opened.architecture, plans),
+        source, weights, out, record=record_of(opened.architecture, plans),
         model=grown.model if source.model is not None or target == "pt2" else None,
         optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
@@ -206,13 +216,31 @@ def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:
     return whole and any(isinstance(module, fx.GraphModule) for module in model.modules())
 
 
-def _grown_weights(source: Source, grown: Grown) -> list[Mapping[str, Tensor]]:
-    """Return what becomes of each of a source's state_dicts, the network's own first."""
+def _judged(opened: OpenedModel, grown: Grown) -> Judged:
+    """Return what the file must give back.
+
+    Raises:
+        VerificationError: a moving average is not as the plan lays it out.
+    """
+    source, plan = opened.source, grown.plan
     first, *others = source.state_dicts
-    new = grown.model.state_dict()
+    copies = [apply_to_state_dict(plan, old, grown.init, first) for old in others]
+    for old, new in zip(others, copies, strict=True):
+        check_layout(plan, old, new)
+    carried = carried_names(named_tensors(opened.model), plan)
+    absent = {name for name in grown.model.state_dict() if carried.get(name) not in first}
+    plans = () if opened.converted else (*opened.plans, *plan.steps)
+    return Judged(grown.model, opened.architecture, plans, source, copies, absent)
+
+
+def _grown_weights(
+    source: Source, grown: Grown, copies: Sequence[Mapping[str, Tensor]]
+) -> list[Mapping[str, Tensor]]:
+    """Return what becomes of each of a source's state_dicts, the network's own first."""
+    first, new = source.state_dict, grown.model.state_dict()
     carried = carried_names(first, grown.plan).items()
     own = OrderedDict((n, new[n] if n in new else first[before]) for n, before in carried)
-    return [own, *(apply_to_state_dict(grown.plan, old, grown.init, first) for old in others)]
+    return [own, *copies]
 
 
 def _for_directory(
@@ -297,97 +325,10 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     if architecture is None:
         contents = Contents(grown.model)
     elif target == "torch":
-        state_dict._metadata[RECORD_KEY] = _record(architecture, plans)  # type: ignore[attr-defined]
+        vars(state_dict)["_metadata"][RECORD_KEY] = record_of(architecture, plans)
     else:
         tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
-        header = {"format": "pt", RECORD_KEY: json.dumps(_record(architecture, plans))}
+        header = {"format": "pt", RECORD_KEY: json.dumps(record_of(architecture, plans))}
         contents = Contents(tensors, header)
-    write_file(contents, out, target, source=None, force=force)
-
-
-def rebuild(
-    architecture: Architecture, plans: Sequence[Plan], limit: Limit | None = None
-) -> nn.Module:
-    """Return the module that an architecture became; its weights are uninitialised.
-
-    Args:
-        architecture: what it was.
-        plans: the surgeries since, oldest first.
-        limit: how much building it may take; None as for :meth:`Architecture.build`.
-
-    Raises:
-        SourceError: the architecture cannot be built.
-        PlanError: the plans do not fit it.
-    """
-    model = architecture.build("cpu", limit)
-    for plan in plans:
-        model = remade(plan, model)
-    return model.eval()
-
-
-def _identify(
-    source: Source, arch: str | None, arguments: dict[str, object]
-) -> tuple[Architecture, tuple[Plan, ...]]:
-    """Return architecture and plans: as named, as recorded, or as recognised."""
-    record = source.record or {}
-    plans = plans_of(record)
-    if arch is not None:
-        return parse_architecture(arch, arguments), plans
-    if isinstance(record.get("architecture"), Mapping):
-        return Architecture.from_dict(record["architecture"], origin=str(source.path)), plans
-    return recognise(source.shapes, hint=source.path.stem), plans
-
-
-def _put_weights(model: nn.Module, source: Source, architecture: Architecture) -> None:
-    """Load the file's weights into a module built for them.
-
-    Raises:
-        SourceError: names or shapes differ.
-    """
-    weights = OrderedDict(source.state_dict)
-    # load_state_dict notes in the metadata that it assigned, and whoever loads the file that these
-    # are written to would assign too, behind the back of an optimizer.
-    vars(weights)["_metadata"] = copy.deepcopy(getattr(source.state_dict, "_metadata", None))
-    ties = aliases_of(dict(model.named_parameters(remove_duplicate=False)))
-    try:
-        result = model.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1].strip()
-        raise _misfit(source, architecture, last, str(source.path)) from error
-    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
-    if wrong := missing or result.unexpected_keys:
-        what = "miss" if missing else "have an unexpected"
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise _misfit(source, architecture, f"they {what} {wrong[0]}{more}.", wrong[0])
-    for name, same in ties.items():
-        one, other = model.get_parameter(same), model.get_parameter(name)
-        if one.data_ptr() == other.data_ptr() or other.is_meta:
-            owner, _, local = name.rpartition(".")
-            setattr(model.get_submodule(owner), local, one)
-
-
-def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
-    return SourceError(
-        f"the weights in {source.path} do not fit {architecture}: {how}",
-        name=name,
-        way_out="Name the architecture with --arch (and --arch-arg).",
-    )
-
-
-def _record(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:
-    """Return what is written beside weights.
-
-    Raises:
-        SourceError: the network has been through more than a record can hold.
-    """
-    if len(plans) > MOST_STEPS:
-        raise SourceError(
-            f"this network has grown {len(plans)} times, and a record holds {MOST_STEPS}.",
-            way_out="Convert it to an architecture of its size: fxgrow convert.",
-        )
-    return {
-        "schema": RECORD_SCHEMA,
-        "fxgrow": __version__,
-        "architecture": architecture.to_dict() if architecture else None,
-        "plans": [plan.to_dict() for plan in plans],
-    }
+    check = functools.partial(check_written, judged=Judged(grown.model, architecture, plans))
+    write_file(contents, out, target, source=None, force=force, check=check)

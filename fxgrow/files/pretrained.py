@@ -134,7 +134,7 @@ def open_pretrained(
         shapes = f"{name} is {list(have)} and should be {list(want)}"
         raise _misfit(source, architecture, shapes, name)
     with reading(source.path):
-        _keep_tensors_(model, source.state_dict)
+        keep_tensors_(model, source.state_dict)
     notes = reaching(source.config or {}, source.path / CONFIG)
     if found["unexpected_keys"]:
         unknown = _listed(sorted(found["unexpected_keys"]))
@@ -170,7 +170,7 @@ def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> 
     )
 
 
-def _keep_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def keep_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a model's parameters the very tensors of the file, in place: their dtypes are theirs."""
     by_memory = {t.data_ptr(): t for t in named_tensors(model).values() if t.numel()}
     for name, tensor in stored(model, model.state_dict()).items():

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxgrow.errors import VerificationError
-from fxgrow.files.checkpoint.directory import CONFIG, read_config
+from fxgrow.files.checkpoint.directory import CONFIG, is_weights, read_config
 from fxgrow.files.checkpoint.formats import read_file
+from fxgrow.files.checkpoint.mapping import Mappings
+from fxgrow.files.comparison import (
+    difference,
+    keys_difference,
+    structure_difference,
+    tensor_difference,
+)
+from fxgrow.files.pretrained import keep_tensors_
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
 
+_CLASSES = "architectures"
 
-def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
+
+def check_directory(
+    path: Path,
+    grown: nn.Module,
+    inputs: Arguments | None,
+    config: Mapping[str, Any],
+    kept: Mapping[str, Any],
+    folder: Path | None = None,
+) -> None:
     """Return if a directory, read by transformers itself, gives back a model.
 
     Args:
         path: the directory.
         grown: the model that it should hold.
         inputs: what both are run on.
+        config: what its ``config.json`` should say.
+        kept: a configuration of which it should say all that is no number.
+        folder: the directory whose other files were copied; None if there is none.
 
     Raises:
-        VerificationError: a tensor or the output differs.
+        VerificationError: a tensor, a plain attribute, the output or another file differs.
     """
+    if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
+        raise _unlike(told)
+    if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
+        raise _unlike(told)
+    if folder is not None:
+        _check_copies(path, folder)
     kind: Any = type(grown)
     try:
         with _alone(path) as folder, closed("transformers"):
@@ -42,14 +69,29 @@ def check_directory(path: Path, grown: nn.Module, inputs: Arguments) -> None:
             )
     except Exception as error:  # whatever transformers may raise on what it cannot read
         raise _unlike(f"it cannot be read: {first_line(error)}") from error
-    loaded = found.state_dict()
-    for name, tensor in grown.state_dict().items():
-        other = loaded.get(name)
-        # from_pretrained casts all weights to one dtype.
-        if other is None or not _equal(other, tensor.to(other.dtype)):
-            raise _unlike(f"{name} differs", name)
-    if {t.dtype for t in found.parameters()} == {t.dtype for t in grown.parameters()}:
+    dtypes = [{tensor.dtype for tensor in model.parameters()} for model in (found, grown)]
+    held: Any = read_file(path, opener=Mappings().open)[1].data
+    keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype
+    _check_tensors(grown, found)
+    if dtypes[0] == dtypes[1]:
         _check_outputs(grown, found, inputs)
+    # Sizes that nothing reads are out of date in the grown model.
+    if told := structure_difference(found, grown, sizes=False):
+        raise _unlike(told)
+
+
+def _check_tensors(grown: nn.Module, found: nn.Module) -> None:
+    """Return if a network has the names and, bit for bit, the tensors of another.
+
+    Raises:
+        VerificationError: it has not.
+    """
+    loaded, wanted = found.state_dict(), grown.state_dict()
+    if told := keys_difference(sorted(loaded), sorted(wanted), ""):
+        raise _unlike(told)
+    for name, tensor in wanted.items():
+        if told := tensor_difference(loaded[name].detach(), tensor.detach(), name):
+            raise _unlike(told, name)
 
 
 @contextmanager
@@ -80,14 +122,21 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
         inputs: what both are run on.
 
     Raises:
-        VerificationError: the output differs.
+        VerificationError: a tensor or the output differs.
     """
     found: Any = read_file(path, trust_pickle=True)[1].data  # fxgrow's own work
+    loaded = found.state_dict()
+    for name, tensor in grown.state_dict().items():
+        # What the computation does not need is in no program.
+        if name in loaded and (told := tensor_difference(loaded[name].detach(), tensor, name)):
+            raise _unlike(told, name)
     _check_outputs(grown, found, inputs)
 
 
-def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments) -> None:
-    """Return if two networks give the same outputs, up to rounding."""
+def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
+    """Return if two networks give the same outputs, up to rounding; without inputs, at once."""
+    if inputs is None:
+        return
     with torch.no_grad(), keeping_modes(grown):
         if any(module.training for module in grown.modules()):
             grown.eval()
@@ -101,8 +150,23 @@ def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments) -> Non
             raise _unlike("it computes something else")
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+def _words(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says under those keys where another has no numbers or lists."""
+    plain = {key for key, value in like.items() if isinstance(value, (str, bool))}
+    return {key: value for key, value in config.items() if key in plain or key == _CLASSES}
+
+
+def _check_copies(path: Path, folder: Path) -> None:
+    """Return if the other files of a directory are as they were.
+
+    Raises:
+        VerificationError: one of them is not.
+    """
+    for copy in (file for file in path.rglob("*") if file.is_file()):
+        old = folder / copy.relative_to(path)
+        known = copy.parent == path and (copy.name == CONFIG or is_weights(copy.name))
+        if not known and not (old.is_file() and filecmp.cmp(copy, old, shallow=False)):
+            raise _unlike(f"{copy.relative_to(path)} differs")
 
 
 def _unlike(how: str, name: str = "") -> VerificationError:

@@ -56,7 +56,7 @@ class _Directory(FileFormat):
             names = ", ".join(WEIGHTS)
             refuse_source(path, f"has a {CONFIG} but none of {names}", "Copy the weights too.")
         check_inside(path, weights)
-        _, contents = read_file(weights, trust_pickle=trust_pickle)
+        _, contents = read_file(weights, trust_pickle=trust_pickle, opener=found.opener)
         contents.folder = path
         if os.path.lexists(path / CONFIG):
             contents.config = read_config(path / CONFIG, inside=True)
@@ -91,10 +91,14 @@ def left_out(folder: Path) -> list[str]:
     return [name for name in _old(folder) if name not in {weights, *shards, *_NEVER}]
 
 
+def is_weights(name: str) -> bool:
+    """Return whether a file of this name holds weights, or what goes with those alone."""
+    return any(fnmatch(name, glob) for glob in _OLD)
+
+
 def _old(folder: Path) -> list[str]:
     """Return the names in a directory of what does not fit new weights."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    return [name for name in names if any(fnmatch(name, glob) for glob in _OLD)]
+    return [name for name in sorted(entry.name for entry in folder.iterdir()) if is_weights(name)]
 
 
 def _copy_others(folder: Path, path: Path) -> None:

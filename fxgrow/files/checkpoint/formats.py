@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import torch
 
@@ -66,6 +66,9 @@ class Contents:
     dynamic: tuple[frozenset[int], ...] | None = None
 
 
+Opener: TypeAlias = Callable[[Path], FileReader]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A file or a directory whose format is asked for: what it is told by, and read from.
@@ -75,12 +78,14 @@ class Candidate:
         file: its bytes.
         head: the first of them.
         archive: what lies where in it, if it is an archive.
+        opener: opens other files that belong to it.
     """
 
     path: Path
     file: Readable
     head: bytes
     archive: Archive | None
+    opener: Opener = FileReader
 
     @property
     def members(self) -> Collection[str]:
@@ -120,27 +125,35 @@ FORMATS: Registry[FileFormat] = Registry("file format")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Candidate]:
+def opened(path: Path, opener: Opener = FileReader) -> Iterator[Candidate]:
     """Open a file or a directory; what of it must not change meanwhile is read once.
 
     Raises:
         SourceError: it is missing, empty, or an archive that readers may read in different ways.
     """
     is_directory = os.path.isdir(path)
-    with nullcontext(NoBytes(path)) if is_directory else FileReader(path) as file:
+    with nullcontext(NoBytes(path)) if is_directory else opener(path) as file:
         head = file.read(0, min(_HEAD, file.size))
         if not head and not is_directory:
             refuse_source(path, "is empty", AGAIN)
-        yield Candidate(path, file, head, read_archive(file) if head.startswith(MAGIC) else None)
+        archive = read_archive(file) if head.startswith(MAGIC) else None
+        yield Candidate(path, file, head, archive, opener)
 
 
-def read_file(path: Path, *, trust_pickle: bool = False) -> tuple[FileFormat, Contents]:
+def read_file(
+    path: Path, *, trust_pickle: bool = False, opener: Opener = FileReader
+) -> tuple[FileFormat, Contents]:
     """Return the format of a file or a directory, told by its content, and what it holds.
+
+    Args:
+        path: the file or directory.
+        trust_pickle: let a pickle execute code.
+        opener: opens each of its files.
 
     Raises:
         SourceError: it cannot be read, or is of no known format.
     """
-    with opened(path) as found:
+    with opened(path, opener) as found:
         file_format = _format_of(found)
         return file_format, file_format.read(found, trust_pickle=trust_pickle)
 

@@ -1,7 +1,8 @@
 """Read what is on disk as if it were hostile: regular files, by ranges, unchanged meanwhile.
 
-Nothing is mapped into memory. A file that shrinks while it is read then gives an error, where a
-mapping would end the process with a bus error; and what has been read stays what was checked.
+Nothing is mapped into memory, but for what fxgrow has just written itself (see :mod:`.mapping`). A
+file that shrinks while it is read then gives an error, where a mapping would end the process with a
+bus error; and what has been read stays what was checked.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Readable(Protocol):
         self.read_into(start, memoryview(found))
         return bytes(found)
 
+    def mapped(self, start: int, length: int) -> memoryview | None:
+        """Return a range of bytes where it lies, or None where it is to be read."""
+        return None
+
 
 class FilePart(Readable):
     """A part of what is read.
@@ -72,6 +77,10 @@ class FilePart(Readable):
         if start + len(buffer) > self.size:
             refuse_damaged(self.path, "a part of it ends too early")
         self._whole.read_into(self._start + start, buffer)
+
+    def mapped(self, start: int, length: int) -> memoryview | None:
+        """Return a range of bytes where it lies; see :class:`Readable`."""
+        return self._whole.mapped(self._start + start, length)
 
 
 class NoBytes(Readable):

@@ -24,6 +24,7 @@ from fxgrow.files.checkpoint.formats import (
     Candidate,
     Contents,
     FileFormat,
+    Opener,
     Shards,
     read_file,
 )
@@ -79,7 +80,9 @@ class _Sharded(FileFormat):
         header: dict[str, str] = {}
         limit = 0
         for shard in names:
-            contents = _read_shard(path, path.with_name(shard), trust_pickle=trust_pickle)
+            contents = _read_shard(
+                path, path.with_name(shard), trust_pickle=trust_pickle, opener=found.opener
+            )
             held = cast("OrderedDict[str, Tensor]", contents.data)
             for name in names[shard]:
                 if name not in held:
@@ -184,10 +187,14 @@ def superseded(index: Path, new: Collection[str]) -> set[str]:
         new: the names of the new one and of its shards.
 
     Returns:
-        Names of shards, as those of this index are called, that no other index beside it names.
+        Names of shards, as those of this index are called, that no other index beside it names. Of
+        an index that cannot be read, all that are called so.
     """
     stem = re.escape(index.name.removesuffix(INDEX_SUFFIX))
-    gone = {name for name in _shards(index) if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
+    named = _shards(index)
+    if not named and index.is_file():
+        named = {path.name for path in index.parent.iterdir() if path.is_file()}
+    gone = {name for name in named if re.fullmatch(rf"{stem}-\d+-of-\d+\.\w+", name)}
     others = (path for path in index.parent.glob(f"*{_INDICES}") if path != index)
     return gone.difference(new, *map(_shards, others)) if gone else gone
 
@@ -243,7 +250,7 @@ def _own_places(folder: Path) -> list[Path]:
     return [folder, entry / "blobs"] if is_cached else [folder]
 
 
-def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
+def _read_shard(index: Path, path: Path, *, trust_pickle: bool, opener: Opener) -> Contents:
     """Read one of the files that an index names.
 
     Raises:
@@ -256,7 +263,7 @@ def _read_shard(index: Path, path: Path, *, trust_pickle: bool) -> Contents:
             "Copy or download that file too.",
         )
     check_inside(path.parent, path)
-    _, contents = read_file(path, trust_pickle=trust_pickle)
+    _, contents = read_file(path, trust_pickle=trust_pickle, opener=opener)
     if not isinstance(contents.data, Mapping):
         refuse_source(path, "holds no tensors by name", AGAIN)
     items = contents.data.items()

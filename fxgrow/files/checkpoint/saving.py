@@ -32,7 +32,7 @@ from fxgrow.modules.calling import Arguments
 
 _LABEL_LENGTH = 60
 _SHARD_LIMIT = 5_000_000_000  # bytes, where the source does not say; as the Hub recommends
-_TENSORS_ONLY = ("safetensors", "sharded", "directory")
+TENSORS_ONLY = ("safetensors", "sharded", "directory")
 
 
 def save_source(
@@ -91,7 +91,7 @@ def save_source(
         kept, parted = keep_ties(location.state_dict, new)
         tied.append(kept)
         warnings.extend(f"{name} was tied to another tensor and no longer is." for name in parted)
-    if file_format in _TENSORS_ONLY:
+    if file_format in TENSORS_ONLY:
         contents = _tensors_only(source, tied[0], file_format, plain_record, config, warnings)
     elif file_format == "pt2":
         if model is None:
@@ -99,7 +99,7 @@ def save_source(
         contents = Contents(model, inputs=inputs, dynamic=source._contents.dynamic)
     else:
         contents = _pickled(source, tied, plain_record, model, optimizer)
-    if file_format not in _TENSORS_ONLY:
+    if file_format not in TENSORS_ONLY:
         texts = sorted(source._contents.header.keys() - {"format", RECORD_KEY})
         if texts:
             warnings.append(f"{out} is without the texts of the header: {', '.join(texts)}.")

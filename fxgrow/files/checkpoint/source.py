@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import SourceError
-from fxgrow.files.checkpoint.formats import Contents, read_file
-from fxgrow.files.checkpoint.reading import reading
+from fxgrow.files.checkpoint.formats import Contents, Opener, read_file
+from fxgrow.files.checkpoint.reading import FileReader, reading
 from fxgrow.files.checkpoint.weights import RECORD_KEY, Location, bare_module, find_locations
 from fxgrow.modules.calling import Arguments
 
@@ -72,12 +72,15 @@ class Source:
         return self._locations[0].shapes
 
 
-def load_source(path: str | Path, *, trust_pickle: bool = False) -> Source:
+def load_source(
+    path: str | Path, *, trust_pickle: bool = False, opener: Opener = FileReader
+) -> Source:
     """Load weights from a state_dict, a checkpoint, a module, safetensors or a directory of them.
 
     Args:
         path: the file or directory; its format is told by its content.
         trust_pickle: let a pickle execute code; classes outside of torch and torchvision need it.
+        opener: opens each of its files.
 
     Returns:
         The source, everything on the CPU.
@@ -87,7 +90,7 @@ def load_source(path: str | Path, *, trust_pickle: bool = False) -> Source:
             weights or weights that cannot be widened (quantized, sparse).
     """
     path = Path(path)
-    file_format, contents = read_file(path, trust_pickle=trust_pickle)
+    file_format, contents = read_file(path, trust_pickle=trust_pickle, opener=opener)
     saved = contents.data
     with reading(path):
         found = find_locations(saved)

@@ -35,6 +35,9 @@ def read_storage(file: Readable, start: int, nbytes: int) -> Tensor:
     """
     if start + nbytes > file.size:  # before memory is taken for it
         refuse_damaged(file.path, "it ends too early")
+    where = file.mapped(start, nbytes) if nbytes else None
+    if where is not None:
+        return torch.frombuffer(where, dtype=torch.uint8)
     data = torch.empty(nbytes, dtype=torch.uint8)
     if nbytes:
         file.read_into(start, memoryview(data.numpy()))  # type: ignore[arg-type]

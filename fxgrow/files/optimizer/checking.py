@@ -1,0 +1,273 @@
+"""Whether an optimizer's state_dict has become what it should: told from old and new values.
+
+What an optimizer keeps is seen by no output. So it is looked at here, by code that shares nothing
+with what grows it: the rules are those of :mod:`fxgrow.files.optimizer.state`, read back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxgrow.errors import PlanError, VerificationError
+from fxgrow.files.comparison import difference
+from fxgrow.files.optimizer.buffers import BUFFERS, Buffer, State, is_counter
+from fxgrow.files.optimizer.order import names_by_group
+from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import AxisEdit, TensorEdit
+from fxgrow.plan.names import names_after
+from fxgrow.plan.schema import Plan
+from fxgrow.verification.places import along, back
+from fxgrow.verification.positions import close, regrouped
+
+_CONTINUE = ("old", "share")
+_TINY = 1e-30  # below it, a mean may vanish
+
+
+def check_optimizer(
+    plan: Plan,
+    saved: Mapping[str, Any],
+    grown: Mapping[str, Any],
+    before: nn.Module,
+    after: nn.Module,
+    notes: Sequence[str],
+) -> None:
+    """Return if an optimizer's state_dict is the old one as a plan makes it grow.
+
+    Args:
+        plan: the plan.
+        saved: the old state_dict.
+        grown: the new one.
+        before: the old network.
+        after: the grown network.
+        notes: what the user is told; what is lost must be among it.
+
+    Raises:
+        VerificationError: a setting differs, or a parameter's state is not its own.
+    """
+    mine, theirs = (_without_parts(each) for each in (grown, saved))
+    _refuse_if(difference(mine, theirs))
+    have, want = (_settings(each["param_groups"]) for each in (grown, saved))
+    _refuse_if(difference(have, want, "the settings of its groups"))
+    try:
+        old_groups = names_by_group(saved, _shapes(before))
+    except PlanError:
+        if grown["state"] or (saved["state"] and not notes):
+            _refuse("its state is kept, though nobody knows which parameter is which")
+        return
+    new_name = {old: new for new, old, is_new in _moved(plan, before) if not is_new}
+    new_groups = _new_groups(grown, old_groups, new_name, after)
+    if new_groups is None:
+        return
+    check = _StateCheck(plan, named_tensors(before))
+    for index, (old_names, new_names) in enumerate(zip(old_groups, new_groups, strict=True)):
+        keys = dict(zip(old_names, saved["param_groups"][index]["params"], strict=True))
+        new_keys = dict(zip(new_names, grown["param_groups"][index]["params"], strict=True))
+        for name, key in keys.items():
+            now = new_name.get(name, name)
+            if now not in new_keys:
+                _refuse(f"{now} is no longer in its group {index}")
+            old, new = saved["state"].get(key), grown["state"].get(new_keys[now])
+            if old is None and new is not None:
+                _refuse(f"{now} has a state, and {name} had none")
+            if old is not None and new is None and not notes:
+                _refuse(f"the state of {now} is lost")
+            if old is not None and new is not None:
+                check.check(name, now, old, new)
+
+
+def _without_parts(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state_dict says beside its state and its groups."""
+    return {key: v for key, v in saved.items() if key not in ("state", "param_groups")}
+
+
+def _settings(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what groups say apart from their parameters."""
+    apart = ("params", "param_names")
+    return [{k: v for k, v in group.items() if k not in apart} for group in groups]
+
+
+def _new_groups(
+    grown: Mapping[str, Any],
+    old_groups: Sequence[Sequence[str]],
+    new_name: Mapping[str, str],
+    after: nn.Module,
+) -> list[list[str]] | None:
+    """Return the names in each new group; None where the state_dict does not tell."""
+    sizes = [len(group["params"]) for group in grown["param_groups"]]
+    if sizes != list(map(len, old_groups)):
+        try:
+            return names_by_group(grown, _shapes(after))
+        except PlanError:
+            return None
+    place = {name: index for index, (name, _) in enumerate(after.named_parameters())}
+    was = {new: index for index, new in enumerate(new_name.values())}
+    found = []
+    for group in old_groups:
+        names = [new_name.get(name, name) for name in group]
+        in_order = all(was.get(a, 0) <= was.get(b, 0) for a, b in itertools.pairwise(names))
+        found.append(sorted(names, key=lambda n: place.get(n, 0)) if in_order else names)
+    return found
+
+
+def _moved(plan: Plan, before: nn.Module) -> list[tuple[str, str, bool]]:
+    """Return every tensor's name after a plan, the one before, and whether it is new."""
+    found = [(name, name, False) for name in named_tensors(before)]
+    for step in plan.steps:
+        known = {name: (old, new) for name, old, new in found}
+        found = [(n, known[o][0], new or known[o][1]) for n, o, new in names_after(known, step)]
+    return found
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class _Continued:
+    """What a buffer should hold where it continues the old one.
+
+    Attributes:
+        values: in float64; without meaning elsewhere.
+        known: where it does.
+    """
+
+    values: Tensor
+    known: Tensor
+
+
+class _StateCheck:
+    """Compares the states of parameters.
+
+    Args:
+        plan: the plan.
+        tensors: the old network's parameters and buffers.
+    """
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        self._plan, self._tensors = plan, tensors
+
+    def check(self, name: str, now: str, old: State, new: State) -> None:
+        """Compare what an optimizer keeps for one parameter.
+
+        Args:
+            name: its old name.
+            now: its new one.
+            old: what was kept.
+            new: what is kept now.
+
+        Raises:
+            VerificationError: it is not the old as the plan makes it grow.
+        """
+        if old.keys() != new.keys():
+            _refuse(f"it keeps other buffers for {now}")
+        for key, value in old.items():
+            if is_counter(value) or key not in BUFFERS:
+                _refuse_if(difference(new[key], value, f"{key} of {now}"))
+                continue
+            rule = BUFFERS[key](old, key)
+            wanted = self._continued(name, rule)
+            if wanted is None or rule.values is not value:  # factors of a matrix, not its entries
+                continue
+            have = new[key]
+            if have.shape != wanted.values.shape or have.dtype != value.dtype:
+                _refuse(f"{key} of {now} is {have.dtype} of {tuple(have.shape)}")
+            if not bool((close(have, wanted.values) | ~wanted.known).all()):
+                _refuse(f"{key} of {now} does not go on with its old numbers")
+            fresh = have[~wanted.known]
+            if not _is_fresh(fresh, value, rule):
+                _refuse(f"{key} of {now} does not begin with the {rule.fresh} for new weights")
+
+    def _continued(self, name: str, rule: Buffer) -> _Continued | None:
+        """Return what a buffer should hold, or None where a later step takes up a gain."""
+        found = _Continued(rule.values.double(), torch.ones_like(rule.values, dtype=torch.bool))
+        names = list(self._tensors)
+        for index, step in enumerate(self._plan.steps):
+            moved = names_after(names, step)
+            after = next((n for n, before, new in moved if before == name and not new), name)
+            edit = step.tensors.get(step.aliases.get(after, after))
+            names, name = [n for n, _, _ in moved], after
+            if edit is None:
+                continue
+            factor = self._factor(edit) if edit.absorption is None or index == 0 else None
+            if factor is None or tuple(found.values.shape) != edit.shape:
+                return None
+            found = _grown(edit, found.values * factor ** (-rule.degree), found.known, rule.degree)
+        return found
+
+    def _factor(self, edit: TensorEdit) -> Tensor:
+        """Return what the old weights are multiplied by, of one entry or of their shape."""
+        factor = torch.tensor(edit.scale, dtype=torch.float64)
+        taken = edit.absorption
+        if taken is None:
+            return factor
+        shifted = self._tensors[taken.variance].detach().double() + taken.eps
+        lost = taken.gain**2 * shifted < taken.eps
+        correction = taken.eps**0.5 / (taken.gain * shifted.sqrt())
+        return factor * torch.where(lost, correction, torch.ones_like(correction))
+
+
+def _grown(edit: TensorEdit, values: Tensor, known: Tensor, degree: int) -> _Continued:
+    """Return a buffer after one edit: old numbers where old positions are, and shares of copies."""
+    values, known = regrouped(values, edit.groups), regrouped(known, edit.groups)
+    for axis in edit.axes:
+        (values, dim), (known, _) = along(values, axis), along(known, axis)
+        source, share = _sources(axis)
+        index = torch.from_numpy(source.clip(min=0))
+        shape = [1] * values.ndim
+        shape[dim] = -1
+        goes_on = torch.from_numpy(source >= 0).view(shape)
+        values = values.index_select(dim, index) * torch.from_numpy(share**degree).view(shape)
+        known = known.index_select(dim, index) & goes_on
+        values, known = back(values, axis), back(known, axis)
+    return _Continued(values, known)
+
+
+def _sources(axis: AxisEdit) -> tuple[Any, Any]:
+    """Return the old position that each new one continues (-1: none), and its share of gradients.
+
+    Whatever reads copies of a channel has the gradients of the old columns; whatever writes or
+    scales them shares these.
+    """
+    spans = [
+        np.arange(run.length) + run.start if run.kind in _CONTINUE else np.full(run.length, -1)
+        for run in axis.runs
+    ]
+    source = np.concatenate(spans)
+    share = np.ones(len(source))
+    if axis.role != "reader":
+        copied = source >= 0
+        share[copied] = 1 / np.bincount(source[copied])[source[copied]]
+    return source, share
+
+
+def _is_fresh(fresh: Tensor, old: Tensor, rule: Buffer) -> bool:
+    """Return whether new weights begin with zeros, or with sizes like those of the old."""
+    if rule.fresh == "zero":
+        return not bool(fresh.any())
+    finite = torch.isfinite(old).all()
+    sizes = finite and (old >= 0).all() and old.double().mean() > _TINY
+    return bool((fresh > 0).all()) if bool(sizes) else bool(torch.isfinite(fresh).all() | ~finite)
+
+
+def _refuse_if(how: str) -> None:
+    if how:
+        _refuse(how)
+
+
+def _refuse(how: str) -> NoReturn:
+    """Refuse an optimizer's state.
+
+    Raises:
+        VerificationError: always.
+    """
+    raise VerificationError(
+        f"the optimizer's state has not become what it should: {how}.",
+        way_out="That is a fault of fxgrow: please report it. Without the optimizer it will do.",
+    )

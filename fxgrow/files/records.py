@@ -1,0 +1,115 @@
+"""Records: what rides beside weights, and the module that it rebuilds for them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.apply.module import remade
+from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint import Source
+from fxgrow.modules.architectures import Architecture, parse_architecture
+from fxgrow.modules.recognition import recognise
+from fxgrow.modules.tensors import aliases_of
+from fxgrow.modules.uninitialised import Limit
+from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
+from fxgrow.version import __version__
+
+RECORD_SCHEMA = 1
+
+
+def rebuild(
+    architecture: Architecture,
+    plans: Sequence[Plan],
+    limit: Limit | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Return the module that an architecture became; its weights are uninitialised.
+
+    Args:
+        architecture: what it was.
+        plans: the surgeries since, oldest first.
+        limit: how much building it may take; None as for :meth:`Architecture.build`.
+        device: ``meta`` for names, shapes and attributes alone.
+
+    Raises:
+        SourceError: the architecture cannot be built.
+        PlanError: the plans do not fit it.
+    """
+    model = architecture.build(device, limit)
+    for plan in plans:
+        model = remade(plan, model)
+    return model.eval()
+
+
+def identify(
+    source: Source, arch: str | None, arguments: dict[str, object]
+) -> tuple[Architecture, tuple[Plan, ...]]:
+    """Return architecture and plans: as named, as recorded, or as recognised."""
+    record = source.record or {}
+    plans = plans_of(record)
+    if arch is not None:
+        return parse_architecture(arch, arguments), plans
+    if isinstance(record.get("architecture"), Mapping):
+        return Architecture.from_dict(record["architecture"], origin=str(source.path)), plans
+    return recognise(source.shapes, hint=source.path.stem), plans
+
+
+def put_weights(model: nn.Module, source: Source, architecture: Architecture) -> None:
+    """Load the file's weights into a module built for them.
+
+    Raises:
+        SourceError: names or shapes differ.
+    """
+    weights = OrderedDict(source.state_dict)
+    # load_state_dict notes in the metadata that it assigned, and whoever loads the file that these
+    # are written to would assign too, behind the back of an optimizer.
+    vars(weights)["_metadata"] = copy.deepcopy(getattr(source.state_dict, "_metadata", None))
+    ties = aliases_of(dict(model.named_parameters(remove_duplicate=False)))
+    try:
+        result = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise _misfit(source, architecture, last, str(source.path)) from error
+    missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
+    if wrong := missing or result.unexpected_keys:
+        what = "miss" if missing else "have an unexpected"
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise _misfit(source, architecture, f"they {what} {wrong[0]}{more}.", wrong[0])
+    for name, same in ties.items():
+        one, other = model.get_parameter(same), model.get_parameter(name)
+        if one.data_ptr() == other.data_ptr() or other.is_meta:
+            owner, _, local = name.rpartition(".")
+            setattr(model.get_submodule(owner), local, one)
+
+
+def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+    return SourceError(
+        f"the weights in {source.path} do not fit {architecture}: {how}",
+        name=name,
+        way_out="Name the architecture with --arch (and --arch-arg).",
+    )
+
+
+def record_of(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:
+    """Return what is written beside weights.
+
+    Raises:
+        SourceError: the network has been through more than a record can hold.
+    """
+    if len(plans) > MOST_STEPS:
+        raise SourceError(
+            f"this network has grown {len(plans)} times, and a record holds {MOST_STEPS}.",
+            way_out="Convert it to an architecture of its size: fxgrow convert.",
+        )
+    return {
+        "schema": RECORD_SCHEMA,
+        "fxgrow": __version__,
+        "architecture": architecture.to_dict() if architecture else None,
+        "plans": [plan.to_dict() for plan in plans],
+    }
