@@ -55,8 +55,8 @@ def failure(task: Task, found: Verification) -> VerificationError:
         residual, where = found.drawn.residual.max_rel, " with drawn weights"
     return VerificationError(
         f"the grown network does not compute what was predicted: it is off by {residual:.3g} in "
-        f"float64{where}, and as saved it differs from the old one by {native:.3g} (relative to the "
-        f"largest output). The first part that breaks is {guilty}.",
+        f"float64{where}, and as saved it differs from the old one by {native:.3g} (relative to "
+        f"the largest output). The first part that breaks is {guilty}.",
         name=guilty,
         way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.apply.graph import insert_multipliers
 from fxgrow.apply.module import apply_to_module
@@ -27,6 +28,7 @@ from fxgrow.verification import weights
 from fxgrow.verification.findings import Effort, Judgement, ModeResult, Verification
 from fxgrow.verification.forward import Mode, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
+from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
 from fxgrow.verification.runs import Case, Network
 from fxgrow.verification.sizes import judged_inputs
@@ -62,8 +64,13 @@ class Task:
 
 
 def measure(task: Task) -> Verification:
-    """Return the judgement of a grown network."""
+    """Return the judgement of a grown network.
+
+    Raises:
+        VerificationError: a network does not run, or a tensor is not as the plan lays it out.
+    """
     made = task.plan
+    check_layout(made, named_tensors(task.model), named_tensors(task.grown), free=_finished(task))
     if made.after and (made.prediction or made.norms):
         # The prediction is of the last step. Those before it keep the function: that is judged here
         first = replace(made.after[-1], after=made.after[:-1])
@@ -92,6 +99,15 @@ def measure(task: Task) -> Verification:
         found.append(judged)
     combined = _combined(found, [scope.module for scope in parts])
     return told(made, _outside(made, parts, combined))
+
+
+def _finished(task: Task) -> set[str]:
+    """Return the names of tensors that were given the statistics of data after the surgery."""
+    if task.finish is None:
+        return set()
+    norms = (name for name, m in task.grown.named_modules() if isinstance(m, _BatchNorm))
+    kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {f"{norm}.{kind}" for norm in norms for kind in kinds}
 
 
 def _unprompted(model: nn.Module, scope: Scope, batches: list[Arguments]) -> list[Arguments]:
