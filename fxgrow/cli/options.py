@@ -269,7 +269,12 @@ Strict = Annotated[
     output("--strict", help="Refuse, with exit code 4, whatever does not preserve the function."),
 ]
 NoVerify = Annotated[
-    bool, output("--no-verify", help="Write the result without measuring what it computes.")
+    bool,
+    output(
+        "--no-verify",
+        help="Write the result without measuring what it computes. What was written is read again "
+        "all the same.",
+    ),
 ]
 DryRun = Annotated[
     bool, output("--dry-run", help="Show what would be done; write nothing but PLAN.")
