@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from fxgrow.plan.pairing import apply_pairing as apply_pairing
     from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
-    from fxgrow.verification.judge import Verification as Verification
+    from fxgrow.verification.findings import Verification as Verification
     from fxgrow.verification.measure import verify as verify
 
 _HOMES: dict[str, str] = {
@@ -111,7 +111,7 @@ _HOMES: dict[str, str] = {
     "grow_optimizer_": "fxgrow.files.optimizer.growth",
     "Plan": "fxgrow.plan.schema",
     **dict.fromkeys(("Inspection", "Report"), "fxgrow.api.report.data"),
-    "Verification": "fxgrow.verification.judge",
+    "Verification": "fxgrow.verification.findings",
     "verify": "fxgrow.verification.measure",
 }
 

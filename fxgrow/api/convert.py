@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from fxgrow.api.report.data import Report
-from fxgrow.api.widen import Grown, Progress, check_tensors, silent
+from fxgrow.api.widen import Grown, Progress, check_tensors, effort_of, silent
 from fxgrow.apply.module import apply_to_state_dict, check_source
 from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError
@@ -17,15 +17,14 @@ from fxgrow.grow.convert.alignment import align
 from fxgrow.grow.convert.planner import Possible, plan_conversion
 from fxgrow.modules.architectures import Architecture, larger_relative, relatives
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
-from fxgrow.modules.standin import float64_copy, stand_in
+from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name, init_of_plan
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.judge import Case, Verification, judge, notes_on
-from fxgrow.verification.measure import judged_modes, told
+from fxgrow.verification.findings import Effort, Verification
+from fxgrow.verification.measure import Task, measure
 
 
 @exclusive
@@ -36,7 +35,7 @@ def convert(
     pairing: str = "vv_z_negz",
     init: str | Init = "copy_uniform",
     seed: int = 0,
-    verify: bool = True,
+    verify: bool | Effort = True,
     *,
     split_noise: float = 0.1,
     progress: Progress = silent,
@@ -57,7 +56,7 @@ def convert(
         pairing: how new channels cancel, as for :func:`fxgrow.widen`.
         init: what fills new weights, likewise.
         seed: of the new weights.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result, as for :func:`fxgrow.widen`.
         split_noise: as for :func:`fxgrow.widen`.
         progress: called with the name of each step as it begins.
 
@@ -137,7 +136,7 @@ def convert_by(
     example_inputs: object = None,
     *,
     init: str | Init | None = None,
-    verify: bool = True,
+    verify: bool | Effort = True,
     progress: Progress = silent,
 ) -> Grown:
     """Carry out a plan of :func:`plan_for_target`, and measure the result.
@@ -148,7 +147,7 @@ def convert_by(
         target: a network of the larger architecture; it is not touched either.
         example_inputs: inputs to measure on; None takes those of the plan.
         init: the callable the plan was made with, if it was one.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result, as for :func:`fxgrow.widen`.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -160,11 +159,15 @@ def convert_by(
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)
     verification = Verification("skipped")
-    if verify:
+    effort = effort_of(verify)
+    if effort != "none":
         progress("verifying")
-        verification = measure_conversion(made, model, grown, example_inputs, chosen)
+        verification = measure(
+            Task(made, model, grown, example_inputs, chosen, None, effort, progress)
+        )
     if verification.verdict == "failed":
-        found = [r.residual.max_rel for r in (verification.eval, verification.train) if r]
+        results = (verification.eval, verification.train, verification.drawn)
+        found = [result.residual.max_rel for result in results if result is not None]
         raise VerificationError(
             f"the weights fit {type(target).__name__}, but there they compute something else: it "
             f"is off by {max(found):.3g} in float64 (relative to the largest output). The two "
@@ -190,35 +193,6 @@ def filled(
     """
     grown = apply_to_state_dict(plan, tensors, init)
     return stand_in(target, {name: grown[name] for name in target.state_dict() if name in grown})
-
-
-def measure_conversion(
-    plan: Plan, model: nn.Module, grown: nn.Module, example_inputs: object, init: Init | None
-) -> Verification:
-    """Return the judgement of a network that was made of another's weights.
-
-    Args:
-        plan: made by :func:`plan_for_target`.
-        model: the source.
-        grown: the result.
-        example_inputs: inputs to measure on; None takes those of the plan.
-        init: what filled new weights.
-    """
-    exact, broken = float64_copy(model)
-    doubles = {
-        name: tensor.double() if tensor.is_floating_point() else tensor
-        for name, tensor in named_tensors(grown).items()
-        if name not in plan.names
-    }
-    doubles |= apply_to_state_dict(plan, named_tensors(exact), init)
-    exact_grown = stand_in(grown, doubles)
-    case = Case(
-        model, grown, exact, exact_grown, exact,
-        edits=plan.tensors, notes=notes_on(broken), judged=judged_modes(plan),
-    )  # fmt: skip
-    scope = plan.scopes[0]  # the whole
-    found = judge(case, batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs))
-    return told(plan, found)
 
 
 def _built(name: str, model: nn.Module) -> nn.Module:

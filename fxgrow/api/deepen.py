@@ -20,6 +20,7 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import Init, find_init, init_name
 from fxgrow.plan.requests import Deepen
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.findings import Effort
 
 
 def plan_deepening(
@@ -69,7 +70,7 @@ def deepen(
     init: str | Init = "copy_uniform",
     seed: int = 0,
     strict: bool = False,
-    verify: bool = True,
+    verify: bool | Effort = True,
     *,
     calibration: Iterable[object] | None = None,
     module: str = "",
@@ -95,7 +96,7 @@ def deepen(
             :func:`fxgrow.widen`.
         seed: of the new weights; each tensor draws from (seed, its name) alone.
         strict: refuse whatever does not preserve the function exactly.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result, as for :func:`fxgrow.widen`.
         calibration: for ``net2deeper``, batches of inputs (a tensor, a tuple of arguments or a dict
             each) whose statistics the new batch norms take; without, they begin with mean 0 and
             variance 1. Eval mode is the same with either; train mode is nearer with data.

@@ -16,6 +16,7 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.requests import MorphKernel
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.findings import Effort
 
 
 def plan(
@@ -55,7 +56,7 @@ def morph_kernel(
     exclude: Sequence[str] = (),
     *,
     strict: bool = False,
-    verify: bool = True,
+    verify: bool | Effort = True,
     module: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
@@ -75,7 +76,7 @@ def morph_kernel(
         include: globs over the names of layers; only these grow.
         exclude: globs likewise; these do not grow.
         strict: as for :func:`fxgrow.widen`; a larger kernel always preserves the function.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result, as for :func:`fxgrow.widen`.
         module: follow this submodule alone, as for :func:`fxgrow.widen`.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.

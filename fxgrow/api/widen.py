@@ -21,14 +21,15 @@ from fxgrow.grow.data import DataDriven
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import named_tensors, variance
 from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.judge import Verification
-from fxgrow.verification.measure import failure, measure, variance
+from fxgrow.verification.fault import failure
+from fxgrow.verification.findings import Effort, Verification
+from fxgrow.verification.measure import Task, measure, predictable
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -156,7 +157,7 @@ def widen(
     seed: int = 0,
     strict: bool = False,
     compensate: bool = False,
-    verify: bool = True,
+    verify: bool | Effort = True,
     *,
     module: str = "",
     preset: str | None = None,
@@ -193,7 +194,9 @@ def widen(
         seed: of the new weights; each tensor draws from (seed, its name) alone.
         strict: refuse whatever does not preserve the function exactly.
         compensate: restore the function by multipliers in the graph, keeping rescaled weights.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result before it is returned: ``"full"`` (the same
+            as True), ``"quick"`` (one small input, eval mode, the given weights alone) or
+            ``"none"`` (False).
         module: follow and widen this submodule alone, by its fully qualified name; the example
             inputs are then its, and it is its outputs that are kept and compared. Without, the
             whole, or, where that cannot be followed, the largest submodules that can.
@@ -242,7 +245,7 @@ def carry_out(
     *,
     init: str | Init | None = None,
     strict: bool = False,
-    verify: bool = True,
+    verify: bool | Effort = True,
     finish: Callable[[nn.Module], None] | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -254,7 +257,7 @@ def carry_out(
         example_inputs: inputs to measure on; None takes those of the plan.
         init: the callable the plan was made with, if it was one.
         strict: refuse whatever does not preserve the function exactly.
-        verify: measure the result before it is returned.
+        verify: how thoroughly to measure the result, as for :func:`widen`.
         finish: called with the grown network, to change it in place before it is measured.
         progress: called with the name of each step as it begins.
 
@@ -262,10 +265,11 @@ def carry_out(
         PlanError: the plan is for another network.
         NotPreservedError, VerificationError: as for :func:`widen`.
     """
+    effort = effort_of(verify)
     check_source(made.steps[0], named_tensors(model))
     if strict:
         require_exact(made)
-    if verify:
+    if effort != "none":
         require_values(model)
     fill = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
     if isinstance(fill, DataDriven):
@@ -275,11 +279,12 @@ def carry_out(
     if finish is not None:
         finish(grown)
     verification = Verification("skipped")
-    if verify:
+    if effort != "none":
         progress("verifying")
-        verification = measure(made, model, grown, example_inputs, fill, finish)
-    if verification.verdict == "failed":
-        raise failure(made, model, example_inputs, fill, verification)
+        task = Task(made, model, grown, example_inputs, fill, finish, effort, progress)
+        verification = measure(task)
+        if verification.verdict == "failed":
+            raise failure(task, verification)
     if isinstance(fill, NamedInit):
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
@@ -302,6 +307,11 @@ def require_exact(made: Plan) -> None:
             )
     if made.preserves != "exact":
         raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
+    if not predictable(made):
+        raise NotPreservedError(
+            "the output would change, since new channels do not cancel.",
+            way_out="Use another pairing than none, and no noise.",
+        )
 
 
 def require_values(model: nn.Module) -> None:
@@ -346,6 +356,17 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
             notes.append(f"{name} has {kind} entries; they stay where they are")
     return tuple(notes)
+
+
+def effort_of(verify: bool | Effort) -> Effort:
+    """Return how thoroughly to measure, as one of three words.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(verify, bool):
+        return "full" if verify else "none"
+    return _one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def apply_to_state_dict(
     for step in plan.steps:
         # What no state_dict holds (a buffer that is not persistent) is new in the module alone.
         held = {n: e for n, e in step.tensors.items() if (e.source or n) in found}
-        kept, own = replace(step, tensors=held), _own(init, step, plan)
+        kept, own = replace(step, tensors=held), init_of_step(init, step, plan)
         grown = dict(new_tensors(kept, found.__getitem__, own, like))
         like = None if like is None else apply_to_state_dict(step, like, own)
         after: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def apply_to_state_dict(
     return found
 
 
-def _own(init: Init | None, step: Plan, plan: Plan) -> Init | None:
+def init_of_step(init: Init | None, step: Plan, plan: Plan) -> Init | None:
     """Return the init of a step: one that is given is for the last, and for those that name it."""
     meant = init is not None and step.request.drawing.init in (
         plan.request.drawing.init,
@@ -145,15 +145,6 @@ def apply_to_module(
     return _grown_module(plan, model, init, dtypes=True, like=followed)
 
 
-def grow_float64(plan: Plan, model: nn.Module, init: Init | None = None) -> nn.Module:
-    """Return a grown copy of a float64 copy of the network the plan was made for.
-
-    Raises:
-        PlanError: names or shapes differ from the plan's; dtypes are not compared.
-    """
-    return _grown_module(plan, model, init, dtypes=False)
-
-
 def _grown_module(
     plan: Plan,
     model: nn.Module,
@@ -164,7 +155,7 @@ def _grown_module(
 ) -> nn.Module:
     for step in plan.steps:
         _check_makes_module(step)
-        tensors, own = named_tensors(model), _own(init, step, plan)
+        tensors, own = named_tensors(model), init_of_step(init, step, plan)
         check_source(step, tensors, dtypes=dtypes)
         grown = dict(new_tensors(step, tensors.__getitem__, own, like))
         like = None if like is None else apply_to_state_dict(step, like, own)

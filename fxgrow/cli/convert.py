@@ -9,8 +9,9 @@ import typer
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
+from fxgrow.cli.growing import effort_of
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import CommandRun, Outputs, show, tell_plan
+from fxgrow.cli.run import CommandRun, Outputs, move, show, tell_plan
 from fxgrow.cli.terminal import print_table
 from fxgrow.errors import SourceError, UsageError
 
@@ -75,7 +76,9 @@ def convert(
     input_shape: opt.InputShapes = None,
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
+    verify: opt.Verify = "full",
     no_verify: opt.NoVerify = False,
+    device: opt.Device = "cpu",
     dry_run: opt.DryRun = False,
     plan: opt.PlanOutput = None,
     report: opt.ReportOutput = None,
@@ -90,6 +93,7 @@ def convert(
     """
     shapes = parse_shapes(input_shape or ())
     check_report_name(report)
+    effort = effort_of(verify, no_verify=no_verify)
     if (to is None) != list_targets:
         raise UsageError(
             "a conversion needs a target.",
@@ -113,6 +117,8 @@ def convert(
         architecture = target_architecture(to, opened.architecture, parse_arguments(to_arg or ()))
         target = architecture.build("cpu").eval()
         inputs = inputs_of(shapes, opened)
+        for network in (opened.model, target):
+            move(network, device)
         with about(source):
             made = plan_for_target(
                 opened.model, target, inputs, pairing or "vv_z_negz", init, seed,
@@ -123,9 +129,11 @@ def convert(
             return
         with about(source):
             grown = convert_by(
-                made, opened.model, target, inputs, init=init, verify=not no_verify,
-                progress=run.steps,
+                made, opened.model, target, inputs, init=init,
+                verify=effort, progress=run.steps,  # type: ignore[arg-type]
             )  # fmt: skip
+        for network in (opened.model, grown.model):
+            move(network, "cpu")
         opened.become(architecture)
         files.write(run, opened, grown, inputs, force=force)
     show(files, opened, grown)

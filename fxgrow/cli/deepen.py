@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import width_label
 from fxgrow.cli.base import app
-from fxgrow.cli.growing import Settings, grow
+from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
 from fxgrow.errors import UsageError
 
@@ -39,7 +39,9 @@ def deepen(
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
     strict: opt.Strict = False,
+    verify: opt.Verify = "full",
     no_verify: opt.NoVerify = False,
+    device: opt.Device = "cpu",
     dry_run: opt.DryRun = False,
     plan: opt.PlanOutput = None,
     report: opt.ReportOutput = None,
@@ -60,8 +62,8 @@ def deepen(
         )
 
     settings = Settings(
-        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict, no_verify,
-        dry_run, plan, report, force,
+        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
+        effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
     grow(settings, width_label(wanted), make, init)
 

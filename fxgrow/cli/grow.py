@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
-from fxgrow.cli.growing import Settings, grow
+from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
 from fxgrow.plan.presets import settings
 
@@ -49,7 +49,9 @@ def widen(
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
     strict: opt.Strict = False,
+    verify: opt.Verify = "full",
     no_verify: opt.NoVerify = False,
+    device: opt.Device = "cpu",
     dry_run: opt.DryRun = False,
     plan: opt.PlanOutput = None,
     report: opt.ReportOutput = None,
@@ -74,8 +76,8 @@ def widen(
         )  # fmt: skip
 
     common = Settings(
-        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict, no_verify,
-        dry_run, plan, report, force,
+        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
+        effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
     grow(common, width_label(widths), make, init)
 
@@ -91,13 +93,15 @@ def apply(
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
     strict: opt.Strict = False,
+    verify: opt.Verify = "full",
     no_verify: opt.NoVerify = False,
+    device: opt.Device = "cpu",
     report: opt.ReportOutput = None,
     force: opt.Force = False,
 ) -> None:
     """Carry out a plan, on the network it was made for or on other weights of the same shapes."""
     common = Settings(
-        source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict, no_verify,
-        False, None, report, force,
+        source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict,
+        effort_of(verify, no_verify=no_verify), device, False, None, report, force,
     )  # fmt: skip
     grow(common, "", lambda model, inputs, first, steps: cast("Plan", first), init)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
 from fxgrow.cli.outputs import check_outputs, check_report_name
-from fxgrow.cli.run import CommandRun, Outputs, read_plan, show, tell_plan
+from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
 from fxgrow.cli.terminal import Steps
 from fxgrow.errors import UsageError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fxgrow.plan.schema import Plan
 
+EFFORTS = ("full", "quick", "none")
 # From the network, example inputs, the plan before and what shows progress.
 MakePlan: TypeAlias = "Callable[[nn.Module, object, Plan | None, Steps], Plan]"
 
@@ -37,11 +38,25 @@ class Settings:
     trust_pickle: bool
     output: Path | None
     strict: bool
-    no_verify: bool
+    verify: str
+    device: str
     dry_run: bool
     plan: Path | None
     report: Path | None
     force: bool
+
+
+def effort_of(verify: str, *, no_verify: bool) -> str:
+    """Return how thoroughly to measure, by the two options that tell it.
+
+    Raises:
+        UsageError: it is none of the three words, or the two contradict each other.
+    """
+    if verify not in EFFORTS:
+        raise UsageError(f"--verify is {verify!r}.", way_out=f"Known: {', '.join(EFFORTS)}.")
+    if no_verify and verify == "quick":
+        raise UsageError("--no-verify and --verify quick contradict each other.")
+    return "none" if no_verify else verify
 
 
 def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None) -> None:
@@ -79,6 +94,7 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
             source, settings.arch, settings.arch_arg, trust_pickle=settings.trust_pickle
         )
         inputs = inputs_of(shapes, opened)
+        move(opened.model, settings.device)
         with about(source):
             made = make(opened.model, inputs, first, run.steps)
         if settings.dry_run:
@@ -87,7 +103,9 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         with about(source):
             grown = carry_out(
                 made, opened.model, inputs, init=init, strict=settings.strict,
-                verify=not settings.no_verify, progress=run.steps,
+                verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
             )  # fmt: skip
+        for network in (opened.model, grown.model):
+            move(network, "cpu")
         files.write(run, opened, grown, inputs, force=settings.force)
     show(files, opened, grown)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import kernel_label, parse_widths
 from fxgrow.cli.base import app
-from fxgrow.cli.growing import Settings, grow
+from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def morph_kernel(
     trust_pickle: opt.TrustPickle = False,
     output: opt.Output = None,
     strict: opt.Strict = False,
+    verify: opt.Verify = "full",
     no_verify: opt.NoVerify = False,
+    device: opt.Device = "cpu",
     dry_run: opt.DryRun = False,
     plan: opt.PlanOutput = None,
     report: opt.ReportOutput = None,
@@ -59,7 +61,7 @@ def morph_kernel(
         )  # fmt: skip
 
     settings = Settings(
-        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict, no_verify,
-        dry_run, plan, report, force,
+        source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
+        effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
     grow(settings, kernel_label(sizes), make)

@@ -268,12 +268,30 @@ Strict = Annotated[
     bool,
     output("--strict", help="Refuse, with exit code 4, whatever does not preserve the function."),
 ]
+Verify = Annotated[
+    str,
+    output(
+        "--verify",
+        metavar="full|quick|none",
+        help="How thoroughly the result is measured before it is written. full: several inputs and "
+        "sizes, eval and train mode, the given weights and drawn ones, gradients. quick: one small "
+        "input in eval mode.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     output(
         "--no-verify",
-        help="Write the result without measuring what it computes. What was written is read again "
-        "all the same.",
+        help="The same as --verify none: write without measuring; the file is read again still.",
+    ),
+]
+Device = Annotated[
+    str,
+    output(
+        "--device",
+        metavar="DEVICE",
+        help="Where the result is made and measured: cpu, cuda, cuda:1, mps. "
+        "What is written is the same.",
     ),
 ]
 DryRun = Annotated[

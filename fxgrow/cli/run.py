@@ -13,9 +13,11 @@ import typer
 
 from fxgrow.cli.outputs import report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, discard_output, print_table, print_warning
-from fxgrow.errors import SourceError, UsageError
+from fxgrow.errors import SourceError, UsageError, one_line
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fxgrow.api.widen import Grown
     from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
@@ -121,6 +123,25 @@ def tell_plan(run: CommandRun, made: Plan, out: Path | None, *, strict: bool, fo
         write_text(out, made.to_json(), force=force)
     print_table(plan_table(made))
     typer.echo(f"\nwrote {out} (the plan)" if out is not None else "\nnothing was written")
+
+
+def move(model: nn.Module, device: str) -> None:
+    """Move a network that was read from a file to a device, in place.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    try:
+        if torch.device(device).type != "cpu" or any(p.is_cuda for p in model.parameters()):
+            model.to(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"the device {device!r} cannot be used: {one_line(str(error))}.",
+            name=device,
+            way_out="Leave out --device, or name one that torch finds here.",
+        ) from error
 
 
 def read_plan(path: Path) -> Plan:

@@ -104,24 +104,6 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
     return copies
 
 
-def float64_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a float64 copy of a module and the names of tensors with NaN or infinite entries.
-
-    Such entries are zero in the copy: the algebra can be checked without them.
-    """
-    doubles: dict[str, Tensor] = {}
-    broken: list[str] = []
-    for name, tensor in named_tensors(model).items():
-        if not tensor.is_floating_point():
-            continue
-        double = tensor.detach().to(torch.float64, copy=True)
-        if not bool(torch.isfinite(double).all()):
-            broken.append(name)
-            double = torch.nan_to_num(double, nan=0.0, posinf=0.0, neginf=0.0)
-        doubles[name] = double
-    return stand_in(model, doubles), tuple(broken)
-
-
 @contextlib.contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
     """Restore, at the end, the training flag of each submodule of its own."""

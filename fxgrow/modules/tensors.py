@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from fxgrow.errors import PlanError
+
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by fully qualified name, tied ones under each name."""
@@ -76,3 +78,17 @@ def layer_of(tensor: str) -> str:
     """
     owner, _, parametrized = tensor.partition(".parametrizations.")
     return owner if parametrized else tensor.rpartition(".")[0] or tensor
+
+
+def variance(tensor: Tensor) -> float:
+    """Return the unbiased variance of a weight, computed in float64; 0 for one element.
+
+    Raises:
+        PlanError: the weight is on the meta device.
+    """
+    if tensor.is_meta:
+        raise PlanError(
+            "this rescaling asks for the variance of weights that have no values (device meta).",
+            way_out="Load weights into the model first, or use default_vt.",
+        )
+    return float(tensor.detach().double().var()) if tensor.numel() > 1 else 0.0

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line
+from fxgrow.modules.standin import first_line, stand_in
 
 Mode = Literal["eval", "train"]
 FAULTS = (RuntimeError, ValueError, TypeError)  # what a user's forward or backward raises
@@ -62,6 +62,11 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
+
+
+def lent_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with buffers of its own and the parameters of the original."""
+    return stand_in(model, {}, shared={id(p): p for p in model.parameters()})
 
 
 def in_double(arguments: Arguments) -> Arguments:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxgrow.apply.tensors import regroup
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line
+from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.verification.forward import FAULTS, in_double, set_mode, shown
+from fxgrow.verification.forward import FAULTS, set_mode, shown
 
 
 @dataclass(frozen=True)
@@ -40,62 +41,123 @@ def check_gradients(
     """Return which tensors' new entries receive no gradient within two steps of descent.
 
     Args:
-        model: the grown network in float64; its parameters are moved.
+        model: the grown network as it is; only read.
         edits: grown tensors by name; none, no check.
         batch: what it is called with.
     """
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name in edits and _has_new(edits[name]) and parameter.requires_grad
-    }
+    # Where nothing begins as zero one step mostly tells all, and no parameter needs to move for it.
+    if not any(map(_has_zeros, edits.values())):
+        found = _descended(model, edits, batch, steps=1)
+        if not found.missing:
+            return found
+    return _descended(model, edits, batch, steps=2)
+
+
+def _descended(
+    model: nn.Module, edits: Mapping[str, TensorEdit], batch: Arguments, steps: int
+) -> Gradients:
+    """Return what some steps of descent find."""
+    copied = _copy(model)
+    parameters = {}
+    for name, parameter in copied.named_parameters():
+        if name in edits and _has_new(edits[name]) and parameter.requires_grad:
+            parameters[name] = parameter
+        else:
+            parameter.requires_grad_(False)
     waiting = dict(parameters)
-    set_mode(model, "train")
-    try:
-        for _ in range(2):
-            if not waiting or not _backward(model, in_double(batch)):
-                break
-            for name in list(waiting):
-                gradient = parameters[name].grad
-                if gradient is not None and _touches_new(gradient, edits[name]):
+
+    def listener(name: str) -> Callable[[Tensor], None]:
+        def listen(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None  # all at once would be a third network
+            if gradient is not None:
+                if name in waiting and _touches_new(gradient, edits[name]):
                     del waiting[name]
-            for parameter in parameters.values():
-                _descend(parameter)
+                if steps > 1:
+                    _descend(parameter, gradient)
+
+        return listen
+
+    for name, parameter in parameters.items():
+        parameter.register_post_accumulate_grad_hook(listener(name))  # type: ignore[no-untyped-call]
+    set_mode(copied, "train")
+    unchecked: list[str] = []
+    try:
+        for _ in range(steps):
+            unchecked = [*waiting]
+            if not waiting or not _backward(copied, _typed(batch, model)):
+                break
     except (*FAULTS, UserWarning) as error:
         reason = first_line(error).partition(". ")[0]
-        note = f"gradients of {shown([*waiting])} were not checked: {reason}"
+        note = f"gradients of {shown(unchecked)} were not checked: {reason}"
         return Gradients(notes=(note,))
-    finally:
-        model.zero_grad(set_to_none=True)
     return Gradients(tuple(waiting))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy for descent, in float32 at least.
+
+    Its parameters are those of the original until they are moved to a place of their own.
+    """
+    shared: dict[int, object] = {
+        id(p): nn.Parameter(_wide(p.detach()), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    buffers = {id(b): _wide(b.detach().clone()) for b in model.buffers()}
+    return stand_in(model, {}, shared={**shared, **buffers})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in a dtype in which small gradients do not vanish."""
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.float() if narrow else tensor
+
+
+def _typed(batch: Arguments, model: nn.Module) -> Arguments:
+    """Return inputs in the dtype of the copy of a network."""
+    if all(_wide(p) is p for p in model.parameters()):
+        return batch
+    widened: Arguments = pytree.tree_map_only(Tensor, _wide, batch)
+    return widened
 
 
 def _backward(model: nn.Module, arguments: Arguments) -> bool:
     """Give parameters the gradients of a loss of all outputs; return whether it has any."""
     model.zero_grad(set_to_none=True)
-    with warnings.catch_warnings(), torch.enable_grad(), Expectation(exact=True):
+    with warnings.catch_warnings(), torch.enable_grad(), Expectation():
         # Without it, the gradients of an operation of an older library would silently be none.
         warnings.filterwarnings("error", ".*autograd kernel was not registered")
         outputs = [t for t in tensors_in(call(model, arguments)) if t.is_floating_point()]
-        scaled = [t / t.detach().abs().max().clamp(min=1e-30) for t in outputs]
-        loss = torch.stack([t.square().mean() for t in scaled]).sum()
+        loss = torch.stack([_loss(t) for t in outputs if t.numel()]).sum()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
     return loss.requires_grad
 
 
+def _loss(output: Tensor) -> Tensor:
+    """Return a loss whose gradient vanishes neither at zero nor where the sum is constant."""
+    scaled = output / (output.detach().abs().max() or 1.0)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(output.shape, generator=generator).to(output)
+    return (scaled * weights).mean() + scaled.square().mean()
+
+
 @torch.no_grad()
-def _descend(parameter: nn.Parameter) -> None:
+def _descend(parameter: Tensor, gradient: Tensor) -> None:
     """Take a step against the gradient of a hundredth of the parameter's norm."""
-    size = 0.0 if parameter.grad is None else float(parameter.grad.norm())
-    if parameter.grad is not None and size > 0 and math.isfinite(size):
+    size = float(gradient.norm())
+    if size > 0 and math.isfinite(size):
         step = 1e-2 * (float(parameter.norm()) or 1.0) / size
-        parameter.sub_(step * parameter.grad)
+        parameter.data = parameter.data - step * gradient
 
 
 def _has_new(edit: TensorEdit) -> bool:
     """Return whether some entries of a tensor are new; those with a source are altogether."""
     return bool(edit.axes or edit.source or edit.groups[0] != edit.groups[1])
+
+
+def _has_zeros(edit: TensorEdit) -> bool:
+    """Return whether some entries of a tensor begin as zeros."""
+    return bool(edit.fill) or any(run.kind == "zero" for axis in edit.axes for run in axis.runs)
 
 
 def _touches_new(gradient: Tensor, edit: TensorEdit) -> bool:

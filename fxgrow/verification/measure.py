@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.apply.graph import insert_multipliers
-from fxgrow.apply.module import apply_to_module, grow_float64
-from fxgrow.channels.analysis import analyse
+from fxgrow.apply.module import apply_to_module
 from fxgrow.channels.scope import check_module, follow
-from fxgrow.errors import FxgrowError, PlanError, VerificationError
-from fxgrow.grow.kernels.planner import only_kernels
-from fxgrow.grow.widen.submodules import plan_parts
-from fxgrow.labels.trace import trace
+from fxgrow.errors import FxgrowError, VerificationError
+from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.inputs import arranged, batches_for
-from fxgrow.modules.standin import float64_copy
+from fxgrow.modules.inputs import batches_for, possible_inputs, runs_through
+from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
@@ -26,72 +24,215 @@ from fxgrow.plan.pairing import cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import BlockPlan, Scope
-from fxgrow.verification.forward import Mode
-from fxgrow.verification.judge import (
-    Case,
-    Judgement,
-    ModeResult,
-    Verification,
-    agree,
-    judge,
-    notes_on,
-)
+from fxgrow.verification import weights
+from fxgrow.verification.findings import Effort, Judgement, ModeResult, Verification
+from fxgrow.verification.forward import Mode, lent_copy, shown
+from fxgrow.verification.judge import agree, judge
+from fxgrow.verification.layout import check_layout
+from fxgrow.verification.rounding import MOST, told_rounding
+from fxgrow.verification.runs import Case, Network
+from fxgrow.verification.sizes import judged_inputs
 
-_WORST_FIRST: tuple[Judgement, ...] = ("failed", "as predicted", "skipped", "preserved")
+_WORST_FIRST: tuple[Judgement, ...] = (
+    "failed", "changed", "as predicted", "skipped", "preserved",
+)  # fmt: skip
 
 
-def measure(
-    made: Plan,
-    model: nn.Module,
-    grown: nn.Module,
-    example_inputs: object,
-    init: Init,
-    finish: Callable[[nn.Module], None] | None = None,
-) -> Verification:
-    """Return the judgement of a grown network.
+@dataclass(frozen=True)
+class Task:
+    """What is to be measured, and how.
 
-    Args:
-        made: the plan it was grown by.
-        model: the network before.
+    Attributes:
+        plan: what the network was grown by.
+        model: the network before; never changed.
         grown: the network after.
         example_inputs: inputs to measure on; None takes those of the plan.
-        init: what filled the new weights.
+        init: what filled the new weights; None takes what the plan names.
         finish: what was done to the grown network besides, in place.
+        effort: how thoroughly.
+        progress: told of the step, with what is done of it.
     """
-    exact, broken = float64_copy(model)
-    exact_grown = grow_float64(made, exact, init)
-    if finish is not None:
-        finish(exact_grown)
-    reference: nn.Module = exact
+
+    plan: Plan
+    model: nn.Module
+    grown: nn.Module
+    example_inputs: object = None
+    init: Init | None = None
+    finish: Callable[[nn.Module], object] | None = None
+    effort: Effort = "full"
+    progress: Callable[[str], object] = field(default=lambda step: None)
+
+
+def measure(task: Task) -> Verification:
+    """Return the judgement of a grown network.
+
+    Raises:
+        VerificationError: a network does not run, or a tensor is not as the plan lays it out.
+    """
+    made = task.plan
+    check_layout(made, named_tensors(task.model), named_tensors(task.grown), free=_finished(task))
     if made.after and (made.prediction or made.norms):
         # The prediction is of the last step. Those before it keep the function: that is judged here
         first = replace(made.after[-1], after=made.after[:-1])
-        judged = measure(first, model, apply_to_module(first, model), example_inputs, init)
+        between = apply_to_module(first, task.model)
+        judged = measure(replace(task, plan=first, grown=between, finish=None))
         if judged.verdict != "preserved":
             return judged
-        reference = grow_float64(first, exact)
-    if made.prediction:
-        start = float64_copy(model)[0] if reference is exact else reference
-        reference = insert_multipliers(start, made.prediction, both_modes=False)
-    asked = made.request
-    predictable = not isinstance(asked, Widen) or (not asked.noise and cancels(asked.pairing))
-    notes = notes_on(broken)
-    if not predictable:
-        notes += ("new channels do not cancel: the change was measured, not predicted",)
-    case = Case(
-        model, grown, exact, exact_grown, reference, made.norms, predictable,
-        _last_edits(made, grown), notes, judged_modes(made),
-    )  # fmt: skip
+    case = _case(task)
     # What a large kernel reads depends on the input's size, and so may whether it runs at all
     whole = any(step.kernels for step in made.steps)
-    found = []
-    for scope in made.scopes:
-        part = _within(case, scope.module)
-        runs = part.after if whole else part.before
-        inferred = scope.inputs_inferred
-        batches = batches_for(runs, scope.inputs, inferred, example_inputs, whole=whole)
-        found.append(judge(part, batches))
-    return told(made, _combined(found, [scope.module for scope in made.scopes]))
+    found, parts = [], _parts(task)
+    for index, scope in enumerate(parts):
+        case = replace(case, part=scope.module)
+        runs = (case.after if whole else case.before).module.get_submodule(scope.module)
+        given = task.example_inputs if scope in made.scopes else None
+        batches = batches_for(runs, scope.inputs, scope.inputs_inferred, given, whole=whole)
+        if given is None:
+            batches = _unprompted(runs, scope, batches)
+        old, new = (n.module.get_submodule(scope.module) for n in (case.before, case.after))
+        inputs, notes = judged_inputs(old, new, batches, task.effort, draw=True)
+        told_of = _Countdown(task.progress, index, len(parts))
+        judged = judge(replace(case, notes=case.notes + notes), inputs, told_of)
+        if (ratio := _ratio(judged)) > MOST:
+            note = told_rounding(made, case, inputs.given[0][0], ratio)
+            judged = replace(judged, notes=(*judged.notes, note))
+        found.append(judged)
+    combined = _combined(found, [scope.module for scope in parts])
+    return told(made, _outside(made, parts, combined))
+
+
+def _finished(task: Task) -> set[str]:
+    """Return the names of tensors that were given the statistics of data after the surgery."""
+    if task.finish is None:
+        return set()
+    norms = (name for name, m in task.grown.named_modules() if isinstance(m, _BatchNorm))
+    kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {f"{norm}.{kind}" for norm in norms for kind in kinds}
+
+
+def _unprompted(model: nn.Module, scope: Scope, batches: list[Arguments]) -> list[Arguments]:
+    """Return batches of which not all have the sizes that a plan tells: it may be anybody's."""
+    standin = stand_in(model)
+    for arguments in possible_inputs(standin, lambda: None):
+        if runs_through(standin, arguments):
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
+            if shapes != scope.inputs:
+                return [batches[0], batches_for(model, shapes, True)[0]]
+            break
+    return batches
+
+
+def _ratio(found: Verification) -> float:
+    """Return how many times the old network's rounding the grown one's is, at most."""
+    results = (found.eval, found.train)
+    return max((r.ratio for r in results if r is not None and r.ratio is not None), default=0.0)
+
+
+def _case(task: Task) -> Case:
+    """Return the networks of a task, to be judged as wholes."""
+    made, model = task.plan, task.model
+    tensors, written = named_tensors(model), named_tensors(task.grown)
+    own = weights.own(model)
+    drawn = (weights.drawn(model), weights.drawn(model, constant_only=True))
+    before = Network(model, own, drawn)
+    after = Network(
+        task.grown,
+        weights.grown(made, own, tensors, task.init, written, lift=True),
+        tuple(weights.grown(made, w, tensors, task.init, written, lift=False) for w in drawn),
+        task.finish,
+    )
+    foretold = predictable(made)
+    notes = _notes_on(weights.not_finite(model))
+    if not foretold:
+        notes += ("new channels do not cancel: the change was measured, not predicted",)
+    return Case(
+        before, after, _reference(task, before), norms=made.norms, predictable=foretold,
+        edits=_last_edits(made, task.grown), notes=notes, judged=judged_modes(made),
+        effort=task.effort,
+    )  # fmt: skip
+
+
+def _notes_on(broken: Sequence[str]) -> tuple[str, ...]:
+    """Return what to say of tensors with entries that are not finite."""
+    if not broken:
+        return ()
+    return (f"{shown(broken)}: NaN or infinite entries were taken as 0 in the float64 check",)
+
+
+def predictable(made: Plan) -> bool:
+    """Return whether a plan says what becomes of the function."""
+    return all(
+        not isinstance(step.request, Widen)
+        or (not step.request.noise and cancels(step.request.pairing))
+        for step in made.steps
+    )
+
+
+def _reference(task: Task, before: Network) -> Network | None:
+    """Return what the grown network must equal, where that is not the old one."""
+    made = task.plan
+    if not made.prediction and not (made.after and made.norms):
+        return None
+    network = replace(before, module=lent_copy(task.model))
+    if made.after:
+        first = replace(made.after[-1], after=made.after[:-1])
+        between = apply_to_module(first, task.model)
+        names, written = named_tensors(task.model), named_tensors(between)
+        given, *drawn = (
+            weights.grown(first, w, names, None, written, lift=False)
+            for w in (before.given, *before.drawn)
+        )
+        network = Network(between, given, tuple(drawn))
+    if not made.prediction:
+        return network
+    known = named_tensors(network.module)
+    module = insert_multipliers(network.module, made.prediction, both_modes=False)
+    given, *drawn = (weights.besides(w, known, module) for w in (network.given, *network.drawn))
+    return Network(module, given, tuple(drawn))
+
+
+def _parts(task: Task) -> list[Scope]:
+    """Return what is compared: what was followed, and the whole wherever it runs."""
+    made = task.plan
+    parts = list(made.scopes)
+    if all(scope.module for scope in parts):
+        standin = stand_in(task.model)
+        for arguments in possible_inputs(standin, lambda: None):
+            if runs_through(standin, arguments):
+                shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
+                return [*parts, Scope("", shapes, True, parts[0].tracer)]
+    return parts
+
+
+def _outside(made: Plan, parts: Sequence[Scope], found: Verification) -> Verification:
+    """Return a judgement that fails where the plan changes what was not compared."""
+    inside = [f"{scope.module}." if scope.module else "" for scope in parts]
+    changed = [
+        name
+        for step in made.steps
+        for name in step.tensors
+        if not any(name.startswith(prefix) for prefix in inside)
+    ]
+    if not changed:
+        return found
+    note = f"{shown(changed)} changed, outside of what was compared"
+    return replace(found, verdict="failed", notes=(*found.notes, note))
+
+
+class _Countdown:
+    """Tells how much of a judgement is done, and how long the rest will take."""
+
+    def __init__(self, progress: Callable[[str], object], part: int, parts: int) -> None:
+        self._progress, self._part, self._parts = progress, part, parts
+        self._since = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        """Tell the fraction that is done of this part."""
+        spent = time.monotonic() - self._since
+        left = spent * (1 - done) / done * (self._parts - self._part)
+        whole = (self._part + done) / self._parts
+        text = f"verifying, {whole:.0%}"
+        self._progress(f"{text}, about {left:.0f} s left" if done < 1 else text)
 
 
 def _last_edits(made: Plan, grown: nn.Module) -> dict[str, TensorEdit]:
@@ -103,24 +244,6 @@ def _last_edits(made: Plan, grown: nn.Module) -> dict[str, TensorEdit]:
         for name, edit in step.tensors.items()
         if edit.new_shape == shapes.get(name)
     }
-
-
-def _within(case: Case, module: str) -> Case:
-    """Return a case for one submodule of its networks, with names as they are there."""
-    return replace(
-        case,
-        before=case.before.get_submodule(module),
-        after=case.after.get_submodule(module),
-        exact_before=case.exact_before.get_submodule(module),
-        exact_after=case.exact_after.get_submodule(module),
-        reference=case.reference.get_submodule(module),
-        norms=tuple(
-            replace(norm, module=_inside(norm.module, module))
-            for norm in case.norms
-            if _is_inside(norm.module, module)
-        ),
-        edits={_inside(n, module): edit for n, edit in case.edits.items() if _is_inside(n, module)},
-    )
 
 
 def judged_modes(made: Plan) -> tuple[Mode, ...]:
@@ -144,31 +267,20 @@ def told(made: Plan, found: Verification) -> Verification:
     return replace(found, notes=(*found.notes, note))
 
 
-def _is_inside(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def _inside(name: str, module: str) -> str:
-    """Return a name in the whole as it is called in a submodule."""
-    return name.removeprefix(f"{module}.") if module else name
-
-
 def _combined(found: Sequence[Verification], modules: Sequence[str]) -> Verification:
     """Return the judgements of the parts of a network as one: the worst verdict and figures."""
     notes = [note for verification in found for note in verification.notes]
-    if any(modules):
+    if all(modules):
         names = ", ".join(modules)
         notes.append(f"what was compared is what comes out of {names}, not of the whole network")
     return Verification(
         verdict=min((v.verdict for v in found), key=_WORST_FIRST.index),
         eval=_worst([v.eval for v in found]),
         train=_worst([v.train for v in found]),
+        drawn=_worst([v.drawn for v in found if v.drawn is not None]),
+        effort=found[0].effort,
         inputs=tuple(text for v in found for text in v.inputs),
-        without_gradient=tuple(
-            f"{module}.{name}" if module else name
-            for v, module in zip(found, modules, strict=True)
-            for name in v.without_gradient
-        ),
+        without_gradient=tuple(dict.fromkeys(n for v in found for n in v.without_gradient)),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -178,76 +290,6 @@ def _worst(results: Sequence[ModeResult | None]) -> ModeResult | None:
     for result in results:
         worst = result if worst is None or result is None else worst.worst(result)
     return worst
-
-
-def failure(
-    made: Plan, model: nn.Module, example_inputs: object, init: Init, found: Verification
-) -> VerificationError:
-    """Return the error for a failed verification, naming the first group that breaks."""
-    if made.after:
-        first = replace(made.after[-1], after=made.after[:-1])
-        between = apply_to_module(first, model)
-        judged = measure(first, model, between, example_inputs, init)
-        if judged.verdict == "failed":
-            return failure(first, model, example_inputs, init, judged)
-        return failure(replace(made, after=()), between, example_inputs, init, found)
-    names = [change.name for change in made.groups or made.kernels]
-    low, high = 0, len(names)  # the first `low` are good together, the first `high` are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            part = _narrowed(made, model, example_inputs, names[:middle])
-            grown = apply_to_module(part, model, init)
-            bad = measure(part, model, grown, example_inputs, init).verdict == "failed"
-        except PlanError:
-            break
-        low, high = (low, middle) if bad else (middle, high)
-    guilty = names[high - 1] if names else made.changes[0].name
-    residual = max(r.residual.max_rel for r in (found.eval, found.train) if r is not None)
-    native = max(r.native.max_rel for r in (found.eval, found.train) if r is not None)
-    return VerificationError(
-        f"the grown network does not compute what was predicted: it is off by {residual:.3g} in "
-        f"float64, and as saved it differs from the old one by {native:.3g} (relative to the "
-        f"largest output). The first part that breaks is {guilty}.",
-        name=guilty,
-        way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
-    )
-
-
-def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Sequence[str]) -> Plan:
-    """Return the same plan for some of its groups or kernels."""
-    if not isinstance(made.request, Widen):
-        return only_kernels(made, names)
-    widths = {group.name: str(group.width[1]) for group in made.groups if group.name in names}
-    request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
-    tensors = named_tensors(model)
-    analyses = [
-        analyse(trace(model, _inputs(model, scope, example_inputs), scope.module))
-        for scope in made.scopes
-    ]
-    return plan_parts(analyses, request, lambda name: variance(tensors[name]))
-
-
-def _inputs(model: nn.Module, scope: Scope, example_inputs: object) -> object:
-    """Return the inputs that a part was followed on; None if they were inferred."""
-    if example_inputs is not None or scope.inputs_inferred:
-        return example_inputs
-    part = model.get_submodule(scope.module)
-    return arranged(part, [torch.empty(shape, device="meta") for shape in scope.inputs])
-
-
-def variance(tensor: Tensor) -> float:
-    """Return the unbiased variance of a weight, computed in float64; 0 for one element.
-
-    Raises:
-        PlanError: the weight is on the meta device.
-    """
-    if tensor.is_meta:
-        raise PlanError(
-            "this rescaling asks for the variance of weights that have no values (device meta).",
-            way_out="Load weights into the model first, or use default_vt.",
-        )
-    return float(tensor.detach().double().var()) if tensor.numel() > 1 else 0.0
 
 
 @exclusive
@@ -279,20 +321,17 @@ def verify(
         if module:
             check_module(before, module)
         parts = [(module, (), False)]
-    exact_before, broken = float64_copy(before)
-    exact_after, _ = float64_copy(after)
-    found = []
+    networks = Network(before, weights.own(before)), Network(after, weights.own(after))
+    broken, found = weights.not_finite(before), []
     try:
         for name, shapes, inferred in parts:
-            old, new, exact_old, exact_new = (
-                network.get_submodule(name)
-                for network in (before, after, exact_before, exact_after)
-            )
-            case = Case(old, new, exact_old, exact_new, exact_old, notes=notes_on(broken))
+            old, new = (network.get_submodule(name) for network in (before, after))
             batches = batches_for(old, shapes, inferred, example_inputs)
-            judged = judge(case, batches)
+            inputs, notes = judged_inputs(old, new, batches, "full", draw=False)
+            case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes))
+            judged = judge(case, inputs)
             results = [r for r in (judged.eval, judged.train) if r is not None]
-            same = all(agree(result, case) for result in results)
+            same = all(agree(result, after) for result in results)
             found.append(replace(judged, verdict="preserved" if same else "failed"))
     except FxgrowError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from networks import max_rel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxgrow.apply.module import grow_float64
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.inputs import batches_for
+from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.schema import Plan
+from fxgrow.verification import weights
+from fxgrow.verification.exact import Exact
 
 _IMAGE = 96  # side of the image that detectors are compared on
 _KEYPOINTS = 17
@@ -132,7 +135,7 @@ def compared(
         _accept_small_images(model)
         inputs[""] = [_images_and_targets()]
     settle(model, inputs[""][0])
-    grown = grow_float64(plan, model)
+    grown = _grown_in_double(plan, model)
     told, evaluated, trained = [], 0.0, 0.0
     for name, batches in inputs.items():
         before, after = model.get_submodule(name), grown.get_submodule(name)
@@ -142,6 +145,14 @@ def compared(
             evaluated = max(evaluated, _difference(before, after, arguments, training=False))
             trained = max(trained, _difference(before, after, arguments, training=True))
     return Comparison(", ".join(told), evaluated, trained)
+
+
+def _grown_in_double(plan: Plan, model: nn.Module) -> nn.Module:
+    """Return what a plan makes of a network of another dtype than it was made for, in float64."""
+    single = plan.apply(copy.deepcopy(model).float())
+    names, written = named_tensors(model), named_tensors(single)
+    made = weights.grown(plan, weights.own(model), names, None, written, lift=False)
+    return Exact(single, made).module
 
 
 def _smaller(tensor: Tensor) -> Tensor:

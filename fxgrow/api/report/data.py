@@ -12,7 +12,7 @@ from fxgrow.channels.explain import Explanation, explain
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
-from fxgrow.verification.judge import Verification
+from fxgrow.verification.findings import Verification
 from fxgrow.version import __version__
 
 REPORT_SCHEMA = 1

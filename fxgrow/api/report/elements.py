@@ -12,7 +12,7 @@ from rich.text import Text
 
 _STYLES = {
     "exact": "green", "preserved": "green",
-    "scaled": "yellow", "as predicted": "yellow", "skipped": "yellow",
+    "scaled": "yellow", "as predicted": "yellow", "changed": "yellow", "skipped": "yellow",
     "no": "red", "failed": "red",
 }  # fmt: skip
 

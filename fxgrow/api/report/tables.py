@@ -28,7 +28,7 @@ from fxgrow.api.report.elements import indented, new_table, reasons, some, verdi
 from fxgrow.plan.requests import Convert, Deepen, MorphKernel
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
-from fxgrow.verification.judge import TOLERANCE, Verification
+from fxgrow.verification.findings import Verification
 
 if TYPE_CHECKING:
     from fxgrow.grow.convert.planner import Possible
@@ -91,28 +91,37 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
 def verification_table(found: Verification) -> RenderableType:
     """Return a verdict and the measurements it rests on."""
     headline = Text("verification: ").append(verdict_text(found.verdict))
-    if found.eval is None or found.train is None:
+    if found.eval is None:
         return headline
     headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
-    both = (found.eval, found.train)
-    off = any(result.residual.max_rel > TOLERANCE for result in both)
-    unforetold = found.verdict == "as predicted" and off
-    changes = any(result.predicted.max_rel for result in both) and not unforetold
+    if found.effort == "quick":
+        headline.append(" (quick: eval mode and the given weights alone)")
+    rows = {"eval mode": found.eval, "train mode": found.train, "drawn weights": found.drawn}
+    measured = {name: result for name, result in rows.items() if result is not None}
+    foretold = found.verdict != "changed"
+    changes = foretold and any(result.predicted.max_rel for result in measured.values())
+    rounds = any(result.rounding.max_rel for result in measured.values())
     columns = ["float64", "relative", "as saved", "relative "]
+    columns += ["rounding before", "after", "ratio"] if rounds else []
     columns += ["predicted", "off prediction"] if changes else []
     table = new_table("change in", *columns, right=columns)
-    for name, result in zip(("eval mode", "train mode"), both, strict=True):
+    for name, result in measured.items():
         wide, saved = result.float64, result.native
-        figures = [wide.max_abs, wide.max_rel, saved.max_abs, saved.max_rel]
-        figures += [result.predicted.max_rel, result.residual.max_rel] if changes else []
-        table.add_row(name, *(f"{figure:.2g}" for figure in figures))
-    told = "The plan says that the function changes, and cannot say by how much."
-    remarks = [Text(told)] if unforetold else []
-    return Group(headline, table, *remarks, *_remarks(found, changes))
+        figures: list[float | None] = [wide.max_abs, wide.max_rel, saved.max_abs, saved.max_rel]
+        if rounds:
+            figures += [result.rounding.max_rel, result.grown_rounding.max_rel, result.ratio]
+        if name == "drawn weights":  # in float64 alone
+            figures[2:] = [None] * len(figures[2:])
+        if changes:
+            figures += [result.predicted.max_rel, result.residual.max_rel]
+        table.add_row(name, *("–" if figure is None else f"{figure:.2g}" for figure in figures))
+    return Group(headline, table, *_remarks(found, changes))
 
 
 def _remarks(found: Verification, changes: bool) -> Iterator[Text]:
     """Yield what there is to say of measurements, where there are any."""
+    if found.verdict == "changed":
+        yield Text("The plan says that the function changes, and cannot say by how much.")
     if found.verdict == "preserved" and changes:
         yield Text(
             "In train mode the eps of a norm weighs differently against rescaled batch "

@@ -1,0 +1,147 @@
+"""Networks in float64 whose parameters are made when the forward asks for them, and dropped after.
+
+A float64 network is twice the size of the one that is judged, and there are two of them. Here a
+module tree holds none of its weights: each access to a parameter makes it, whoever reads it (a
+module its own, a module one below it, a function that is given it), so that a run needs the memory
+of a few at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.standin import stand_in
+from fxgrow.modules.tensors import aliases_of, named_tensors
+
+# Returns a tensor of a network by name: floating-point ones in float64, others as they are.
+Weights: TypeAlias = Callable[[str], Tensor]
+
+_SMALL = 1 << 20  # bytes; what is smaller is kept
+
+
+class Exact:
+    """A float64 copy of a network.
+
+    Attributes:
+        module: the copy. Its parameters are constants without gradients, made when they are asked
+            for; what it changes in its buffers is undone by :meth:`reset`.
+        used: the names of parameters that were asked for so far.
+    """
+
+    def __init__(self, module: nn.Module, weights: Weights) -> None:
+        """Copy a network.
+
+        Args:
+            module: what the copy is of; only read.
+            weights: of the copy, by the names in ``module``.
+        """
+        self.used: set[str] = set()
+        self._weights = weights
+        self._kept: dict[str, Tensor] = {}
+        self._last: tuple[str, Tensor] | None = None  # for modules that look at a weight first
+        tensors = named_tensors(module)
+        self._first = {name: name for name in tensors} | aliases_of(tensors)
+        eager = _held_elsewhere(module, tensors)
+        self.used |= eager
+        self.module = stand_in(
+            module,
+            {
+                name: (
+                    weights(name)
+                    if name in eager or not isinstance(tensor, nn.Parameter)
+                    else torch.empty(0, device="meta").expand(0)
+                )
+                for name, tensor in tensors.items()
+                if name == self._first[name]
+            },
+        )
+        for prefix, inner in self.module.named_modules(remove_duplicate=False):
+            self._lend(inner, prefix, eager)
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        self._held = [(inner, dict(inner._buffers)) for inner in self.module.modules()]
+
+    def reset(self) -> None:
+        """Give buffers the values that they had at first."""
+        for inner, buffers in self._held:
+            if inner._buffers != buffers:
+                inner._buffers.clear()
+                inner._buffers.update(buffers)
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+    def settle(self) -> None:
+        """Keep the values that buffers have now for those at first."""
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter by its first name."""
+        self.used.add(name)
+        if name in self._kept:
+            return self._kept[name]
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        self._last = None  # before the next one is made
+        found = nn.Parameter(self._weights(name), requires_grad=False)
+        if found.nbytes <= _SMALL:
+            self._kept[name] = found
+        else:
+            self._last = name, found
+        return found
+
+    def _lend(self, inner: nn.Module, prefix: str, eager: set[str]) -> None:
+        """Have a module ask for its parameters here."""
+        names = {
+            local: self._first[f"{prefix}.{local}" if prefix else local]
+            for local, held in inner._parameters.items()
+            if held is not None
+        }
+        if names and not eager.intersection(names.values()):
+            inner._parameters = cast(
+                "dict[str, nn.Parameter | None]", _Lent(inner._parameters, names, self)
+            )
+
+
+class _Lent(dict[str, Tensor | None]):
+    """The parameters of a module, each made when it is asked for, unless it was set since."""
+
+    def __init__(
+        self, held: Mapping[str, Tensor | None], names: Mapping[str, str], exact: Exact
+    ) -> None:
+        super().__init__(held)
+        self._names = dict(names)
+        self._exact = exact
+
+    def __getitem__(self, local: str) -> Tensor | None:
+        name = self._names.get(local)
+        return super().__getitem__(local) if name is None else self._exact.parameter(name)
+
+    def __setitem__(self, local: str, value: Tensor | None) -> None:
+        name = self._names.get(local)
+        if name is None or self._exact._kept.get(name) is not value:
+            self._names.pop(local, None)
+            super().__setitem__(local, value)
+
+    def get(self, local: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
+        return self[local] if local in self else default  # noqa: SIM401 (that would be this)
+
+    def items(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
+        return ((local, self[local]) for local in self)
+
+    def values(self) -> Iterator[Tensor | None]:  # type: ignore[override]
+        return (self[local] for local in self)
+
+
+def _held_elsewhere(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of parameters that modules keep in attributes besides (recurrent layers)."""
+    names = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    found = set()
+    for inner in module.modules():
+        for key, value in vars(inner).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                found |= {names[id(t)] for t in tensors_in(value) if id(t) in names}
+    return found

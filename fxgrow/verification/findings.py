@@ -1,0 +1,128 @@
+"""What a judgement consists of, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Judgement = Literal["preserved", "as predicted", "changed", "failed", "skipped"]
+Effort = Literal["full", "quick", "none"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest deviations over all outputs and inputs.
+
+    Attributes:
+        max_abs: max |after − before|.
+        max_rel: max |after − before| / max |before|.
+    """
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    def worst(self, other: Errors) -> Errors:
+        """Return the larger of each figure."""
+        return Errors(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
+
+    def within(self, tolerance: float, negligible: float) -> bool:
+        """Return whether deviations are within tolerance or negligible; NaN is neither."""
+        return self.max_rel <= tolerance or self.max_abs <= negligible
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """What was measured in one mode.
+
+    Attributes:
+        float64: grown against old network, in float64.
+        native: the same in the network's own dtype.
+        rounding: the old network in its own dtype against itself in float64.
+        grown_rounding: the grown network in its own dtype against the prediction in float64.
+        predicted: how far the prediction is from the old network, in float64.
+        residual: grown network against the prediction, in float64.
+        ratio: ``grown_rounding`` over ``rounding``; None where the old network does not round.
+    """
+
+    float64: Errors = field(default_factory=Errors)
+    native: Errors = field(default_factory=Errors)
+    rounding: Errors = field(default_factory=Errors)
+    grown_rounding: Errors = field(default_factory=Errors)
+    predicted: Errors = field(default_factory=Errors)
+    residual: Errors = field(default_factory=Errors)
+    ratio: float | None = None
+
+    def worst(self, other: ModeResult) -> ModeResult:
+        """Return the larger of each figure."""
+        return ModeResult(
+            float64=self.float64.worst(other.float64),
+            native=self.native.worst(other.native),
+            rounding=self.rounding.worst(other.rounding),
+            grown_rounding=self.grown_rounding.worst(other.grown_rounding),
+            predicted=self.predicted.worst(other.predicted),
+            residual=self.residual.worst(other.residual),
+            ratio=max((r for r in (self.ratio, other.ratio) if r is not None), default=None),
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The judgement and what it rests on.
+
+    Attributes:
+        verdict: ``preserved``, ``as predicted`` (the function changed as the plan said),
+            ``changed`` (the plan said that it would change, and could not say how), ``failed`` or
+            ``skipped``.
+        eval, train: measurements on the given weights; None if there are none.
+        drawn: measurements in float64 on drawn weights, of both modes; None if there are none.
+        effort: ``full``, ``quick`` (one small input, eval mode, the given weights) or ``none``.
+        inputs: shapes of the inputs, as text.
+        without_gradient: grown tensors whose new entries received no gradient in two steps.
+        notes: what a reader should know of the measurement.
+    """
+
+    verdict: Judgement
+    eval: ModeResult | None = None
+    train: ModeResult | None = None
+    drawn: ModeResult | None = None
+    effort: Effort = "none"
+    inputs: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def ratio_of(grown: Errors, own: Errors) -> float | None:
+    """Return how many times a network's own rounding another's is; None without any."""
+    return grown.max_rel / own.max_rel if 0 < own.max_rel < math.inf else None
+
+
+def errors_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
+    """Return the largest deviations; entries that are NaN in both are equal.
+
+    Whole numbers (classes) count where there is nothing else: then any other one is infinitely far.
+    """
+    if len(before) != len(after):
+        return Errors(math.inf, math.inf)
+    worst = Errors()
+    if not any(tensor.is_floating_point() for tensor in before):
+        alike = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        return worst if alike else Errors(math.inf, math.inf)
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape:
+            return Errors(math.inf, math.inf)
+        if not old.numel() or not old.is_floating_point():
+            continue
+        old, new = old.double(), new.double()
+        same = (old == new) | (old.isnan() & new.isnan())
+        gap = torch.where(same, 0.0, (new - old).abs())
+        largest = float(gap.max())
+        if math.isnan(largest):
+            return Errors(math.inf, math.inf)
+        scale = float(torch.where(old.isfinite(), old.abs(), 0.0).max())
+        worst = worst.worst(Errors(largest, largest / scale if scale else largest))
+    return worst

@@ -1,0 +1,234 @@
+"""What a network does on inputs of a size, as the operations that it runs on meta tensors.
+
+A forward may look at sizes (``if x.shape[0] >= 8``) and do something else there than on the inputs
+that it was followed and judged on. Two runs are alike if they run the same operations on the
+results of the same operations, with the same arguments, sizes apart: those are what the dispatcher
+calls ``SymInt``, so that a dim or a flag counts and a length does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.on_meta import OnMeta
+from fxgrow.modules.standin import first_line, keeping_buffers
+from fxgrow.verification.forward import Mode, set_mode
+
+Operation: TypeAlias = tuple[Any, ...]
+BATCHES = (1, 2, 3, 5, 7, 8, 17)
+_LENGTHS = (1, 2, 7, 32)
+_COPIES = frozenset(("aten::clone", "aten::contiguous", "aten::alias", "aten::detach"))
+_VIEWS = dict.fromkeys(("aten::_unsafe_view", "aten::_reshape_alias"), "aten::view")
+_TELLING = ("int", "bool", "str", "ScalarType", "Layout")  # arguments that follow no sizes
+_TYPE = re.compile(r"(\w+)(?:\[\d*\])?\??(?:\[\])? (\w+)")  # of an argument, and its name
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a network did.
+
+    Attributes:
+        operations: each with the arguments that are no sizes, and where its operands come from.
+        shapes: of the results.
+        problem: why the network did not run; "" if it did.
+    """
+
+    operations: tuple[Operation, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    problem: str = ""
+
+    def like(self, other: Behaviour, factor: tuple[int, int] | None = None) -> bool:
+        """Return whether another run did the same.
+
+        Args:
+            other: the run.
+            factor: the sizes of both batches, where nothing else differs: each dim of a result is
+                then either the same or in this proportion.
+        """
+        if factor is None and len(self.operations) != len(other.operations):
+            return self._kinds() == other._kinds()  # a loop over a sequence ran more often
+        if self.operations != other.operations:
+            return False
+        if factor is None:
+            return True
+        own, others = factor
+        return all(
+            len(one) == len(two)
+            and all(a == b or a * others == b * own for a, b in zip(one, two, strict=True))
+            for one, two in zip(self.shapes, other.shapes, strict=True)
+        )
+
+    def _kinds(self) -> frozenset[object]:
+        """Return the operations as a set, with the parameters among their operands."""
+        return frozenset(
+            (name, *rest, tuple(origin for origin in origins if isinstance(origin, str)))
+            for name, origins, *rest in self.operations
+        )
+
+
+def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour:
+    """Return what a network does on inputs.
+
+    Args:
+        standin: the network on the meta device; its mode is changed.
+        arguments: floating-point tensors on the meta device, others with values.
+        mode: the mode; dropout is off in both.
+    """
+    set_mode(standin, mode)
+    recorder = _Recorder(standin, arguments)
+    try:
+        with torch.no_grad(), keeping_buffers(standin), recorder:
+            call(standin, arguments)
+    except Exception as error:  # a user's forward may raise anything, on sizes that are none
+        return Behaviour(problem=first_line(error))
+    return Behaviour(tuple(recorder.operations), tuple(recorder.shapes))
+
+
+class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
+    """A dispatch mode that notes what runs."""
+
+    def __init__(self, standin: nn.Module, arguments: Arguments) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self._held: list[object] = []  # ids are only unique among the living
+        self._origin: dict[int, object] = {
+            id(tensor): ("input", index) for index, tensor in enumerate(tensors_in(arguments))
+        }
+        self._names = {id(tensor): name for name, tensor in standin.named_parameters()}
+
+    def ran(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+        result: object,
+    ) -> None:
+        """Note an operation."""
+        if func._name in _COPIES and len(operands) == 1:  # whether one is made depends on strides
+            self._origin[id(result)] = self._of(operands[0])
+            self._held.append(result)
+            return
+        position = len(self.operations)
+        origins = tuple([self._of(tensor) for tensor in operands])
+        fixed = tuple([_plain(args[i]) for i in _fixed(func) if i < len(args)])
+        name = _VIEWS.get(func._name, func._name)
+        self.operations.append((name, origins, fixed, *sorted(kwargs.keys() - {"device"})))
+        for index, tensor in enumerate(tensors_in(result)):
+            self.shapes.append(tuple(tensor.shape))
+            if id(tensor) not in self._names:
+                self._origin[id(tensor)] = (position, index)
+        self._held.append(result)
+
+    def joined(self, tensor: Tensor, twin: Tensor) -> None:
+        """Let what stands in for a constant come from where that does."""
+        self._origin[id(twin)] = self._of(tensor)
+        self._held += (tensor, twin)
+
+    def _of(self, tensor: Tensor) -> object:
+        """Return where a tensor comes from."""
+        name = self._names.get(id(tensor))
+        return name if name is not None else self._origin.get(id(tensor), "constant")
+
+
+@functools.cache
+def _fixed(func: OpOverload) -> tuple[int, ...]:
+    """Return the places of the arguments of an operation that are neither tensors nor sizes."""
+    # Only the text of a schema tells sizes from other whole numbers.
+    kinds = _TYPE.findall(str(func._schema).partition("(")[2].rpartition(" -> ")[0])
+    order = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+    return tuple(order[name] for kind, name in kinds if name in order and kind in _TELLING)
+
+
+def _plain(value: object) -> object:
+    """Return an argument as something that can be compared and hashed."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value
+
+
+@dataclass(frozen=True)
+class Size:
+    """Inputs of another size.
+
+    Attributes:
+        told: what is other, for people.
+        sizes: by (index of the tensor, dim): its size.
+        batch: the number of samples, if that is all that is other.
+    """
+
+    told: str
+    sizes: dict[tuple[int, int], int] = field(default_factory=dict)
+    batch: int | None = None
+
+
+def other_sizes(arguments: Arguments) -> Iterator[Size]:
+    """Yield other sizes that a network may take, judging by the inputs that it takes.
+
+    These are batches, and lengths or sizes of images.
+
+    Args:
+        arguments: what it takes. The first dim of the first tensor counts samples, and so do those
+            of others that are of the same size.
+    """
+    tensors = tensors_in(arguments)
+    if not tensors or not tensors[0].ndim:
+        return
+    samples = tensors[0].shape[0]
+    firsts = [(i, 0) for i, t in enumerate(tensors) if t.ndim and t.shape[0] == samples]
+    for batch in BATCHES:
+        if batch != samples:
+            yield Size(f"a batch of {batch}", dict.fromkeys(firsts, batch), batch)
+    main = tensors[0]
+    if main.ndim > 3 and main.is_floating_point():
+        for up, down in ((1, 2), (3, 4), (3, 2), (2, 1)):
+            space = {
+                (i, dim): max(1, t.shape[dim] * up // down)
+                for i, t in enumerate(tensors)
+                for dim in range(2, t.ndim)
+            }
+            told = "x".join(str(space[0, dim]) for dim in range(2, main.ndim))
+            yield Size(f"images of {told}", space)
+    elif main.ndim > 1:
+        for dim in range(1, main.ndim):
+            length = main.shape[dim]
+            along = [
+                (i, d) for i, t in enumerate(tensors) for d in range(1, t.ndim)
+                if t.shape[d] == length
+            ]  # fmt: skip
+            for other in sorted({*_LENGTHS, length // 2, 2 * length, 4 * length} - {0, length}):
+                yield Size(f"a length of {other}", dict.fromkeys(along, other))
+
+
+def resized(arguments: Arguments, size: Size, *, meta: bool) -> Arguments:
+    """Return inputs of another size: values are repeated or cut.
+
+    Args:
+        arguments: the inputs.
+        size: the other size.
+        meta: floating-point tensors are on the meta device, and are to be.
+    """
+    places = iter(range(len(tensors_in(arguments))))
+
+    def change(tensor: Tensor) -> Tensor:
+        index = next(places)
+        shape = [size.sizes.get((index, dim), old) for dim, old in enumerate(tensor.shape)]
+        if meta and tensor.is_floating_point():
+            return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        for dim, (new, old) in enumerate(zip(shape, tensor.shape, strict=True)):
+            if new != old and old:
+                tensor = tensor.index_select(dim, torch.arange(new, device=tensor.device) % old)
+        return tensor
+
+    made: Arguments = map_tensors(change, arguments)
+    return made

@@ -1,0 +1,384 @@
+"""The runs that a judgement rests on: each network by itself, on all batches, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow.errors import VerificationError
+from fxgrow.modules.calling import Arguments, tensors_in
+from fxgrow.modules.expectation import Expectation
+from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import NormGain, TensorEdit
+from fxgrow.verification.exact import Exact, Weights
+from fxgrow.verification.findings import Effort, Errors, ModeResult, errors_of, ratio_of
+from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
+from fxgrow.verification.gradients import Gradients, check_gradients
+
+_NUDGE = 1e-9  # relative change of inputs, to find how much a network magnifies rounding
+_MAGNIFIED = 1e-3  # a part of what a nudge does to the outputs is what rounding may do
+
+Outputs: TypeAlias = list[Tensor]
+Modes: TypeAlias = tuple[Mode, ...]
+Job: TypeAlias = tuple[int, Mode]  # which batch, in which mode
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to be judged.
+
+    Attributes:
+        module: as it is; never changed.
+        given: its weights in float64, by name.
+        drawn: drawn ones, the most thoroughly drawn first.
+        finish: what is done to it in place before it runs, as it was done to ``module``.
+    """
+
+    module: nn.Module
+    given: Weights
+    drawn: tuple[Weights, ...] = ()
+    finish: Callable[[nn.Module], object] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be judged.
+
+    Attributes:
+        before, after: the networks.
+        reference: what the grown one must equal; None for the old one.
+        part: the submodule that runs, by its fully qualified name; "" for the whole.
+        norms: norms that absorbed a gain, by their names in the whole.
+        predictable: whether anything predicts the grown network at all.
+        edits: grown tensors by their names in the whole, for the gradient check; none, no check.
+        notes: to be passed on.
+        judged: the modes in which the result must be what is predicted; the other is measured.
+        effort: ``full`` or ``quick``.
+    """
+
+    before: Network
+    after: Network
+    reference: Network | None = None
+    part: str = ""
+    norms: tuple[NormGain, ...] = ()
+    predictable: bool = True
+    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    judged: tuple[Mode, ...] = ("eval", "train")
+    effort: Effort = "full"
+
+    def is_inside(self, name: str) -> bool:
+        """Return whether a name is one in the part that runs."""
+        return not self.part or name.startswith(f"{self.part}.")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a case is judged on.
+
+    Attributes:
+        given: batches for the given weights, each with the modes in which they run; the first runs
+            in eval mode.
+        drawn: batches for drawn weights, likewise.
+        same_modes: train mode does what eval mode does, and is not run.
+    """
+
+    given: Sequence[tuple[Arguments, Modes]]
+    drawn: Sequence[tuple[Arguments, Modes]] = ()
+    same_modes: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one batch shows on drawn weights.
+
+    Attributes:
+        mode: the mode.
+        result: the measurement.
+        rounding: the relative deviation that is no more than rounding in this network.
+    """
+
+    mode: Mode
+    result: ModeResult
+    rounding: float = 0.0
+
+
+class Runs:
+    """Runs the networks of a case.
+
+    Attributes:
+        gradients: what the check of gradients found, after :meth:`given`.
+        notes: what is to be said of the runs.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs, progress: Callable[[float], object]) -> None:
+        self.gradients = Gradients()
+        self.notes: list[str] = []
+        self._case, self._inputs, self._progress = case, inputs, progress
+        self._exactly = Expectation(exact=True)
+        self._done = 0
+        self._steps = 4 * sum(len(modes) for _, modes in (*inputs.given, *inputs.drawn))
+        self._used: set[str] = set()
+
+    def given(self) -> list[tuple[Mode, ModeResult]]:
+        """Return what the given weights show, batch by batch and mode by mode."""
+        case, (batches, jobs) = self._case, _jobs(self._inputs.given)
+        before = self._exact(case.before, case.before.given, batches, jobs)
+        after = self._exact(case.after, case.after.given, batches, jobs, grown=True)
+        predicted = self._predicted(None, batches, jobs, before)
+        old, new = before, after
+        if case.edits and case.effort == "full":
+            alike = (b for b, _ in self._inputs.drawn if _sample(b) == _sample(batches[0]))
+            self.gradients = self._check_gradients(min([*alike, batches[0]], key=entries))
+        if self._rounds:
+            old = self._native(case.before.module, batches, jobs)
+            new = self._native(case.after.module, batches, jobs, grown=True)
+        if case.effort == "full":
+            self._note_constant(before[0, "eval"], batches[0])
+        found = []
+        for job in jobs:
+            own = errors_of(before[job], old[job])
+            grown = errors_of(predicted[job], new[job])
+            result = ModeResult(
+                float64=errors_of(before[job], after[job]),
+                native=errors_of(old[job], new[job]),
+                rounding=own,
+                grown_rounding=grown if case.predictable else Errors(),
+                predicted=errors_of(before[job], predicted[job]),
+                residual=errors_of(predicted[job], after[job]),
+                ratio=ratio_of(grown, own) if case.predictable else None,
+            )
+            found.append((job[1], result))
+        return found
+
+    def drawn(self, tolerance: float) -> list[Drawn]:
+        """Return what drawn weights show; nothing where the network does not run on any.
+
+        Args:
+            tolerance: a relative deviation that needs no excuse.
+        """
+        case, (batches, jobs) = self._case, _jobs(self._inputs.drawn)
+        for level, weights in enumerate(case.before.drawn if jobs else ()):
+            try:
+                before = self._exact(case.before, weights, batches, jobs)
+            except VerificationError:
+                continue  # its code refuses such weights: told below if it refuses all
+            if all(bool(torch.isfinite(t).all()) for out in before.values() for t in out):
+                return self._drawn(level, batches, jobs, before, tolerance)
+        if jobs:
+            self.notes.append("drawn weights gave no finite output, so they were not judged on")
+        return []
+
+    def _drawn(
+        self,
+        level: int,
+        batches: Sequence[Arguments],
+        jobs: Sequence[Job],
+        before: Mapping[Job, Outputs],
+        tolerance: float,
+    ) -> list[Drawn]:
+        case = self._case
+        after = self._exact(case.after, case.after.drawn[level], batches, jobs, grown=True)
+        predicted = self._predicted(level, batches, jobs, before)
+        found = []
+        for job in jobs:
+            result = ModeResult(
+                float64=errors_of(before[job], after[job]),
+                predicted=errors_of(before[job], predicted[job]),
+                residual=errors_of(predicted[job], after[job]),
+            )
+            rounding = 0.0
+            if not result.residual.max_rel <= tolerance:
+                nudged = [_nudged(batch) for batch in batches]
+                weights = case.before.drawn[level]
+                moved = self._exact(case.before, weights, nudged, [job])
+                rounding = _MAGNIFIED * errors_of(before[job], moved[job]).max_rel
+            found.append(Drawn(job[1], result, rounding))
+        self._note_unused()
+        return found
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the networks as they are compute something else than in float64."""
+        tensors = named_tensors(self._case.after.module).values()
+        coarse = any(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+        return coarse or self._exactly.casts or bool(self._case.notes)
+
+    def _exact(
+        self,
+        network: Network,
+        weights: Weights,
+        batches: Sequence[Arguments],
+        jobs: Sequence[Job],
+        *,
+        grown: bool = False,
+        norms: Sequence[NormGain] = (),
+    ) -> dict[Job, Outputs]:
+        """Return what a network computes in float64."""
+        exact = Exact(network.module, weights)
+        if network.finish is not None:
+            network.finish(exact.module)
+            exact.settle()
+        part = exact.module.get_submodule(self._case.part)
+        found = {}
+        for index, mode in jobs:
+            exact.reset()
+            batch = in_double(batches[index])
+            with absorbing(exact.module, norms if mode == "train" else ()):
+                found[index, mode] = outputs_of(part, batch, mode, self._exactly, grown=grown)
+            self._advance()
+        if grown:
+            self._used |= exact.used
+        return found
+
+    def _predicted(
+        self,
+        level: int | None,
+        batches: Sequence[Arguments],
+        jobs: Sequence[Job],
+        before: Mapping[Job, Outputs],
+    ) -> Mapping[Job, Outputs]:
+        """Return what the grown network must compute."""
+        case = self._case
+        changed = [job for job in jobs if case.reference or (case.norms and job[1] == "train")]
+        if not changed:
+            return before
+        network = case.reference or case.before
+        weights = network.given if level is None else network.drawn[level]
+        return {**before, **self._exact(network, weights, batches, changed, norms=case.norms)}
+
+    def _native(
+        self,
+        model: nn.Module,
+        batches: Sequence[Arguments],
+        jobs: Sequence[Job],
+        *,
+        grown: bool = False,
+    ) -> dict[Job, Outputs]:
+        """Return what a network computes as it is."""
+        part = lent_copy(model).get_submodule(self._case.part)
+        found = {}
+        for index, mode in jobs:
+            with keeping_values(part):
+                found[index, mode] = outputs_of(
+                    part, batches[index], mode, Expectation(), grown=grown
+                )
+            self._advance()
+        return found
+
+    def _check_gradients(self, batch: Arguments) -> Gradients:
+        case = self._case
+        start = len(f"{case.part}.") if case.part else 0
+        edits = {name[start:]: edit for name, edit in case.edits.items() if case.is_inside(name)}
+        found = check_gradients(case.after.module.get_submodule(case.part), edits, batch)
+        missing = tuple(f"{case.part}.{n}" if case.part else n for n in found.missing)
+        return Gradients(missing, found.notes)
+
+    def _note_constant(self, outputs: Outputs, batch: Arguments) -> None:
+        """Say so if the outputs are the same for other inputs."""
+        rows = [t for t in outputs if t.is_floating_point() and t.ndim and len(t) > 1]
+        if any(bool((t != t[:1]).any()) for t in rows) or not tensors_in(batch):
+            return
+        case = self._case
+        other: Arguments = pytree.tree_map_only(Tensor, _turned, batch)
+        try:
+            found = self._native(case.before.module, [batch, other], [(0, "eval"), (1, "eval")])
+        except VerificationError:
+            return  # it takes no such inputs
+        if errors_of(found[0, "eval"], found[1, "eval"]).max_abs == 0.0:
+            self.notes.append(
+                "with the given weights the output does not depend on the input (a head that is "
+                "still zero?): only drawn weights tell anything of the rest"
+            )
+
+    def _note_unused(self) -> None:
+        """Name the grown parameters that no run has asked for."""
+        case = self._case
+        parameters = dict(case.after.module.named_parameters())
+        idle = [
+            name
+            for name in case.edits
+            if name in parameters and case.is_inside(name) and name not in self._used
+        ]
+        if idle:
+            self.notes.append(
+                f"{shown(idle)} took no part in what was judged: that they are laid out as the "
+                "plan says is all that was checked"
+            )
+
+    def _advance(self) -> None:
+        self._done += 1
+        self._progress(min(1.0, self._done / self._steps))
+
+
+def _jobs(batches: Sequence[tuple[Arguments, Modes]]) -> tuple[list[Arguments], list[Job]]:
+    """Return batches, and what is to be run of them."""
+    jobs: list[Job] = [(i, mode) for i, (_, modes) in enumerate(batches) for mode in modes]
+    return [batch for batch, _ in batches], jobs
+
+
+def entries(batch: Arguments) -> int:
+    """Return how many numbers there are in a batch."""
+    return sum(tensor.numel() for tensor in tensors_in(batch))
+
+
+def _sample(batch: Arguments) -> list[tuple[int, ...]]:
+    """Return the shapes of a batch without the number of samples."""
+    return [tuple(tensor.shape[1:]) for tensor in tensors_in(batch)]
+
+
+def _nudged(batch: Arguments) -> Arguments:
+    """Return inputs that differ in the last digits."""
+    moved: Arguments = pytree.tree_map_only(
+        Tensor, lambda x: x.double() * (1 + _NUDGE) if x.is_floating_point() else x, batch
+    )
+    return moved
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """Return other values of the same range."""
+    return tensor.flip(tuple(range(tensor.ndim))) + (
+        tensor.std() if tensor.is_floating_point() and tensor.numel() > 1 else 0
+    )
+
+
+@contextlib.contextmanager
+def keeping_values(model: nn.Module) -> Iterator[None]:
+    """Give buffers back, at the end, the values that they have."""
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None]:
+    """Make norms behave, for a while, as they do in train mode after absorbing a gain s.
+
+    Batch statistics meet eps / s² instead of eps; and channels whose running variance is too
+    small to absorb s alone had their weight changed.
+    """
+    changed: list[tuple[Any, float, Tensor]] = []
+    try:
+        for norm in norms:
+            module: Any = reference.get_submodule(norm.module)
+            changed.append((module, module.eps, module.weight.detach().clone()))
+            shifted = module.running_var + module.eps
+            ratio = module.eps / (norm.gain**2 * shifted)
+            with torch.no_grad():
+                module.weight *= ratio.sqrt().clamp(min=1.0)
+            module.eps = module.eps / norm.gain**2
+        yield
+    finally:
+        for module, eps, weight in changed:
+            module.eps = eps
+            with torch.no_grad():
+                module.weight.copy_(weight)
