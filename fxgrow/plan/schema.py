@@ -21,7 +21,7 @@ from fxgrow.labels.gains import Verdict
 from fxgrow.plan.bounds import check_extent, refuse
 from fxgrow.plan.checks import check_step
 from fxgrow.plan.step import PlanStep
-from fxgrow.plan.upgrade import is_old, upgraded
+from fxgrow.plan.upgrade import is_old, upgraded, with_inits
 
 MOST_STEPS = 64
 
@@ -85,9 +85,9 @@ class Plan(PlanStep):
         check_extent(dict(data))
         try:
             text = json.dumps(dict(data))  # as JSON it is data alone, whatever it was read from
-            if is_old(data):
-                text = json.dumps(upgraded(json.loads(text)))
-            plan = _ADAPTER.validate_json(text)
+            read = json.loads(text)
+            read = with_inits(upgraded(read) if is_old(read) else read)
+            plan = _ADAPTER.validate_json(json.dumps(read))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = shown(".".join(str(part) for part in first["loc"]) or "text")
