@@ -280,7 +280,10 @@ Verify = Annotated[
 ]
 NoVerify = Annotated[
     bool,
-    output("--no-verify", help="The same as --verify none: write the result without measuring."),
+    output(
+        "--no-verify",
+        help="The same as --verify none: write without measuring; the file is read again still.",
+    ),
 ]
 Device = Annotated[
     str,
