@@ -17,8 +17,8 @@ from mutations import Fault, Patch, Tied, Way, instead, wrap
 from networks import PreactivationNet, mild
 from torch import Tensor, nn
 
+from fxgrow.apply import axes, tensors
 from fxgrow.apply import module as applied
-from fxgrow.apply import tensors
 from fxgrow.channels import analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.deepen import planner as deepening
@@ -264,8 +264,8 @@ def _axis(name: str, change: Callable[[AxisEdit], AxisEdit], role: str = "reader
     """Plant a fault in what the planner says of a tensor's axis."""
 
     def changes(found: dict[str, list[AxisEdit]]) -> dict[str, list[AxisEdit]]:
-        axes = found.get(name, ())  # not all that is planned for touches it
-        changed = [change(axis) if axis.role == role else axis for axis in axes]
+        edits = found.get(name, ())  # not all that is planned for touches it
+        changed = [change(axis) if axis.role == role else axis for axis in edits]
         return {**found, name: changed} if changed else found
 
     return wrap(planner, "axis_edits", changes)
@@ -418,7 +418,7 @@ def _made(name: str, change: Callable[[Tensor], Tensor | None]) -> Patch:
 def _filled(change: Callable[[Run], Run]) -> Patch:
     """Plant a fault in how runs are carried out."""
     return instead(
-        tensors, "_fill_run", lambda fill: lambda target, part, *rest: fill(
+        axes, "_fill_run", lambda fill: lambda target, part, *rest: fill(
             target, change(part), *rest
         )
     )  # fmt: skip
@@ -480,7 +480,7 @@ EXECUTOR: list[Fault] = [
     Fault("a twin is another", "zero head", _made("conv1.weight", _times(-1, 1.5)), silent=True),
     Fault("a twin's entry of a norm is another", "shuffled",
           _made("norm.running_var", _times(-1, 1.5))),
-    Fault("shares do not add up", "copies", wrap(tensors, "_shares", lambda x: 1.01 * x)),
+    Fault("shares do not add up", "copies", wrap(axes, "_shares", lambda x: 1.01 * x)),
     Fault("a factor is forgotten", "zero head, rescaled", instead(
         tensors, "_made", lambda make: lambda edit, *rest: make(replace(edit, scale=1.0), *rest)),
         silent=True),
@@ -510,6 +510,6 @@ EXECUTOR: list[Fault] = [
     Fault("multipliers are lost", "compensated", instead(
         applied, "insert_multipliers", lambda _: lambda model, parts: model), silent=True),
     Fault("new rows read twins with one sign", "block", instead(
-        tensors, "_cancel_in_new_rows", lambda _: lambda tensor, axes: None), silent=True),
+        axes, "_cancel_in_new_rows", lambda _: lambda tensor, edits: None), silent=True),
 ]  # fmt: skip
 FAULTS = [*PLANNER, *EXECUTOR]

@@ -31,6 +31,53 @@ def trained_looking(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def lived_in(
+    model: nn.Module, example: Tensor, seed: int = 0, *, batches: int = 4, nearly_dead: float = 1e-4
+) -> nn.Module:
+    """Give a network weights as training leaves them, and statistics that fit its data, in place.
+
+    One output in sixteen of each layer and one channel in sixteen of each norm is nearly dead;
+    norms have weights from 0.2 to 2 and biases; what begins at zero or nearly there (heads, layer
+    scales) has left it.
+
+    Args:
+        model: the network, left in eval mode.
+        example: an input; normal numbers of its shape are what the statistics are taken from.
+        seed: of the numbers.
+        batches: how many inputs the statistics are taken from.
+        nearly_dead: what the weights of nearly dead channels are multiplied by.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            normal = parameter.new_empty(parameter.shape).normal_(generator=generator)
+            if isinstance(owner, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)):
+                uniform = torch.rand(parameter.shape, generator=generator).to(parameter)
+                parameter.copy_(0.2 * normal if name.endswith("bias") else 0.2 + 1.8 * uniform)
+            elif parameter.abs().max() < 1e-3:
+                parameter.copy_(0.02 * normal if parameter.ndim == 2 else 0.2 + 0.1 * normal)
+            if name.endswith("bias") or parameter.ndim > 4 or parameter.squeeze().ndim == 0:
+                continue
+            outputs = 1 if isinstance(owner, nn.modules.conv._ConvTransposeNd) else 0
+            rows = parameter.transpose(0, outputs)
+            if len(rows) >= 16:
+                dead = torch.randperm(len(rows), generator=generator)[: len(rows) // 16]
+                rows[dead.to(rows.device)] *= nearly_dead
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.reset_running_stats()
+                norms.append((module, module.momentum))
+                module.momentum = None  # the mean over all batches
+        model.train()
+        for _ in range(batches if norms else 0):
+            model(example.new_empty(example.shape).normal_(generator=generator))
+        for module, momentum in norms:
+            module.momentum = momentum
+    return model.eval()
+
+
 def mild(model: nn.Module) -> nn.Module:
     """Return the network in float64, with every part of it contributing to the output."""
     model = model.double().eval()

@@ -17,6 +17,7 @@ from fxgrow.cli.app import app
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.filterwarnings("ignore:the result is a torch.fx.GraphModule")
 @pytest.mark.parametrize("options", [{}, {"preset": "vt"}, {"preset": "net2wider"}])
 @pytest.mark.parametrize("build", [resnet18, efficientnet_b0, vit_b_16])
 def test_surgery_is_the_same_on_both_devices(build, options: dict[str, str]) -> None:

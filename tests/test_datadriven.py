@@ -18,6 +18,7 @@ from fxgrow.api import widen as api
 from fxgrow.apply.module import apply_to_module
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError
 from fxgrow.grow.data.statistics import correlation, patches
+from fxgrow.plan.deviations import Place
 
 Batches = list[tuple[Tensor, Tensor]]
 RELU = nn.Threshold(-1e-30, 0.0)  # a ReLU with slope 1 at zero
@@ -494,7 +495,7 @@ def test_a_plan_is_carried_out_with_the_init_it_was_made_with() -> None:
     model = perceptron(nn.Tanh())
     init = fxgrow.GradMax(F.mse_loss, batches_for(model, 6))
     with pytest.raises(PlanError, match="has not been given a network"):
-        init.for_tensor("0.weight", "writer0")
+        init.for_place(Place("0.weight", "writer0"), None)
     plan = api.plan(model, "+1", init=init)
     again = fxgrow.Plan.from_json(plan.to_json())
     assert again == plan

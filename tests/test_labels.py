@@ -247,3 +247,31 @@ def test_a_convolution_to_one_channel_passes_what_lies_in_the_batch() -> None:
 
     channels = channels_of(Pieces(), (4, 3))
     assert axis(channels, "into.weight", 0) == axis(channels, "out.weight", 1)
+
+
+class Products(nn.Module):
+    """Convolutions and matrix products of every kind that is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(4, 6, 3, 2, groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2)
+        self.linear, self.bare = nn.Linear(4, 5), nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all of them."""
+        y = self.bare(self.linear(self.up(self.down(x)).flatten(2).mT.flatten(0, 1)))
+        pairs = y.unflatten(0, (2, -1))
+        return torch.baddbmm(pairs @ pairs.mT, pairs, pairs.mT)
+
+
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.zeros(2, 4, 9, 9)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        Products()(x)
+    meta = stand_in(Products()).eval()
+    _, tape = propagate(meta, meta, (x.to("meta"),))
+    assert tape.flops == counter.get_total_flops()
+    assert sum(op.is_product for op in tape.operations) == 6

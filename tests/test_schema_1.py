@@ -84,7 +84,11 @@ def test_a_plan_of_schema_1_says_what_it_said(kind: str) -> None:
 @pytest.mark.parametrize("kind", VERBS)
 def test_a_plan_of_schema_1_makes_what_the_same_plan_makes_today(kind: str) -> None:
     net, today = made_now(kind)
-    plan = fxgrow.Plan.from_dict(OLD[kind])
+    data = today.to_dict()
+    for step in steps_of(data):  # the default is another by now
+        if "init" in step["request"]:
+            step["request"]["init"] = "copy_uniform"
+    today, plan = fxgrow.Plan.from_dict(data), fxgrow.Plan.from_dict(OLD[kind])
     for step, other in zip(plan.steps, today.steps, strict=True):
         for entry in fields(PlanStep):
             if entry.name not in ("groups", "refused", "warnings", "fxgrow", "flops"):
@@ -92,6 +96,20 @@ def test_a_plan_of_schema_1_makes_what_the_same_plan_makes_today(kind: str) -> N
     one, other = (apply_to_state_dict(p, net.state_dict()) for p in (plan, today))
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["widen", "twice", "deeper", "regrouped"])
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_plan_that_tells_no_init_draws_as_plans_did(kind: str, schema: int) -> None:
+    data = copy.deepcopy(OLD[kind])
+    told = fxgrow.Plan.from_dict(data)
+    data = data if schema == 1 else told.to_dict()
+    for step in steps_of(data):
+        step["request"].pop("init", None)
+    untold = fxgrow.Plan.from_dict(data)
+    assert untold == told
+    assert untold.request.drawing.init == "copy_uniform"
+    assert fxgrow.Plan.from_json(untold.to_json()) == told
 
 
 def test_a_file_with_a_record_of_schema_1_is_loaded(tmp_path: Path) -> None:

@@ -73,8 +73,37 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.mean.dim, (meta(2, 3, 4, 5), [2, 3], True)),
     (aten.mean.dim, (meta(2, 3), [])),
     (aten.mean.dim, (meta(), [0])),
+    (aten.mul.Tensor, (meta(1, 3, 1), meta(2, 1, 4))),
+    *((getattr(aten, name).Scalar, (meta(2, 3), 0))
+      for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    (aten.ne.Scalar, (meta(3, 2).T, 0.5)),
+    (aten.masked_fill.Scalar, (meta(2, 3), meta(3, dtype=torch.bool), -100.0)),
+    (aten.masked_fill.Scalar, (meta(1, 3), meta(2, 1, dtype=torch.bool), -100.0)),
+    (aten.clone.default, (meta(3, 2).T,)),
+    (aten.clone.default, (meta(3, 1, 2).expand(3, 4, 2),)),
+    (aten.empty_like.default, (meta(3, 2),)),
+    (aten.empty_like.default, (meta(3, 2).T,)),
+    (aten._unsafe_view.default, (meta(4, 6), [2, 2, 6])),
+    (aten._unsafe_view.default, (meta(4, 6), [-1, 6])),
+    (aten._softmax.default, (meta(2, 3, 4).mT, -1, False)),
+    (aten._log_softmax.default, (meta(2, 3), 1, False)),
+    (aten.index.Tensor, (meta(9, 3), [meta(2, 5, dtype=torch.int64)])),
+    (aten.index.Tensor, (meta(9, 3, 4), [None, meta(2, 5, dtype=torch.int64)])),
+    (aten.index.Tensor, (meta(3, 9).T, [meta(2, 5, dtype=torch.int64)])),
+    (aten.index.Tensor, (meta(3, 9), [meta(4, dtype=torch.int64), meta(4, dtype=torch.int64)])),
+    (aten.mm.default, (meta(2, 3), meta(5, 3).T)),
+    *((aten.max_pool2d_with_indices.default, (meta(2, 3, 9, 12), *rest))
+      for rest in (([2],), ([3, 2], [2, 2], [1, 1], [1, 1], True), ([3], [2], [1], [2], True),
+                   ([2, 2], [3, 3], [1], [1], True), ([3, 3], [1, 2]))),
+    (aten.max_pool2d_with_indices.default, (meta(3, 9, 9), [2])),
 ]  # fmt: skip
 WRONG: list[tuple[Any, tuple[Any, ...]]] = [
+    (aten.mm.default, (meta(2, 3), meta(2, 3))),
+    (aten._unsafe_view.default, (meta(4, 6), [5, 5])),
+    (aten.masked_fill.Scalar, (meta(2, 3), meta(2, dtype=torch.bool), 1.0)),
+    (aten.index.Tensor, (meta(9), [None, meta(2, dtype=torch.int64)])),
+    (aten.max_pool2d_with_indices.default, (meta(2, 3, 9, 9), [2], [2], [2])),
+    (aten.max_pool2d_with_indices.default, (meta(2, 3, 2, 2), [5])),
     (aten.add.Tensor, (meta(2, 3), meta(2, 4))),
     (aten.add_.Tensor, (meta(2, 1), meta(2, 4))),
     (aten.native_batch_norm.default, (meta(2, 5), *VECTORS, False, 0.1, 1e-5)),
@@ -97,6 +126,7 @@ def test_a_shortcut_returns_what_torch_returns(func: Any, args: tuple[Any, ...])
     if isinstance(theirs, tuple):  # what follows serves the backward pass
         ours, theirs = ours[0], theirs[0]
     assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert ours.stride() == theirs.stride()
     in_place = func._name.split(".")[0].endswith("_")
     assert (ours is args[0]) == in_place
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import PlanError
-from fxgrow.plan.init import INITS, draw, find_init
+from fxgrow.plan.deviations import Place
+from fxgrow.plan.drawing import draw
+from fxgrow.plan.init import INITS, find_init
 from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.rescaling import LayerStatistics, gain_value, rescaling_factor
 
@@ -252,7 +254,9 @@ def test_random_numbers_depend_on_seed_and_name_alone() -> None:
 def test_draw_is_the_same_in_every_dtype_up_to_rounding() -> None:
     reference = torch.linspace(-1, 1, 12)
     drawn = [
-        draw((40,), reference.to(t), INITS["kaiming"], 3, seed=0, name="w", role="writer0").double()
+        draw(
+            (40,), reference.to(t), INITS["kaiming"], 3, seed=0, place=Place("w", "writer0")
+        ).double()
         for t in (torch.float32, torch.bfloat16, torch.float16)
     ]
     assert torch.allclose(drawn[0], drawn[1], atol=1e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -18,11 +18,12 @@ from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
+from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
-from fxgrow.plan.init import Init, NamedInit, copy_uniform, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
@@ -48,7 +49,7 @@ class Grown:
     model: nn.Module
     plan: Plan
     report: Report
-    init: Init = field(repr=False, default=copy_uniform)
+    init: Init = field(repr=False, default=copy_rows)
 
 
 def silent(step: str) -> None:
@@ -82,7 +83,7 @@ def plan(
     example_inputs: object = None,
     rescaling: str = "none",
     pairing: str = "vv_z_negz",
-    init: str | Init = "copy_uniform",
+    init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -146,7 +147,7 @@ def widen(
     example_inputs: object = None,
     rescaling: str = "none",
     pairing: str = "vv_z_negz",
-    init: str | Init = "copy_uniform",
+    init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -159,6 +160,7 @@ def widen(
     compensate: bool = False,
     verify: bool | Effort = True,
     *,
+    calibration: Iterable[object] | None = None,
     module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
@@ -177,8 +179,8 @@ def widen(
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
         pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
             ``replicate``, ``replicate_random``, ``none``.
-        init: what fills new weights: ``copy_uniform``, ``copy_normal``, ``kaiming``,
-            ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
+        init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
+            ``kaiming``, ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
             ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
             :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`.
         where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
@@ -197,6 +199,10 @@ def widen(
         verify: how thoroughly to measure the result before it is returned: ``"full"`` (the same
             as True), ``"quick"`` (one small input, eval mode, the given weights alone) or
             ``"none"`` (False).
+        calibration: batches of inputs (a tensor, a tuple of arguments or a dict each) whose
+            statistics the new channels of batch norms take; without, these begin with mean 0 and
+            variance 1. The function is the same with either; with data, new channels are in eval
+            mode what they are in train mode.
         module: follow and widen this submodule alone, by its fully qualified name; the example
             inputs are then its, and it is its outputs that are kept and compared. Without, the
             whole, or, where that cannot be followed, the largest submodules that can.
@@ -232,9 +238,15 @@ def widen(
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
         split_noise=split_noise, module=module, after=after, progress=progress,
     )  # fmt: skip
+    finish = None
+    if calibration is not None:
+        finish = functools.partial(
+            calibrate_new_, entries=new_entries(made), batches=list(calibration)
+        )
     return carry_out(
-        made, model, example_inputs, init=init, strict=strict, verify=verify, progress=progress
-    )
+        made, model, example_inputs, init=init, strict=strict, verify=verify, finish=finish,
+        progress=progress,
+    )  # fmt: skip
 
 
 @exclusive
@@ -285,7 +297,7 @@ def carry_out(
         verification = measure(task)
         if verification.verdict == "failed":
             raise failure(task, verification)
-    if isinstance(fill, NamedInit):
+    if isinstance(fill, PlacedInit):
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
         warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like

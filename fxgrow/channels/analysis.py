@@ -58,20 +58,12 @@ class Analysis:
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """The fx node that ran each operation; none if there is no graph that runs the same."""
-        graph = self.traced.graph
-        if graph is None:
-            return ()
-        try:
-            _, tape = self.traced.label_graph(graph)
-        except TraceError:
-            return ()
         # By name: a graph has x + y where the code has x += y. A graph holds constants ready-made.
-        ran, known = (
-            [op for op in run.operations if op.name not in _MAKING] for run in (tape, self.tape)
-        )
-        if [op.name for op in ran] != [op.name for op in known]:
+        known = [op.name for op in self.tape.operations if op.name not in _MAKING]
+        ran = [(name, node) for name, node in self.traced.nodes if name not in _MAKING]
+        if [name for name, _ in ran] != known:
             return ()
-        nodes = iter([op.node for op in ran])
+        nodes = iter([node for _, node in ran])
         return tuple("" if op.name in _MAKING else next(nodes) for op in self.tape.operations)
 
     @cached_property

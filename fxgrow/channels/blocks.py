@@ -9,11 +9,10 @@ a projection (it has a layer of its own) or data movement such as slicing and pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import networkx as nx
 import numpy as np
 import torch
 
@@ -70,21 +69,47 @@ class ResidualBlock:
     pairs: tuple[Pair, ...] = ()
 
 
-def data_flow(tape: Tape) -> nx.DiGraph:
-    """Return the operations as a directed graph, with a source node -1 before the inputs.
+def data_flow(tape: Tape) -> dict[int, list[int]]:
+    """Return, for each operation on data, those that made what it gets; −1 stands for the inputs.
 
     Operations on parameters alone are left out: they are not on any path from the input.
     """
-    graph = nx.DiGraph()
-    graph.add_node(-1)
+    sources: dict[int, list[int]] = {-1: []}
     for op in tape.operations:
         if traits_of(op.target).is_factory:  # made in the image of data, not of it
             continue
-        for value in op.inputs:
-            producer = -1 if value.is_input else value.producer
-            if producer is not None and producer in graph:
-                graph.add_edge(producer, op.index)
-    return graph
+        made_by = dict.fromkeys(-1 if value.is_input else value.producer for value in op.inputs)
+        found = [index for index in made_by if index is not None and index in sources]
+        if found:
+            sources[op.index] = found
+    return sources
+
+
+def immediate_dominators(sources: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """Return, for each node, the last one before it that every path to it leads through.
+
+    Args:
+        sources: for each node its predecessors, all of which have smaller numbers and come before
+            it; the first has none.
+
+    Source: Cooper, Harvey and Kennedy, A Simple, Fast Dominance Algorithm (2001). In this order,
+    once through the nodes is enough.
+
+    Example:
+        >>> immediate_dominators({-1: [], 0: [-1], 1: [0], 2: [0, 1]})
+        {-1: -1, 0: -1, 1: 0, 2: 0}
+    """
+    dominator: dict[int, int] = {}
+    for node, before in sources.items():
+        fork = before[0] if before else node
+        for other in before[1:]:
+            while fork != other:
+                if fork > other:
+                    fork = dominator[fork]
+                else:
+                    other = dominator[other]
+        dominator[node] = fork
+    return dominator
 
 
 def residual_additions(tape: Tape) -> list[ResidualBlock]:
@@ -94,7 +119,7 @@ def residual_additions(tape: Tape) -> list[ResidualBlock]:
     dominator, so about linear in the size of the graph.
     """
     graph = data_flow(tape)
-    dominator = nx.immediate_dominators(graph, -1)
+    dominator = immediate_dominators(graph)
     blocks = []
     for op in tape.operations:
         operands = [v for v in op.inputs if v.producer in graph and not v.is_weight and v.layers]
@@ -116,7 +141,7 @@ def residual_additions(tape: Tape) -> list[ResidualBlock]:
     return blocks
 
 
-def _between(graph: nx.DiGraph, fork: int, end: int) -> set[int]:
+def _between(graph: Mapping[int, Sequence[int]], fork: int, end: int) -> set[int]:
     """Return the operations after ``fork`` on the way to ``end``, ``end`` included."""
     found: set[int] = set()
     waiting = [end]
@@ -124,7 +149,7 @@ def _between(graph: nx.DiGraph, fork: int, end: int) -> set[int]:
         node = waiting.pop()
         if node != fork and node not in found:
             found.add(node)
-            waiting.extend(graph.predecessors(node))
+            waiting.extend(graph[node])
     return found
 
 
@@ -210,9 +235,10 @@ def find_pairs(
         if group.kind == "hidden":
             written.setdefault(group.writers[0], []).append(index)
     found = []
+    known: dict[int, set[int]] = {}  # groups by layers, of which operations pass most on
     for block in blocks:
         path = [tape.operations[index] for index in block.branch]
-        carried = [_groups_on(op, group_of_label) for op in path]
+        carried = [_groups_on(op, group_of_label, known) for op in path]
         pairs = []
         for index in sorted(i for layer in block.layers for i in written.get(layer, ())):
             inside = [op for op, on in zip(path, carried, strict=True) if index in on]
@@ -222,13 +248,17 @@ def find_pairs(
     return tuple(found)
 
 
-def _groups_on(op: Operation, group_of_label: IntArray) -> set[int]:
+def _groups_on(op: Operation, group_of_label: IntArray, known: dict[int, set[int]]) -> set[int]:
     """Return the groups whose channels an operation puts out."""
     found: set[int] = set()
     for layer in (x for value in op.outputs for x in value.layers):
-        carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
-        alike = bool((carried == carried[:1]).all())
-        found.update((carried[:1] if alike else np.unique(carried)).tolist())
+        groups = known.get(id(layer))
+        if groups is None:
+            carried = group_of_label[core(layer, support(layer)).numpy()].ravel()
+            alike = bool((carried == carried[:1]).all())
+            groups = {*(carried[:1] if alike else np.unique(carried)).tolist()}
+            known[id(layer)] = groups
+        found |= groups
     return found
 
 

@@ -165,17 +165,22 @@ def resolve(space: LabelSpace) -> Channels:
     roots = space.roots()
     joined = roots != np.arange(len(roots))
     joined[roots[joined]] = True
+    first_labels = np.asarray([axis.start for axis in space.axes], dtype=np.int64)
+    met = np.concatenate([[0], np.cumsum(joined)])  # labels that met others, before each label
+    ends = first_labels + np.asarray([axis.size for axis in space.axes], dtype=np.int64)
+    has_met = (met[ends] > met[first_labels]).tolist()
     kept = [
         (axis, space.roles.get(index, "carrier"), space.fills.get(index, "copy"))
         for index, axis in enumerate(space.axes)
-        if axis.tensor
-        and (index in space.roles or bool(joined[axis.start : axis.start + axis.size].any()))
+        if axis.tensor and (has_met[index] or index in space.roles)
     ]
-    sizes = [axis.size for axis, _, _ in kept]
+    sizes = np.asarray([axis.size for axis, _, _ in kept], dtype=np.int64)
     start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    within = np.arange(start[-1]) - np.repeat(start[:-1], sizes)
     described = np.zeros(len(roots), dtype=bool)
-    for axis, _, _ in kept:
-        described[axis.start : axis.start + axis.size] = True
+    described[np.repeat([axis.start for axis, _, _ in kept], sizes).astype(np.int64) + within] = (
+        True
+    )
     first = described & (roots == np.arange(len(roots)))  # the smallest label of each channel
     channel_of_label = np.where(first, np.cumsum(first) - 1, -1)[roots]
     pinned = space.pinned(roots)
@@ -199,7 +204,7 @@ def resolve(space: LabelSpace) -> Channels:
         unions=tuple(space.unions),
         pinned=pinned,
         noted=tuple(space.history),
-        first_labels=np.asarray([axis.start for axis in space.axes], dtype=np.int64),
+        first_labels=first_labels,
     )
 
 

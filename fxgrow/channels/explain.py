@@ -13,9 +13,8 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import networkx as nx
 import numpy as np
 
 from fxgrow.channels.analysis import Analysis
@@ -27,6 +26,9 @@ from fxgrow.labels.layers import core, support
 from fxgrow.labels.operators import place_of
 from fxgrow.labels.space import Role
 from fxgrow.modules.tensors import layer_of
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ONE_PARAMETER = "one parameter"  # the place of a link between two positions of one axis
 _SHOWN = 12
@@ -296,7 +298,9 @@ class _ShortestPaths:
                     if self._channels.roles[axis] == "writer":
                         labels = _labels_of(self._channels, axis).tolist()
                         graph.add_edges_from((-1 - axis, label) for label in labels)
-            self._graphs[whole] = (graph, nx.single_source_shortest_path(graph, 0))
+            from networkx import single_source_shortest_path
+
+            self._graphs[whole] = (graph, single_source_shortest_path(graph, 0))
         return self._graphs[whole]
 
     def _chain(self, graph: nx.Graph, path: list[int], end: str) -> Chain:
@@ -323,7 +327,9 @@ def union_graph(channels: Channels, wanted: IntArray) -> nx.Graph:
     inside = np.zeros(channels.count + 1, dtype=bool)  # one more, for channel -1
     inside[wanted] = True
     of_label = channels.channel_of_label
-    graph = nx.Graph()
+    from networkx import Graph  # late: it takes long to load, and few ask why
+
+    graph = Graph()
     graph.add_nodes_from(np.flatnonzero(inside[of_label]).tolist())
     for left, right, place in reversed(channels.unions):
         kept = inside[of_label[left]]

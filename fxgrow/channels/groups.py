@@ -1,7 +1,7 @@
 """Channel groups: sets of channels that must change width together.
 
 Two writer axes are coupled when they share a channel (a residual addition did that); the connected
-components of that relation, found with networkx, are the groups.
+components of that relation are the groups.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels
-from fxgrow.labels.forest import IntArray
+from fxgrow.labels.forest import IntArray, components
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.space import Axis
 from fxgrow.modules.tensors import layer_of
@@ -76,17 +75,17 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
     Returns:
         Every group that some parameter writes, pinned ones included.
     """
-    coupling = nx.Graph()
     owner = np.full(channels.count, -1, dtype=np.int64)  # the first axis that writes each channel
     written = np.asarray([role == "writer" for role in channels.roles], dtype=bool)
     rows = np.flatnonzero(written[channels.axis_of_row])
     owner[channels.channel[rows[::-1]]] = channels.axis_of_row[rows[::-1]]  # the last one stays
-    coupling.add_nodes_from(np.flatnonzero(written).tolist())
-    coupling.add_edges_from(_pairs(owner[channels.channel[rows]], channels.axis_of_row[rows]))
-    parts = sorted(sorted(part) for part in nx.connected_components(coupling))
+    coupled = (owner[channels.channel[rows]], channels.axis_of_row[rows], "")
+    first_axis = components(len(channels.axes), [coupled])[written]
+    parts: list[list[int]] = [[] for _ in np.unique(first_axis)]
     part_of = np.full(len(channels.axes) + 1, -1, dtype=np.int64)  # owner -1 has no part
-    for index, part in enumerate(parts):
-        part_of[part] = index
+    part_of[:-1][written] = np.unique(first_axis, return_inverse=True)[1]
+    for axis in np.flatnonzero(written).tolist():
+        parts[part_of[axis]].append(axis)
     group_of = part_of[owner]
     axes_of: list[list[int]] = [[] for _ in parts]
     for axis, index in _pairs(channels.axis_of_row, group_of[channels.channel]):
@@ -94,9 +93,13 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
             axes_of[index].append(axis)
     on_stream = np.zeros(channels.count, dtype=bool)
     on_stream[streams] = True
+    is_pinned = np.zeros(channels.count, dtype=bool)
+    is_pinned[list(channels.pins)] = True
     names = _names([channels.axes[part[0]] for part in parts])
     return tuple(
-        _group(channels, name, _distinct_channels(channels, part), axes, part[0], on_stream)
+        _group(
+            channels, name, _distinct_channels(channels, part), axes, part[0], is_pinned, on_stream
+        )
         for name, axes, part in zip(names, axes_of, parts, strict=True)
     )
 
@@ -114,6 +117,8 @@ def _pairs(first: IntArray, second: IntArray) -> list[tuple[int, int]]:
 def _distinct_channels(channels: Channels, axes: Sequence[int]) -> IntArray:
     """Return the channels of some axes, in the order in which they come there."""
     rows = np.concatenate([channels.of_axis(axis) for axis in axes])
+    if (rows[1:] > rows[:-1]).all():  # most are: channels are numbered in order of first use
+        return rows
     _, first = np.unique(rows, return_index=True)
     return rows[np.sort(first)]
 
@@ -153,9 +158,11 @@ def _group(
     members: IntArray,
     axes: list[int],
     first: int,
+    is_pinned: npt.NDArray[np.bool_],
     on_stream: npt.NDArray[np.bool_],
 ) -> ChannelGroup:
-    pin = next((channels.pins[c] for c in members.tolist() if c in channels.pins), None)
+    pinned = members[is_pinned[members]]
+    pin = channels.pins[int(pinned[0])] if len(pinned) else None
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:
         layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))

@@ -14,6 +14,18 @@ from fxgrow.version import __version__
 class Commands(TyperGroup):
     """The group of commands; what any of them raises becomes a line and an exit code."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options before the command, each flag with a default.
+
+        To convert a flag that is not given and has none (--help, those for completion), typer
+        loads pydantic, which takes as long as all the rest of a help text.
+        """
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.default is None:
+                parameter.default = False
+        return parameters
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         with errors_in_one_line(debug=bool(ctx.params.get("debug"))):

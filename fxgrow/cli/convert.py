@@ -68,7 +68,7 @@ def convert(
     to_arg: _TargetArguments = None,
     list_targets: _ListTargets = False,
     pairing: opt.Pairing = None,
-    init: opt.Init = "copy_uniform",
+    init: opt.Init = "copy_rows",
     split_noise: opt.SplitNoise = 0.1,
     seed: opt.Seed = 0,
     arch: _FromArch = None,

@@ -29,7 +29,7 @@ def deepen(
     blocks: opt.Blocks,
     stage: opt.Stages = None,
     method: opt.Method = "r2deeper",
-    init: opt.Init = "copy_uniform",
+    init: opt.Init = "copy_rows",
     seed: opt.Seed = 0,
     after: opt.AfterPlan = None,
     arch: opt.Arch = None,

@@ -35,7 +35,7 @@ def widen(
     preset: opt.Preset = None,
     rescaling: opt.Rescaling = None,
     pairing: opt.Pairing = None,
-    init: opt.Init = "copy_uniform",
+    init: opt.Init = "copy_rows",
     gain: opt.Gain = "1",
     noise: opt.Noise = 0.0,
     split_noise: opt.SplitNoise = 0.1,

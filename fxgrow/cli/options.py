@@ -17,7 +17,7 @@ from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.presets import PRESETS
 from fxgrow.plan.rescaling import RESCALINGS
 
-INIT_NAMES = ("copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
+INIT_NAMES = ("copy_rows", "copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
 METHOD_NAMES = ("r2deeper", "zero_last", "net2deeper")
 
 growth = partial(typer.Option, rich_help_panel="What grows")
@@ -280,7 +280,10 @@ Verify = Annotated[
 ]
 NoVerify = Annotated[
     bool,
-    output("--no-verify", help="The same as --verify none: write the result without measuring."),
+    output(
+        "--no-verify",
+        help="The same as --verify none: write without measuring; the file is read again still.",
+    ),
 ]
 Device = Annotated[
     str,

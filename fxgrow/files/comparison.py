@@ -7,8 +7,8 @@ of, and other objects by their classes and attributes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,21 +21,32 @@ _APART = ("name_or_path",)  # where transformers read a model from
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-def difference(found: object, wanted: object, place: str = "") -> str:
+Compared: TypeAlias = Callable[[int], object]
+
+
+def _nothing(_: int) -> None:
+    """Do nothing with the bytes of a tensor that was compared."""
+
+
+def difference(
+    found: object, wanted: object, place: str = "", compared: Compared = _nothing
+) -> str:
     """Return where two objects differ first and how, or "" where they do not.
 
     Args:
         found: what was read.
         wanted: what it should be; both may hold themselves.
         place: where they stand, for the message.
+        compared: called with the bytes of each tensor when it was compared.
     """
-    return _Comparison().difference(found, wanted, place)
+    return _Comparison(compared).difference(found, wanted, place)
 
 
 class _Comparison:
     """One comparison, which remembers what it has met."""
 
-    def __init__(self) -> None:
+    def __init__(self, compared: Compared) -> None:
+        self._compared = compared
         self._met: set[tuple[int, int]] = set()
         self._kept: list[object] = []  # so that no other object gets the id of one that was met
 
@@ -43,7 +54,9 @@ class _Comparison:
         if found is wanted:
             return ""
         if isinstance(wanted, Tensor):
-            return tensor_difference(found, wanted, place)
+            told = tensor_difference(found, wanted, place)
+            self._compared(wanted.nbytes)
+            return told
         pair = (id(found), id(wanted))
         if pair in self._met:
             return ""
@@ -55,7 +68,7 @@ class _Comparison:
         self._met.add(pair)
         self._kept += [found, wanted]
         if isinstance(wanted, nn.Module):
-            return module_difference(found, wanted, place)
+            return module_difference(found, wanted, place, self._compared)
         return self._in_parts(found, wanted, place)
 
     def _in_parts(self, found: Any, wanted: Any, place: str) -> str:
@@ -102,15 +115,20 @@ def tensor_difference(found: object, wanted: Tensor, place: str) -> str:
     return f"{place}{list(at)} is {found[at].item()!r}, not {wanted[at].item()!r}"
 
 
-def module_difference(found: nn.Module, wanted: nn.Module, place: str = "") -> str:
+def module_difference(
+    found: nn.Module, wanted: nn.Module, place: str = "", compared: Compared = _nothing
+) -> str:
     """Return how a module differs in what it is made of, its plain attributes or its tensors."""
     if told := structure_difference(found, wanted, modes=True):
         return f"{place} {told}".strip()
     have, want = named_tensors(found), named_tensors(wanted)
     if told := keys_difference(sorted(have), sorted(want), place):
         return told
-    pairs = ((_inside(place, name), have[name], tensor) for name, tensor in want.items())
-    return next(filter(None, (tensor_difference(f, w, n) for n, f, w in pairs)), "")
+    for name, tensor in want.items():
+        if told := tensor_difference(have[name], tensor, _inside(place, name)):
+            return told
+        compared(tensor.nbytes)
+    return ""
 
 
 def structure_difference(

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
 from fxgrow.apply.module import apply_to_state_dict
-from fxgrow.errors import SourceError
+from fxgrow.errors import FxgrowError, SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.reading import naming
@@ -38,7 +38,7 @@ from fxgrow.files.pretrained import (
     stored,
     untied,
 )
-from fxgrow.files.records import identify, put_weights, rebuild, record_of
+from fxgrow.files.records import identify, put_weights, rebuild, rebuilt_difference, record_of
 from fxgrow.files.reread import Judged, check_written, containers_copied
 from fxgrow.files.written import check_directory, check_program
 from fxgrow.modules.architectures import Architecture
@@ -280,6 +280,20 @@ def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Argume
     return batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs)[0]
 
 
+def _recognised(
+    shapes: Mapping[str, tuple[int, ...]], plans: Sequence[Plan], model: nn.Module
+) -> Architecture | None:
+    """Return the known architecture that became a module; None if there is none.
+
+    One of the same shapes that computes otherwise (another activation, another eps) is none.
+    """
+    try:
+        found = recognise(shapes)
+        return None if rebuilt_difference(found, plans, model) else found
+    except FxgrowError:
+        return None
+
+
 @exclusive
 def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     """Write a model grown in Python, so that :func:`load` gives it back.
@@ -296,6 +310,7 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
 
     Raises:
         SourceError: the file cannot be written, or the module can neither be named nor pickled.
+        VerificationError: what was written is not the grown model when it is read again.
     """
     out = Path(path)
     if out.suffix == ".pt2":
@@ -310,10 +325,7 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     carried = carried_names(source, grown.plan)
     before = {old: source[old][0] for new, old in carried.items() if new in state_dict}
     shapes = before if plans else {name: tuple(t.shape) for name, t in state_dict.items()}
-    try:
-        architecture: Architecture | None = recognise(shapes)
-    except SourceError:
-        architecture = None
+    architecture = _recognised(shapes, plans, grown.model)
     target = "safetensors" if out.suffix == ".safetensors" else "torch"
     if architecture is None and (target != "torch" or isinstance(grown.model, fx.GraphModule)):
         raise SourceError(

@@ -13,9 +13,10 @@ from torch import nn
 from fxgrow.apply.module import remade
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import Source
+from fxgrow.files.comparison import structure_difference
 from fxgrow.modules.architectures import Architecture, parse_architecture
 from fxgrow.modules.recognition import recognise
-from fxgrow.modules.tensors import aliases_of
+from fxgrow.modules.tensors import aliases_of, lasting_tensors
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
 from fxgrow.version import __version__
@@ -45,6 +46,26 @@ def rebuild(
     for plan in plans:
         model = remade(plan, model)
     return model.eval()
+
+
+def rebuilt_difference(architecture: Architecture, plans: Sequence[Plan], model: nn.Module) -> str:
+    """Return how what an architecture became differs from a module, its values apart, or "".
+
+    Args:
+        architecture: what it was.
+        plans: the surgeries since, oldest first.
+        model: the module that it should be like: in names, shapes, classes and plain attributes.
+
+    Raises:
+        SourceError, PlanError: as for :func:`rebuild`.
+    """
+    again = rebuild(architecture, plans, device="meta")
+    have, want = (
+        {name: t.shape for name, t in lasting_tensors(each).items()} for each in (again, model)
+    )
+    if have != want:
+        return f"another {next(n for n in (*want, *have) if have.get(n) != want.get(n))}"
+    return structure_difference(again, model)
 
 
 def identify(

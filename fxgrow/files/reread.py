@@ -26,12 +26,10 @@ from fxgrow.files.comparison import (
     difference,
     keys_difference,
     module_difference,
-    structure_difference,
     tensor_difference,
 )
-from fxgrow.files.records import rebuild
+from fxgrow.files.records import rebuilt_difference
 from fxgrow.modules.architectures import Architecture
-from fxgrow.modules.tensors import lasting_tensors
 from fxgrow.plan.schema import Plan, plans_of
 
 _PIECE = 64 << 20  # bytes that are compared before their memory is given back
@@ -107,7 +105,7 @@ class _Reread:
         """Compare all that there is."""
         judged, found = self._judged, self._read()
         if found.model is not None:
-            self._refuse_if(module_difference(found.model, judged.model))
+            self._refuse_if(module_difference(found.model, judged.model, compared=self._count))
         source = judged.source
         kept = source if source is not None and source.kind == found.kind else None
         wanted: list[Mapping[str, Tensor]] = [self._weights()]
@@ -121,7 +119,7 @@ class _Reread:
         if kept is not None:
             self._check_places(kept, found)
             self._check_others(kept, found)
-        elif source is None:
+        elif source is None and found.format not in TENSORS_ONLY:
             self._check_versions(judged.model.state_dict(), found.state_dict)
         if found.kind != "module":
             self._check_record(found.record)
@@ -156,10 +154,14 @@ class _Reread:
             told = tensor_difference(_plain(tensor), _plain(wanted[name]), name)
             if told:
                 self._refuse(told + where, name)
-            self._compared += tensor.nbytes
-            if self._compared > _PIECE:
-                self._mappings.release()
-                self._compared = 0
+            self._count(tensor.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        """Give back the memory of what was compared, now and then."""
+        self._compared += nbytes
+        if self._compared > _PIECE:
+            self._mappings.release()
+            self._compared = 0
 
     def _check_places(self, source: Source, found: Source) -> None:
         """Compare where weights lie, under which names, and what lies beside them."""
@@ -216,7 +218,7 @@ class _Reread:
         self._refuse_if("" if type(have) is type(want) else f"{place} is a {type(have).__name__}")
         grown = self._judged.optimizers.get(id(want))
         if grown is not None:
-            self._refuse_if(difference(dict(have), grown, place), place)
+            self._refuse_if(difference(dict(have), grown, place, self._count), place)
         elif isinstance(want, dict) and is_optimizer(want) and want["state"]:
             self._refuse(f"the optimizer in {place!r} has not grown", place)
         elif isinstance(want, dict):
@@ -228,7 +230,7 @@ class _Reread:
             for index, (one, other) in enumerate(zip(have, want, strict=True)):
                 self._check_entries(one, other, places, (*keys, str(index)))
         else:
-            self._refuse_if(difference(have, want, place), place)
+            self._refuse_if(difference(have, want, place, self._count), place)
 
     def _check_record(self, record: Mapping[str, Any] | None) -> None:
         """Compare the record with the plans, and the grown network with what it rebuilds."""
@@ -251,15 +253,10 @@ class _Reread:
             return
         try:
             known = named if named.is_code else Architecture.from_dict(told)
-            again = rebuild(known, plans, device="meta")
+            how = rebuilt_difference(known, plans, judged.model)
         except FxgrowError as error:
             self._refuse(f"its record rebuilds no module: {error.reason}")
-        have, want = ({n: t.shape for n, t in _state(m).items()} for m in (again, judged.model))
-        if have != want:
-            wrong = next(n for n in (*want, *have) if have.get(n) != want.get(n))
-            self._refuse(f"its record rebuilds a module with another {wrong}", wrong)
-        if how := structure_difference(again, judged.model):
-            self._refuse(f"its record rebuilds another module: {how}")
+        self._refuse_if(how and f"its record rebuilds another module: {how}")
 
     def _refuse_if(self, how: str, name: str = "") -> None:
         if how:
@@ -279,11 +276,6 @@ def _beside(location: Location) -> dict[str, object]:
     stored: Any = location.stored
     own = set(location.stored_names.values())
     return {name: value for name, value in stored.items() if name not in own}
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a state_dict holds."""
-    return lasting_tensors(model)
 
 
 def _plain(tensor: Tensor) -> Tensor:

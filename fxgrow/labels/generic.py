@@ -52,13 +52,13 @@ def alters(step: Step) -> str:
     if not traits.is_pointwise:
         return traits.name
     given = (*step.args, *step.kwargs.values())
-    numbers = [x.item() if _is_number(x) else x for x in given]
+    numbers = [x.item() if isinstance(x, Tensor) and _is_number(x) else x for x in given]
     told = [f"{x:.12g}" for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool)]
     return " ".join((traits.name, *told))
 
 
-def _is_number(argument: object) -> bool:
-    return isinstance(argument, Tensor) and not argument.ndim and argument.device.type != "meta"
+def _is_number(tensor: Tensor) -> bool:
+    return not tensor.ndim and not tensor.is_meta
 
 
 def is_curved(step: Step, weights: Sequence[Value]) -> bool:
@@ -111,11 +111,14 @@ def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
                 step.join_fixed(other, tensor, tensor.shape)
 
 
-def repeated(step: Step, inputs: Sequence[Value]) -> frozenset[int]:
-    """Return the dims of the output in which entries are the same because there was one."""
-    if len(inputs) != 1 or not step.outputs:
-        return frozenset()
-    x, out, known = step.operands[0], step.outputs[0], inputs[0].repeated
+def repeated(step: Step, value: Value) -> frozenset[int]:
+    """Return the dims of the output in which entries are the same because there was one.
+
+    Args:
+        step: the operation.
+        value: its only operand.
+    """
+    x, out, known = step.operands[0], step.outputs[0], value.repeated
     name = step.traits.name
     if name in ("aten.expand", "aten.repeat"):
         added = out.ndim - x.ndim
@@ -139,13 +142,18 @@ def _across_view(x: Tensor, out: Tensor, dims: frozenset[int]) -> frozenset[int]
     return frozenset(b for a, b in zip(before, after, strict=True) if a in dims)
 
 
-def runs(step: Step, inputs: Sequence[Value]) -> int:
-    """Return how many matrices in a row are the same, where a view made one dim of two."""
-    if len(inputs) != 1 or step.target not in _ON_LABELS:
+def runs(step: Step, value: Value) -> int:
+    """Return how many matrices in a row are the same, where a view made one dim of two.
+
+    Args:
+        step: the operation.
+        value: its only operand.
+    """
+    if step.target not in _ON_LABELS:
         return 1
     x, out = step.operands[0], step.outputs[0]
     merged = x.ndim > 1 and out.shape == (x.shape[0] * x.shape[1], *x.shape[2:])
-    return x.shape[1] if merged and 1 in inputs[0].repeated else 1
+    return x.shape[1] if merged and 1 in value.repeated else 1
 
 
 def _apart(step: Step, layers: list[Layer]) -> Layers:

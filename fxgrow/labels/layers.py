@@ -9,6 +9,7 @@ its channels). Label 0 means "no channel": a constant, padding, or data of fixed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -26,7 +27,12 @@ def support(layer: Layer) -> frozenset[int]:
         >>> support(torch.arange(3, dtype=torch.int32)[None, :, None].expand(2, 3, 4))
         frozenset({1})
     """
-    sizes = zip(layer.shape, layer.stride(), strict=True)
+    return _varying(layer.shape, layer.stride())
+
+
+@functools.lru_cache(1 << 14)  # asked ten times for each operation, and few are unlike all others
+def _varying(shape: tuple[int, ...], strides: tuple[int, ...]) -> frozenset[int]:
+    sizes = zip(shape, strides, strict=True)
     return frozenset([dim for dim, (size, stride) in enumerate(sizes) if stride and size > 1])
 
 
@@ -44,10 +50,14 @@ def along(labels: Tensor, dim: int, shape: Sequence[int]) -> Layer:
 
 def core(layer: Layer, dims: Iterable[int]) -> Tensor:
     """Return ``layer`` narrowed to one entry along every dim that is not in ``dims``."""
-    shape = [min(size, 1) for size in layer.shape]
-    for dim in dims:
-        shape[dim] = layer.shape[dim]
-    return layer.as_strided(shape, layer.stride())
+    shape = layer.shape
+    thin = _thin(shape, dims if type(dims) is frozenset else frozenset(dims))
+    return layer if thin == shape else layer.as_strided(thin, layer.stride())
+
+
+@functools.lru_cache(1 << 14)
+def _thin(shape: tuple[int, ...], dims: frozenset[int]) -> tuple[int, ...]:
+    return tuple([size if dim in dims else min(size, 1) for dim, size in enumerate(shape)])
 
 
 def narrowed(layer: Layer, dims: Iterable[int]) -> Tensor:
@@ -78,7 +88,7 @@ def compact(layer: Layer) -> Layer:
 def cover(layers: Layers, dim: int) -> Layer | None:
     """Return the layer that varies along ``dim``, or None. At most one does."""
     for layer in layers:
-        if dim in support(layer):
+        if dim in _varying(layer.shape, layer.stride()):
             return layer
     return None
 

@@ -43,6 +43,15 @@ UNTAGGED = aten(
 )
 
 
+# What multiplies matrices or convolves: forward operations that torch counts the products of.
+PRODUCTS = aten(
+    "mm addmm bmm baddbmm _scaled_mm convolution _convolution cudnn_convolution "
+    "convolution_overrideable _slow_conv2d_forward _flash_attention_forward "
+    "_efficient_attention_forward _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+)
+
+
 @dataclass(frozen=True)
 class Traits:
     """What an operator is, whatever it is applied to.
@@ -59,6 +68,7 @@ class Traits:
         is_uniform: it makes a tensor with one value everywhere.
         is_likeness: it makes a tensor in the image of another, whatever that holds.
         is_padding: it puts one constant beside what it gets.
+        is_product: it multiplies matrices or convolves.
         places: position of each argument by its name in the schema.
     """
 
@@ -73,6 +83,7 @@ class Traits:
     is_uniform: bool
     is_likeness: bool
     is_padding: bool
+    is_product: bool
     places: dict[str, int]
 
 
@@ -93,6 +104,7 @@ def traits_of(target: OpOverload) -> Traits:
         is_uniform=name in UNIFORM,
         is_likeness=name in LIKENESSES,
         is_padding=name == "aten.constant_pad_nd",
+        is_product=name in PRODUCTS,
         places={argument.name: place for place, argument in enumerate(target._schema.arguments)},
     )
 
@@ -104,4 +116,4 @@ def operator_name(target: OpOverload) -> str:
 
 def place_of(target: OpOverload, node: str, module: str) -> str:
     """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
-    return f"{operator_name(target)} at {module or node or 'the top level'}"
+    return f"{traits_of(target).name} at {module or node or 'the top level'}"

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
-from fxgrow.labels.layers import Layers, along, support
+from fxgrow.labels.layers import Layers, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
@@ -71,11 +71,12 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             layers: Layers = ()
             if name:
                 fill: Fill | None = "copy" if name in self._zeros else None
-                layers = tuple(
-                    along(self.space.axis(name, dim, size, fill=fill), dim, tensor.shape)
-                    for dim, size in enumerate(tensor.shape)
+                shape = tensor.shape
+                layers = tuple([
+                    self.space.layer(name, dim, shape, fill)
+                    for dim, size in enumerate(shape)
                     if size > 1  # a width of one may be broadcast
-                )
+                ])  # fmt: skip
             origins = (name,) if name else ()
             found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
         return found
@@ -85,9 +86,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._enter(tensor, layers, is_input=True)
 
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
-        layers = layers if tensor.numel() else ()  # what has no entries has no channels
-        value = Value(len(self.tape.values), tuple(tensor.shape), tensor.dtype, layers, **facts)
-        self.tape.values.append(value)
+        if layers and not tensor.numel():
+            layers = ()  # what has no entries has no channels
+        values = self.tape.values
+        value = Value(len(values), tuple(tensor.shape), tensor.dtype, layers, **facts)
+        values.append(value)
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value
@@ -106,27 +109,48 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         for output in outputs:  # before anything is made of that size; weights may be larger
             if output.numel() > self._most and _is_larger(output, operands):
                 raise _too_large(func, module, output)
-        inputs = tuple([self.value(tensor) for tensor in operands])
+        known, value_of = self._values, self.value
+        inputs = tuple([known.get(id(tensor)) or value_of(tensor) for tensor in operands])
         for value in inputs:
-            self._use(value)
+            if value.positions is not None:
+                self._use(value)
+        if not operands and not func._schema.is_mutable:  # nothing that could be known of it
+            self._enter_made(func, args, kwargs, outputs, (node, module))
+            return
         where = self.space.place = place_of(func, node, module)
         traits = traits_of(func)
-        step = Step(self.space, func, traits, args, kwargs, operands, outputs, self.value, where)
+        step = Step(self.space, func, traits, args, kwargs, operands, outputs, value_of, where)
         layers = self._labels(step, inputs)
         done = generic.alters(step) if layers and layers[0] else ""
         if done:
             self._note(done, inputs, ordered=not traits.is_commutative)
-        seen_args, seen_kwargs = map_tensors(self.value, (args, kwargs))
+        seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
         index = len(self.tape.operations)
-        values = tuple(
-            self._enter(tensor, flow, producer=index, positions=step.positions.get(place), **facts)
+        told = step.positions
+        values = tuple([
+            self._enter(tensor, flow, producer=index, positions=told.get(place), **facts)
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
-        )
-        self._write_back(step, index)
+        ])  # fmt: skip
+        if traits.is_mutable:
+            self._write_back(step, index)
         self.tape.operations.append(
             Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
         )
+
+    def _enter_made(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Tensor, ...],
+        place: Place,
+    ) -> None:
+        """Append what makes tensors of numbers alone, as each batch norm does, to the tape."""
+        index = len(self.tape.operations)
+        is_uniform = traits_of(func).is_uniform
+        values = [self._enter(x, (), producer=index, is_uniform=is_uniform) for x in outputs]
+        self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -136,8 +160,6 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
 
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
-        if not step.traits.is_mutable:
-            return
         view = step.operands[0] if step.operands else None
         if view is None or view._base is None:
             return
@@ -168,7 +190,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
 
     def _labels(self, step: Step, inputs: tuple[Value, ...]) -> tuple[Layers, ...]:
         if step.traits.is_factory or not any(value.layers for value in inputs):
-            return tuple(() for _ in step.outputs)
+            return ((),) * len(step.outputs)
         nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
         if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
@@ -185,11 +207,15 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         return step.give_up(PinKind.NO_RULE, str(step.target))
 
 
+_NOWHERE: frozenset[int] = frozenset()
+
+
 def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
     """Return what all outputs of an operation have in common, as attributes of their values."""
     traits = step.traits
     weight = bool(inputs) and all(value.is_weight for value in inputs)
     moved = traits.is_movement and bool(inputs) and all(value.is_uniform for value in inputs)
+    lone = len(inputs) == 1 and bool(step.outputs)
     return {
         "is_weight": weight,
         "origins": tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else (),
@@ -197,8 +223,8 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_uniform": traits.is_uniform or moved,
         "is_padded": traits.is_padding,
         "is_curved": weight and generic.is_curved(step, inputs),
-        "repeated": generic.repeated(step, inputs),
-        "runs": generic.runs(step, inputs),
+        "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
+        "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
 
 

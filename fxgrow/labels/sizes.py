@@ -6,6 +6,7 @@ arguments must follow; what they should be is told by the labels of what the cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ class SizedCall:
         return self.kwargs.get(name, default)
 
 
+@functools.lru_cache(1 << 10)
 def function_name(function: object) -> str:
     """Return what a function is called; an operator of ATen without its overload: ``view``."""
     packet = getattr(function, "overloadpacket", function)

@@ -20,7 +20,7 @@ Role: TypeAlias = Literal["writer", "reader", "carrier"]
 Fill: TypeAlias = Literal["draw", "one", "zero", "copy"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that takes as long as all else in making one
 class Axis:
     """A parameter or buffer axis with a label for each position.
 
@@ -73,11 +73,17 @@ class LabelSpace:
     _forest: Forest = field(default_factory=Forest)
     _known: int = 0  # number of unions that the forest knows of
     _numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    _array: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # the same
+    _room: int = 0  # entries of _numbers
+    _at: int = 0  # where they lie
 
     def reserve(self, count: int) -> None:
         """Make room for so many more labels at once; there can be more all the same."""
-        if self._next + count > self._numbers.numel():  # what was given out before stays as it is
-            self._numbers = torch.arange(self._next + count, dtype=torch.int32)
+        if self._next + count > self._room:  # what was given out before stays as it is
+            self._room = self._next + count
+            self._numbers = torch.arange(self._room, dtype=torch.int32)
+            self._array = self._numbers.numpy()
+            self._at = self._numbers.data_ptr()
 
     def axis(
         self, tensor: str, dim: int, size: int, groups: int = 1, fill: Fill | None = None
@@ -86,6 +92,20 @@ class LabelSpace:
 
         How its new entries begin is ``fill``, if that is known whatever the axis is used for.
         """
+        start = self._start(tensor, dim, size, groups, fill)
+        return self._numbers[start : start + size]
+
+    def layer(
+        self, tensor: str, dim: int, shape: tuple[int, ...], fill: Fill | None = None
+    ) -> Layer:
+        """Return the labels of an axis as a layer of a tensor of the given shape."""
+        start = self._start(tensor, dim, shape[dim], 1, fill)
+        strides = [0] * len(shape)
+        strides[dim] = 1
+        return self._numbers.as_strided(shape, strides, start)
+
+    def _start(self, tensor: str, dim: int, size: int, groups: int, fill: Fill | None) -> int:
+        """Return the first label of an axis, new or known; ``_numbers`` have room for it."""
         key = (tensor, dim, groups)
         index = self._index.get(key)
         if index is None:
@@ -95,10 +115,10 @@ class LabelSpace:
             self._next += size
             if fill is not None:
                 self.fills[index] = fill
-        found = self.axes[index]
-        if found.start + size > self._numbers.numel():
+        start = self._starts[index]
+        if start + size > self._room:
             self.reserve(self._next)
-        return self._numbers[found.start : found.start + size]
+        return start
 
     def places(self, labels: Tensor, pieces: Sequence[int]) -> Tensor:
         """Return labels of their own for places that hold some channels several times.
@@ -124,10 +144,10 @@ class LabelSpace:
 
         None if it is not, or not seen to be without looking at all of them.
         """
-        offset = labels.data_ptr() - self._numbers.data_ptr()
+        offset = labels.data_ptr() - self._at
         if labels.stride() != (1,) or not 0 < offset < 4 * self._next:
             return None
-        return offset // 4, labels.numel()
+        return offset // 4, labels.shape[0]
 
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
@@ -138,8 +158,10 @@ class LabelSpace:
         if not labels.numel():
             return
         run = self._run(labels)
-        ends = (run[0], sum(run) - 1) if run else map(int, labels.aminmax())
-        first, last = (bisect_right(self._starts, end) - 1 for end in ends)
+        low, high = (run[0], sum(run) - 1) if run else map(int, labels.aminmax())
+        first = last = bisect_right(self._starts, low) - 1
+        if first < 0 or high >= self.axes[first].start + self.axes[first].size:
+            last = bisect_right(self._starts, high) - 1
         owners: Sequence[int] = (last,)
         if first != last or last < 0:  # over several parameters, or places without a label
             found = np.searchsorted(self._starts, labels.numpy().ravel(), side="right") - 1
@@ -165,16 +187,16 @@ class LabelSpace:
         """
         if left.numel() != right.numel():
             raise ValueError(f"{left.numel()} channels meet {right.numel()} in {self.place}")
-        runs = self._run(left), self._run(right)
-        if None not in runs and runs[0] == runs[1]:
+        one, other = self._run(left), self._run(right)
+        if one is not None and other is not None:
+            if one != other:
+                first, second = (self._array[at : at + size] for at, size in (one, other))
+                self.unions.append((first, second, self.place))
             return
         first, second = left.numpy().ravel(), right.numpy().ravel()
-        if None in runs:
-            different = (first != second) & (first != 0) & (second != 0)
-            if not different.any():
-                return
-            first, second = first[different], second[different]
-        self.unions.append((first, second, self.place))
+        different = (first != second) & (first != 0) & (second != 0)
+        if different.any():
+            self.unions.append((first[different], second[different], self.place))
 
     def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
         """Record that the running operation lets the channels of ``labels`` not change, and why."""

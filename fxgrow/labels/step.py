@@ -21,7 +21,7 @@ from fxgrow.labels.tape import Value
 from fxgrow.modules.calling import map_tensors
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that takes as long as all else in making one
 class Step:
     """One operation on its way through the labeller.
 
@@ -76,9 +76,11 @@ class Step:
         Labels that differ along other dims too are unified: whoever reads a tensor along one dim
         reads them as one channel.
         """
-        layer = cover(self.layers(tensor), dim)
+        layer = cover(self.value(tensor).layers, dim)
         if layer is None or layer.ndim == 1:
             return layer
+        if len(support(layer)) == 1:
+            return layer.as_strided((layer.shape[dim],), (layer.stride(dim),))
         return self.flat(layer, (dim,)).reshape(-1)
 
     def flat(self, layer: Layer, dims: Iterable[int]) -> Tensor:
@@ -206,7 +208,7 @@ class Step:
         if channels is None:
             self.pin(self.layers(vector), PinKind.FIXED, "combined with a tensor")
             return
-        line = self.line(vector, vector.ndim - 1)
+        line = self.line(vector, len(vector.shape) - 1)
         if line is not None:
             self.space.unify(line, channels)
             self.space.mark(line, "carrier", fill)

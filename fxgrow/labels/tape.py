@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils.flop_counter import flop_registry
 
 from fxgrow.labels.layers import Layer, Layers
+from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.modules.calling import map_kind
 
 
@@ -60,7 +62,7 @@ class Value:
     taken: list[Layer] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # as above; nothing ever changes
 class Operation:
     """One ATen operation as it ran.
 
@@ -90,8 +92,8 @@ class Operation:
 
     @property
     def is_product(self) -> bool:
-        """Whether it multiplies matrices or convolves: torch counts the products of such."""
-        return self.target.overloadpacket in flop_registry
+        """Whether it multiplies matrices or convolves, or is counted by a formula of the user's."""
+        return traits_of(self.target).is_product or self.target.overloadpacket in _registered()
 
     @property
     def place(self) -> str:
@@ -125,8 +127,32 @@ class Tape:
         return sum(_flops(op) for op in self.operations)
 
 
+def _registered() -> dict[Any, Callable[..., Any]]:
+    """Return the formulas that torch and its user have given, if any code has asked for them."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    return {} if counter is None else counter.flop_registry
+
+
 def _flops(op: Operation) -> int:
-    """Return the floating-point operations of one operation."""
+    """Return the floating-point operations of one operation.
+
+    The most common products are counted here: torch's counter loads a compiler, for 75 ms.
+    """
+    name = operator_name(op.target)
+    if name == "aten.convolution":
+        x, weight = op.args[:2]
+        written = x if op.args[6] else op.outputs[0]  # each of its pixels takes a whole kernel
+        return 2 * math.prod((*weight.shape, written.shape[0], *written.shape[2:]))
+    if name in ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"):
+        inner = op.args[name.count("add")].shape[-1]
+        return 2 * math.prod(op.outputs[0].shape) * int(inner)
+    return _flops_by_torch(op) if op.is_product else 0
+
+
+def _flops_by_torch(op: Operation) -> int:
+    """Return the floating-point operations of one operation by the formula that torch has."""
+    from torch.utils.flop_counter import flop_registry
+
     formula = flop_registry.get(op.target.overloadpacket)
     if formula is None:
         return 0

@@ -7,13 +7,14 @@ module tree with every parameter and buffer on the meta device. The user's model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
@@ -26,8 +27,8 @@ from fxgrow.labels.tape import Tape
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, keeping_buffers, stand_in
-from fxgrow.modules.tensors import named_tensors, zero_buffers
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
+from fxgrow.modules.tensors import module_names, named_tensors, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -76,16 +77,27 @@ class Traced:
     @cached_property
     def untraceable(self) -> str:
         """Why there is no graph that runs on the inputs, or ""."""
+        return self._run_of_graph[1]
+
+    @property
+    def nodes(self) -> tuple[tuple[str, str], ...]:
+        """The operations that the graph runs, in order, by name, and the node of each."""
+        return self._run_of_graph[0]
+
+    @cached_property
+    def _run_of_graph(self) -> tuple[tuple[tuple[str, str], ...], str]:
+        """The operations of the graph with their nodes, or why there are none."""
         graph, reason = self._symbolic
         if graph is None:
-            return reason
+            return (), reason
         interpreter = _Interpreter(self.target, graph, self.module)
+        listing = _Listing(interpreter.place)
         try:
-            with torch.no_grad(), OnMeta():
+            with keeping_buffers(self.standin), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
-            return f"its graph does not run: {first_line(error)}"
-        return ""
+            return (), f"its graph does not run: {first_line(error)}"
+        return tuple(listing.found), ""
 
     @property
     def tracer(self) -> Tracer:
@@ -186,7 +198,7 @@ class Traced:
                 way_out="" if self.inferred else "Give inputs that it takes.",
             ) from error
         finally:
-            self.standin.eval()
+            in_eval_mode(self.standin)
         self._pin_shared(space)
         return space, tape
 
@@ -220,9 +232,10 @@ class Traced:
         own = named_tensors(self.target) if self.module else tensors
         used = {id(tensors[axis.tensor]) for axis in space.axes if axis.tensor}
         return any(
-            id(tensor) not in used and isinstance(tensor, nn.Parameter) and max(tensor.shape) > 1
+            id(tensor) not in used
+            and isinstance(tensor, nn.Parameter)
+            and max(tensor.shape, default=1) > 1
             for tensor in own.values()
-            if tensor.ndim
         )
 
     def _pin_shared(self, space: LabelSpace) -> None:
@@ -242,7 +255,7 @@ class Traced:
 @contextlib.contextmanager
 def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = module_names(model)
 
     def enter(module: nn.Module, _: object) -> None:
         if id(module) in names:
@@ -295,6 +308,26 @@ class _Interpreter(fx.Interpreter):
         return self._at
 
 
+class _Listing(OnMeta):  # type: ignore[no-untyped-call]
+    """Lists the operations that run by name, and the nodes that run them."""
+
+    def __init__(self, place: Callable[[], Place]) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._place = place
+
+    def ran(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+        result: object,
+    ) -> None:
+        """List an operation."""
+        self.found.append((func._opname.rstrip("_"), self._place()[0]))
+
+
 def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> Traced:
     """Trace a model, or one submodule of it, without touching it.
 
@@ -311,7 +344,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     Raises:
         TraceError: the model cannot be copied.
     """
-    standin = stand_in(model).eval()
+    standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
     return Traced(standin, inputs, inferred, module, zero_buffers(model))

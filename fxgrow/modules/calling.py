@@ -62,7 +62,9 @@ def _gather(tree: object, found: list[Tensor]) -> None:
         found.append(tree)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            if type(item) not in _PLAIN:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif type(item) not in _PLAIN:
                 _gather(item, found)
     elif isinstance(tree, dict):
         for item in tree.values():

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.dispatch import DispatchMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Expectation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode in which random draws give their mean and fused dropout does nothing.
 
     Dropout and stochastic depth draw a mask and divide it by its mean: with the mean in place of
@@ -33,7 +33,7 @@ class Expectation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, *, exact: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.casts = False
         self._exact = exact
 

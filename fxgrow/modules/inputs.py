@@ -113,7 +113,10 @@ def _arrangements(model: nn.Module, tensor: Tensor) -> Iterator[tuple[Any, ...]]
 
     A list has two sizes, as the stages of a feature pyramid do.
     """
-    tensors = [torch.empty_like(tensor) for _ in range(_parameter_count(model))]
+    shape, dtype = tensor.shape, tensor.dtype  # torch.empty_like loads sympy on the meta device
+    tensors = [
+        torch.empty(shape, dtype=dtype, device="meta") for _ in range(_parameter_count(model))
+    ]
     yield arranged(model, tensors)
     if len(tensors) == 1 and tensor.ndim == 4:
         yield arranged(model, [tensor, tensor[..., ::2, ::2]])

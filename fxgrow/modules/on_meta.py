@@ -8,23 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.modules.calling import map_tensors, tensors_in
+from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.meta_shapes import run_on_meta
 
+_TO_COPY = torch.ops.aten._to_copy.default
 
-class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+
+class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode in which constants that a model makes on another device join the meta one."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Return False: to keep dynamo away, torch wraps what is called here for each operation."""
-        return False
 
     def __torch_dispatch__(
         self,
@@ -40,13 +37,13 @@ class OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         kwargs = kwargs or {}
         tensors = tensors_in((args, kwargs))
-        elsewhere = sum([not tensor.is_meta for tensor in tensors])
+        elsewhere = len(tensors) - sum([tensor.is_meta for tensor in tensors])
         if 0 < elsewhere < len(tensors):
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
             tensors = tensors_in((args, kwargs))
         if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        elif func is torch.ops.aten._to_copy.default:
+        elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         result = run_on_meta(func, args, kwargs, tensors)
         self.ran(func, args, kwargs, tensors, result)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import TraceError
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import modules_of, named_tensors
 
 _PLAIN = frozenset((bool, int, float, str, NoneType))
+_STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
+_SET_STATE = nn.Module.__setstate__
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
 
@@ -44,7 +46,9 @@ def stand_in(
         if id(tensor) in memo or (replacements is not None and name not in replacements):
             continue
         fresh = _on_meta(tensor) if replacements is None else replacements[name]
-        if isinstance(tensor, nn.Parameter):
+        if type(tensor) is nn.Parameter and type(fresh) is Tensor:  # as nn.Parameter does, sooner
+            fresh = Tensor._make_subclass(nn.Parameter, fresh, tensor.requires_grad)
+        elif isinstance(tensor, nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fresh
     try:
@@ -72,16 +76,21 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     leaves up, so that no module is ever seen unfinished by the ``__deepcopy__`` of one around it.
     """
     states = []  # ids are only unique among the living
-    for module in reversed([*model.modules()]):
+    for module in reversed([*modules_of(model)]):
         if id(module) in memo or hasattr(module, "__deepcopy__"):
             continue
         recipe: Any = module.__reduce_ex__(4)
         if recipe[0] is not _NEW or recipe[1] != (type(module),) or any(recipe[3:]):
             continue  # its class has it copied in a way of its own
         states.append(recipe[2])
-        fresh: Any = type(module).__new__(type(module))
+        kind: Any = type(module)
+        fresh: Any = kind.__new__(kind)
         memo[id(module)] = fresh
-        fresh.__setstate__(_copied_entries(recipe[2], memo))
+        copies = _copied_entries(recipe[2], memo)
+        if kind.__setstate__ is _SET_STATE:  # it adds what modules from former versions lack
+            fresh.__dict__.update(copies)
+        else:
+            fresh.__setstate__(copies)
     return copy.deepcopy(model, memo)
 
 
@@ -96,12 +105,22 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
             copies[key] = known
         elif kind in _FILLED and not value:
             copies[key] = memo[id(value)] = kind()
-        elif kind is dict and _PLAIN.issuperset(map(type, value)):
+        elif kind is dict and _STRINGS.issuperset(map(type, value)):
             copies[key] = memo[id(value)] = {}
             copies[key].update(_copied_entries(value, memo))
         else:
             copies[key] = copy.deepcopy(value, memo)
     return copies
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """Return a model after ``model.eval()``, which takes long and often has nothing to do."""
+    plain = (nn.Module.train, nn.Module.eval)
+    for module in modules_of(model):
+        kind = type(module)
+        if module.training or (kind.train, kind.eval) != plain:
+            return model.eval()
+    return model
 
 
 @contextlib.contextmanager
@@ -118,7 +137,7 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
-    every = (module._buffers for module in model.modules())
+    every = (module._buffers for module in modules_of(model))
     held = [(buffers, dict(buffers)) for buffers in every if buffers]
     try:
         yield

@@ -31,6 +31,26 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what ``model.modules()`` does, in a quarter of the time."""
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting += [x for x in reversed(module._modules.values()) if x is not None]
+
+
+def module_names(model: nn.Module) -> dict[int, str]:
+    """Return the fully qualified name of each module by its id, the first one if it has several."""
+    names: dict[int, str] = {}
+    for prefix, module in _prefixed_modules(model):
+        names.setdefault(id(module), prefix[:-1])
+    return names
+
+
 def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module under each of its names, with a dot behind, outermost first."""
     waiting = [("", model)]  # nested generators, as named_modules() has them, take far longer
@@ -55,16 +75,17 @@ def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str
 
 def zero_buffers(model: nn.Module) -> frozenset[str]:
     """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
-    found = named_tensors(model)
-    held = ((name, found[name]) for name in _fleeting(model) if name in found)
+    fleeting = list(_fleeting(model))
+    found = named_tensors(model) if fleeting else {}
+    held = ((name, found[name]) for name in fleeting if name in found)
     return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
 
 
 def _fleeting(model: nn.Module) -> Iterator[str]:
     """Yield the names of buffers that no state_dict holds."""
     for prefix, module in _prefixed_modules(model):
-        for local in module._non_persistent_buffers_set:
-            yield prefix + local
+        if module._non_persistent_buffers_set:
+            yield from (prefix + local for local in module._non_persistent_buffers_set)
 
 
 def layer_of(tensor: str) -> str:

@@ -31,9 +31,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registering
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fxgrow.modules.dispatch import DispatchMode
 
 _MIB = 1 << 20
 _OFTEN = 0.02  # seconds between two looks at a constructor that is running
@@ -133,7 +134,7 @@ def build_uninitialised(
     return built
 
 
-class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Budget(DispatchMode):  # type: ignore[no-untyped-call]
     """Counts what a constructor takes in one thread, and stops it where that is too much.
 
     Args:
@@ -144,7 +145,7 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, limit: Limit) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.reason = ""
         self._limit = limit
         self._parts = self._elements = self._operations = 0

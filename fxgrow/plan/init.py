@@ -4,42 +4,48 @@ An init fills a tensor in place: ``init(tensor, reference, fan_in) -> None``. ``
 the layer's old weights after rescaling (None if there are none), ``fan_in`` is that of the layer
 after growth. What it draws by torch's functions comes from a generator that is seeded for each
 tensor from (seed, fully qualified name, role), so that results depend on no order; torch's global
-one is left alone.
+one is left alone. Both tensors are on the CPU, so that the same numbers come out on every device.
+
+One that must know more, which tensor it fills or where the outputs are in it, is a
+:class:`PlacedInit`.
 """
 
 from __future__ import annotations
 
 import abc
-import hashlib
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.errors import PlanError, UsageError
+from fxgrow.plan.deviations import (
+    Place,
+    deviation_by_output,
+    deviation_of,
+    quick_deviation_of,
+)
 from fxgrow.registry import Registry
 
 Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
 INITS: Registry[Init] = Registry("init")
 
 
-class NamedInit(abc.ABC):
-    """An init that must know which tensor it fills, because each has weights of its own."""
+class PlacedInit(abc.ABC):
+    """An init that must know where in which tensor the new entries lie."""
 
     notes: tuple[str, ...] = ()  # what a report should tell
 
     @abc.abstractmethod
-    def for_tensor(self, name: str, role: str) -> Init:
-        """Return what fills the new entries of one tensor.
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return what fills the new entries at one place.
 
         Args:
-            name: fully qualified name of the tensor.
-            role: what the new entries are for: ``writer0``, ``reader1``, …: a role and a dim.
+            place: the place.
+            reference: the layer's old weights after rescaling, only to be read.
         """
 
     def __call__(self, tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
@@ -51,20 +57,78 @@ class NamedInit(abc.ABC):
         raise PlanError(f"{type(self).__name__} fills tensors that it knows by name only.")
 
 
-def _deviation(reference: Tensor | None) -> float:
-    """Return the standard deviation of the reference, 0 where it tells nothing."""
-    if reference is None or reference.numel() < 2:
-        return 0.0
-    deviation = (
-        reference.float().std().item() if reference.dtype.itemsize < 4 else (reference.std().item())
-    )
-    return deviation if math.isfinite(deviation) else 0.0
+class _CopyRows(PlacedInit):
+    """U(±√3·σ): σ of the whole reference for new rows, of each output's entries for new columns.
+
+    Twins cancel in each output to within the rounding of what they contribute to it. With the
+    deviation of the whole reference, that would be far above the output's own rounding where its
+    old weights are small.
+    """
+
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return the law of new columns if outputs read them, else that of new rows."""
+        if not place.outputs or reference is None:
+            return self
+        deviation = deviation_by_output(reference, place)
+        if deviation is None:
+            return kaiming
+
+        def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+            del reference, fan_in
+            tensor.uniform_(-math.sqrt(3), math.sqrt(3)).mul_(deviation)
+
+        return fill
+
+    def __call__(self, tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+        """Fill new rows, or entries of a vector; one whose entries are all alike stays so.
+
+        Biases that are all zero are those of new channels too, which would else be far above the
+        old ones where signals are small.
+        """
+        if reference is not None and reference.ndim == 1 and _is_constant(reference):
+            tensor.copy_(reference[0])
+            return
+        _fill_uniform(tensor, reference, fan_in, quick_deviation_of)
+
+
+copy_rows = INITS.register("copy_rows")(_CopyRows())
+
+
+def _is_constant(reference: Tensor) -> bool:
+    """Return whether several entries are all alike."""
+    return reference.numel() > 1 and bool((reference == reference[0]).all())
+
+
+class _NormalRows(PlacedInit):
+    """N(0, σ²) with σ of each output's entries: noise that is small where the old weights are."""
+
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return the law at one place."""
+        deviation = None if reference is None else deviation_by_output(reference, place)
+        if deviation is None:
+            return kaiming_normal
+
+        def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+            del reference, fan_in
+            tensor.normal_().mul_(deviation)
+
+        return fill
+
+
+normal_rows = _NormalRows()
 
 
 @INITS.register("copy_uniform")
 def copy_uniform(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
     """U(±√3·σ), the variance of the old weights; kaiming where they tell none."""
-    deviation = _deviation(reference)
+    _fill_uniform(tensor, reference, fan_in, deviation_of)
+
+
+def _fill_uniform(
+    tensor: Tensor, reference: Tensor | None, fan_in: int, measure: Callable[[Tensor], float]
+) -> None:
+    """Fill a tensor by U(±√3·σ), or by kaiming where a measure of σ returns 0."""
+    deviation = 0.0 if reference is None else measure(reference)
     if not deviation:
         kaiming(tensor, reference, fan_in)
         return
@@ -75,7 +139,7 @@ def copy_uniform(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
 @INITS.register("copy_normal")
 def copy_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
     """N(0, σ²), the variance of the old weights; kaiming_normal where they tell none."""
-    deviation = _deviation(reference)
+    deviation = 0.0 if reference is None else deviation_of(reference)
     if not deviation:
         kaiming_normal(tensor, reference, fan_in)
         return
@@ -119,7 +183,7 @@ def find_init(init: str | Init) -> Init:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"the init {init!r} cannot be imported: {error}.", name=init) from error
-    if isinstance(found, type) and issubclass(found, NamedInit):
+    if isinstance(found, type) and issubclass(found, PlacedInit):
         raise UsageError(
             f"the init {init!r} needs data, which a name does not give.",
             name=init,
@@ -150,6 +214,9 @@ def init_name(init: str | Init) -> str:
     """Return the name a plan records for an init."""
     if isinstance(init, str):
         return init
+    for name in INITS:
+        if INITS[name] is init:
+            return name
     return f"{init.__module__}:{getattr(init, '__qualname__', type(init).__qualname__)}"
 
 
@@ -161,69 +228,3 @@ def identity_(tensor: Tensor) -> Tensor:
     rows = torch.arange(tensor.shape[0], device=tensor.device)
     middle[rows, rows % tensor.shape[1]] = 1
     return tensor
-
-
-def draw(
-    shape: tuple[int, ...],
-    like: Tensor,
-    init: Init,
-    fan_in: int,
-    *,
-    seed: int,
-    name: str,
-    role: str,
-) -> Tensor:
-    """Return a freshly drawn tensor that depends on (seed, name, role) alone.
-
-    Args:
-        shape: shape of the new tensor.
-        like: the rescaled old weights: reference of the law, and dtype and device of the result.
-        init: what fills it.
-        fan_in: of the layer after growth.
-        seed: with name and role, what the random numbers depend on.
-        name: fully qualified name of the tensor.
-        role: what the new entries are for.
-
-    Low-precision tensors are drawn in float32 and rounded, on the CPU, so that the same numbers
-    come out on every device.
-    """
-    if like.device.type == "meta":
-        return torch.empty(shape, dtype=like.dtype, device="meta")
-    law = init.for_tensor(name, role) if isinstance(init, NamedInit) else init
-    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    tensor = torch.empty(shape, dtype=dtype)
-    digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
-    generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    with torch.no_grad(), _DrawingFrom(generator):
-        law(tensor, like, fan_in)
-    return tensor.to(device=like.device, dtype=like.dtype)
-
-
-class _DrawingFrom(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which random numbers come from a generator of its own.
-
-    The default one belongs to the whole process: other threads may draw from it meanwhile.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = generator
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation, with the generator if it takes one."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            takes_one = any(argument.name == "generator" for argument in func._schema.arguments)
-            name = f"{func._overloadname}_generator".removeprefix("default_")
-            if not takes_one and name in func.overloadpacket.overloads():
-                func, takes_one = getattr(func.overloadpacket, name), True
-            if takes_one:
-                kwargs = {**kwargs, "generator": self._generator}
-        return func(*args, **kwargs)

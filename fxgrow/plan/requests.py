@@ -7,6 +7,7 @@ with its verb as the tag that tells one from another.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 Where = Literal["hidden", "stream", "all"]
@@ -24,7 +25,7 @@ class Drawing:
         split_noise: likewise to the shares of copies, where it sums to zero.
     """
 
-    init: str = "copy_uniform"
+    init: str = "copy_rows"
     seed: int = 0
     noise: float = 0.0
     split_noise: float = 0.1
@@ -33,7 +34,7 @@ class Drawing:
 class _Request:
     """What all requests tell."""
 
-    @property
+    @cached_property
     def drawing(self) -> Drawing:
         """How new weights are drawn; what this request has no field for is at its default."""
         told: dict[str, Any] = {
@@ -49,7 +50,7 @@ class Widen(_Request):
     width: str | dict[str, str]
     rescaling: str = "none"
     pairing: str = "vv_z_negz"
-    init: str = "copy_uniform"
+    init: str = "copy_rows"
     where: Where = "hidden"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ class Deepen(_Request):
 
     blocks: dict[str, str]
     method: str = "r2deeper"
-    init: str = "copy_uniform"
+    init: str = "copy_rows"
     seed: int = 0
     module: str = ""
     verb: Literal["deepen"] = "deepen"
@@ -93,7 +94,7 @@ class Convert(_Request):
 
     target: str
     pairing: str = "vv_z_negz"
-    init: str = "copy_uniform"
+    init: str = "copy_rows"
     seed: int = 0
     split_noise: float = 0.1
     verb: Literal["convert"] = "convert"

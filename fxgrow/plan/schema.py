@@ -8,20 +8,22 @@ module, a state_dict or (given names and tensors) anything else. What is read is
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxgrow.errors import PlanError, shown
 from fxgrow.labels.gains import Verdict
 from fxgrow.plan.bounds import check_extent, refuse
 from fxgrow.plan.checks import check_step
 from fxgrow.plan.step import PlanStep
-from fxgrow.plan.upgrade import is_old, upgraded
+from fxgrow.plan.upgrade import is_old, upgraded, with_inits
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 MOST_STEPS = 64
 
@@ -59,7 +61,7 @@ class Plan(PlanStep):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able data."""
-        data: dict[str, Any] = _ADAPTER.dump_python(self, mode="json")
+        data: dict[str, Any] = _adapter().dump_python(self, mode="json")
         return data
 
     def to_json(self) -> str:
@@ -74,6 +76,8 @@ class Plan(PlanStep):
             PlanError: the data is not a plan of these versions, or says what no planner would say;
                 the message names the field.
         """
+        from pydantic import ValidationError  # late, as the adapter is made late
+
         if not isinstance(data, Mapping):
             raise PlanError(f"a plan is a mapping of its fields, not a {type(data).__name__}.")
         schema = data.get("schema")
@@ -85,9 +89,9 @@ class Plan(PlanStep):
         check_extent(dict(data))
         try:
             text = json.dumps(dict(data))  # as JSON it is data alone, whatever it was read from
-            if is_old(data):
-                text = json.dumps(upgraded(json.loads(text)))
-            plan = _ADAPTER.validate_json(text)
+            read = json.loads(text)
+            read = with_inits(upgraded(read) if is_old(read) else read)
+            plan = _adapter().validate_json(json.dumps(read))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = shown(".".join(str(part) for part in first["loc"]) or "text")
@@ -136,7 +140,12 @@ class Plan(PlanStep):
         return executor.apply_to_module(self, model, like=like)
 
 
-_ADAPTER: TypeAdapter[Plan] = TypeAdapter(Plan)
+@functools.cache
+def _adapter() -> TypeAdapter[Plan]:
+    """Return what turns plans into data and back, made when the first is read or written."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)
 
 
 def plans_of(record: Mapping[str, Any]) -> tuple[Plan, ...]:

@@ -1,9 +1,10 @@
-"""Plans of schema 1, which files of earlier versions hold, as data of schema 2.
+"""Plans of earlier versions, which files hold, as data of today.
 
 Schema 1 said some things twice. Its ``request`` had the fields of all verbs, and those that were
 set told the verb. ``inputs``, ``inputs_inferred`` and ``tracer`` were those of the whole network,
 or those of all ``submodules`` together. ``norms`` and a group's ``alpha_beta`` followed from other
 fields.
+Plans of either schema that tell no init were made when that was ``copy_uniform``.
 
 The data may be anybody's. What is left out must say what every planner said; what is of another
 type than it should be is passed on, for the checks of schema 2 to refuse.
@@ -27,6 +28,8 @@ _UNUSED: dict[str, tuple[object, ...]] = {
     "split_noise": (0.1,), "module": ("",), "blocks": ({},), "method": ("",), "size": ("",),
     "target": ("",),
 }  # fmt: skip
+
+_DRAWING = tuple(kind.verb for kind in (Widen, Deepen, Convert))  # whose requests have an init
 
 
 def is_old(data: Mapping[str, Any]) -> bool:
@@ -78,6 +81,16 @@ def _request(found: dict[str, Any], place: str) -> dict[str, Any]:
         if name not in used and value not in _UNUSED.get(name, ()):
             refuse(f"{place}{name}", f"a request to {kind.verb} has no use for it")
     return {name: found[name] for name in found if name in used} | {"verb": kind.verb}
+
+
+def with_inits(data: dict[str, Any]) -> dict[str, Any]:
+    """Return data of schema 2 whose requests tell the init that what tells none was made with."""
+    request = data.get("request")
+    if isinstance(request, dict) and request.get("verb") in _DRAWING:
+        data = {**data, "request": {"init": "copy_uniform", **request}}
+    if "after" in data:
+        data = {**data, "after": _each(data["after"], lambda first, _: with_inits(first))}
+    return data
 
 
 def _scopes(whole: dict[str, Any], parts: Any, place: str) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 20
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 
 
@@ -30,6 +33,13 @@ def first_difference(one: Tensor, other: Tensor) -> tuple[int, ...]:
     if not len(found):
         raise ValueError("the tensors are the same")
     return tuple(int(index) for index in found[0][: one.ndim])
+
+
+def pieces(tensor: Tensor) -> Iterator[slice]:
+    """Yield slices of the first dim with about a million entries each, for what takes memory."""
+    rows = tensor.shape[0] if tensor.ndim else 0
+    step = max(1, _PIECE * rows // max(1, tensor.numel()))
+    yield from (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _as_numbers(tensor: Tensor) -> Tensor:

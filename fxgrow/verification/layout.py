@@ -23,7 +23,7 @@ from fxgrow.errors import VerificationError
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.bits import first_difference, same_bits
+from fxgrow.verification.bits import first_difference, pieces, same_bits
 from fxgrow.verification.positions import OldPart, TensorCheck, close, refuse, regrouped
 
 
@@ -182,10 +182,13 @@ def _check_values(
             at = first_difference(part.tensor, base)
             _refuse_entry(name, part.tensor, base, at)
         return
-    have = part.tensor.to(held.tensor.dtype)
-    off = ~close(have, base.double().to(have.device), spread)
-    if bool(off.any()):
-        _refuse_entry(name, have, base, tuple(int(index) for index in off.nonzero()[0]))
+    if not base.ndim:  # a scalar is a row of one
+        base, part, spread = base[None], OldPart(part.tensor[None]), None
+    for rows in pieces(base):
+        have, want = part.tensor[rows].to(held.tensor.dtype), base[rows].double()
+        off = ~close(have, want.to(have.device), None if spread is None else spread[rows])
+        if bool(off.any()):
+            _refuse_entry(name, have, want, off.nonzero()[0].tolist(), rows.start)
 
 
 def _fitting(base: Tensor, edit: TensorEdit, name: str) -> Tensor:
@@ -199,16 +202,17 @@ def _fitting(base: Tensor, edit: TensorEdit, name: str) -> Tensor:
     return base
 
 
-def _refuse_entry(name: str, have: Tensor, want: Tensor, at: Iterable[int]) -> None:
+def _refuse_entry(name: str, have: Tensor, want: Tensor, at: Iterable[int], above: int = 0) -> None:
     """Refuse a tensor for one entry of the old that goes on with another value.
 
     Raises:
         VerificationError: always.
     """
     place = tuple(at)
+    shown = [place[0] + above, *place[1:]] if place else []
     refuse(
         name,
-        f"the old entry {list(place)} should go on as {want[place].item():.9g} and is "
+        f"the old entry {shown} should go on as {want[place].item():.9g} and is "
         f"{have[place].item():.9g}",
     )
 

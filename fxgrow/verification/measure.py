@@ -17,7 +17,7 @@ from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for, possible_inputs, runs_through
 from fxgrow.modules.standin import stand_in
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init
 from fxgrow.plan.pairing import cancels
@@ -74,7 +74,7 @@ def measure(task: Task) -> Verification:
     made = task.plan
     check_attributes(made, task.grown)
     check_flags(made, task.model, task.grown)
-    check_layout(made, named_tensors(task.model), named_tensors(task.grown), free=_finished(task))
+    _check_layout(task)
     if made.after and (made.prediction or made.norms):
         # The prediction is of the last step. Those before it keep the function: that is judged here
         first = replace(made.after[-1], after=made.after[:-1])
@@ -103,6 +103,26 @@ def measure(task: Task) -> Verification:
         found.append(judged)
     combined = _combined(found, [scope.module for scope in parts])
     return told(made, _outside(made, parts, combined))
+
+
+def _check_layout(task: Task) -> None:
+    """Return if all tensors are as the plan lays them out.
+
+    Raises:
+        VerificationError: one is not; it and the first part that it belongs to are named.
+    """
+    made, before, after = task.plan, named_tensors(task.model), named_tensors(task.grown)
+    try:
+        check_layout(made, before, after, free=_finished(task))
+    except VerificationError as error:
+        layer = layer_of(error.name)
+        groups = (group for step in made.steps for group in step.groups)
+        guilty = next((g.name for g in groups if layer in (*g.writers, *g.readers)), error.name)
+        raise VerificationError(
+            f"{error.message} The first part that breaks is {guilty}.",
+            name=guilty,
+            way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
+        ) from error
 
 
 def _finished(task: Task) -> set[str]:

@@ -73,7 +73,10 @@ def _arranged(
     """Return batches as inputs for the given and for drawn weights."""
     first, *others = [(batch, modes) for batch in batches]
     if draw:
-        return Inputs([first], [*(others or [first]), *besides], same)
+        others = others or [first]
+        known = [_shapes(batch) for batch, _ in others]
+        besides = [entry for entry in besides if _shapes(entry[0]) not in known]
+        return Inputs([first], [*others, *besides], same)
     return Inputs([first, *others, *besides], (), same)
 
 
@@ -117,6 +120,10 @@ def _differing(
     if left:
         notes.append(f"on {', '.join(left)} the network does something else, which was not judged")
     return judged, tuple(notes)
+
+
+def _shapes(batch: Arguments) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_in(batch)]
 
 
 def _ranks(found: Sequence[Behaviour]) -> Iterator[tuple[int, ...]]:

@@ -208,7 +208,8 @@ class _Torch(FileFormat):
 
     def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
         if trust_pickle:
-            return Contents(load_trusted(found.path))
+            mapped = found.archive is not None and found.opener is not FileReader
+            return Contents(load_trusted(found.path, mapped=mapped))
         return Contents(load_untrusted(found.file, found.archive))
 
     def write(self, contents: Contents, path: Path) -> None:

@@ -72,10 +72,14 @@ def load_untrusted(file: Readable, archive: Archive | None = None) -> object:
     return loaded
 
 
-def load_trusted(path: Path) -> object:
+def load_trusted(path: Path, *, mapped: bool = False) -> object:
     """Load what ``torch.save`` wrote, on the CPU, executing whatever code the file holds.
 
     Python's own unpickler imports from where the user stands, too.
+
+    Args:
+        path: the file.
+        mapped: leave tensors where they lie in it; it must not change as long as they are used.
 
     Raises:
         SourceError: the file is damaged, or needs code that is not there.
@@ -86,7 +90,7 @@ def load_trusted(path: Path) -> object:
     with warnings.catch_warnings(), reading(path):
         warnings.simplefilter("ignore")  # about protocols and moved classes; errors say the rest
         try:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
         except (ImportError, AttributeError) as error:
             raise SourceError(
                 f"{path} needs code that cannot be imported here: {error}.",

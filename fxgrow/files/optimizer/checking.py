@@ -23,6 +23,7 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, TensorEdit
 from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.bits import pieces
 from fxgrow.verification.places import along, back
 from fxgrow.verification.positions import close, regrouped
 
@@ -134,7 +135,7 @@ class _Continued:
     """What a buffer should hold where it continues the old one.
 
     Attributes:
-        values: in float64; without meaning elsewhere.
+        values: in float64 where they were multiplied; without meaning elsewhere.
         known: where it does.
     """
 
@@ -178,15 +179,13 @@ class _StateCheck:
             have = new[key]
             if have.shape != wanted.values.shape or have.dtype != value.dtype:
                 _refuse(f"{key} of {now} is {have.dtype} of {tuple(have.shape)}")
-            if not bool((close(have, wanted.values) | ~wanted.known).all()):
-                _refuse(f"{key} of {now} does not go on with its old numbers")
-            fresh = have[~wanted.known]
-            if not _is_fresh(fresh, value, rule):
-                _refuse(f"{key} of {now} does not begin with the {rule.fresh} for new weights")
+            sizes = rule.fresh == "mean" and _are_sizes(value)
+            for rows in pieces(have):
+                _check_rows(have[rows], wanted, rows, f"{key} of {now}", sizes=sizes, rule=rule)
 
     def _continued(self, name: str, rule: Buffer) -> _Continued | None:
         """Return what a buffer should hold, or None where a later step takes up a gain."""
-        found = _Continued(rule.values.double(), torch.ones_like(rule.values, dtype=torch.bool))
+        found = _Continued(rule.values, torch.ones_like(rule.values, dtype=torch.bool))
         names = list(self._tensors)
         for index, step in enumerate(self._plan.steps):
             moved = names_after(names, step)
@@ -198,7 +197,10 @@ class _StateCheck:
             factor = self._factor(edit) if edit.absorption is None or index == 0 else None
             if factor is None or tuple(found.values.shape) != edit.shape:
                 return None
-            found = _grown(edit, found.values * factor ** (-rule.degree), found.known, rule.degree)
+            values = found.values
+            if bool((factor != 1).any()) and rule.degree:
+                values = values.double() * factor ** (-rule.degree)
+            found = _grown(edit, values, found.known, rule.degree)
         return found
 
     def _factor(self, edit: TensorEdit) -> Tensor:
@@ -223,7 +225,9 @@ def _grown(edit: TensorEdit, values: Tensor, known: Tensor, degree: int) -> _Con
         shape = [1] * values.ndim
         shape[dim] = -1
         goes_on = torch.from_numpy(source >= 0).view(shape)
-        values = values.index_select(dim, index) * torch.from_numpy(share**degree).view(shape)
+        values = values.index_select(dim, index)
+        if (share != 1).any():
+            values = values.double() * torch.from_numpy(share**degree).view(shape)
         known = known.index_select(dim, index) & goes_on
         values, known = back(values, axis), back(known, axis)
     return _Continued(values, known)
@@ -247,13 +251,36 @@ def _sources(axis: AxisEdit) -> tuple[Any, Any]:
     return source, share
 
 
-def _is_fresh(fresh: Tensor, old: Tensor, rule: Buffer) -> bool:
-    """Return whether new weights begin with zeros, or with sizes like those of the old."""
-    if rule.fresh == "zero":
-        return not bool(fresh.any())
-    finite = torch.isfinite(old).all()
-    sizes = finite and (old >= 0).all() and old.double().mean() > _TINY
-    return bool((fresh > 0).all()) if bool(sizes) else bool(torch.isfinite(fresh).all() | ~finite)
+def _check_rows(
+    have: Tensor, wanted: _Continued, rows: slice, what: str, *, sizes: bool, rule: Buffer
+) -> None:
+    """Compare some rows of a buffer.
+
+    Args:
+        have: the rows.
+        wanted: what the whole should hold.
+        rows: which they are.
+        what: the buffer, for messages.
+        sizes: new weights begin with sizes above zero.
+        rule: what new weights begin with.
+
+    Raises:
+        VerificationError: old numbers do not go on, or new weights begin with something else.
+    """
+    want, known = wanted.values[rows], wanted.known[rows]
+    if not bool(((have == want) | ~known).all()):
+        right = close(have, want.double()) | ~known
+        if not bool(right.all()):
+            _refuse(f"{what} does not go on with its old numbers")
+    wrong = have != 0 if rule.fresh == "zero" else ~torch.isfinite(have)
+    wrong = have <= 0 if sizes else wrong
+    if bool((wrong & ~known).any()):
+        _refuse(f"{what} does not begin with the {rule.fresh} for new weights")
+
+
+def _are_sizes(old: Tensor) -> bool:
+    """Return whether old numbers are sizes whose mean is one too."""
+    return bool(torch.isfinite(old).all() and (old >= 0).all() and old.double().mean() > _TINY)
 
 
 def _refuse_if(how: str) -> None:

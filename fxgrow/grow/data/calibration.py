@@ -1,8 +1,13 @@
-"""Give the batch norms of new units the statistics of data, so that they change little in training.
+"""Give new entries of batch norms the statistics of data, so that they change little in training.
 
-A batch norm that begins as the identity in eval mode normalises in train mode all the same. If its
-statistics, and the weight and bias that undo them, are those of data, what it does to a batch in
-train mode is what tells the batch from the data (Chen et al. 2016, Net2DeeperNet, section 2.4).
+Of new units: a batch norm that begins as the identity in eval mode normalises in train mode all the
+same. If its statistics, and the weight and bias that undo them, are those of data, what it does to
+a batch in train mode is what tells the batch from the data (Chen et al. 2016, Net2DeeperNet,
+section 2.4).
+
+Of new channels: whatever their statistics are, the function is kept as long as those of twins are
+equal, since twins cancel where they are read. With those of data, new channels are in eval mode
+what they are in train mode, from the first step on.
 """
 
 from __future__ import annotations
@@ -43,24 +48,118 @@ def calibrate_(network: nn.Module, norms: Collection[str], batches: Iterable[obj
     Raises:
         PlanError: there is no batch, a batch does not run, or a norm gets nothing.
     """
-    modules = {name: network.get_submodule(name) for name in norms}
-    sums: dict[str, list[Tensor]] = {name: [] for name in modules}
-    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    dtype = next(floating, torch.float32)
+    sums: dict[str, list[Tensor]] = {name: [] for name in norms}
 
-    def typed(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def listen(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            del module
+    def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def listen(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            del module, output
             values = arguments[0].detach().double().transpose(0, 1).flatten(1)
             count = torch.full_like(values[:, 0], values.shape[1])
             sums[name].append(torch.stack([count, values.sum(1), values.square().sum(1)]))
 
         return listen
 
-    handles = [module.register_forward_pre_hook(listener(n)) for n, module in modules.items()]
+    _run(network, {name: listener(name) for name in sums}, batches)
+    for name, found in sums.items():
+        _set_(network.get_submodule(name), torch.stack(_given(name, found)).sum(0))
+
+
+def new_entries(plan: Plan) -> dict[str, Tensor]:
+    """Return, for each batch norm that a plan widens, the positions of its new channels.
+
+    Copies of old channels, which keep the statistics of these, are none.
+    """
+    found = {}
+    for name, edit in plan.tensors.items():
+        owner, _, part = name.rpartition(".")
+        if part != "running_var" or not edit.axes:
+            continue
+        kinds = [run.kind for run in edit.axes[0].runs for _ in range(run.length)]
+        positions = [at for at, kind in enumerate(kinds) if kind == "one"]
+        if positions:
+            found[owner] = torch.tensor(positions)
+    return found
+
+
+def calibrate_new_(
+    network: nn.Module, entries: Mapping[str, Tensor], batches: Iterable[object]
+) -> None:
+    """Give new channels of batch norms the statistics of what they get, in place.
+
+    The network runs in eval mode, but for new channels, which each batch norm normalises by the
+    batch, as it will in train mode: then what comes behind gets what it will get. The statistics
+    are the means over the batches, as those of a batch norm without momentum are. Channels whose
+    statistics are equal up to rounding, as those of twins are, get the same ones to the bit.
+
+    Args:
+        network: a grown one; floating-point inputs are given in its dtype.
+        entries: positions of new channels by the name of a batch norm; see :func:`new_entries`.
+        batches: inputs: each a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        PlanError: no norm has new channels, there is no batch, a batch does not run, or a norm gets
+            nothing.
+    """
+    if not entries:
+        raise PlanError(
+            "no batch norm that keeps statistics gets new channels to calibrate.",
+            way_out="Leave calibration out.",
+        )
+    found: dict[str, list[Tensor]] = {name: [] for name in entries}
+
+    def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def listen(norm: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            norm, new = _keeping(norm), entries[name].to(output.device)
+            values = arguments[0].detach().index_select(1, new).double().transpose(0, 1).flatten(1)
+            variance, mean = torch.var_mean(values, 1, correction=0)
+            count = values.shape[1]
+            found[name].append(torch.stack([mean, variance * count / max(count - 1, 1)]))
+            factor, shift = (variance + norm.eps).rsqrt(), torch.zeros_like(mean)
+            if norm.affine:
+                factor, shift = factor * norm.weight[new], norm.bias[new].to(shift)
+            shape = (1, -1, *[1] * (output.ndim - 2))
+            normal = arguments[0].index_select(1, new).double() - mean.view(shape)
+            normal = normal * factor.view(shape) + shift.view(shape)
+            return output.index_copy(1, new, normal.to(output))
+
+        return listen
+
+    _run(network, {name: listener(name) for name in entries}, batches)
+    for name, told in found.items():
+        norm = _keeping(network.get_submodule(name))
+        mean, variance = torch.stack(_given(name, told)).mean(0)
+        buffers = {"running_mean": mean, "running_var": variance}
+        like = _first_alike(mean, variance, torch.finfo(norm.get_buffer("running_var").dtype).eps)
+        for part, values in buffers.items():
+            buffer = norm.get_buffer(part)
+            buffer.index_copy_(0, entries[name].to(buffer.device), values[like].to(buffer))
+
+
+def _first_alike(mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """Return, for each channel, the first one whose statistics are its own up to rounding."""
+    deviation = variance.sqrt()
+    room = 64 * eps * (deviation + mean.abs())
+    near = (mean[:, None] - mean).abs() <= room
+    near &= (deviation[:, None] - deviation).abs() <= room
+    first = near.int().argmax(1)
+    return first[first]  # twins whose first alike are two that are alike themselves
+
+
+def _run(
+    network: nn.Module, hooks: Mapping[str, Callable[..., object]], batches: Iterable[object]
+) -> None:
+    """Run a network on batches in eval mode, with hooks behind some of its modules.
+
+    Raises:
+        PlanError: a batch does not run.
+    """
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
+
+    def typed(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    handles = [network.get_submodule(n).register_forward_hook(hook) for n, hook in hooks.items()]
     try:
         with torch.no_grad(), keeping_modes(network):
             network.eval()
@@ -74,16 +173,33 @@ def calibrate_(network: nn.Module, norms: Collection[str], batches: Iterable[obj
     finally:
         for handle in handles:
             handle.remove()
-    for name, found in sums.items():
-        if not found:
-            raise PlanError(f"{name} got nothing to calibrate it by.", name=name)
-        _set_(modules[name], torch.stack(found).sum(0))
 
 
-def _set_(norm: nn.Module, sums: Tensor) -> None:
-    """Set a norm by the count, the sum and the sum of squares of each channel."""
+def _given(name: str, found: list[Tensor]) -> list[Tensor]:
+    """Return what a norm was given.
+
+    Raises:
+        PlanError: nothing.
+    """
+    if not found:
+        raise PlanError(f"{name} got nothing to calibrate it by.", name=name)
+    return found
+
+
+def _keeping(norm: nn.Module) -> _BatchNorm:
+    """Return a batch norm that keeps statistics.
+
+    Raises:
+        PlanError: it is none.
+    """
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise PlanError(f"{type(norm).__name__} keeps no statistics.")
+    return norm
+
+
+def _set_(module: nn.Module, sums: Tensor) -> None:
+    """Set a norm by the count, the sum and the sum of squares of each channel."""
+    norm = _keeping(module)
     count, total, squares = sums
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0)

@@ -27,15 +27,16 @@ from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.standin import stand_in
+from fxgrow.plan.deviations import Place
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.plan.init import Init, NamedInit
+from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Refusal
 
 
 @dataclass(frozen=True, eq=False)
-class FromData(NamedInit):
+class FromData(PlacedInit):
     """New weights that were computed from data, as an init.
 
     Attributes:
@@ -57,13 +58,15 @@ class FromData(NamedInit):
     amplitude: float = 1.0
     notes: tuple[str, ...] = ()
 
-    def for_tensor(self, name: str, role: str) -> Init:
-        """Return what fills the new entries of one tensor.
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return what fills the new entries at one place.
 
         Raises:
             PlanError: nothing was computed for it.
         """
-        values = (self.columns if role.startswith("reader") else self.rows).get(name)
+        del reference
+        name = place.name
+        values = (self.columns if place.role.startswith("reader") else self.rows).get(name)
 
         def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
             del reference, fan_in
@@ -83,7 +86,7 @@ class FromData(NamedInit):
         return replace(self, rows=rows, columns=columns, amplitude=amplitude)
 
 
-class DataDriven(NamedInit):
+class DataDriven(PlacedInit):
     """An init that computes new weights from batches.
 
     The object keeps what it computed for the last plan made with it, and that plan is carried out
@@ -124,15 +127,15 @@ class DataDriven(NamedInit):
         self.threshold = threshold
         self._computed: FromData | None = None
 
-    def for_tensor(self, name: str, role: str) -> Init:
-        """Return what fills the new entries of one tensor.
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return what fills the new entries at one place.
 
         Raises:
             PlanError: nothing was computed yet.
         """
         if self._computed is None:
             raise PlanError(f"{self.name} has not been given a network; use fxgrow.widen.")
-        return self._computed.for_tensor(name, role)
+        return self._computed.for_place(place, reference)
 
     def computed_for(self, made: Plan) -> FromData:
         """Return the new weights for a plan that was made with this init.

@@ -6,15 +6,17 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import networkx as nx
 import numpy as np
 
 from fxgrow.channels.channels import Channels
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 from fxgrow.modules.tensors import layer_of
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Touch: TypeAlias = Counter[tuple[int, int]]  # how often (axis code, convolution group)
 Node: TypeAlias = tuple[str, int]  # of the flow network: old or new, and a signature
@@ -73,7 +75,9 @@ class BySignature:
             }
             for some in (wanted, offered)
         )
-        found = nx.min_cost_flow(self._network(wanted, offered, writers))
+        from networkx import min_cost_flow  # late: it takes long to load, and few widths need it
+
+        found = min_cost_flow(self._network(wanted, offered, writers))
         homeless = {kind: count for kind in wanted if (count := found["old", kind].pop("all"))}
         if homeless:
             first = min(homeless, key=lambda kind: int(self.old_buckets[kind][0]))
@@ -104,7 +108,9 @@ class BySignature:
             writers: the codes of axes that write.
         """
         total = sum(len(self.old_buckets[kind]) for kind in wanted)
-        flow = nx.DiGraph()
+        from networkx import DiGraph
+
+        flow = DiGraph()
         for kind in wanted:
             flow.add_node(("old", kind), demand=-len(self.old_buckets[kind]))
         for kind, touch in offered.items():

@@ -1,0 +1,368 @@
+"""What fxgrow costs beside what does a part of the same, all in one run and as ratios.
+
+usage: python tests/benchmarks/peers.py [--json FILE] [SECTION ...]
+
+``block``: gromo widening one convolutional block, rescaled and paired. ``graph``: Torch-Pruning
+building its dependency graph, beside following. ``surgery``: a plan carried out, beside copies of
+the same size. ``growth``: seconds over depth and width, with fitted exponents. ``judging``: what
+verification takes, beside one run of both networks forwards and backwards in float64. ``loading``:
+imports after torch, and help texts beside those of a bare typer application.
+
+CPU time on one thread, medians of runs that take turns, the quartiles of their ratios in brackets.
+gromo and Torch-Pruning come with the extra ``bench``; what is missing is said and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from planning import residual_chain
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+import fxgrow
+from fxgrow.api.widen import plan
+from fxgrow.apply.module import apply_to_module
+from fxgrow.channels.scope import follow
+
+WIDTHS = (64, 256, 512)
+FOLLOWED = (
+    "alexnet", "vgg16_bn", "resnet18", "resnet50", "densenet121", "googlenet", "mobilenet_v2",
+    "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t",
+)  # fmt: skip
+GROWN = ("mobilenet_v3_small", "resnet50", "vit_b_16")
+JUDGED = ("mobilenet_v3_small", "resnet18", "resnet50")
+DEPTHS, HIDDEN = (50, 100, 200, 400), (64, 128, 256, 512, 1024)
+BARE = "import typer\napp = typer.Typer()\n@app.command()\ndef run(name: str = 'x'): ...\napp()\n"
+COMMAND = "from fxgrow.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        section, name: what was compared.
+        ours, theirs: CPU seconds, medians.
+        ratio: of the medians.
+        quartiles: of the ratios of runs that followed one another.
+        note: what else was measured: differences of outputs, an exponent.
+    """
+
+    section: str
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    quartiles: tuple[float, float]
+    note: str = ""
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        numbers = f"{1e3 * self.ours:9.1f} {1e3 * self.theirs:9.1f} {self.ratio:7.2f}"
+        return f"{self.section:8} {self.name:36} {numbers} ({low:.2f} to {high:.2f}) {self.note}"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the CPU seconds of a call."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def compared(
+    section: str,
+    name: str,
+    ours: Callable[[], float],
+    theirs: Callable[[], float],
+    times: int = 9,
+    note: str = "",
+) -> Row:
+    """Return a row; each function returns the seconds of a run, and the first runs do not count."""
+    pairs = [(ours(), theirs()) for _ in range(times + 1)][1:]
+    first, second = np.median(pairs, axis=0).tolist()
+    ratios = [a / b for a, b in pairs]
+    low, high = np.quantile(ratios, (0.25, 0.75)).tolist()
+    return Row(section, name, first, second, first / second, (low, high), note)
+
+
+class Block(nn.Module):
+    """Two convolutions with a norm between them, and a shortcut around."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.norm, self.act = nn.BatchNorm2d(width), nn.ReLU()
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the branch makes of its input."""
+        return x + self.second(self.act(self.norm(self.first(x))))
+
+
+def growing_block(block: Block, width: int) -> nn.Module:
+    """Return gromo's block that computes the same."""
+    from gromo.containers.growing_block import Conv2dGrowingBlock
+    from gromo.modules.growing_normalisation import GrowingBatchNorm2d
+
+    norm = GrowingBatchNorm2d(width)
+    norm.load_state_dict(block.norm.state_dict())
+    made = Conv2dGrowingBlock(
+        width, width, kernel_size=3, hidden_channels=width, pre_activation=nn.Identity(),
+        mid_activation=nn.Sequential(norm, nn.ReLU()), kwargs_layer={"padding": 1},
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    made.first_layer.layer.load_state_dict(block.first.state_dict())
+    made.second_layer.layer.load_state_dict(block.second.state_dict())
+    return made.eval()
+
+
+def grow_in_place(block: Any, width: int) -> None:
+    """Widen gromo's block to twice its hidden width."""
+    block.create_layer_extensions(
+        width, neuron_pairing="vv_z_negz", rescaling="default_vt", noise_ratio=0.0
+    )
+    block.apply_change(extension_size=width, scaling_factor=1.0)
+    block.delete_update()
+
+
+def block() -> Iterator[Row]:
+    """Widen one block to twice its hidden width, without verification."""
+    for width in WIDTHS:
+        torch.manual_seed(0)
+        model, x = Block(width).eval(), torch.randn(2, width, 8, 8)
+        grown: list[nn.Module] = []
+
+        def ours(model: nn.Module = model, x: Tensor = x, grown: list[Any] = grown) -> float:
+            def widen() -> None:
+                made = fxgrow.widen(model, "2x", x, rescaling="default_vt", verify=False)
+                grown[:1] = [made.model]
+
+            return seconds(widen)
+
+        def theirs(model: Block = model, width: int = width, grown: list[Any] = grown) -> float:
+            made = growing_block(model, width)
+            grown[1:] = [made]
+            return seconds(lambda: grow_in_place(made, width))
+
+        row = compared("block", f"{width} to {2 * width} hidden channels", ours, theirs, 15)
+        with torch.no_grad():  # the rescaling leaves the branch √½ of what it was
+            expected = x + (model(x) - x) * math.sqrt(0.5)
+            off = [float((made(x) - expected).abs().max()) for made in grown]
+        yield Row(**{**asdict(row), "note": f"off by {off[0]:.1e} and {off[1]:.1e}"})
+
+
+def graph() -> Iterator[Row]:
+    """Follow networks, and build Torch-Pruning's dependency graph, on an image of 224 pixels."""
+    import torch_pruning
+
+    image, ratios = torch.zeros(1, 3, 224, 224), []
+    for name in FOLLOWED:
+        model = get_model(name, weights=None).eval()
+
+        def ours(model: nn.Module = model) -> float:
+            return seconds(lambda: follow(model, image))
+
+        def theirs(model: nn.Module = model) -> float:
+            built = torch_pruning.DependencyGraph()
+            return seconds(lambda: built.build_dependency(model, image))
+
+        row = compared("graph", name, ours, theirs, 5)
+        ratios.append(row.ratio)
+        yield row
+    print(f"graph    of all: median {np.median(ratios):.2f}, worst {max(ratios):.2f}", flush=True)
+
+
+def surgery() -> Iterator[Row]:
+    """Carry a plan out; copy a state of the grown size, and draw as many numbers as are new."""
+    for name in GROWN:
+        model = get_model(name, weights=None).eval()
+        made = plan(model, "2x")
+        grown = apply_to_module(made, model)
+        state, new = grown.state_dict(), made.parameters[1] - made.parameters[0]
+
+        def carry_out(model: nn.Module = model, made: fxgrow.Plan = made) -> float:
+            return seconds(lambda: apply_to_module(made, model))
+
+        def copy_state(state: dict[str, Tensor] = state, new: int = new) -> float:
+            def make() -> None:
+                {key: tensor.clone() for key, tensor in state.items()}
+                torch.empty(new).uniform_()
+
+            return seconds(make)
+
+        def copy_model(grown: nn.Module = grown) -> float:
+            return seconds(lambda: copy.deepcopy(grown))
+
+        yield compared("surgery", f"{name}, clone and draw", carry_out, copy_state)
+        yield compared("surgery", f"{name}, deepcopy", carry_out, copy_model)
+        whole = fxgrow.widen(model, "2x", verify=False)
+        with tempfile.TemporaryDirectory() as folder:
+            path, other = Path(folder, "grown.pt"), Path(folder, "copy.pt")
+
+            def write(whole: fxgrow.Grown = whole, path: Path = path) -> float:
+                path.unlink(missing_ok=True)
+                return seconds(lambda: fxgrow.save(whole, path))
+
+            def copy_file(path: Path = path, other: Path = other) -> float:
+                return seconds(lambda: shutil.copyfile(path, other))
+
+            yield compared("surgery", f"{name}, writing and copying the file", write, copy_file, 5)
+
+
+def growth() -> Iterator[Row]:
+    """Widen deeper and wider networks, without verification, beside a copy of the result."""
+    cases: dict[str, tuple[tuple[int, ...], Callable[[int], nn.Module]]] = {
+        "blocks": (DEPTHS, residual_chain),
+        "channels": (HIDDEN, lambda width: nn.Sequential(
+            nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
+        )),
+    }  # fmt: skip
+    x = torch.zeros(2, 4)
+    for kind, (counts, build) in cases.items():
+        rows = []
+        for count in counts:
+            model = build(count).eval()
+            grown = fxgrow.widen(model, "2x", x, verify=False).model
+
+            def ours(model: nn.Module = model) -> float:
+                return seconds(lambda: fxgrow.widen(model, "2x", x, verify=False))
+
+            def theirs(grown: nn.Module = grown) -> float:
+                return seconds(lambda: copy.deepcopy(grown))
+
+            rows.append(compared("growth", f"{count} {kind}", ours, theirs, 5))
+        of_ours, of_theirs = (
+            np.polyfit(np.log(counts), np.log([getattr(row, side) for row in rows]), 1)[0]
+            for side in ("ours", "theirs")
+        )
+        told = f"exponents over all {kind}: {of_ours:.2f} and {of_theirs:.2f}"
+        yield from rows[:-1]
+        yield Row(**{**asdict(rows[-1]), "note": told})
+
+
+def judging() -> Iterator[Row]:
+    """Verify, beside one run of both networks in float64 at the sizes that were judged."""
+    for name in JUDGED:
+        model = get_model(name, weights=None).eval()
+        report = fxgrow.widen(model, "2x").report.verification
+        both = model, fxgrow.widen(model, "2x", verify=False).model
+        shapes = [tuple(map(int, told.split("x"))) for told in report.inputs]
+        batches = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+        def ours(model: nn.Module = model) -> float:
+            bare = seconds(lambda: fxgrow.widen(model, "2x", verify=False))
+            return seconds(lambda: fxgrow.widen(model, "2x")) - bare
+
+        def theirs(both: Any = both, batches: list[Tensor] = batches) -> float:
+            doubles = [copy.deepcopy(one).double() for one in both]
+
+            def run() -> None:
+                for one in doubles:
+                    for batch in batches:
+                        one(batch).sum().backward()
+
+            return seconds(run)
+
+        yield compared("judging", name, ours, theirs, 3, note=" ".join(report.inputs))
+
+
+def of_command(*arguments: str) -> float:
+    """Return the CPU seconds of a fresh interpreter."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    root = str(Path(fxgrow.__file__).parents[1])
+    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", *arguments]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def loading() -> Iterator[Row]:
+    """Load what widening needs, beside torch; show help texts, beside a bare application's."""
+    first = (
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))"
+    )
+    used = f"import torch, fxgrow\nfxgrow.widen\n{first}"
+    cases = {
+        "torch, and fxgrow.widen": used,
+        "torch, and a first widening": f"{used}\nfxgrow.widen(net, '2x')",
+    }
+    for name, code in cases.items():
+        row = compared(
+            "loading", name, lambda code=code: of_command(code), lambda: of_command("import torch")
+        )
+        more = row.ours - row.theirs
+        yield Row(**{**asdict(row), "note": f"{more:.2f} s more"})
+    for arguments in (["--help"], ["widen", "--help"]):
+        yield compared(
+            "loading",
+            f"fxgrow {' '.join(arguments)}",
+            lambda arguments=arguments: of_command(COMMAND, *arguments),
+            lambda: of_command(BARE, "--help"),
+        )
+
+
+SECTIONS: dict[str, tuple[Callable[[], Iterator[Row]], str]] = {
+    "block": (block, "gromo"),
+    "graph": (graph, "torch_pruning"),
+    "surgery": (surgery, ""),
+    "growth": (growth, ""),
+    "judging": (judging, ""),
+    "loading": (loading, "typer"),
+}
+
+
+def main() -> None:
+    """Print what the command line asks for, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    asked = parser.parse_args()
+    if unknown := {*asked.sections} - SECTIONS.keys():
+        parser.error(f"no section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    run_with = {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(*(f"{key} {value}" for key, value in run_with.items()), sep=", ")
+    print(f"{'section':8} {'':36} {'ours, ms':>9} {'theirs':>9} {'ratio':>7}")
+    rows = []
+    for name, (section, needs) in SECTIONS.items():
+        if asked.sections and name not in asked.sections:
+            continue
+        if needs and importlib.util.find_spec(needs) is None:
+            print(f"{name:8} skipped: {needs} is not there; it comes with fxgrow[bench]")
+            continue
+        for row in section():
+            print(row, flush=True)
+            rows.append(asdict(row))
+    if asked.json is not None:
+        asked.json.write_text(json.dumps({**run_with, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
