@@ -363,3 +363,8 @@ def test_a_network_that_rounds_far_more_than_before_is_told_where_and_what_to_do
     calm = fxgrow.widen(net, "1.5x", x, include=["0"]).report.verification
     assert max(calm.eval.ratio, calm.train.ratio) < 2
     assert not any("times the rounding" in note for note in calm.notes)
+
+
+def test_a_head_of_zeros_moves_before_gradients_are_missed() -> None:
+    found = fxgrow.widen(Head(), "2x", torch.randn(3, 4)).report.verification
+    assert found.without_gradient == ()
