@@ -337,3 +337,34 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device: str) -> None:
     assert found.exit_code == 2, found.output
     assert "device" in found.output
     assert not list(tmp_path.glob("model-*"))
+
+
+def test_a_network_that_rounds_far_more_than_before_is_told_where_and_what_to_do() -> None:
+    """A row that is nearly dead, twins of full size beside it, and a norm that magnifies both."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, eps=1e-12), nn.ReLU(),
+        nn.Conv2d(16, 4, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[3].weight[::4] *= 1e-4
+        net.train()
+        for _ in range(50):
+            net(torch.randn(16, 3, 12, 12))
+    net.eval()
+    x = torch.randn(4, 3, 12, 12)
+    loud = fxgrow.widen(net, "1.5x", x, init="copy_uniform", include=["0"]).report.verification
+    assert loud.verdict == "preserved"
+    assert max(loud.eval.ratio, loud.train.ratio) > 10
+    (note,) = (note for note in loud.notes if "times the rounding" in note)
+    assert "first at what reads 0" in note
+    assert "copy_rows" in note
+    calm = fxgrow.widen(net, "1.5x", x, include=["0"]).report.verification
+    assert max(calm.eval.ratio, calm.train.ratio) < 2
+    assert not any("times the rounding" in note for note in calm.notes)
+
+
+def test_a_head_of_zeros_moves_before_gradients_are_missed() -> None:
+    found = fxgrow.widen(Head(), "2x", torch.randn(3, 4)).report.verification
+    assert found.without_gradient == ()

@@ -46,7 +46,8 @@ def check_gradients(
         batch: what it is called with.
     """
     # Where nothing begins as zero one step mostly tells all, and no parameter needs to move for it.
-    if not any(map(_has_zeros, edits.values())):
+    dead = any(p.requires_grad and not p.any() for p in model.parameters())
+    if not dead and not any(map(_has_zeros, edits.values())):
         found = _descended(model, edits, batch, steps=1)
         if not found.missing:
             return found
@@ -58,13 +59,14 @@ def _descended(
 ) -> Gradients:
     """Return what some steps of descent find."""
     copied = _copy(model)
-    parameters = {}
+    moving, waiting = {}, {}
     for name, parameter in copied.named_parameters():
         if name in edits and _has_new(edits[name]) and parameter.requires_grad:
-            parameters[name] = parameter
+            moving[name] = waiting[name] = parameter
+        elif parameter.requires_grad and not parameter.any():
+            moving[name] = parameter  # a head of zeros passes nothing on before it has moved
         else:
             parameter.requires_grad_(False)
-    waiting = dict(parameters)
 
     def listener(name: str) -> Callable[[Tensor], None]:
         def listen(parameter: Tensor) -> None:
@@ -77,7 +79,7 @@ def _descended(
 
         return listen
 
-    for name, parameter in parameters.items():
+    for name, parameter in moving.items():
         parameter.register_post_accumulate_grad_hook(listener(name))  # type: ignore[no-untyped-call]
     set_mode(copied, "train")
     unchecked: list[str] = []

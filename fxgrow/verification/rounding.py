@@ -17,7 +17,6 @@ from fxgrow.modules.expectation import Expectation
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.exact import Exact
-from fxgrow.verification.findings import errors_of, ratio_of
 from fxgrow.verification.forward import in_double, lent_copy, outputs_of
 from fxgrow.verification.runs import Case
 
@@ -65,11 +64,27 @@ def _first_risen(made: Plan, case: Case, batch: Arguments) -> GroupPlan | None:
     for name, wide in doubled.items():
         if [t.shape for t in wide] != [t.shape for t in new.get(name, [])]:
             continue
-        own, grown = (errors_of(wide, found[name]) for found in (old, new))
-        ratio = ratio_of(grown, own)
-        if ratio is not None and ratio > MOST:
+        if any(_risen(*three) for three in zip(wide, old[name], new[name], strict=True)):
             return groups[name]
     return None
+
+
+def _risen(wide: Tensor, old: Tensor, new: Tensor) -> bool:
+    """Return whether some channel rounds far more than before: a small one hides among large ones.
+
+    Args:
+        wide: the values in float64; channels lie in the second dim, or in the last one.
+        old: as the old network has them.
+        new: as the grown one has them.
+    """
+    if not wide.is_floating_point() or not wide.ndim:
+        return False
+    gaps = [(found.double() - wide).abs() for found in (old, new)]
+    for dim in {min(1, wide.ndim - 1), wide.ndim - 1}:
+        own, grown = (gap.movedim(dim, 0).flatten(1).amax(1) for gap in gaps)
+        if bool((grown > MOST * own.clamp(min=torch.finfo(old.dtype).tiny))[own > 0].any()):
+            return True
+    return False
 
 
 @contextlib.contextmanager
