@@ -832,7 +832,7 @@ def test_what_was_written_is_read_with_the_safe_fields_of_its_configuration(hone
     path = honest("llama")
     opened = open_model(path)
     change(path, attn_implementation="org/repo", fusion_config={"patch_embeddings": True})
-    check_directory(path, opened.model, opened.inputs)
+    check_directory(path, opened.model, opened.inputs, config_of(path), config_of(path))
     assert sorted(file.name for file in path.parent.iterdir()) == ["llama"]
 
 

@@ -57,6 +57,7 @@ def check_directory(
     """
     if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
         raise _unlike(told)
+    kept = screened(kept).used  # what asks for code is never written
     if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
         raise _unlike(told)
     if folder is not None:

@@ -68,9 +68,8 @@ class Exact:
     def reset(self) -> None:
         """Give buffers the values that they had at first."""
         for inner, buffers in self._held:
-            if inner._buffers != buffers:
-                inner._buffers.clear()
-                inner._buffers.update(buffers)
+            inner._buffers.clear()
+            inner._buffers.update(buffers)  # a forward may have replaced some by others
         for buffer, value in self._buffers:
             buffer.copy_(value)
 

@@ -102,14 +102,16 @@ def verification_table(found: Verification) -> RenderableType:
     changes = foretold and any(result.predicted.max_rel for result in measured.values())
     rounds = any(result.rounding.max_rel for result in measured.values())
     columns = ["float64", "relative", "as saved", "relative "]
-    columns += ["rounding before", "after", "ratio"] if rounds else []
-    columns += ["predicted", "off prediction"] if changes else []
+    if changes:  # a line of 80 letters holds no more
+        columns += ["predicted", "off prediction"]
+    elif rounds:
+        columns += ["rounding", "before", "ratio"]
     table = new_table("change in", *columns, right=columns)
     for name, result in measured.items():
         wide, saved = result.float64, result.native
         figures: list[float | None] = [wide.max_abs, wide.max_rel, saved.max_abs, saved.max_rel]
-        if rounds:
-            figures += [result.rounding.max_rel, result.grown_rounding.max_rel, result.ratio]
+        if rounds and not changes:
+            figures += [result.grown_rounding.max_rel, result.rounding.max_rel, result.ratio]
         if name == "drawn weights":  # in float64 alone
             figures[2:] = [None] * len(figures[2:])
         if changes:
