@@ -310,6 +310,11 @@ def require_exact(made: Plan) -> None:
     Raises:
         NotPreservedError: it does not; the first part that changes the output is named.
     """
+    if not predictable(made):
+        raise NotPreservedError(
+            "the output would change, since new channels do not cancel.",
+            way_out="Use another pairing than none, and no noise.",
+        )
     for part in (part for step in made.steps for part in step.changes):
         if part.preserves != "exact":
             raise NotPreservedError(
@@ -319,11 +324,6 @@ def require_exact(made: Plan) -> None:
             )
     if made.preserves != "exact":
         raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
-    if not predictable(made):
-        raise NotPreservedError(
-            "the output would change, since new channels do not cancel.",
-            way_out="Use another pairing than none, and no noise.",
-        )
 
 
 def require_values(model: nn.Module) -> None:

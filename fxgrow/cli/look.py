@@ -77,8 +77,8 @@ def verify(
 ) -> None:
     """Compare what two networks compute; exit code 3 if they differ.
 
-    In float64 and as saved, in eval and in train mode. ARCH is that of both; files that fxgrow
-    wrote know theirs.
+    In float64 and as saved, in eval and in train mode. They may differ by 100 times the rounding of
+    BEFORE in its own dtype. ARCH is that of both; files that fxgrow wrote know theirs.
     """
     shapes = parse_shapes(input_shape or ())
     with CommandRun() as run:

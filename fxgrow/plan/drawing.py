@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._ops import OpOverload
 
 from fxgrow.errors import PlanError, shown
 from fxgrow.modules.dispatch import DispatchMode
+from fxgrow.modules.standin import first_line
 from fxgrow.plan.deviations import Place, dtype_of_draws
 from fxgrow.plan.init import Init, PlacedInit, init_name
 
@@ -37,7 +39,8 @@ def draw(
         room: what may be filled, if its dtype and its device allow, instead of a new tensor.
 
     Raises:
-        PlanError: the init wrote into the old weights, of which it is given a copy.
+        PlanError: the init wrote into the old weights, of which it is given a copy, did not run, or
+            did not fill the new ones with finite numbers.
 
     Low-precision tensors are drawn in float32 and rounded, on the CPU, so that the same numbers
     come out on every device.
@@ -53,18 +56,33 @@ def draw(
     reference = like.detach().cpu()
     # A user's law could change the network that is only read; these do not, and a copy takes time.
     given = reference if own else reference.clone(memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        law = init.for_place(place, given) if isinstance(init, PlacedInit) else init
-        with _DrawingFrom(generator):
-            law(tensor, given, fan_in)
-    if not own and not _same(given, reference):
-        raise PlanError(
-            f"the init {init_name(init)} changed the old weights of {shown(place.name)}, which are "
-            "only there to be read.",
-            name=init_name(init),
-            way_out="Write into the first argument alone, or work on reference.clone().",
-        )
+    if not own:
+        tensor.fill_(math.nan)  # so that what a user's law leaves out is seen
+    try:
+        with torch.no_grad():
+            law = init.for_place(place, given) if isinstance(init, PlacedInit) else init
+            with _DrawingFrom(generator):
+                law(tensor, given, fan_in)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        if own or isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = f"does not run on new weights of shape {list(shape)}: {first_line(error)}"
+        raise _faulty(init, place, told, "It is given biases and other vectors too.") from error
+    if not own:
+        if not _same(given, reference):
+            told = "changed the old weights, which are only there to be read"
+            way_out = "Write into the first argument alone, or work on reference.clone()."
+            raise _faulty(init, place, told, way_out)
+        if not bool(torch.isfinite(tensor).all()):
+            told = f"left some of the new weights of shape {list(shape)} without a finite number"
+            raise _faulty(init, place, told, "Fill the first argument in place; return nothing.")
     return tensor.to(device=like.device, dtype=like.dtype)
+
+
+def _faulty(init: Init, place: Place, told: str, way_out: str) -> PlanError:
+    """Return the error for an init that does not do what inits do."""
+    name = init_name(init)
+    return PlanError(f"the init {name} {told} ({shown(place.name)}).", name=name, way_out=way_out)
 
 
 def _is_own(init: Init) -> bool:

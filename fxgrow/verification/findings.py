@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,29 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class ExactResult:
+    """What was measured in float64.
+
+    Attributes:
+        float64: grown against old network.
+        predicted: how far the prediction is from the old network.
+        residual: grown network against the prediction.
+    """
+
+    float64: Errors = field(default_factory=Errors)
+    predicted: Errors = field(default_factory=Errors)
+    residual: Errors = field(default_factory=Errors)
+
+    def worst(self, other: ExactResult) -> ExactResult:
+        """Return the larger of each figure."""
+        return ExactResult(
+            self.float64.worst(other.float64),
+            self.predicted.worst(other.predicted),
+            self.residual.worst(other.residual),
+        )
+
+
+@dataclass(frozen=True)
 class ModeResult:
     """What was measured in one mode.
 
@@ -43,29 +67,33 @@ class ModeResult:
         float64: grown against old network, in float64.
         native: the same in the network's own dtype.
         rounding: the old network in its own dtype against itself in float64.
-        grown_rounding: the grown network in its own dtype against the prediction in float64.
         predicted: how far the prediction is from the old network, in float64.
         residual: grown network against the prediction, in float64.
-        ratio: ``grown_rounding`` over ``rounding``; None where the old network does not round.
+        grown_rounding: the grown network in its own dtype against the prediction in float64; None
+            where nothing predicts it.
+        ratio: ``grown_rounding`` over ``rounding``, the largest of all inputs; None where the old
+            network does not round, and where nothing predicts the grown one.
     """
 
     float64: Errors = field(default_factory=Errors)
     native: Errors = field(default_factory=Errors)
     rounding: Errors = field(default_factory=Errors)
-    grown_rounding: Errors = field(default_factory=Errors)
     predicted: Errors = field(default_factory=Errors)
     residual: Errors = field(default_factory=Errors)
+    grown_rounding: Errors | None = None
     ratio: float | None = None
 
     def worst(self, other: ModeResult) -> ModeResult:
         """Return the larger of each figure."""
+        both = (self.grown_rounding, other.grown_rounding)
+        roundings = [errors for errors in both if errors is not None]
         return ModeResult(
             float64=self.float64.worst(other.float64),
             native=self.native.worst(other.native),
             rounding=self.rounding.worst(other.rounding),
-            grown_rounding=self.grown_rounding.worst(other.grown_rounding),
             predicted=self.predicted.worst(other.predicted),
             residual=self.residual.worst(other.residual),
+            grown_rounding=functools.reduce(Errors.worst, roundings) if roundings else None,
             ratio=max((r for r in (self.ratio, other.ratio) if r is not None), default=None),
         )
 
@@ -89,7 +117,7 @@ class Verification:
     verdict: Judgement
     eval: ModeResult | None = None
     train: ModeResult | None = None
-    drawn: ModeResult | None = None
+    drawn: ExactResult | None = None
     effort: Effort = "none"
     inputs: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from torch import nn
 
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.verification.findings import Judgement, ModeResult, Verification
+from fxgrow.verification.findings import ExactResult, Judgement, ModeResult, Verification
 from fxgrow.verification.forward import Mode
 from fxgrow.verification.runs import Case, Drawn, Inputs, Runs
 
@@ -66,9 +66,9 @@ def judge(
     )
 
 
-def _worst(results: Iterable[ModeResult]) -> ModeResult | None:
+def _worst(results: Iterable[ExactResult]) -> ExactResult | None:
     found = tuple(results)
-    return functools.reduce(ModeResult.worst, found) if found else None
+    return functools.reduce(ExactResult.worst, found) if found else None
 
 
 def _verdict(case: Case, given: Mapping[Mode, ModeResult], drawn: Iterable[Drawn]) -> Judgement:

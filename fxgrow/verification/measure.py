@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,13 @@ from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.verification import weights
 from fxgrow.verification.attributes import check_attributes, check_flags
-from fxgrow.verification.findings import Effort, Judgement, ModeResult, Verification
+from fxgrow.verification.findings import (
+    Effort,
+    ExactResult,
+    Judgement,
+    ModeResult,
+    Verification,
+)
 from fxgrow.verification.forward import Mode, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
@@ -294,6 +301,7 @@ def told(made: Plan, found: Verification) -> Verification:
 def _combined(found: Sequence[Verification], modules: Sequence[str]) -> Verification:
     """Return the judgements of the parts of a network as one: the worst verdict and figures."""
     notes = [note for verification in found for note in verification.notes]
+    drawn = [v.drawn for v in found if v.drawn is not None]
     if all(modules):
         names = ", ".join(modules)
         notes.append(f"what was compared is what comes out of {names}, not of the whole network")
@@ -301,7 +309,7 @@ def _combined(found: Sequence[Verification], modules: Sequence[str]) -> Verifica
         verdict=min((v.verdict for v in found), key=_WORST_FIRST.index),
         eval=_worst([v.eval for v in found]),
         train=_worst([v.train for v in found]),
-        drawn=_worst([v.drawn for v in found if v.drawn is not None]),
+        drawn=functools.reduce(ExactResult.worst, drawn) if drawn else None,
         effort=found[0].effort,
         inputs=tuple(text for v in found for text in v.inputs),
         without_gradient=tuple(dict.fromkeys(n for v in found for n in v.without_gradient)),

@@ -17,7 +17,7 @@ from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain, TensorEdit
 from fxgrow.verification.exact import Exact, Weights
-from fxgrow.verification.findings import Effort, Errors, ModeResult, errors_of, ratio_of
+from fxgrow.verification.findings import Effort, ExactResult, ModeResult, errors_of, ratio_of
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
 
@@ -105,7 +105,7 @@ class Drawn:
     """
 
     mode: Mode
-    result: ModeResult
+    result: ExactResult
     rounding: float = 0.0
 
 
@@ -149,7 +149,7 @@ class Runs:
                 float64=errors_of(before[job], after[job]),
                 native=errors_of(old[job], new[job]),
                 rounding=own,
-                grown_rounding=grown if case.predictable else Errors(),
+                grown_rounding=grown if case.predictable else None,
                 predicted=errors_of(before[job], predicted[job]),
                 residual=errors_of(predicted[job], after[job]),
                 ratio=ratio_of(grown, own) if case.predictable else None,
@@ -188,7 +188,7 @@ class Runs:
         predicted = self._predicted(level, batches, jobs, before)
         found = []
         for job in jobs:
-            result = ModeResult(
+            result = ExactResult(
                 float64=errors_of(before[job], after[job]),
                 predicted=errors_of(before[job], predicted[job]),
                 residual=errors_of(predicted[job], after[job]),

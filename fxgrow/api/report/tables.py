@@ -28,7 +28,7 @@ from fxgrow.api.report.elements import indented, new_table, reasons, some, verdi
 from fxgrow.plan.requests import Convert, Deepen, MorphKernel
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
-from fxgrow.verification.findings import Verification
+from fxgrow.verification.findings import ExactResult, ModeResult, Verification
 
 if TYPE_CHECKING:
     from fxgrow.grow.convert.planner import Possible
@@ -96,11 +96,14 @@ def verification_table(found: Verification) -> RenderableType:
     headline.append(f", on inputs of {', '.join(dict.fromkeys(found.inputs))}")
     if found.effort == "quick":
         headline.append(" (quick: eval mode and the given weights alone)")
-    rows = {"eval mode": found.eval, "train mode": found.train, "drawn weights": found.drawn}
-    measured = {name: result for name, result in rows.items() if result is not None}
-    foretold = found.verdict != "changed"
-    changes = foretold and any(result.predicted.max_rel for result in measured.values())
-    rounds = any(result.rounding.max_rel for result in measured.values())
+    modes = {"eval mode": found.eval, "train mode": found.train}
+    measured = {name: result for name, result in modes.items() if result is not None}
+    predicted = [result.predicted for result in measured.values()]
+    predicted += [] if found.drawn is None else [found.drawn.predicted]
+    changes = found.verdict != "changed" and any(errors.max_rel for errors in predicted)
+    rounds = any(result.grown_rounding is not None for result in measured.values()) and any(
+        result.rounding.max_rel for result in measured.values()
+    )
     columns = ["float64", "relative", "as saved", "relative "]
     if changes:  # a line of 80 letters holds no more
         columns += ["predicted", "off prediction"]
@@ -108,16 +111,27 @@ def verification_table(found: Verification) -> RenderableType:
         columns += ["rounding", "before", "ratio"]
     table = new_table("change in", *columns, right=columns)
     for name, result in measured.items():
-        wide, saved = result.float64, result.native
-        figures: list[float | None] = [wide.max_abs, wide.max_rel, saved.max_abs, saved.max_rel]
-        if rounds and not changes:
+        figures = _figures(result, changes=changes)
+        figures[2:2] = [result.native.max_abs, result.native.max_rel]
+        if rounds and not changes and result.grown_rounding is not None:
             figures += [result.grown_rounding.max_rel, result.rounding.max_rel, result.ratio]
-        if name == "drawn weights":  # in float64 alone
-            figures[2:] = [None] * len(figures[2:])
-        if changes:
-            figures += [result.predicted.max_rel, result.residual.max_rel]
-        table.add_row(name, *("–" if figure is None else f"{figure:.2g}" for figure in figures))
+        table.add_row(name, *map(_figure, figures))
+    if found.drawn is not None:
+        figures = _figures(found.drawn, changes=changes)
+        figures[2:2] = [None, None]
+        figures += [None] * (len(columns) - len(figures))
+        table.add_row("drawn weights", *map(_figure, figures))
     return Group(headline, table, *_remarks(found, changes))
+
+
+def _figures(result: ModeResult | ExactResult, *, changes: bool) -> list[float | None]:
+    """Return what was measured in float64."""
+    figures: list[float | None] = [result.float64.max_abs, result.float64.max_rel]
+    return figures + ([result.predicted.max_rel, result.residual.max_rel] if changes else [])
+
+
+def _figure(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.2g}"
 
 
 def _remarks(found: Verification, changes: bool) -> Iterator[Text]:
