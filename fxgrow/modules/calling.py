@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -49,7 +50,11 @@ def map_kind(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """Return the tensors of a nest of tuples, lists, dicts and dataclasses, in order."""
+    """Return the tensors of a nest, in order.
+
+    A nest is made of sequences, mappings, and objects with attributes (dataclasses, namespaces,
+    distributions); modules and functions are none.
+    """
     found: list[Tensor] = []
     _gather(tree, found)
     return found
@@ -72,3 +77,23 @@ def _gather(tree: object, found: list[Tensor]) -> None:
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for part in dataclasses.fields(tree):
             _gather(getattr(tree, part.name), found)
+    else:
+        _gather_from_object(tree, found, set())
+
+
+def _gather_from_object(tree: object, found: list[Tensor], seen: set[int]) -> None:
+    """Gather the tensors of what is no plain nest; objects may hold one another in a circle."""
+    if id(tree) in seen or type(tree) in _PLAIN or isinstance(tree, (type, torch.nn.Module)):
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            _gather_from_object(item, found, seen)
+    elif isinstance(tree, (Sequence, Set, deque)) and not isinstance(tree, (str, bytes)):
+        for item in tree:
+            _gather_from_object(item, found, seen)
+    elif hasattr(tree, "__dict__") and not callable(tree):
+        for item in vars(tree).values():
+            _gather_from_object(item, found, seen)

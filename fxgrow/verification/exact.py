@@ -63,10 +63,17 @@ class Exact:
         for prefix, inner in self.module.named_modules(remove_duplicate=False):
             self._lend(inner, prefix, eager)
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        self._held = [(inner, dict(inner._buffers)) for inner in self.module.modules()]
+        self._held = [
+            (inner, dict(inner._buffers))
+            for inner in self.module.modules()
+            if isinstance(inner._buffers, dict)  # scripted modules have others, of their own
+        ]
+        self._settled: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Give buffers the values that they had at first."""
+        """Give buffers and small parameters the values that they had at first."""
+        self._kept = {name: nn.Parameter(x.clone(), False) for name, x in self._settled.items()}
+        self._last = None
         for inner, buffers in self._held:
             inner._buffers.clear()
             inner._buffers.update(buffers)  # a forward may have replaced some by others
@@ -74,7 +81,8 @@ class Exact:
             buffer.copy_(value)
 
     def settle(self) -> None:
-        """Keep the values that buffers have now for those at first."""
+        """Keep the values that buffers and small parameters have now for those at first."""
+        self._settled = {name: tensor.detach().clone() for name, tensor in self._kept.items()}
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
 
     def parameter(self, name: str) -> Tensor:
@@ -127,6 +135,12 @@ class _Lent(dict[str, Tensor | None]):
 
     def get(self, local: str, default: Tensor | None = None) -> Tensor | None:  # type: ignore[override]
         return self[local] if local in self else default  # noqa: SIM401 (that would be this)
+
+    def __iter__(self) -> Iterator[str]:  # so that dict(…) and {**…} ask for the values
+        return super().__iter__()
+
+    def copy(self) -> dict[str, Tensor | None]:
+        return dict(self)
 
     def items(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
         return ((local, self[local]) for local in self)

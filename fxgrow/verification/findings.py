@@ -31,9 +31,9 @@ class Errors:
         """Return the larger of each figure."""
         return Errors(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
 
-    def within(self, tolerance: float, negligible: float) -> bool:
-        """Return whether deviations are within tolerance or negligible; NaN is neither."""
-        return self.max_rel <= tolerance or self.max_abs <= negligible
+    def within(self, tolerance: float) -> bool:
+        """Return whether deviations are within a relative tolerance; NaN is not."""
+        return self.max_rel <= tolerance
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,29 @@ def ratio_of(grown: Errors, own: Errors) -> float | None:
     return grown.max_rel / own.max_rel if 0 < own.max_rel < math.inf else None
 
 
-def errors_of(before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
+def errors_of(
+    before: Sequence[Tensor], after: Sequence[Tensor], *, whole_numbers: bool = False
+) -> Errors:
     """Return the largest deviations; entries that are NaN in both are equal.
 
-    Whole numbers (classes) count where there is nothing else: then any other one is infinitely far.
+    Args:
+        before: the outputs of one network.
+        after: those of the other.
+        whole_numbers: those (classes) are compared too; any other one is infinitely far.
     """
     if len(before) != len(after):
         return Errors(math.inf, math.inf)
     worst = Errors()
-    if not any(tensor.is_floating_point() for tensor in before):
-        alike = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-        return worst if alike else Errors(math.inf, math.inf)
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape:
             return Errors(math.inf, math.inf)
-        if not old.numel() or not old.is_floating_point():
+        if old.is_complex() and new.is_complex():
+            old, new = torch.view_as_real(old), torch.view_as_real(new)
+        if not old.is_floating_point():
+            if whole_numbers and not torch.equal(old, new):
+                return Errors(math.inf, math.inf)
+            continue
+        if not old.numel():
             continue
         old, new = old.double(), new.double()
         same = (old == new) | (old.isnan() & new.isnan())

@@ -12,12 +12,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 
 Mode = Literal["eval", "train"]
-FAULTS = (RuntimeError, ValueError, TypeError)  # what a user's forward or backward raises
+FAULTS = (Exception,)  # what a user's forward or backward may raise
 
 
 def outputs_of(
@@ -43,6 +43,7 @@ def outputs_of(
     set_mode(model, mode)
     try:
         with torch.no_grad(), without_chance:
+            arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
         if grown:

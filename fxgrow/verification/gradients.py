@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.apply.tensors import regroup
-from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.plan.edits import TensorEdit
@@ -86,7 +86,8 @@ def _descended(
     try:
         for _ in range(steps):
             unchecked = [*waiting]
-            if not waiting or not _backward(copied, _typed(batch, model)):
+            arguments = map_tensors(Tensor.clone, _typed(batch, model))
+            if not waiting or not _backward(copied, arguments):
                 break
     except (*FAULTS, UserWarning) as error:
         reason = first_line(error).partition(". ")[0]

@@ -14,6 +14,7 @@ that absorbed a gain s computes what the old one would with eps / s², and the r
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -26,11 +27,10 @@ from fxgrow.verification.forward import Mode
 from fxgrow.verification.runs import Case, Drawn, Inputs, Runs
 
 TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
-# Smaller deviations count as none, so that outputs which are nothing but rounding (a constant less
-# its mean, say) are not judged by their own size.
-NEGLIGIBLE = 1e-11
-NEGLIGIBLE_UNITS = 4096  # the same for the native dtype, in its rounding units
 NATIVE_FACTOR = 100.0  # the grown network may round this many times worse than the old one
+# … but where that would excuse anything (half precision) only as much as this, or a few times what
+# the old one does.
+_MOST, _FEW = 0.05, 4.0
 
 
 def judge(
@@ -48,14 +48,14 @@ def judge(
     """
     runs = Runs(case, inputs, progress)
     given: dict[Mode, ModeResult] = {}
-    for mode, result in runs.given():
+    for mode, result in runs.given(TOLERANCE):
         given[mode] = result if mode not in given else given[mode].worst(result)
     if inputs.same_modes:
         given.setdefault("train", given["eval"])
     drawn = runs.drawn(TOLERANCE)
     batches = [batch for batch, _ in (*inputs.given, *inputs.drawn)]
     return Verification(
-        verdict=_verdict(case, given, drawn),
+        verdict=_verdict(case, given, drawn, runs.excused),
         eval=given["eval"],
         train=given.get("train"),
         drawn=_worst(found.result for found in drawn),
@@ -71,34 +71,41 @@ def _worst(results: Iterable[ExactResult]) -> ExactResult | None:
     return functools.reduce(ExactResult.worst, found) if found else None
 
 
-def _verdict(case: Case, given: Mapping[Mode, ModeResult], drawn: Iterable[Drawn]) -> Judgement:
+def _verdict(
+    case: Case,
+    given: Mapping[Mode, ModeResult],
+    drawn: Iterable[Drawn],
+    excused: Mapping[Mode, float],
+) -> Judgement:
     """Return the judgement; NaN compares as failed."""
     if not case.predictable:
         return "changed"
-    for result in (given[mode] for mode in case.judged if mode in given):
-        if not result.residual.within(TOLERANCE, NEGLIGIBLE):
+    for mode, result in given.items():
+        if mode not in case.judged:
+            continue
+        if not result.residual.within(max(TOLERANCE, excused.get(mode, 0.0))):
             return "failed"
-        floor, negligible = _native_bounds(result, case.after.module)
-        if not result.native.within(result.predicted.max_rel + floor, negligible):
+        floor = native_bound(result, case.after.module)
+        if not result.native.within(result.predicted.max_rel + floor):
             return "failed"
     for found in drawn:
         tolerance = max(TOLERANCE, found.rounding)
-        if found.mode in case.judged and not found.result.residual.within(tolerance, NEGLIGIBLE):
+        if found.mode in case.judged and not found.result.residual.within(tolerance):
             return "failed"
     return "preserved" if given["eval"].predicted.max_rel <= TOLERANCE else "as predicted"
 
 
 def agree(result: ModeResult, model: nn.Module) -> bool:
     """Return whether two given networks agree within what the second one's dtype rounds."""
-    bounds = _native_bounds(result, model)
-    return all(errors.within(*bounds) for errors in (result.float64, result.native))
+    bound = native_bound(result, model)
+    return all(errors.within(bound) for errors in (result.float64, result.native))
 
 
-def _native_bounds(result: ModeResult, model: nn.Module) -> tuple[float, float]:
-    """Return the relative and the absolute deviation that the networks' own dtype excuses."""
-    epsilon = coarsest(model)
-    relative = NATIVE_FACTOR * max(result.rounding.max_rel, epsilon)
-    return max(TOLERANCE, relative), max(NEGLIGIBLE, NEGLIGIBLE_UNITS * epsilon)
+def native_bound(result: ModeResult, model: nn.Module) -> float:
+    """Return the relative deviation that the networks' own dtype excuses."""
+    own = result.rounding.max_rel if math.isfinite(result.rounding.max_rel) else 0.0
+    bound = min(NATIVE_FACTOR * max(own, coarsest(model)), max(_MOST, _FEW * own))
+    return max(TOLERANCE, bound)
 
 
 def coarsest(model: nn.Module) -> float:

@@ -283,7 +283,8 @@ def judged_modes(made: Plan) -> tuple[Mode, ...]:
 
 
 def _changed_in_training(made: Plan) -> list[BlockPlan]:
-    return [b for step in made.steps for b in step.blocks if b.in_training != "exact"]
+    changed = (step for step in made.steps if step.rearrangements or step.names)
+    return [b for step in changed for b in step.blocks if b.in_training != "exact"]
 
 
 def told(made: Plan, found: Verification) -> Verification:
@@ -360,7 +361,7 @@ def verify(
             old, new = (network.get_submodule(name) for network in (before, after))
             batches = batches_for(old, shapes, inferred, example_inputs)
             inputs, notes = judged_inputs(old, new, batches, "full", draw=False)
-            case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes))
+            case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes), made=False)
             judged = judge(case, inputs)
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, after) for result in results)

@@ -9,8 +9,10 @@ calls ``SymInt``, so that a dim or a flag counts and a length does not.
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,7 +26,9 @@ from fxgrow.modules.standin import first_line, keeping_buffers
 from fxgrow.verification.forward import Mode, set_mode
 
 Operation: TypeAlias = tuple[Any, ...]
-BATCHES = (1, 2, 3, 5, 7, 8, 17)
+BATCHES = (1, 2, 3, 4, 5, 7, 8, 16, 17, 33)
+# Of height and width: smaller, larger, and with sides that are odd and not equal.
+_SCALES = ((0.5, 0.5), (0.75, 0.75), (1, 1.25), (1.5, 1.5), (2, 2))
 _LENGTHS = (1, 2, 7, 32)
 _COPIES = frozenset(("aten::clone", "aten::contiguous", "aten::alias", "aten::detach"))
 _VIEWS = dict.fromkeys(("aten::_unsafe_view", "aten::_reshape_alias"), "aten::view")
@@ -37,42 +41,75 @@ class Behaviour:
     """What a network did.
 
     Attributes:
-        operations: each with the arguments that are no sizes, and where its operands come from.
+        operations: each with the arguments that are no numbers, and where its operands come from.
+        numbers: those of each operation.
         shapes: of the results.
         problem: why the network did not run; "" if it did.
+        writes: whether it wrote into a parameter.
     """
 
     operations: tuple[Operation, ...] = ()
+    numbers: tuple[tuple[float, ...], ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     problem: str = ""
+    writes: bool = False
 
-    def like(self, other: Behaviour, factor: tuple[int, int] | None = None) -> bool:
+    def equals(self, other: Behaviour) -> bool:
+        """Return whether another run, on the same sizes, did the same."""
+        return (self.operations, self.numbers) == (other.operations, other.numbers)
+
+    def like(self, other: Behaviour, size: Size, factor: tuple[int, int] | None) -> bool:
         """Return whether another run did the same.
 
         Args:
             other: the run.
-            factor: the sizes of both batches, where nothing else differs: each dim of a result is
-                then either the same or in this proportion.
+            size: what is other than there.
+            factor: the sizes of both batches, where nothing else differs: each dim of a result, and
+                each number, is then either the same or in this proportion.
         """
         if factor is None and len(self.operations) != len(other.operations):
-            return self._kinds() == other._kinds()  # a loop over a sequence ran more often
+            return size.step != 0 and self._repeats(other, size.step)
         if self.operations != other.operations:
             return False
         if factor is None:
-            return True
-        own, others = factor
+            pairs = zip(self._fractions(), other._fractions(), strict=True)
+            return all(one == two for one, two in pairs)
+        lists = zip((*self.shapes, *self.numbers), (*other.shapes, *other.numbers), strict=True)
         return all(
-            len(one) == len(two)
-            and all(a == b or a * others == b * own for a, b in zip(one, two, strict=True))
-            for one, two in zip(self.shapes, other.shapes, strict=True)
+            len(one) == len(two) and all(map(_proportional(*factor), one, two))
+            for one, two in lists
         )
 
-    def _kinds(self) -> frozenset[object]:
-        """Return the operations as a set, with the parameters among their operands."""
-        return frozenset(
+    def _fractions(self) -> Iterator[float]:
+        """Yield the numbers that are no whole ones: those may follow sizes."""
+        return (x for numbers in self.numbers for x in numbers if x != int(x))
+
+    def _repeats(self, other: Behaviour, step: int) -> bool:
+        """Return whether all that differs is how often a loop over a sequence ran."""
+        own, others = self._kinds(), other._kinds()
+        return own.keys() == others.keys() and all(
+            (count - others[kind]) % step == 0 for kind, count in own.items()
+        )
+
+    def _kinds(self) -> Counter[object]:
+        """Return how often there is each operation, with the parameters among its operands."""
+        return Counter(
             (name, *rest, tuple(origin for origin in origins if isinstance(origin, str)))
             for name, origins, *rest in self.operations
         )
+
+
+def _proportional(own: int, others: int) -> Callable[[float, float], bool]:
+    """Return what tells whether two numbers are equal, or as two sizes are, or their inverses."""
+
+    def tell(one: float, two: float) -> bool:
+        return (
+            one == two
+            or math.isclose(one * others, two * own)
+            or math.isclose(one * own, two * others)
+        )
+
+    return tell
 
 
 def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour:
@@ -90,7 +127,10 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
             call(standin, arguments)
     except Exception as error:  # a user's forward may raise anything, on sizes that are none
         return Behaviour(problem=first_line(error))
-    return Behaviour(tuple(recorder.operations), tuple(recorder.shapes))
+    return Behaviour(
+        tuple(recorder.operations), tuple(recorder.numbers), tuple(recorder.shapes),
+        writes=recorder.writes,
+    )  # fmt: skip
 
 
 class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
@@ -99,12 +139,15 @@ class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
     def __init__(self, standin: nn.Module, arguments: Arguments) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self.numbers: list[tuple[float, ...]] = []
         self.shapes: list[tuple[int, ...]] = []
+        self.writes = False
         self._held: list[object] = []  # ids are only unique among the living
         self._origin: dict[int, object] = {
             id(tensor): ("input", index) for index, tensor in enumerate(tensors_in(arguments))
         }
         self._names = {id(tensor): name for name, tensor in standin.named_parameters()}
+        self._known = frozenset(self._names.values())
 
     def ran(
         self,
@@ -120,6 +163,9 @@ class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
             self._held.append(result)
             return
         position = len(self.operations)
+        if not self.writes and func._schema.is_mutable:
+            self.writes = any(self._of(tensor) in self._known for tensor in operands)
+        self.numbers.append(tuple(_numbers((args, kwargs))))
         origins = tuple([self._of(tensor) for tensor in operands])
         fixed = tuple([_plain(args[i]) for i in _fixed(func) if i < len(args)])
         name = _VIEWS.get(func._name, func._name)
@@ -139,6 +185,18 @@ class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
         """Return where a tensor comes from."""
         name = self._names.get(id(tensor))
         return name if name is not None else self._origin.get(id(tensor), "constant")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """Yield the numbers among the arguments of an operation."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value if math.isfinite(value) else math.copysign(1e308, value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers(item)
 
 
 @functools.cache
@@ -165,11 +223,13 @@ class Size:
         told: what is other, for people.
         sizes: by (index of the tensor, dim): its size.
         batch: the number of samples, if that is all that is other.
+        step: by how much a length differs, if that is what is other.
     """
 
     told: str
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     batch: int | None = None
+    step: int = 0
 
 
 def other_sizes(arguments: Arguments) -> Iterator[Size]:
@@ -191,9 +251,9 @@ def other_sizes(arguments: Arguments) -> Iterator[Size]:
             yield Size(f"a batch of {batch}", dict.fromkeys(firsts, batch), batch)
     main = tensors[0]
     if main.ndim > 3 and main.is_floating_point():
-        for up, down in ((1, 2), (3, 4), (3, 2), (2, 1)):
+        for scale in _SCALES:
             space = {
-                (i, dim): max(1, t.shape[dim] * up // down)
+                (i, dim): max(1, int(t.shape[dim] * scale[dim % 2]) + (scale[0] == 1))
                 for i, t in enumerate(tensors)
                 for dim in range(2, t.ndim)
             }
@@ -207,7 +267,8 @@ def other_sizes(arguments: Arguments) -> Iterator[Size]:
                 if t.shape[d] == length
             ]  # fmt: skip
             for other in sorted({*_LENGTHS, length // 2, 2 * length, 4 * length} - {0, length}):
-                yield Size(f"a length of {other}", dict.fromkeys(along, other))
+                step = other - length
+                yield Size(f"a length of {other}", dict.fromkeys(along, other), step=step)
 
 
 def resized(arguments: Arguments, size: Size, *, meta: bool) -> Arguments:

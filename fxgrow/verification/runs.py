@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
+from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain, TensorEdit
 from fxgrow.verification.exact import Exact, Weights
@@ -21,8 +23,8 @@ from fxgrow.verification.findings import Effort, ExactResult, ModeResult, errors
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
 
-_NUDGE = 1e-9  # relative change of inputs, to find how much a network magnifies rounding
-_MAGNIFIED = 1e-3  # a part of what a nudge does to the outputs is what rounding may do
+_NUDGE = 2e-15  # relative change of weights, to find how much a network magnifies rounding
+_TIMES = 100.0  # what so small a change does to the outputs, rounding may do this many times
 
 Outputs: TypeAlias = list[Tensor]
 Modes: TypeAlias = tuple[Mode, ...]
@@ -60,6 +62,7 @@ class Case:
         notes: to be passed on.
         judged: the modes in which the result must be what is predicted; the other is measured.
         effort: ``full`` or ``quick``.
+        made: the one network was made of the other.
     """
 
     before: Network
@@ -72,6 +75,7 @@ class Case:
     notes: tuple[str, ...] = ()
     judged: tuple[Mode, ...] = ("eval", "train")
     effort: Effort = "full"
+    made: bool = True
 
     def is_inside(self, name: str) -> bool:
         """Return whether a name is one in the part that runs."""
@@ -87,11 +91,13 @@ class Inputs:
             in eval mode.
         drawn: batches for drawn weights, likewise.
         same_modes: train mode does what eval mode does, and is not run.
+        writes: whether forwards may write into parameters, so that no network may lend its own.
     """
 
     given: Sequence[tuple[Arguments, Modes]]
     drawn: Sequence[tuple[Arguments, Modes]] = ()
     same_modes: bool = False
+    writes: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,21 +121,35 @@ class Runs:
     Attributes:
         gradients: what the check of gradients found, after :meth:`given`.
         notes: what is to be said of the runs.
+        excused: relative deviations on the given weights that are no more than rounding.
     """
 
     def __init__(self, case: Case, inputs: Inputs, progress: Callable[[float], object]) -> None:
         self.gradients = Gradients()
         self.notes: list[str] = []
+        self.excused: dict[Mode, float] = {}
         self._case, self._inputs, self._progress = case, inputs, progress
         self._exactly = Expectation(exact=True)
         self._done = 0
         self._steps = 4 * sum(len(modes) for _, modes in (*inputs.given, *inputs.drawn))
         self._used: set[str] = set()
 
-    def given(self) -> list[tuple[Mode, ModeResult]]:
-        """Return what the given weights show, batch by batch and mode by mode."""
+    def given(self, tolerance: float) -> list[tuple[Mode, ModeResult]]:
+        """Return what the given weights show, batch by batch and mode by mode.
+
+        Args:
+            tolerance: a relative deviation that needs no excuse.
+
+        Raises:
+            VerificationError: a network does not run, or returns nothing that can be compared.
+        """
         case, (batches, jobs) = self._case, _jobs(self._inputs.given)
         before = self._exact(case.before, case.before.given, batches, jobs)
+        if not any(tensor.numel() for outputs in before.values() for tensor in outputs):
+            raise VerificationError(
+                f"{type(case.before.module).__name__} returns nothing that can be compared.",
+                way_out="Give inputs for which it returns tensors, in any nest of objects.",
+            )
         after = self._exact(case.after, case.after.given, batches, jobs, grown=True)
         predicted = self._predicted(None, batches, jobs, before)
         old, new = before, after
@@ -146,14 +166,17 @@ class Runs:
             own = errors_of(before[job], old[job])
             grown = errors_of(predicted[job], new[job])
             result = ModeResult(
-                float64=errors_of(before[job], after[job]),
+                float64=errors_of(before[job], after[job], whole_numbers=True),
                 native=errors_of(old[job], new[job]),
                 rounding=own,
                 grown_rounding=grown if case.predictable else None,
                 predicted=errors_of(before[job], predicted[job]),
-                residual=errors_of(predicted[job], after[job]),
+                residual=errors_of(predicted[job], after[job], whole_numbers=True),
                 ratio=ratio_of(grown, own) if case.predictable else None,
             )
+            if not result.residual.within(tolerance):
+                excuse = self._magnified(case.before.given, batches, job, before)
+                self.excused[job[1]] = max(excuse, self.excused.get(job[1], 0.0))
             found.append((job[1], result))
         return found
 
@@ -169,7 +192,7 @@ class Runs:
                 before = self._exact(case.before, weights, batches, jobs)
             except VerificationError:
                 continue  # its code refuses such weights: told below if it refuses all
-            if all(bool(torch.isfinite(t).all()) for out in before.values() for t in out):
+            if all(map(_tells, before.values())):
                 return self._drawn(level, batches, jobs, before, tolerance)
         if jobs:
             self.notes.append("drawn weights gave no finite output, so they were not judged on")
@@ -189,19 +212,32 @@ class Runs:
         found = []
         for job in jobs:
             result = ExactResult(
-                float64=errors_of(before[job], after[job]),
+                float64=errors_of(before[job], after[job], whole_numbers=True),
                 predicted=errors_of(before[job], predicted[job]),
-                residual=errors_of(predicted[job], after[job]),
+                residual=errors_of(predicted[job], after[job], whole_numbers=True),
             )
             rounding = 0.0
-            if not result.residual.max_rel <= tolerance:
-                nudged = [_nudged(batch) for batch in batches]
+            if not result.residual.within(tolerance):
                 weights = case.before.drawn[level]
-                moved = self._exact(case.before, weights, nudged, [job])
-                rounding = _MAGNIFIED * errors_of(before[job], moved[job]).max_rel
+                rounding = self._magnified(weights, batches, job, before)
             found.append(Drawn(job[1], result, rounding))
         self._note_unused()
         return found
+
+    def _magnified(
+        self,
+        weights: Weights,
+        batches: Sequence[Arguments],
+        job: Job,
+        before: Mapping[Job, Outputs],
+    ) -> float:
+        """Return the relative deviation that is no more than rounding, in float64.
+
+        Outputs may be nothing but rounding (a constant less its mean), or magnify it.
+        """
+        moved = self._exact(self._case.before, nudged(weights), batches, [job])
+        found = errors_of(before[job], moved[job]).max_rel
+        return _TIMES * found if math.isfinite(found) else 0.0
 
     @property
     def _rounds(self) -> bool:
@@ -231,7 +267,9 @@ class Runs:
             exact.reset()
             batch = in_double(batches[index])
             with absorbing(exact.module, norms if mode == "train" else ()):
-                found[index, mode] = outputs_of(part, batch, mode, self._exactly, grown=grown)
+                found[index, mode] = outputs_of(
+                    part, batch, mode, self._exactly, grown=grown and self._case.made
+                )
             self._advance()
         if grown:
             self._used |= exact.used
@@ -262,21 +300,26 @@ class Runs:
         grown: bool = False,
     ) -> dict[Job, Outputs]:
         """Return what a network computes as it is."""
-        part = lent_copy(model).get_submodule(self._case.part)
+        part = self._copy(model).get_submodule(self._case.part)
         found = {}
         for index, mode in jobs:
             with keeping_values(part):
                 found[index, mode] = outputs_of(
-                    part, batches[index], mode, Expectation(), grown=grown
+                    part, batches[index], mode, Expectation(), grown=grown and self._case.made
                 )
             self._advance()
         return found
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy to run, with parameters of its own where the forward writes into them."""
+        return stand_in(model, {}) if self._inputs.writes else lent_copy(model)
 
     def _check_gradients(self, batch: Arguments) -> Gradients:
         case = self._case
         start = len(f"{case.part}.") if case.part else 0
         edits = {name[start:]: edit for name, edit in case.edits.items() if case.is_inside(name)}
-        found = check_gradients(case.after.module.get_submodule(case.part), edits, batch)
+        model = self._copy(case.after.module) if self._inputs.writes else case.after.module
+        found = check_gradients(model.get_submodule(case.part), edits, batch)
         missing = tuple(f"{case.part}.{n}" if case.part else n for n in found.missing)
         return Gradients(missing, found.notes)
 
@@ -328,17 +371,26 @@ def entries(batch: Arguments) -> int:
     return sum(tensor.numel() for tensor in tensors_in(batch))
 
 
+def _tells(outputs: Outputs) -> bool:
+    """Return whether outputs are numbers; logits that are masked may be infinite."""
+    floating = [t for t in outputs if t.is_floating_point() and t.numel()]
+    some = not floating or any(bool(t.isfinite().any()) for t in floating)
+    return some and not any(bool(t.isnan().any()) for t in outputs)
+
+
 def _sample(batch: Arguments) -> list[tuple[int, ...]]:
     """Return the shapes of a batch without the number of samples."""
     return [tuple(tensor.shape[1:]) for tensor in tensors_in(batch)]
 
 
-def _nudged(batch: Arguments) -> Arguments:
-    """Return inputs that differ in the last digits."""
-    moved: Arguments = pytree.tree_map_only(
-        Tensor, lambda x: x.double() * (1 + _NUDGE) if x.is_floating_point() else x, batch
-    )
-    return moved
+def nudged(weights: Weights) -> Weights:
+    """Return weights that differ in the last digits."""
+
+    def look_up(name: str) -> Tensor:
+        found = weights(name)
+        return found * (1 + _NUDGE) if found.is_floating_point() and found.ndim > 1 else found
+
+    return look_up
 
 
 def _turned(tensor: Tensor) -> Tensor:

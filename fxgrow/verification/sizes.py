@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, map_tensors, tensors_in
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
@@ -39,6 +41,11 @@ def judged_inputs(
         effort: ``quick`` takes the smallest, in eval mode.
         draw: there are drawn weights, which all batches but the first are for.
     """
+    batches = [batch for batch in batches if entries(batch)]
+    if not batches:
+        raise VerificationError(
+            "the inputs hold no numbers, so that they show nothing.", way_out="Give others."
+        )
     if effort == "quick":
         return Inputs([(min(batches, key=entries), ("eval",))]), ()
     probe = _Probe(before, after)
@@ -53,13 +60,15 @@ def judged_inputs(
     if problems["eval"]:
         return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
-    same = all(a.operations == b.operations for a, b in zip(*base.values(), strict=True))
+    same = all(a.equals(b) for a, b in zip(*base.values(), strict=True))
+    writes = bool(notes) or any(b.writes for mode in _BOTH for b in base[mode])
     modes: Modes = ("eval",) if same else _BOTH
     first, *others = batches
     if draw:
         others = [probe.covering(others[0] if others else probe.smaller(first, modes), base)]
-    found, more = _differing(probe, first, base, [mode for mode in modes if mode in followed])
-    return _arranged([first, *others], modes, found, draw=draw, same=same), notes + more
+    found, more = _differing(probe, first, base, followed)
+    made = _arranged([first, *others], modes, found, draw=draw, same=same)
+    return replace(made, writes=writes), notes + more
 
 
 def _arranged(
@@ -93,9 +102,10 @@ def _differing(
         changed = resized(batch, size, meta=False)
         found = probe.behaviours(changed, mode)
         factor = None if size.batch is None else (size.batch, samples)
-        if any(b.problem for b in found):
+        if found[0].problem:
             continue
-        if all(new.like(old, factor) for new, old in zip(found, base[mode], strict=True)):
+        alike = (new.like(old, size, factor) for new, old in zip(found, base[mode], strict=True))
+        if not found[1].problem and all(alike):
             continue
         key = (mode, *(b.operations for b in found), *_ranks(found))
         entry = (entries(changed), size, mode)
