@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from networks import small_images, small_resnet
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torchvision.models import resnet18
 from typer.testing import CliRunner
 
@@ -17,6 +20,8 @@ import fxgrow
 from fxgrow.api.widen import carry_out, plan
 from fxgrow.cli.app import app
 from fxgrow.modules.tensors import named_tensors
+from fxgrow.plan.edits import Absorption, AxisEdit, Run, TensorEdit
+from fxgrow.plan.step import BlockPlan
 from fxgrow.verification import weights
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.operations import behaviour, other_sizes, resized
@@ -79,7 +84,8 @@ def test_the_same_operations_are_the_same_behaviour_at_every_size() -> None:
     assert not first.problem
     for size in other_sizes(inputs):
         other = behaviour(standin, resized(inputs, size, meta=True), "eval")
-        assert other.like(first, None if size.batch is None else (size.batch, 2)), size.told
+        factor = None if size.batch is None else (size.batch, 2)
+        assert other.like(first, size, factor), size.told
 
 
 class Head(nn.Module):
@@ -369,3 +375,182 @@ def test_a_network_that_rounds_far_more_than_before_is_told_where_and_what_to_do
 def test_a_head_of_zeros_moves_before_gradients_are_missed() -> None:
     found = fxgrow.widen(Head(), "2x", torch.randn(3, 4)).report.verification
     assert found.without_gradient == ()
+
+
+class Written(nn.Module):
+    """Two layers, and a forward that a test writes."""
+
+    def __init__(self, forward: Callable[..., object], **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.written = forward
+
+    def forward(self, x: Tensor) -> object:
+        return self.written(self, x)
+
+
+def _hidden(net: Written, x: Tensor) -> Tensor:
+    return net.a(x).relu()
+
+
+def _crashes_later(net: Written, x: Tensor) -> Tensor:
+    hidden = _hidden(net, x)
+    return net.c(hidden + net.d(hidden) if len(x) >= 8 else hidden)
+
+
+def _other_half(net: Written, x: Tensor) -> Tensor:
+    halves, first = _hidden(net, x).view(len(x), 2, -1), int(len(x) >= 8)
+    return net.c(torch.cat([halves[:, first], halves[:, 1 - first]], 1))
+
+
+def _flips_long_ones(net: Written, x: Tensor) -> Tensor:
+    hidden = net.a(x.flip(-1)).relu()
+    return net.c(hidden.flip(-1) if x.shape[1] >= 16 else hidden)
+
+
+WRONG: dict[str, tuple[Callable[..., object], tuple[int, ...], dict[str, object]]] = {
+    "the grown one crashes at another batch": (_crashes_later, (2, 4), {}),
+    "in train mode at another batch": (
+        lambda n, x: n.c(_hidden(n, x).flip(1) if n.training and len(x) >= 8 else _hidden(n, x)),
+        (2, 4), {},
+    ),
+    "another shift": (
+        lambda n, x: n.c(torch.roll(_hidden(n, x), 1 if len(x) >= 8 else 0, 1)), (2, 4), {},
+    ),
+    "another index": (_other_half, (2, 4), {}),
+    "another number": (
+        lambda n, x: n.c(F.gelu(n.a(x) + (0.3 if len(x) >= 8 else 0.0))), (2, 4),
+        {"pairing": "zero_z"},
+    ),
+    "another number in train mode": (
+        lambda n, x: n.c(F.gelu(n.a(x) + (0.3 if n.training else 0.0))), (2, 4),
+        {"pairing": "zero_z"},
+    ),
+    "a width as a number": (
+        lambda n, x: n.c(_hidden(n, x)) * (_hidden(n, x).shape[1] if n.training else 1.0),
+        (2, 4), {},
+    ),
+    "an operation that there is elsewhere": (_flips_long_ones, (2, 8, 4), {}),
+    "nothing to compare": (lambda n, x: setattr(n, "out", n.c(_hidden(n, x))), (2, 4), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_looks_alike_is_told_apart(name: str) -> None:
+    forward, shape, options = WRONG[name]
+    net = Written(forward, d=nn.Linear(8, 8)).eval()
+    with pytest.raises(fxgrow.FxgrowError):
+        fxgrow.widen(net, "2x", torch.randn(shape), **options)
+
+
+def _in_place(net: Written, x: Tensor) -> Tensor:
+    x -= 0.5
+    return net.c(_hidden(net, x))
+
+
+RIGHT: dict[str, Callable[..., object]] = {
+    "a namespace": lambda n, x: types.SimpleNamespace(logits=n.c(_hidden(n, x))),
+    "a mapping of its own": lambda n, x: UserDict(logits=n.c(_hidden(n, x))),
+    "complex numbers": lambda n, x: torch.fft.rfft(n.c(_hidden(n, x))),
+    "an input that is changed": _in_place,
+    "parameters in a dict": lambda n, x: n.c(F.linear(x, **_renamed(n.a._parameters)).relu()),
+    "masked logits": lambda n, x: n.c(_hidden(n, x)).masked_fill(
+        torch.tensor([True, False, False]), -torch.inf
+    ),
+}
+
+
+def _renamed(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**parameters}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_networks_that_return_and_do_uncommon_things_are_judged(name: str) -> None:
+    net, x = Written(RIGHT[name]).eval(), torch.randn(2, 4)
+    given = x.clone()
+    found = fxgrow.widen(net, "2x", x).report.verification
+    assert found.verdict == "preserved"
+    assert found.drawn is not None
+    assert torch.equal(x, given)
+    assert [
+        group.name for group in fxgrow.inspect(net, x).parts[0].groups if group.kind != "pinned"
+    ]
+
+
+def test_the_width_of_what_an_object_holds_is_kept() -> None:
+    net, x = Written(RIGHT["a namespace"]).eval(), torch.randn(2, 4)
+    assert fxgrow.widen(net, "2x", x, where="all").model(x).logits.shape == (2, 3)
+
+
+def test_judging_writes_into_no_parameter() -> None:
+    net = nn.Sequential(
+        nn.Embedding(20, 4, max_norm=1.0), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
+    with torch.no_grad():
+        net[0].weight.mul_(5)
+    before = net[0].weight.clone()
+    grown = fxgrow.widen(net, "2x", torch.arange(10).view(2, 5))
+    assert torch.equal(net[0].weight, before)
+    assert torch.equal(grown.model[0].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_networks_are_others_in_every_dtype(dtype: torch.dtype) -> None:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+
+    x = torch.randn(2, 4, dtype=dtype)
+    one, broken = make(0), make(0)
+    with torch.no_grad():
+        broken[0].weight[0, 0] = float("nan")
+    assert fxgrow.verify(one, make(0), x).verdict == "preserved"
+    assert fxgrow.verify(one, make(1), x).verdict == "failed"
+    assert fxgrow.verify(broken, make(1), x).verdict == "failed"
+    with torch.no_grad():
+        for network in (one, other := make(0)):
+            network[2].weight.mul_(1e-3)
+            network[2].bias.zero_()
+        other[2].weight.mul_(1.5)
+    assert fxgrow.verify(one, other, x).verdict == "failed"
+
+
+def test_inputs_without_numbers_show_nothing() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(fxgrow.VerificationError, match="hold no numbers"):
+        fxgrow.verify(net, copy.deepcopy(net), torch.randn(0, 4))
+
+
+def test_a_plan_that_loses_rows_fails() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(20, 4))
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.body(self.table[ids])
+
+    net, ids = Table(), torch.arange(10).view(2, 5)
+    made = plan(net, "2x", ids)
+    axis = AxisEdit(0, "carrier", 1, (Run("old", 0, 10), Run("zero", 0, 10)))
+    lost = {**made.tensors, "table": TensorEdit((20, 4), (20, 4), axes=(axis,))}
+    with pytest.raises(fxgrow.VerificationError, match="do not go on"):
+        carry_out(replace(made, tensors=lost), net, ids)
+
+
+def test_a_block_that_is_not_there_excuses_no_change_in_training() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(4, 4)
+    made = plan(net, "2x", x)
+    taken = Absorption("running_var", 2.0, 1e-5, "1.running_var")
+    tensors = {
+        **made.tensors,
+        "1.weight": replace(made.tensors["1.weight"], scale=2.0),
+        "1.running_var": replace(made.tensors["1.running_var"], absorption=taken),
+    }
+    block = BlockPlan("0", "0", "net2deeper", (), "exact", "", 0, in_training="no")
+    with pytest.raises(fxgrow.VerificationError):
+        carry_out(replace(made, tensors=tensors, blocks=(block,)), net, x)

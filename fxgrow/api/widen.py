@@ -310,20 +310,20 @@ def require_exact(made: Plan) -> None:
     Raises:
         NotPreservedError: it does not; the first part that changes the output is named.
     """
+    way_out = "Use --rescaling none, or --compensate where a multiplier can restore it."
     if not predictable(made):
-        raise NotPreservedError(
-            "the output would change, since new channels do not cancel.",
-            way_out="Use another pairing than none, and no noise.",
-        )
+        way_out = "Use another pairing than none, and no noise."
     for part in (part for step in made.steps for part in step.changes):
         if part.preserves != "exact":
             raise NotPreservedError(
                 f"{part.name} would not be preserved: {part.reason}.",
                 name=part.name,
-                way_out="Use --rescaling none, or --compensate where a multiplier can restore it.",
+                way_out=way_out,
             )
     if made.preserves != "exact":
-        raise NotPreservedError("the output would change.", way_out="Use --rescaling none.")
+        raise NotPreservedError("the output would change.", way_out=way_out)
+    if not predictable(made):
+        raise NotPreservedError("new channels would not cancel.", way_out=way_out)
 
 
 def require_values(model: nn.Module) -> None:

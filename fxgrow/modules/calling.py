@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence, Set
-from types import NoneType
+from collections.abc import Callable, Iterable, Mapping, Set
+from types import NoneType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+_DEPTH = 5  # of objects in objects
 # What a network is called with: positional arguments, or keyword arguments.
 Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 
@@ -50,11 +51,7 @@ def map_kind(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """Return the tensors of a nest, in order.
-
-    A nest is made of sequences, mappings, and objects with attributes (dataclasses, namespaces,
-    distributions); modules and functions are none.
-    """
+    """Return the tensors of a nest of sequences, mappings, namespaces and dataclasses, in order."""
     found: list[Tensor] = []
     _gather(tree, found)
     return found
@@ -67,33 +64,38 @@ def _gather(tree: object, found: list[Tensor]) -> None:
         found.append(tree)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif type(item) not in _PLAIN:
+            if type(item) not in _PLAIN:
                 _gather(item, found)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _gather(item, found)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for part in dataclasses.fields(tree):
-            _gather(getattr(tree, part.name), found)
     else:
-        _gather_from_object(tree, found, set())
+        for item in _held(tree):
+            _gather(item, found)
 
 
-def _gather_from_object(tree: object, found: list[Tensor], seen: set[int]) -> None:
-    """Gather the tensors of what is no plain nest; objects may hold one another in a circle."""
-    if id(tree) in seen or type(tree) in _PLAIN or isinstance(tree, (type, torch.nn.Module)):
-        return
-    seen.add(id(tree))
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            _gather_from_object(item, found, seen)
-    elif isinstance(tree, (Sequence, Set, deque)) and not isinstance(tree, (str, bytes)):
-        for item in tree:
-            _gather_from_object(item, found, seen)
-    elif hasattr(tree, "__dict__") and not callable(tree):
-        for item in vars(tree).values():
-            _gather_from_object(item, found, seen)
+def _held(tree: object) -> Iterable[object]:
+    """Return what a nest other than a tuple or a list holds."""
+    if isinstance(tree, Mapping):
+        return tree.values()
+    if isinstance(tree, SimpleNamespace):
+        return vars(tree).values()
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, part.name) for part in dataclasses.fields(tree)]
+    return tree if isinstance(tree, (deque, Set)) else ()
+
+
+def opaque_in(tree: object, depth: int = _DEPTH) -> set[str]:
+    """Return the kinds of objects in a nest that hold tensors where :func:`tensors_in` sees none.
+
+    A cache that a language model returns is one: it is no result, and its sizes may change.
+
+    Args:
+        tree: the nest.
+        depth: how deep to look into objects, which may hold one another in a circle.
+    """
+    if not depth or type(tree) in _PLAIN or isinstance(tree, (Tensor, str, bytes, type)):
+        return set()
+    inner = tree if isinstance(tree, (tuple, list)) else [*_held(tree)]
+    if inner:
+        return set().union(*(opaque_in(item, depth - 1) for item in inner))
+    attributes = [*getattr(tree, "__dict__", {}).values()]
+    nested = any(tensors_in(item) or opaque_in(item, depth - 1) for item in attributes)
+    return {type(tree).__name__} if nested else set()

@@ -27,7 +27,9 @@ from fxgrow.verification.forward import Mode
 from fxgrow.verification.runs import Case, Drawn, Inputs, Runs
 
 TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
-NATIVE_FACTOR = 100.0  # the grown network may round this many times worse than the old one
+NATIVE_FACTOR = 100.0  # a network may round this many times worse than another
+# … and one that equals the other in float64, and has its weights, this many times; it is told.
+MADE_FACTOR = 1000.0
 # … but where that would excuse anything (half precision) only as much as this, or a few times what
 # the old one does.
 _MOST, _FEW = 0.05, 4.0
@@ -85,7 +87,7 @@ def _verdict(
             continue
         if not result.residual.within(max(TOLERANCE, excused.get(mode, 0.0))):
             return "failed"
-        floor = native_bound(result, case.after.module)
+        floor = native_bound(result, case.after.module, MADE_FACTOR)
         if not result.native.within(result.predicted.max_rel + floor):
             return "failed"
     for found in drawn:
@@ -101,10 +103,10 @@ def agree(result: ModeResult, model: nn.Module) -> bool:
     return all(errors.within(bound) for errors in (result.float64, result.native))
 
 
-def native_bound(result: ModeResult, model: nn.Module) -> float:
+def native_bound(result: ModeResult, model: nn.Module, factor: float = NATIVE_FACTOR) -> float:
     """Return the relative deviation that the networks' own dtype excuses."""
     own = result.rounding.max_rel if math.isfinite(result.rounding.max_rel) else 0.0
-    bound = min(NATIVE_FACTOR * max(own, coarsest(model)), max(_MOST, _FEW * own))
+    bound = min(factor * max(own, coarsest(model)), max(_MOST, _FEW * own))
     return max(TOLERANCE, bound)
 
 

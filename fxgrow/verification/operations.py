@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, opaque_in, tensors_in
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import first_line, keeping_buffers
 from fxgrow.verification.forward import Mode, set_mode
@@ -46,6 +46,7 @@ class Behaviour:
         shapes: of the results.
         problem: why the network did not run; "" if it did.
         writes: whether it wrote into a parameter.
+        opaque: kinds of objects among its outputs that hold tensors which nothing sees.
     """
 
     operations: tuple[Operation, ...] = ()
@@ -53,6 +54,7 @@ class Behaviour:
     shapes: tuple[tuple[int, ...], ...] = ()
     problem: str = ""
     writes: bool = False
+    opaque: frozenset[str] = frozenset()
 
     def equals(self, other: Behaviour) -> bool:
         """Return whether another run, on the same sizes, did the same."""
@@ -124,12 +126,12 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
     recorder = _Recorder(standin, arguments)
     try:
         with torch.no_grad(), keeping_buffers(standin), recorder:
-            call(standin, arguments)
+            opaque = frozenset(opaque_in(call(standin, arguments)))
     except Exception as error:  # a user's forward may raise anything, on sizes that are none
         return Behaviour(problem=first_line(error))
     return Behaviour(
         tuple(recorder.operations), tuple(recorder.numbers), tuple(recorder.shapes),
-        writes=recorder.writes,
+        writes=recorder.writes, opaque=opaque,
     )  # fmt: skip
 
 

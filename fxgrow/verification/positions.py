@@ -127,7 +127,7 @@ class TensorCheck:
             if part.spread is None:
                 spread = spread + _largest(part.tensor, axis)
         lost = len(goes_on) < places.size
-        if lost and self.edit.groups[0] == self.edit.groups[1]:
+        if lost and not self.edit.source and self.edit.groups[0] == self.edit.groups[1]:
             gone = np.setdiff1d(np.arange(places.size), goes_on)
             self._refuse(f"old positions {gone[:3].tolist()} along dim {axis.dim} do not go on")
         kept = (*part.kept, (axis.dim, goes_on)) if lost else part.kept

@@ -57,11 +57,13 @@ def judged_inputs(
         for mode, problem in problems.items()
         if problem
     )
+    if opaque := sorted({kind for mode in _BOTH for b in base[mode] for kind in b.opaque}):
+        notes += (f"what the outputs hold in {', '.join(opaque)} was not compared",)
     if problems["eval"]:
         return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
     same = all(a.equals(b) for a, b in zip(*base.values(), strict=True))
-    writes = bool(notes) or any(b.writes for mode in _BOTH for b in base[mode])
+    writes = any(problems.values()) or any(b.writes for mode in _BOTH for b in base[mode])
     modes: Modes = ("eval",) if same else _BOTH
     first, *others = batches
     if draw:
