@@ -32,8 +32,9 @@ def check_attributes(plan: Plan, grown: nn.Module) -> None:
     """
     later: set[tuple[str, str]] = set()
     for step in reversed(plan.steps):
-        for edit in step.modules:
-            if (edit.module, edit.attribute) not in later:
+        last = {(edit.module, edit.attribute): edit for edit in step.modules}
+        for place, edit in last.items():  # the last one counts, as for the executor
+            if place not in later:
                 _check(edit, grown)
         later.update((edit.module, edit.attribute) for edit in step.modules)
         if step.rearrangements:  # modules may have had other names before

@@ -22,9 +22,10 @@ from torch import nn
 
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.tensors import named_tensors
+from fxgrow.verification.cases import Case, Drawn, Inputs
 from fxgrow.verification.findings import ExactResult, Judgement, ModeResult, Verification
 from fxgrow.verification.forward import Mode
-from fxgrow.verification.runs import Case, Drawn, Inputs, Runs
+from fxgrow.verification.runs import Runs
 
 TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
 NATIVE_FACTOR = 100.0  # a network may round this many times worse than another

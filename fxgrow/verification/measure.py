@@ -27,6 +27,7 @@ from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.verification import weights
 from fxgrow.verification.attributes import check_attributes, check_flags
+from fxgrow.verification.cases import Case, Network
 from fxgrow.verification.findings import (
     Effort,
     ExactResult,
@@ -38,7 +39,6 @@ from fxgrow.verification.forward import Mode, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
-from fxgrow.verification.runs import Case, Network
 from fxgrow.verification.sizes import judged_inputs
 
 _WORST_FIRST: tuple[Judgement, ...] = (
@@ -101,7 +101,7 @@ def measure(task: Task) -> Verification:
         if given is None:
             batches = _unprompted(runs, scope, batches)
         old, new = (n.module.get_submodule(scope.module) for n in (case.before, case.after))
-        inputs, notes = judged_inputs(old, new, batches, task.effort, draw=True)
+        inputs, notes = judged_inputs(old, new, batches, task.effort, draw=True, needs_room=whole)
         told_of = _Countdown(task.progress, index, len(parts))
         judged = judge(replace(case, notes=case.notes + notes), inputs, told_of)
         if (ratio := _ratio(judged)) > MOST:

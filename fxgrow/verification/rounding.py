@@ -16,9 +16,9 @@ from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
+from fxgrow.verification.cases import Case
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.forward import in_double, lent_copy, outputs_of
-from fxgrow.verification.runs import Case
 
 MOST = 10.0  # times its own rounding that a network may round without a word
 

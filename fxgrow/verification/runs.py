@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -17,9 +16,10 @@ from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.edits import NormGain, TensorEdit
+from fxgrow.plan.edits import NormGain
+from fxgrow.verification.cases import Case, Drawn, Inputs, Modes, Network
 from fxgrow.verification.exact import Exact, Weights
-from fxgrow.verification.findings import Effort, ExactResult, ModeResult, errors_of, ratio_of
+from fxgrow.verification.findings import ExactResult, ModeResult, errors_of, ratio_of
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
 
@@ -27,92 +27,7 @@ _NUDGE = 2e-15  # relative change of weights, to find how much a network magnifi
 _TIMES = 100.0  # what so small a change does to the outputs, rounding may do this many times
 
 Outputs: TypeAlias = list[Tensor]
-Modes: TypeAlias = tuple[Mode, ...]
 Job: TypeAlias = tuple[int, Mode]  # which batch, in which mode
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network to be judged.
-
-    Attributes:
-        module: as it is; never changed.
-        given: its weights in float64, by name.
-        drawn: drawn ones, the most thoroughly drawn first.
-        finish: what is done to it in place before it runs, as it was done to ``module``.
-    """
-
-    module: nn.Module
-    given: Weights
-    drawn: tuple[Weights, ...] = ()
-    finish: Callable[[nn.Module], object] | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is to be judged.
-
-    Attributes:
-        before, after: the networks.
-        reference: what the grown one must equal; None for the old one.
-        part: the submodule that runs, by its fully qualified name; "" for the whole.
-        norms: norms that absorbed a gain, by their names in the whole.
-        predictable: whether anything predicts the grown network at all.
-        edits: grown tensors by their names in the whole, for the gradient check; none, no check.
-        notes: to be passed on.
-        judged: the modes in which the result must be what is predicted; the other is measured.
-        effort: ``full`` or ``quick``.
-        made: the one network was made of the other.
-    """
-
-    before: Network
-    after: Network
-    reference: Network | None = None
-    part: str = ""
-    norms: tuple[NormGain, ...] = ()
-    predictable: bool = True
-    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    judged: tuple[Mode, ...] = ("eval", "train")
-    effort: Effort = "full"
-    made: bool = True
-
-    def is_inside(self, name: str) -> bool:
-        """Return whether a name is one in the part that runs."""
-        return not self.part or name.startswith(f"{self.part}.")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a case is judged on.
-
-    Attributes:
-        given: batches for the given weights, each with the modes in which they run; the first runs
-            in eval mode.
-        drawn: batches for drawn weights, likewise.
-        same_modes: train mode does what eval mode does, and is not run.
-        writes: whether forwards may write into parameters, so that no network may lend its own.
-    """
-
-    given: Sequence[tuple[Arguments, Modes]]
-    drawn: Sequence[tuple[Arguments, Modes]] = ()
-    same_modes: bool = False
-    writes: bool = True
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What one batch shows on drawn weights.
-
-    Attributes:
-        mode: the mode.
-        result: the measurement.
-        rounding: the relative deviation that is no more than rounding in this network.
-    """
-
-    mode: Mode
-    result: ExactResult
-    rounding: float = 0.0
 
 
 class Runs:

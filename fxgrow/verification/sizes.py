@@ -14,10 +14,11 @@ from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, map_tensors, tensors_in
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
+from fxgrow.verification.cases import Inputs, Modes
 from fxgrow.verification.findings import Effort
 from fxgrow.verification.forward import Mode
 from fxgrow.verification.operations import Behaviour, Size, behaviour, other_sizes, resized
-from fxgrow.verification.runs import Inputs, Modes, entries
+from fxgrow.verification.runs import entries
 
 _BOTH: Modes = ("eval", "train")
 _MOST_SIZES = 4  # that are judged besides
@@ -31,6 +32,7 @@ def judged_inputs(
     effort: Effort,
     *,
     draw: bool,
+    needs_room: bool = False,
 ) -> tuple[Inputs, tuple[str, ...]]:
     """Return what two networks are judged on, and what is to be said of it.
 
@@ -40,6 +42,7 @@ def judged_inputs(
         batches: inputs that both take, in the order of preference.
         effort: ``quick`` takes the smallest, in eval mode.
         draw: there are drawn weights, which all batches but the first are for.
+        needs_room: the grown network need not run on all sizes that the old one runs on.
     """
     batches = [batch for batch in batches if entries(batch)]
     if not batches:
@@ -68,7 +71,7 @@ def judged_inputs(
     first, *others = batches
     if draw:
         others = [probe.covering(others[0] if others else probe.smaller(first, modes), base)]
-    found, more = _differing(probe, first, base, followed)
+    found, more = _differing(probe, first, base, followed, needs_room=needs_room)
     made = _arranged([first, *others], modes, found, draw=draw, same=same)
     return replace(made, writes=writes), notes + more
 
@@ -96,15 +99,21 @@ def _differing(
     batch: Arguments,
     base: dict[Mode, tuple[Behaviour, Behaviour]],
     modes: Sequence[Mode],
+    *,
+    needs_room: bool,
 ) -> tuple[list[tuple[Arguments, Modes]], tuple[str, ...]]:
     """Return inputs of other sizes on which one of the networks does something else."""
     samples = next((t.shape[0] for t in tensors_in(batch)[:1] if t.ndim), 0)
+    lost: dict[str, None] = {}
     smallest: dict[Any, tuple[int, Size, Mode]] = {}
     for size, mode in itertools.product(other_sizes(batch), modes):
         changed = resized(batch, size, meta=False)
         found = probe.behaviours(changed, mode)
         factor = None if size.batch is None else (size.batch, samples)
         if found[0].problem:
+            continue
+        if found[1].problem and needs_room:
+            lost.setdefault(size.told)
             continue
         alike = (new.like(old, size, factor) for new, old in zip(found, base[mode], strict=True))
         if not found[1].problem and all(alike):
@@ -113,6 +122,9 @@ def _differing(
         entry = (entries(changed), size, mode)
         if key not in smallest or entry[0] < smallest[key][0]:
             smallest[key] = entry
+    notes = []
+    if lost:
+        notes.append(f"larger kernels no longer run on {', '.join(lost)}")
     chosen: dict[int, tuple[Size, list[Mode]]] = {}
     for _, size, mode in sorted(smallest.values(), key=lambda entry: entry[0]):
         chosen.setdefault(id(size), (size, []))[1].append(mode)
@@ -125,7 +137,6 @@ def _differing(
             judged.append((changed, tuple(where)))
         else:
             left.append(size.told)
-    notes = []
     if judged:
         told = ", ".join(size.told for size, _ in chosen.values() if size.told not in left)
         notes.append(f"judged on {told} too, where the network does something else")
