@@ -31,9 +31,9 @@ class Errors:
         """Return the larger of each figure."""
         return Errors(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel))
 
-    def within(self, tolerance: float) -> bool:
-        """Return whether deviations are within a relative tolerance; NaN is not."""
-        return self.max_rel <= tolerance
+    def within(self, tolerance: float, negligible: float = 0.0) -> bool:
+        """Return whether deviations are within a relative or an absolute bound; NaN is not."""
+        return self.max_rel <= tolerance or self.max_abs <= negligible
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ TOLERANCE = 1e-10  # of max |after − predicted| / max |predicted|, in float64
 NATIVE_FACTOR = 100.0  # a network may round this many times worse than another
 # … and one that equals the other in float64, and has its weights, this many times; it is told.
 MADE_FACTOR = 1000.0
+# Outputs of given weights that are next to nothing (a layer of zeros, a constant less its mean) are
+# not judged by their own size; drawn weights tell of the rest.
+NEGLIGIBLE = 1e-11
+NEGLIGIBLE_UNITS, _LEAST = 4096, 1e-3  # as saved: in rounding units, and never more than this
 # … but where that would excuse anything (half precision) only as much as this, or a few times what
 # the old one does.
 _MOST, _FEW = 0.05, 4.0
@@ -86,10 +90,11 @@ def _verdict(
     for mode, result in given.items():
         if mode not in case.judged:
             continue
-        if not result.residual.within(max(TOLERANCE, excused.get(mode, 0.0))):
+        if not result.residual.within(max(TOLERANCE, excused.get(mode, 0.0)), NEGLIGIBLE):
             return "failed"
         floor = native_bound(result, case.after.module, MADE_FACTOR)
-        if not result.native.within(result.predicted.max_rel + floor):
+        nothing = min(NEGLIGIBLE_UNITS * coarsest(case.after.module), _LEAST)
+        if not result.native.within(result.predicted.max_rel + floor, nothing):
             return "failed"
     for found in drawn:
         tolerance = max(TOLERANCE, found.rounding)
