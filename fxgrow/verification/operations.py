@@ -123,7 +123,7 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
         mode: the mode; dropout is off in both.
     """
     set_mode(standin, mode)
-    recorder = _Recorder(standin, arguments)
+    recorder = _OperationRecorder(standin, arguments)
     try:
         with torch.no_grad(), keeping_buffers(standin), recorder:
             opaque = frozenset(opaque_in(call(standin, arguments)))
@@ -135,7 +135,7 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
     )  # fmt: skip
 
 
-class _Recorder(OnMeta):  # type: ignore[no-untyped-call]
+class _OperationRecorder(OnMeta):  # type: ignore[no-untyped-call]
     """A dispatch mode that notes what runs."""
 
     def __init__(self, standin: nn.Module, arguments: Arguments) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
+from fxgrow.modules.standin import stand_in
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.cases import Case
 from fxgrow.verification.exact import Exact
-from fxgrow.verification.forward import in_double, lent_copy, outputs_of
+from fxgrow.verification.forward import in_double, outputs_of
 
 MOST = 10.0  # times its own rounding that a network may round without a word
 
@@ -50,7 +51,7 @@ def _first_risen(made: Plan, case: Case, batch: Arguments) -> GroupPlan | None:
     What they return is compared where it has the old width.
     """
     groups = {reader: g for step in made.steps for g in step.groups for reader in g.readers}
-    native = [lent_copy(network.module) for network in (case.before, case.after)]
+    native = [stand_in(network.module, {}) for network in (case.before, case.after)]
     exact = Exact(case.before.module, case.before.given)
     seen = []
     for model, arguments in zip(
