@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import pytest
@@ -14,11 +14,27 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.apply.module import apply_to_state_dict
+from fxgrow.modules.bits import same_bits
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.bits import same_bits
-from fxgrow.verification.layout import check_layout, misplaced
+from fxgrow.verification.layout import check_layout
+
+
+def misplaced(
+    plan: Plan,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    free: Collection[str] = (),
+) -> str:
+    """Return what is not as the plan lays it out, or "" where all is."""
+    try:
+        check_layout(plan, before, after, free=free)
+    except fxgrow.VerificationError as error:
+        return error.message
+    return ""
+
 
 IMAGES = torch.randn(2, 3, 6, 6)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxgrow.modules.bits import first_difference, same_bits
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.verification.bits import first_difference, same_bits
 
 _APART = ("name_or_path",)  # where transformers read a model from
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

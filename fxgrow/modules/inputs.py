@@ -59,7 +59,7 @@ def inputs_in_training(
     """
     for arguments in possible_inputs(standin, graph):
         known = [tuple(tensor.shape) for tensor in tensors_in(arguments)] == [*failed]
-        if not known and runs_through(standin, arguments):
+        if not known and _runs(standin, arguments):
             return arguments
     return ()
 
@@ -237,13 +237,13 @@ def _other_sizes(
     for size in smaller:
         candidate = [(2 + len(found), channels, *size)] * len(shapes)
         inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape in candidate]
-        if len(found) < 2 and runs_through(stand_in(model), arranged(model, inputs)):
+        if len(found) < 2 and _runs(stand_in(model), arranged(model, inputs)):
             found.append(candidate)
     larger = [(shape[0] + 1, *shape[1:]) for shape in shapes]
     return found or ([shapes] if smaller else [shapes, larger])
 
 
-def runs_through(standin: nn.Module, arguments: tuple[Any, ...]) -> bool:
+def _runs(standin: nn.Module, arguments: tuple[Any, ...]) -> bool:
     """Return whether a network on meta tensors runs on inputs in both modes; it is left in eval."""
     try:
         with torch.no_grad(), OnMeta():

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.errors import PlanError, shown
+from fxgrow.modules.bits import same_bits
 from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.deviations import Place, dtype_of_draws
@@ -69,7 +70,7 @@ def draw(
         told = f"does not run on new weights of shape {list(shape)}: {first_line(error)}"
         raise _faulty(init, place, told, "It is given biases and other vectors too.") from error
     if not own:
-        if not _same(given, reference):
+        if not same_bits(given, reference):
             told = "changed the old weights, which are only there to be read"
             way_out = "Write into the first argument alone, or work on reference.clone()."
             raise _faulty(init, place, told, way_out)
@@ -89,13 +90,6 @@ def _is_own(init: Init) -> bool:
     """Return whether an init is known to write into nothing but what it fills."""
     owner = type(init) if isinstance(init, PlacedInit) else init
     return str(getattr(owner, "__module__", "")).startswith("fxgrow.")
-
-
-def _same(given: Tensor, reference: Tensor) -> bool:
-    """Return whether two tensors hold the same, NaN where the other has NaN included."""
-    if given.shape != reference.shape or given.dtype != reference.dtype:
-        return False
-    return bool(torch.eq(given, reference).logical_or_(given.isnan() & reference.isnan()).all())
 
 
 class _DrawingFrom(DispatchMode):  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ and a parameter that lost its flag is not trained.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 from torch import nn
@@ -30,24 +31,25 @@ def check_attributes(plan: Plan, grown: nn.Module) -> None:
     Raises:
         VerificationError: an attribute has another value; the message names it and the module.
     """
+    modules = dict(grown.named_modules(remove_duplicate=False))
     later: set[tuple[str, str]] = set()
     for step in reversed(plan.steps):
         last = {(edit.module, edit.attribute): edit for edit in step.modules}
         for place, edit in last.items():  # the last one counts, as for the executor
             if place not in later:
-                _check(edit, grown)
+                _check(edit, modules)
         later.update((edit.module, edit.attribute) for edit in step.modules)
         if step.rearrangements:  # modules may have had other names before
             return
 
 
-def _check(edit: ModuleEdit, grown: nn.Module) -> None:
+def _check(edit: ModuleEdit, modules: Mapping[str, nn.Module]) -> None:
     """Compare one attribute with its new value, where there is such an attribute.
 
     Raises:
         VerificationError: it has another value.
     """
-    holder: object = dict(grown.named_modules(remove_duplicate=False)).get(edit.module)
+    holder: object = modules.get(edit.module)
     *path, name = edit.attribute.split(".")
     for part in path:
         holder = getattr(holder, part, None)

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxgrow.errors import VerificationError
+from fxgrow.modules.bits import first_difference, pieces, same_bits
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.bits import first_difference, pieces, same_bits
 from fxgrow.verification.positions import OldPart, TensorCheck, close, refuse, regrouped
 
 
@@ -40,21 +39,6 @@ class _Held:
     tensor: Tensor
     exact: bool = True
     free: bool = False
-
-
-def misplaced(
-    plan: Plan,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    *,
-    free: Collection[str] = (),
-) -> str:
-    """Return what is not as the plan lays it out, or "" where all is; see :func:`check_layout`."""
-    try:
-        check_layout(plan, before, after, free=free)
-    except VerificationError as error:
-        return error.message
-    return ""
 
 
 def check_layout(

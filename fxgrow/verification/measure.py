@@ -16,7 +16,7 @@ from fxgrow.channels.scope import check_module, follow
 from fxgrow.errors import FxgrowError, VerificationError
 from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.inputs import batches_for, possible_inputs, runs_through
+from fxgrow.modules.inputs import batches_for, inputs_in_training
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.edits import TensorEdit
@@ -143,14 +143,16 @@ def _finished(task: Task) -> set[str]:
 
 def _unprompted(model: nn.Module, scope: Scope, batches: list[Arguments]) -> list[Arguments]:
     """Return batches of which not all have the sizes that a plan tells: it may be anybody's."""
-    standin = stand_in(model)
-    for arguments in possible_inputs(standin, lambda: None):
-        if runs_through(standin, arguments):
-            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
-            if shapes != scope.inputs:
-                return [batches[0], batches_for(model, shapes, True)[0]]
-            break
-    return batches
+    shapes = _inferred_shapes(model)
+    if not shapes or shapes == scope.inputs:
+        return batches
+    return [batches[0], batches_for(model, shapes, True)[0]]
+
+
+def _inferred_shapes(model: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of inputs that a network takes in both modes, or () if none are found."""
+    arguments = inputs_in_training(stand_in(model), lambda: None, ())
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
 
 
 def _ratio(found: Verification) -> float:
@@ -226,12 +228,8 @@ def _parts(task: Task) -> list[Scope]:
     """Return what is compared: what was followed, and the whole wherever it runs."""
     made = task.plan
     parts = list(made.scopes)
-    if all(scope.module for scope in parts):
-        standin = stand_in(task.model)
-        for arguments in possible_inputs(standin, lambda: None):
-            if runs_through(standin, arguments):
-                shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
-                return [*parts, Scope("", shapes, True, parts[0].tracer)]
+    if all(scope.module for scope in parts) and (shapes := _inferred_shapes(task.model)):
+        parts.append(Scope("", shapes, True, parts[0].tracer))
     return parts
 
 

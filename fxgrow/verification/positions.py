@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import VerificationError, shown
+from fxgrow.modules.bits import same_bits
 from fxgrow.plan.edits import AxisEdit, TensorEdit
-from fxgrow.verification.bits import same_bits
 from fxgrow.verification.places import (
     AxisPlaces,
     Places,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,14 +54,7 @@ def judged_inputs(
     probe = _Probe(before, after)
     base = {mode: probe.behaviours(batches[0], mode) for mode in _BOTH}
     problems = {mode: next((b.problem for b in base[mode] if b.problem), "") for mode in _BOTH}
-    notes = tuple(
-        f"whether inputs of other sizes make the network do something else in {mode} mode was not "
-        f"looked at, since it does not run on shapes alone ({problem})"
-        for mode, problem in problems.items()
-        if problem
-    )
-    if opaque := sorted({kind for mode in _BOTH for b in base[mode] for kind in b.opaque}):
-        notes += (f"what the outputs hold in {', '.join(opaque)} was not compared",)
+    notes = _notes_on(base, problems)
     if problems["eval"]:
         return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
@@ -74,6 +67,24 @@ def judged_inputs(
     found, more = _differing(probe, first, base, followed, needs_room=needs_room)
     made = _arranged([first, *others], modes, found, draw=draw, same=same)
     return replace(made, writes=writes), notes + more
+
+
+def _notes_on(
+    base: Mapping[Mode, tuple[Behaviour, Behaviour]], problems: Mapping[Mode, str]
+) -> tuple[str, ...]:
+    """Return what of the networks could not be looked at."""
+    notes = tuple(
+        f"whether inputs of other sizes make the network do something else in {mode} mode was not "
+        f"looked at, since it does not run on shapes alone ({problem})"
+        for mode, problem in problems.items()
+        if problem
+    )
+    opaque = sorted({kind for both in base.values() for b in both for kind in b.opaque})
+    return (
+        (*notes, f"what the outputs hold in {', '.join(opaque)} was not compared")
+        if opaque
+        else notes
+    )
 
 
 def _arranged(
@@ -107,7 +118,7 @@ def _differing(
     lost: dict[str, None] = {}
     smallest: dict[Any, tuple[int, Size, Mode]] = {}
     for size, mode in itertools.product(other_sizes(batch), modes):
-        changed = resized(batch, size, meta=False)
+        changed = resized(batch, size, meta=True)
         found = probe.behaviours(changed, mode)
         factor = None if size.batch is None else (size.batch, samples)
         if found[0].problem:
@@ -122,11 +133,24 @@ def _differing(
         entry = (entries(changed), size, mode)
         if key not in smallest or entry[0] < smallest[key][0]:
             smallest[key] = entry
+    told = (f"larger kernels no longer run on {', '.join(lost)}",) if lost else ()
+    judged, notes = _chosen(batch, [*smallest.values()])
+    return judged, told + notes
+
+
+def _chosen(
+    batch: Arguments, differing: Sequence[tuple[int, Size, Mode]]
+) -> tuple[list[tuple[Arguments, Modes]], tuple[str, ...]]:
+    """Return inputs of the smallest of some sizes, and notes that tell which are judged.
+
+    Args:
+        batch: what is resized.
+        differing: for each thing that the networks do, how many numbers the inputs have, their size
+            and the mode.
+    """
     notes = []
-    if lost:
-        notes.append(f"larger kernels no longer run on {', '.join(lost)}")
     chosen: dict[int, tuple[Size, list[Mode]]] = {}
-    for _, size, mode in sorted(smallest.values(), key=lambda entry: entry[0]):
+    for _, size, mode in sorted(differing, key=lambda entry: entry[0]):
         chosen.setdefault(id(size), (size, []))[1].append(mode)
     most = _MOST_TIMES * entries(batch)
     judged: list[tuple[Arguments, Modes]] = []
@@ -170,10 +194,10 @@ class _Probe:
     def smaller(self, batch: Arguments, modes: Modes) -> Arguments:
         """Return inputs of one sample, if the networks take them, else the same."""
         for size in other_sizes(batch):
-            one = resized(batch, size, meta=False)
+            one = resized(batch, size, meta=True)
             fits = size.batch == 1 and entries(one) < entries(batch)
             if fits and not any(b.problem for mode in modes for b in self.behaviours(one, mode)):
-                return one
+                return resized(batch, size, meta=False)
         return batch
 
     def covering(

@@ -19,11 +19,11 @@ from fxgrow.errors import PlanError, VerificationError
 from fxgrow.files.comparison import difference
 from fxgrow.files.optimizer.buffers import BUFFERS, Buffer, State, is_counter
 from fxgrow.files.optimizer.order import names_by_group
+from fxgrow.modules.bits import pieces
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, TensorEdit
 from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.bits import pieces
 from fxgrow.verification.places import along, back
 from fxgrow.verification.positions import close, regrouped
 
