@@ -10,6 +10,7 @@ taken for such.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import GetSetDescriptorType
 from typing import Any, NamedTuple, Protocol
@@ -63,11 +64,10 @@ class Decider(Protocol):
         """Return what Python gets that reads all values of a tensor."""
 
 
-def looks_at_values(func: OpOverload, args: Sequence[Any]) -> bool:
+@functools.cache
+def looks_at_values(func: OpOverload) -> bool:
     """Return whether what an operation returns, or how much of it, is data."""
-    if func is _LOOKING_UP:
-        return masks_in(args[1])
-    return any(tag in func.tags for tag in _TELLING)
+    return func is not _LOOKING_UP and any(tag in func.tags for tag in _TELLING)
 
 
 def masks_in(indices: Sequence[Tensor | None]) -> bool:

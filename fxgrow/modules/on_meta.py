@@ -10,13 +10,19 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.modules.calling import map_tensors, tensors_in
-from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, positions_of
+from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_in, positions_of
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.meta_shapes import run_on_meta
+from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 
 _TO_COPY = torch.ops.aten._to_copy.default
-_LOOK_UP = torch.ops.aten.index.Tensor
 _SELECT = torch.ops.aten.masked_select.default
+_AT_POSITIONS = (
+    _SELECT,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+_PACK = torch.ops.aten._pack_padded_sequence.default
 
 
 class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
@@ -24,14 +30,10 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         decider: answers where the model looks at values; without one, that fails.
-
-    Attributes:
-        wants_values: whether the model looked at values.
     """
 
     def __init__(self, decider: Decider | None = None) -> None:
         super().__init__()
-        self.wants_values = False
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
@@ -39,16 +41,16 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> OnMeta:
         """Begin; tensors say from now on where those of the decider are."""
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         if self._as_if_real is not None:
-            self._as_if_real.__enter__()
+            self._as_if_real.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         """End."""
         if self._as_if_real is not None:
-            self._as_if_real.__exit__(*error)
-        super().__exit__(*error)
+            self._as_if_real.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -70,6 +72,8 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     def _dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._stale:
             args, kwargs = map_tensors(self.current, (args, kwargs))
+        if func is _PACK:
+            return self._packed(*args)
         tensors = tensors_in((args, kwargs))
         elsewhere = len(tensors) - sum([tensor.is_meta for tensor in tensors])
         if 0 < elsewhere < len(tensors):
@@ -82,11 +86,10 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": self._device_of(func, args, kwargs)}
         elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        if tensors and tensors[0].is_meta and looks_at_values(func, args):
-            self.wants_values = True
-            if self._decider is not None and func in (_LOOK_UP, _SELECT):
-                return self._at_positions(func, args)
-            if self._decider is not None:
+        if self._decider is not None and tensors and tensors[0].is_meta:
+            if func in _AT_POSITIONS and (func is _SELECT or masks_in(args[1])):
+                return self._at_positions(func, args, kwargs)
+            if looks_at_values(func):
                 result = self._decider.decide(func, args, kwargs)
                 self.ran(func, args, kwargs, tensors, result)
                 return result
@@ -119,14 +122,23 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
                 raise
             return self._decider.decide(func, args, kwargs)
 
-    def _at_positions(self, func: OpOverload, args: tuple[Any, ...]) -> Any:
-        """Return what lies where masks are set, looked up by the positions that they tell."""
-        x, given = args
+    def _packed(self, x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+        """Pack sequences, whose lengths have values."""
+        if lengths.is_meta and self._decider is not None:
+            lengths = torch.tensor(self._decider.read(lengths, "tolist", Tensor.tolist))
+        result = _PACK(x, lengths, batch_first)
+        self.ran(_PACK, (x, lengths, batch_first), {}, (x, lengths), result)
+        return result
+
+    def _at_positions(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do at the positions that masks tell what is to be done where they are set."""
+        x, given, *rest = args
         with self:
             if func is _SELECT:
-                x, mask = torch.broadcast_tensors(x, given)
-                given = [mask]
-            return _LOOK_UP(x, positions_of(given))
+                shape = broadcast(x.shape, given.shape) or x.shape
+                found = positions_of([given.expand(shape)])
+                return torch.ops.aten.index.Tensor(x.expand(shape), found)
+            return func(x, positions_of(given), *rest, **kwargs)
 
     def ran(
         self,

@@ -92,7 +92,7 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         """Return the values of a tensor."""
         if not tensor.is_meta:
             return tensor
-        found = self._real.get(tensor)
+        found: Tensor | None = self._real.get(tensor)  # type: ignore[no-untyped-call]
         return self._lasting[id(tensor)] if found is None else found
 
     def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
