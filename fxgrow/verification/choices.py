@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fxgrow.modules import in_double
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
 
@@ -84,11 +85,11 @@ class Choosing(DispatchMode):  # type: ignore[no-untyped-call]
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         entries = sum([tensor.numel() for tensor in given])
         if not given or name in _NONE or entries > _MOST:
-            return func(*args, **kwargs)
+            return in_double.run(func, args, kwargs)
         rounds = name in _ROUNDING or bool(kwargs.get("rounding_mode"))
         if rounds:  # it may write over what it rounds
             given = [tensor.clone() for tensor in given]
-        result = func(*args, **kwargs)
+        result = in_double.run(func, args, kwargs)
         if not rounds and not _is_chosen(result):
             return result
         if self._entries + entries > _MOST_IN_ALL:
