@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, map_tensors, tensors_in
+from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.verification.cases import Inputs, Modes
 from fxgrow.verification.findings import Effort
-from fxgrow.verification.forward import Mode
+from fxgrow.verification.forward import Mode, lent_copy, outputs_of
 from fxgrow.verification.operations import Behaviour, Size, behaviour, other_sizes, resized
 from fxgrow.verification.runs import entries
 
@@ -56,7 +57,8 @@ def judged_inputs(
     problems = {mode: next((b.problem for b in base[mode] if b.problem), "") for mode in _BOTH}
     notes = _notes_on(base, problems)
     if problems["eval"]:
-        return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
+        fit = [batches[0], *(b for b in batches[1:] if _fits(before, b, batches[0]))]
+        return _arranged(fit, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
     same = all(a.equals(b) for a, b in zip(*base.values(), strict=True))
     writes = any(problems.values()) or any(b.writes for mode in _BOTH for b in base[mode])
@@ -67,6 +69,24 @@ def judged_inputs(
     found, more = _differing(probe, first, base, followed, needs_room=needs_room)
     made = _arranged([first, *others], modes, found, draw=draw, same=same)
     return replace(made, writes=writes), notes + more
+
+
+def _fits(model: nn.Module, batch: Arguments, known: Arguments) -> bool:
+    """Return whether a network takes inputs whose values were drawn, where it takes known ones.
+
+    Boxes may be given that have a height and a width.
+    """
+    copied = lent_copy(model)
+    for mode in _BOTH:
+        for arguments in (batch, known):
+            try:
+                outputs_of(copied, arguments, mode, Expectation())
+            except VerificationError:
+                continue
+            if arguments is known:
+                return False
+            break
+    return True
 
 
 def _notes_on(
