@@ -71,6 +71,11 @@ def judged_inputs(
     return replace(made, writes=writes), notes + more
 
 
+def _told(problem: str) -> str:
+    """Return why a network does not run on shapes alone, as people would say it."""
+    return "it looks at values" if "meta" in problem.lower() else problem
+
+
 def _fits(model: nn.Module, batch: Arguments, known: Arguments) -> bool:
     """Return whether a network takes inputs whose values were drawn, where it takes known ones.
 
@@ -95,7 +100,7 @@ def _notes_on(
     """Return what of the networks could not be looked at."""
     notes = tuple(
         f"whether inputs of other sizes make the network do something else in {mode} mode was not "
-        f"looked at, since it does not run on shapes alone ({problem})"
+        f"looked at, since it does not run on shapes alone ({_told(problem)})"
         for mode, problem in problems.items()
         if problem
     )
