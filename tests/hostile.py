@@ -454,7 +454,7 @@ def older_program() -> dict[str, bytes]:
     version = json.loads(found["model.json"])["schema_version"]
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     held = {
-        "state_dict": net.state_dict(),
+        "state_dict": dict(net.named_parameters()),
         "constants": {},
         "example_inputs": ((torch.randn(3, 4),), {}),
     }
