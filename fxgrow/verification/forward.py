@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 
@@ -30,6 +31,8 @@ def outputs_of(
 ) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both.
 
+    Other noise is drawn, the same each time, and so is what no operation shows.
+
     Args:
         model: the network.
         arguments: what it is called with.
@@ -42,7 +45,7 @@ def outputs_of(
     """
     set_mode(model, mode)
     try:
-        with torch.no_grad(), without_chance:
+        with torch.no_grad(), same_chance(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
