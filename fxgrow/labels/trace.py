@@ -24,6 +24,7 @@ from fxgrow.labels.pins import PinKind
 from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propagate
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
+from fxgrow.labels.training import differs_in_training
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
@@ -56,6 +57,7 @@ class Traced:
     module: str = ""
     zeros: frozenset[str] = frozenset()
     at: Callable[[], Place] = lambda: ("", "")
+    _differs: bool | None = None
 
     @cached_property
     def _symbolic(self) -> tuple[fx.Graph | None, str]:
@@ -183,7 +185,8 @@ class Traced:
                     run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
                     most=_MOST_INFERRED if self.inferred else MOST_ENTRIES,
                 )  # fmt: skip
-                complete = not self._unused(space) or self._label_training(space, watch)
+                more = self._unused(space) or self._adds_in_training(tape)
+                complete = not more or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)
         except TraceError:
@@ -225,6 +228,12 @@ class Traced:
             self.inputs = larger
             return False
         return True
+
+    def _adds_in_training(self, tape: Tape) -> bool:
+        """Return whether train mode draws noise or returns something besides."""
+        if self._differs is None:
+            self._differs = differs_in_training(self.standin, self.target, self.inputs, tape)
+        return self._differs
 
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""

@@ -8,14 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line, set_training, stand_in
 
 Mode = Literal["eval", "train"]
 FAULTS = (Exception,)  # what a user's forward or backward may raise
@@ -75,10 +74,7 @@ def _layer_at(model: nn.Module, error: BaseException) -> str:
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Put a network into a mode, but for dropout, which is off in both."""
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
+    set_training(model, mode=mode == "train")
 
 
 def lent_copy(model: nn.Module) -> nn.Module:
