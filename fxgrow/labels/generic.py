@@ -198,7 +198,7 @@ def _join_operands(
     for tensor, value, own in zip(operands, values, cluster, strict=True):
         if value.drawn and noise.meets(step, value, own) and any(not v.drawn for v in values):
             fixed |= noise.pin_met(step, merged, value)
-        elif own is None and value.is_uniform:
+        elif own is None and (value.is_uniform or value.drawn == "mask"):
             value.taken.append(_as_small(merged, tensor))
         elif own is None:
             fixed |= step.join_fixed(merged, tensor, merged.shape)

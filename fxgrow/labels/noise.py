@@ -14,8 +14,8 @@ from fxgrow.labels.layers import Layer, support
 from fxgrow.labels.operators import operator_name
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
-from fxgrow.labels.tape import Value
-from fxgrow.modules.draws import Law, law_of
+from fxgrow.labels.tape import Drawn, Value
+from fxgrow.modules.draws import law_of
 
 # Draws for masks that are none before they have been compared or rounded.
 _UNIFORM = frozenset(("aten.rand", "aten.rand_like", "aten.uniform"))
@@ -23,13 +23,15 @@ _ROUNDING = frozenset(("aten.floor", "aten.ceil", "aten.round", "aten.trunc", "a
 _SUMS = frozenset(("aten.add", "aten.sub", "aten.rsub"))
 
 
-def drawn_by(target: OpOverload) -> Law:
-    """Return what kind of draw an operation makes; a mask that is one already is none."""
-    law = law_of(target)
-    return law if law == "noise" or operator_name(target) in _UNIFORM else ""
+def drawn_by(target: OpOverload) -> Drawn:
+    """Return what an operation draws, whatever it is given."""
+    law, name = law_of(target), operator_name(target)
+    if law != "mask":
+        return law
+    return "uniform" if name in _UNIFORM else "mask" if name == "aten.bernoulli" else ""
 
 
-def drawn_in(step: Step, inputs: Sequence[Value]) -> Law:
+def drawn_in(step: Step, inputs: Sequence[Value]) -> Drawn:
     """Return what kind of draw the outputs of an operation are.
 
     Args:
@@ -37,19 +39,21 @@ def drawn_in(step: Step, inputs: Sequence[Value]) -> Law:
         inputs: what it takes.
     """
     if law_of(step.target):
-        return drawn_by(step.target)
+        own = drawn_by(step.target)
+        return own if own != "mask" or all(v.drawn or v.is_uniform for v in inputs) else ""
     given = {value.drawn for value in inputs if value.drawn}
     if not given or not (step.traits.is_movement or step.traits.is_pointwise):
         return ""
     labelled = any(value.drawn and value.layers for value in inputs)
-    for value in inputs:
-        plain = (value.is_weight or value.is_uniform) and (labelled or not value.layers)
-        if not (value.drawn or plain or not value.shape):
-            return ""
+    others = [v for v in inputs if v.shape and not (v.drawn or v.is_uniform)]
+    if not all(value.is_weight and (labelled or not value.layers) for value in others):
+        return ""
     if "noise" in given:
         return "noise"
     floating = all(tensor.is_floating_point() for tensor in step.outputs)
-    return "mask" if floating and step.traits.name not in _ROUNDING else ""
+    if "uniform" in given and floating and step.traits.name not in _ROUNDING:
+        return "uniform"
+    return "" if others else "mask"
 
 
 def is_entrywise(step: Step) -> bool:
@@ -73,7 +77,7 @@ def meets(step: Step, value: Value, own: Layer | None) -> bool:
         value: the operand.
         own: what it has of the labels of these channels; draws like them are pinned as such.
     """
-    if value.drawn == "mask":  # multiplied, it is one
+    if value.drawn == "uniform":  # what is multiplied by it keeps its mean, up to a factor
         return step.traits.name in _SUMS
     return value.drawn == "noise" and own is None
 

@@ -21,6 +21,7 @@ from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
 
@@ -290,7 +291,7 @@ def propagate(
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
     labeller = Labeller(named, space, place, zeros, most)
-    with torch.no_grad(), labeller:
+    with torch.no_grad(), same_chance(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):

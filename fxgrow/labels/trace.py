@@ -26,9 +26,10 @@ from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.training import differs_in_training
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
 from fxgrow.modules.tensors import module_names, named_tensors, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -95,7 +96,7 @@ class Traced:
         interpreter = _Interpreter(self.target, graph, self.module)
         listing = _Listing(interpreter.place)
         try:
-            with keeping_buffers(self.standin), torch.no_grad(), listing:
+            with keeping_buffers(self.standin), same_chance(), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
             return (), f"its graph does not run: {first_line(error)}"
@@ -209,7 +210,8 @@ class Traced:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         stack: list[str] = []
         try:
-            target = self.target.train()
+            target = self.target
+            set_training(target, mode=True)
             with running_modules(self.standin, stack):
                 propagate(
                     target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,

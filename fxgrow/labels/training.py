@@ -29,7 +29,7 @@ def differs_in_training(
         inputs: what it takes.
         tape: of the run in eval mode.
     """
-    known = Counter(op.target for op in tape.operations if drawn_by(op.target))
+    known = Counter(op.target for op in tape.operations if _is_noise(op.target))
     recorder = _Draws()
     try:
         set_training(target, mode=True)
@@ -41,6 +41,10 @@ def differs_in_training(
         in_eval_mode(standin)
     shapes = [tuple(tensor.shape) for tensor in tensors_in(result)]
     return bool(recorder.found - known) or shapes != [value.shape for value in tape.outputs]
+
+
+def _is_noise(target: OpOverload) -> bool:
+    return drawn_by(target) in ("noise", "uniform")
 
 
 class _Draws(OnMeta):  # type: ignore[no-untyped-call]
@@ -59,5 +63,5 @@ class _Draws(OnMeta):  # type: ignore[no-untyped-call]
         result: object,
     ) -> None:
         """Count an operation."""
-        if drawn_by(func):
+        if _is_noise(func):
             self.found[func] += 1

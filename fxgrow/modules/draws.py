@@ -70,8 +70,6 @@ class Draws:
         named = {**kwargs, **{key: value for key, value in others.items() if key in kwargs}}
         if isinstance(named.get("dtype"), torch.dtype):
             named["dtype"] = _wide(named["dtype"])
-        elif not tensors_in((args, kwargs)) and "dtype" in _arguments(func) and dtype is not None:
-            named["dtype"] = _wide(dtype)
         places = {i for i, x in enumerate(func._schema.arguments) if x.name == "generator"}
         plain = tuple(None if i in places else x for i, x in enumerate(args))
         copied, copied_named = map_tensors(_copy, (plain, named))
@@ -134,8 +132,7 @@ def _kind_of(
     """Return dtype and device of what a draw gives; a dtype of None leaves it as it is."""
     tensors = tensors_in((args, kwargs))
     numbers = [t.dtype for t in tensors if t.is_floating_point() or t.is_complex()]
-    default = torch.get_default_dtype() if not tensors else None
-    dtype = kwargs.get("dtype") or next(iter(numbers), default)
+    dtype = kwargs.get("dtype") or next(iter(numbers), None)
     return dtype, kwargs.get("device") or next((t.device for t in tensors), None)
 
 
@@ -153,12 +150,6 @@ def _as_it_was(tensor: Tensor, dtype: torch.dtype | None, device: torch.device |
     """Return what was drawn in the dtype and on the device where it is drawn without this."""
     number = tensor.is_floating_point() or tensor.is_complex()
     return tensor.to(device, dtype if number and dtype is not None else tensor.dtype)
-
-
-@functools.cache
-def _arguments(func: OpOverload) -> frozenset[str]:
-    """Return the names of an operation's arguments."""
-    return frozenset(argument.name for argument in func._schema.arguments)
 
 
 def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
