@@ -47,10 +47,33 @@ def law_of(func: OpOverload) -> Law:
 
 
 class Draws:
-    """The draws of one run of a network."""
+    """The draws of one run of a network: masks give their mean, and other noise is drawn."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation, with no chance left in it.
+
+        Args:
+            func: the operation, a draw or not.
+            args: its arguments.
+            kwargs: its arguments by keyword.
+        """
+        law = law_of(func)
+        if not law:
+            return func(*args, **kwargs)
+        if law == "noise":
+            return self.draw(func, args, kwargs)
+        if func is torch.ops.aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if func._opname.rstrip("_") == "rrelu_with_noise":
+            args = _with_mean_slope(args)
+        result = func(*args, **kwargs)
+        mean = _mean(func, args, kwargs)
+        if isinstance(mean, Tensor):
+            return result.copy_(mean)
+        return result if mean is None else result.fill_(mean)
 
     def draw(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation draws.
@@ -160,3 +183,23 @@ def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             found += tensors_in(value)
     return found
+
+
+def _with_mean_slope(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a randomised leaky ReLU with its mean slope as the only one."""
+    low = args[2] if len(args) > 2 else 1 / 8
+    slope = (low + (args[3] if len(args) > 3 else 1 / 3)) / 2
+    return (*args[:2], slope, slope, *args[4:])
+
+
+def _mean(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
+    """Return what is drawn for a mask on average, or None if that is none."""
+    name = func._opname
+    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
+        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
+        return mean
+    if name in ("uniform", "uniform_"):
+        low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+        high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+        return float(low + high) / 2
+    return 0.5 if name in ("rand", "rand_like") else None

@@ -14,10 +14,9 @@ from torch._ops import OpOverload
 
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.draws import Draws, law_of
+from fxgrow.modules.draws import Draws
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
-_RRELUS = (torch.ops.aten.rrelu_with_noise, torch.ops.aten.rrelu_with_noise_)
 
 
 class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
@@ -59,25 +58,11 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._exact:
             args, kwargs = self._in_double(func, args, kwargs)
-        result = self._run(func, args, kwargs)
+        result = self._draws.run(func, args, kwargs)
         if self._exact and _is_made_lower(func, args, result):
             self.casts = True
             result = result.double()
         return result
-
-    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        law = law_of(func)
-        if law == "noise":
-            return self._draws.draw(func, args, kwargs)
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if func.overloadpacket in _RRELUS:
-            args = _with_mean_slope(args)
-        result = func(*args, **kwargs)
-        mean = _mean(func, args, kwargs) if law == "mask" else None
-        if isinstance(mean, Tensor):
-            return result.copy_(mean)
-        return result if mean is None else result.fill_(mean)
 
     def _in_double(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -107,25 +92,5 @@ def _is_made_lower(func: OpOverload, args: tuple[Any, ...], result: object) -> b
     return not (numbers or func.is_view or func._schema.is_mutable)
 
 
-def _with_mean_slope(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a randomised leaky ReLU with its mean slope as the only one."""
-    low = args[2] if len(args) > 2 else 1 / 8
-    slope = (low + (args[3] if len(args) > 3 else 1 / 3)) / 2
-    return (*args[:2], slope, slope, *args[4:])
-
-
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype in _LOWER else tensor
-
-
-def _mean(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
-    """Return what is drawn for a mask on average, or None if that is none."""
-    name = func._opname
-    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
-        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
-        return mean
-    if name in ("uniform", "uniform_"):
-        low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
-        high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
-        return float(low + high) / 2
-    return 0.5 if name in ("rand", "rand_like") else None
