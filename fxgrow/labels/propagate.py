@@ -21,6 +21,7 @@ from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
@@ -40,6 +41,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: returns the fx node and the module that are running.
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: Callable[[], Place] = lambda: ("", ""),
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
+        decider: Decider | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(decider)
         self._most = most
         self.space = space
         self._zeros = zeros
@@ -63,6 +66,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
+
+    def left(self, tensor: Tensor, name: str) -> None:
+        """Pin channels that Python reads: nobody sees what it does with them."""
+        for layer in self.value(tensor).layers:
+            self.space.pin(layer, PinKind.LOOKED_UP, name)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""
@@ -266,6 +274,7 @@ def propagate(
     watch: Watch = no_watch,
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
+    decider: Decider | None = None,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -280,6 +289,7 @@ def propagate(
         zeros: names of buffers that no state_dict holds and that are labelled all the same; see
             :func:`zero_buffers`.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values; without one, that fails.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -290,7 +300,7 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most)
+    labeller = Labeller(named, space, place, zeros, most, decider)
     with torch.no_grad(), same_chance(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
@@ -298,7 +308,7 @@ def propagate(
             result = call(run, inputs)
     space.place = ""
     for tensor in tensors_in(result):
-        value = labeller.value(tensor)
+        value = labeller.value(labeller.current(tensor))
         labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:

@@ -12,6 +12,7 @@ from fxgrow.labels.rules import (
     layout,
     lookup,
     norms,
+    positions,
     products,
     reductions,
     windows,
@@ -21,5 +22,5 @@ from fxgrow.labels.step import Step
 
 __all__ = [
     "RULES", "OpRule", "PinKind", "Step", "arithmetic", "convolution", "layout", "lookup", "norms",
-    "products", "reductions", "rule", "windows",
+    "positions", "products", "reductions", "rule", "windows",
 ]  # fmt: skip
