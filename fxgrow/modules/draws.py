@@ -31,6 +31,7 @@ Law: TypeAlias = Literal["", "mask", "noise"]
 _MASKS = frozenset(
     ("bernoulli", "rand", "rand_like", "uniform", "rrelu_with_noise", "native_dropout")
 )
+_UNTAGGED = frozenset(("aten::_sample_dirichlet", "aten::binomial"))
 # Layers that drop numbers by chance inside, and say how many.
 _LAYERS = re.compile("attention|dropout|rnn|lstm|gru")
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -39,7 +40,7 @@ _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
 @functools.cache
 def law_of(func: OpOverload) -> Law:
     """Return what kind of draw an operation is."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+    if torch.Tag.nondeterministic_seeded not in func.tags and func._name not in _UNTAGGED:
         return ""
     if func._opname.rstrip("_") in _MASKS:
         return "mask"
