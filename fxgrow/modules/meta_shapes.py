@@ -269,6 +269,14 @@ def batched_product(left: Tensor, right: Tensor) -> Any:
     return _empty((*left.shape[:2], right.shape[2]), left)
 
 
+@SHORTCUTS.register("aten::_grouped_mm")
+def grouped_product(left: Tensor, right: Tensor, *_: object, **__: object) -> Any:
+    """A matrix for each group of rows; torch takes but one dtype of those that its kernels do."""
+    if left.ndim != 2 or right.ndim != 3 or left.shape[1] != right.shape[1]:
+        return NotImplemented
+    return _empty((left.shape[0], right.shape[2]), left)
+
+
 @SHORTCUTS.register("aten::convolution")
 def convolution(
     x: Tensor,

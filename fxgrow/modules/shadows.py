@@ -83,7 +83,10 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         made = tensors_in(result)
         known = not func._schema.is_mutable and all(tensor in self._real for tensor in made)
         if any(tensor.is_meta for tensor in made) and not known:
-            self._keep(made, self._run(func, args, kwargs))
+            real = tensors_in(self._run(func, args, kwargs))
+            if not (func.is_view or func._schema.is_mutable):
+                real = [_laid_out(own, tensor) for own, tensor in zip(real, made, strict=True)]
+            self._keep(made, real)
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Let the twin of a constant have its values."""
@@ -136,6 +139,19 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         if self._found > _MOST_FOUND:
             raise TraceError("the forward goes on as long as it finds anything")
         return found.new_zeros((1, *found.shape[1:]))
+
+
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """Return values that lie in memory as a tensor does: kernels of two devices may differ in that.
+
+    What may be viewed on the meta device may then be viewed here.
+    """
+    if values.stride() == like.stride() or values.shape != like.shape:
+        return values
+    laid_out = torch.empty_strided(
+        like.shape, like.stride(), dtype=values.dtype, device=values.device
+    )
+    return laid_out.copy_(values)
 
 
 def _like(tensor: Tensor) -> Tensor:

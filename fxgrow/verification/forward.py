@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, set_training, stand_in
+from fxgrow.verification.choices import Choosing
 
 Mode = Literal["eval", "train"]
 FAULTS = (Exception,)  # what a user's forward or backward may raise
@@ -26,6 +28,7 @@ def outputs_of(
     mode: Mode,
     without_chance: Expectation,
     *,
+    choosing: Choosing | None = None,
     grown: bool = False,
 ) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both.
@@ -37,6 +40,7 @@ def outputs_of(
         arguments: what it is called with.
         mode: the mode.
         without_chance: the run that it is a part of.
+        choosing: notes its choices, or makes those of another run.
         grown: it was made of a network that runs on these arguments.
 
     Raises:
@@ -44,7 +48,7 @@ def outputs_of(
     """
     set_mode(model, mode)
     try:
-        with torch.no_grad(), same_chance(), without_chance:
+        with torch.no_grad(), same_chance(), choosing or nullcontext(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
