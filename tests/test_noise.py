@@ -17,6 +17,8 @@ import fxgrow
 from fxgrow.labels.pins import PinKind
 from fxgrow.modules.draws import Draws, law_of, same_chance
 from fxgrow.modules.expectation import Expectation
+from fxgrow.verification.exact import Exact
+from fxgrow.verification.weights import drawn
 
 Between = Callable[["Net", Tensor], Any]
 
@@ -340,6 +342,19 @@ def test_growth_leaves_the_callers_generators_where_they_were() -> None:
     fxgrow.widen(net, "2x", X, where="all")
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+def test_weights_that_are_drawn_when_a_forward_asks_for_them_are_those_that_were_meant() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    weights = drawn(net)
+    exact = Exact(net, weights)
+    with torch.no_grad(), Expectation(exact=True):
+        found = exact.module(torch.eye(3, dtype=torch.float64))
+    by_hand = torch.eye(3, dtype=torch.float64)
+    for layer in ("0", "1"):
+        by_hand = F.linear(by_hand, weights(f"{layer}.weight"), weights(f"{layer}.bias"))
+    assert torch.allclose(found, by_hand, rtol=1e-14)
+    assert len(found.unique()) == found.numel()
 
 
 def test_draws_into_a_view_reach_what_it_shows() -> None:

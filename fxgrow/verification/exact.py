@@ -13,6 +13,7 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.standin import stand_in
@@ -93,7 +94,8 @@ class Exact:
         if self._last is not None and self._last[0] == name:
             return self._last[1]
         self._last = None  # before the next one is made
-        found = nn.Parameter(self._weights(name), requires_grad=False)
+        with _disable_current_modes():  # the forward is watched, not how weights are made
+            found = nn.Parameter(self._weights(name), requires_grad=False)
         if found.nbytes <= _SMALL:
             self._kept[name] = found
         else:
