@@ -15,6 +15,8 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
 from fxgrow.modules.expectation import Expectation
+from fxgrow.verification.exact import Exact
+from fxgrow.verification.weights import own
 
 
 class Net(nn.Module):
@@ -100,3 +102,39 @@ def test_integers_and_truth_values_stay_what_they_are(dtype: torch.dtype) -> Non
         found: Any = torch.zeros(3, dtype=dtype).clone()
         assert (found.dtype, torch.arange(3).dtype) == (dtype, torch.int64)
         assert torch.randperm(3).dtype is torch.int64
+
+
+class Kept(nn.Module):
+    """A layer that keeps a bank of what it gave, or a state, in an attribute."""
+
+    def __init__(self, *, bank: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.o = nn.Linear(5, 12), nn.Linear(12, 4)
+        self.kept = torch.zeros(5, 4) if bank else None
+        self.bank = bank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.o(torch.relu(self.e(x)))
+        if self.bank:
+            self.kept[torch.arange(2)] = y[:2].detach()
+            return y + self.kept.mean()
+        before = self.__dict__.get("state", 0.0)
+        self.state = 0.5 * before + y.detach()
+        return self.state + y
+
+
+@pytest.mark.parametrize("bank", [True, False])
+def test_what_a_forward_keeps_in_attributes_begins_anew_in_each_run(bank: bool) -> None:
+    net = Kept(bank=bank).eval()
+    grown = fxgrow.widen(net, "2x", INPUTS[0])
+    assert grown.report.verification.verdict == "preserved"
+    exact = Exact(net, own(net))
+    found = []
+    for _ in range(2):
+        exact.reset()
+        with torch.no_grad(), Expectation(exact=True):
+            found.append(exact.module(INPUTS[0].double()))
+    assert torch.equal(*found)
+    assert net.__dict__.get("state") is None
+    assert not bank or not bool(net.kept.any())
