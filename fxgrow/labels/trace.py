@@ -23,9 +23,11 @@ from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propag
 from fxgrow.labels.running import Interpreter, Listing, running_modules
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
+from fxgrow.labels.training import differs_in_training
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
-from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
 from fxgrow.modules.tensors import named_tensors, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -60,6 +62,7 @@ class Traced:
     exploring: bool = False
     zeros: frozenset[str] = frozenset()
     at: Callable[[], Place] = lambda: ("", "")
+    _differs: bool | None = None
 
     @cached_property
     def _symbolic(self) -> tuple[fx.Graph | None, str]:
@@ -97,7 +100,7 @@ class Traced:
         interpreter = Interpreter(self.target, graph, self.module)
         listing = Listing(interpreter.place, self.decided.replay("eval"))
         try:
-            with keeping_buffers(self.standin), torch.no_grad(), listing:
+            with keeping_buffers(self.standin), same_chance(), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
             return (), f"its graph does not run: {first_line(error)}"
@@ -222,7 +225,8 @@ class Traced:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
             space, tape = self._in_eval_mode(run, watch)
-            complete = not self._unused(space) or self._label_training(space, watch)
+            more = self._unused(space) or self._adds_in_training(tape)
+            complete = not more or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)
         except TraceError:
@@ -270,7 +274,8 @@ class Traced:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         stack: list[str] = []
         try:
-            target = self.target.train()
+            target = self.target
+            set_training(target, mode=True)
             with running_modules(self.standin, stack), keeping_buffers(self.standin):
                 propagate(
                     target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,
@@ -292,6 +297,21 @@ class Traced:
             self.inputs, self.decided = larger, self.decided.forgotten()
             return False
         return True
+
+    def _adds_in_training(self, tape: Tape) -> bool:
+        """Return whether train mode draws noise or returns something besides."""
+        if self._differs is None:
+            set_training(self.target, mode=True)
+            decider = self.decided.replay("train")
+            try:
+                self._differs = differs_in_training(
+                    self.standin, self.target, self.inputs, tape, decider
+                )
+            except Exception as error:  # a user's forward may raise anything, as on a batch of one
+                if self._decides_in_training(error):
+                    return self._adds_in_training(tape)
+                self._differs = False
+        return self._differs
 
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""

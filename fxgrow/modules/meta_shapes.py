@@ -76,6 +76,8 @@ def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] |
     "aten::mul.Scalar",
     "aten::roll",
     "aten::_safe_softmax",
+    "aten::_sample_dirichlet",
+    "aten::binomial",
 )
 def like_first(x: Tensor, *rest: object, **_: object) -> Any:
     """A function of one tensor, of its shape and dtype."""

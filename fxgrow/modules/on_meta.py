@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_in, positions_of
 from fxgrow.modules.dispatch import DispatchMode
+from fxgrow.modules.draws import Draws, law_of
 from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 
 _TO_COPY = torch.ops.aten._to_copy.default
@@ -37,6 +38,7 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
+        self.draws = Draws()
         self._as_if_real = None if decider is None else AsIfReal(decider, self.left)
 
     def __enter__(self) -> OnMeta:
@@ -115,12 +117,19 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         operands: Sequence[Tensor],
     ) -> Any:
         """Return the result of an operation that looks at no values, or that nobody knows."""
+        if law_of(func) and not self._is_on_meta(kwargs, operands):
+            return self.draws.run(func, args, kwargs)
         try:
             return run_on_meta(func, args, kwargs, operands)
         except (NotImplementedError, RuntimeError):
             if self._decider is None or func.namespace == "aten":
                 raise
             return self._decider.decide(func, args, kwargs)
+
+    def _is_on_meta(self, kwargs: dict[str, Any], operands: Sequence[Tensor]) -> bool:
+        """Return whether the result of an operation has no values."""
+        asked = torch.device(kwargs.get("device") or "cpu")
+        return any(tensor.is_meta for tensor in operands) or asked.type == "meta"
 
     def _packed(self, x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
         """Pack sequences, whose lengths have values."""

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxgrow.errors import TraceError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.decisions import Decision, extents
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import keeping_buffers
 from fxgrow.modules.tensors import named_tensors
@@ -109,7 +110,7 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
             args, kwargs = map_tensors(lambda x: x.to(there) if x.ndim else x, (args, kwargs))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": given[0].device if given else torch.device("cpu")}
-        return func(*args, **kwargs)
+        return self.draws.run(func, args, kwargs)
 
     def _spare(self, tensor: Tensor) -> None:
         """Give what is written over values of its own, if it has those of the user's parameter."""
@@ -215,7 +216,6 @@ def record(
     pairs = zip(tensors_in(inputs), tensors_in(real_inputs), strict=True)
     real = {id(meta): x.detach().clone() for meta, x in pairs if meta.is_meta}
     shadows = Shadows({**values, **real}, device, finds=finds, yes=yes)
-    with torch.random.fork_rng(), torch.no_grad(), keeping_buffers(target), shadows:
-        torch.manual_seed(0)
+    with torch.no_grad(), same_chance(), keeping_buffers(target), shadows:
         call(target, inputs)
     return tuple(shadows.decisions)

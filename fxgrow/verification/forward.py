@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line, set_training, stand_in
 from fxgrow.verification.choices import Choosing
 
 Mode = Literal["eval", "train"]
@@ -33,6 +33,8 @@ def outputs_of(
 ) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both.
 
+    Other noise is drawn, the same each time, and so is what no operation shows.
+
     Args:
         model: the network.
         arguments: what it is called with.
@@ -46,7 +48,7 @@ def outputs_of(
     """
     set_mode(model, mode)
     try:
-        with torch.no_grad(), choosing or nullcontext(), without_chance:
+        with torch.no_grad(), same_chance(), choosing or nullcontext(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
             return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
     except FAULTS as error:
@@ -76,10 +78,7 @@ def _layer_at(model: nn.Module, error: BaseException) -> str:
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Put a network into a mode, but for dropout, which is off in both."""
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
+    set_training(model, mode=mode == "train")
 
 
 def lent_copy(model: nn.Module) -> nn.Module:
