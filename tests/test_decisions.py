@@ -161,7 +161,7 @@ class Guarded(nn.Module):
         self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.isnan(x).any() or not x.abs().max() < 1e3:
+        if torch.isnan(x[:, [0, 2]]).any() or not x.abs().max() < 1e3:
             raise ValueError("these are no numbers")
         largest = x.abs().max().item()
         hidden = F.relu(self.first(x / largest))

@@ -179,7 +179,10 @@ class Traced:
             return False
         if not self._may_decide(error, "train"):
             return False
-        self._find_out("train")
+        try:
+            self._find_out("train")
+        except TraceError:  # what failed says more
+            return False
         return True
 
     def _find_out(self, mode: Mode) -> None:

@@ -138,6 +138,17 @@ _READING: dict[object, tuple[str, Callable[[Tensor], Any]]] = {
 }
 
 
+_INDEXING = frozenset((Tensor.__getitem__, Tensor.__setitem__))
+
+
+def _index(index: Any) -> Any:
+    """Return an index with a tensor in place of each list of numbers."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    is_list = isinstance(index, list) and index and all(isinstance(x, int) for x in index)
+    return torch.tensor(index) if is_list else index
+
+
 class AsIfReal(TorchFunctionMode):
     """Lets tensors say that they are on a device, and Python read what was read in another run.
 
@@ -170,6 +181,8 @@ class AsIfReal(TorchFunctionMode):
         asked = getattr(func, "__self__", None)
         if type(asked) is GetSetDescriptorType and id(asked) in self._said:
             return self._said[id(asked)]
+        if func in _INDEXING:  # torch would make tensors of lists that nobody sees the values of
+            args = (args[0], _index(args[1]), *args[2:])
         name, reading = _READING.get(func, ("", None))
         if reading is not None and args[0].is_meta:
             self._left(args[0], name)

@@ -97,7 +97,10 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         if not tensor.is_meta:
             return tensor
         found: Tensor | None = self._real.get(tensor)  # type: ignore[no-untyped-call]
-        return self._lasting[id(tensor)] if found is None else found
+        found = self._lasting.get(id(tensor)) if found is None else found
+        if found is None:
+            raise TraceError("it uses a tensor that no operation of this run has made")
+        return found
 
     def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation gives on the values, all of them where the first ones are."""
