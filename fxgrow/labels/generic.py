@@ -80,27 +80,44 @@ def movement(step: Step) -> tuple[Layers, ...]:
     operands = step.operands
     if step.traits.name in COPIES:
         return (step.layers(operands[0]),)
+    layers_of = [step.layers(tensor) for tensor in operands]
+    for cluster in clusters(layers_of):
+        _join_beside(step, cluster)
+    return tuple(_apart(step, layers) for layers in moved(step, layers_of))
+
+
+def moved(step: Step, layers_of: Sequence[Layers]) -> list[list[Layer]]:
+    """Return what an operation that moves data makes of layers of its operands, by output.
+
+    Args:
+        step: the operation.
+        layers_of: the layers of each operand.
+
+    Raises:
+        RuntimeError: it does not take integers.
+    """
+    if step.traits.name in COPIES:
+        return [[*layers_of[0]]]
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
     move = _on_labels(step)
     out: list[list[Layer]] = [[] for _ in step.outputs]
-    for cluster in clusters([step.layers(tensor) for tensor in operands]):
+    for cluster in clusters([*layers_of]):
         blank = torch.zeros((), dtype=torch.int32)
         layers = [
             blank.expand(tensor.shape) if layer is None else layer
-            for tensor, layer in zip(operands, cluster, strict=True)
+            for tensor, layer in zip(step.operands, cluster, strict=True)
         ]
-        _join_beside(step, cluster)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
         def next_layer(_: Tensor, queue: Iterator[Layer] = queue) -> Layer:
             return next(queue)
 
-        args, moved = map_tensors(next_layer, (step.args, kwargs))
-        for index, layer in enumerate(tensors_in(move(*args, **moved))):
+        args, named = map_tensors(next_layer, (step.args, kwargs))
+        for index, layer in enumerate(tensors_in(move(*args, **named))):
             copied = layer.untyped_storage().data_ptr() not in storages
             out[index].append(compact(layer) if copied else layer)
-    return tuple(_apart(step, layers) for layers in out)
+    return out
 
 
 def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
@@ -197,8 +214,8 @@ def _join_operands(
     values = [step.value(tensor) for tensor in operands]
     for tensor, value, own in zip(operands, values, cluster, strict=True):
         if own is None and value.is_uniform:
-            value.taken.append(_as_small(merged, tensor))
-        elif own is None:
+            continue  # one constant may have any width
+        if own is None:
             fixed |= step.join_fixed(merged, tensor, merged.shape)
         elif value.is_weight and not all(value.is_weight for value in values):
             step.space.mark(core(own, support(own)), "carrier", "copy")
@@ -222,15 +239,6 @@ def _fill_padding(
             if not bool(a.all()):
                 cluster[place] = torch.where(a == 0, b, a).expand(own.shape)
                 step.value(operands[place]).taken.append(other)
-
-
-def _as_small(layer: Layer, tensor: Tensor) -> Layer:
-    """Return a layer of the shape of a tensor that is broadcast to the layer's own."""
-    for _ in range(layer.ndim - tensor.ndim):
-        layer = layer.select(0, 0)
-    for dim, size in enumerate(tensor.shape):
-        layer = layer.narrow(dim, 0, size)
-    return layer
 
 
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:

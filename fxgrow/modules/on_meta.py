@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.meta_shapes import run_on_meta
+from fxgrow.modules.one_device import OnOneDevice
 
 _TO_COPY = torch.ops.aten._to_copy.default
 
@@ -22,6 +23,18 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
+        self._one_device = OnOneDevice(self._to_meta)
+
+    def __enter__(self) -> OnMeta:
+        """Begin."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._one_device.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        self._one_device.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

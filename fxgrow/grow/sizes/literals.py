@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import TraceError
 from fxgrow.grow.sizes.growth import Growth
+from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.propagate import Place
 from fxgrow.labels.sizes import SIZED, SizedCall, function_name, map_sizes, sizes_in
@@ -50,9 +52,12 @@ class NewShapes:
         end = value.shape[dim] if stop is None else stop
         met = tuple(value.taken[:1])  # tells what padding stands for, too
         layer = cover(met if value.is_padded and met else value.layers or met, dim)
-        if layer is None:
+        if layer is not None:
+            channels = self.channels.channel_of_label[core(layer, support(layer)).numpy()]
+        elif (made := cover(value.made, dim)) is not None:
+            channels = self._met[core(made, support(made)).numpy()]
+        else:
             return end
-        channels = self.channels.channel_of_label[core(layer, support(layer)).numpy()]
         if not self.growth.grows(channels):
             return end
         varying = [d for d in range(channels.ndim) if (channels != channels.take([0], d)).any()]
@@ -60,6 +65,23 @@ class NewShapes:
             return end  # a head's positions, a shuffle's groups
         inside = np.moveaxis(channels, dim, 0)
         return self.growth.positions(inside.reshape(inside.shape[0], -1)[:end, 0])
+
+    def has_met(self, value: Value, dim: int) -> bool:
+        """Return whether a constant lies where channels do, along a dim."""
+        layer = cover(value.made, dim)
+        return layer is None or bool((self._met[core(layer, support(layer)).numpy()] >= 0).any())
+
+    @cached_property
+    def _met(self) -> IntArray:
+        """The channel that lies where each numbered position of a constant does, -1 if none does.
+
+        Of several, one that grows.
+        """
+        found = np.full(self.channels.numbered + 1, -1, dtype=np.int64)
+        for numbers, channels in self.channels.met:
+            better = (found[numbers] < 0) | (self.growth.parts[channels] > self.growth.whole)
+            found[numbers[better]] = channels[better]
+        return found
 
     def shape(self, value: Value) -> Shape:
         """Return the new shape of a value."""
@@ -94,10 +116,21 @@ WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
 @WANTED.register("view", "reshape", "expand")
-@WANTED.register("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def _shape(call: SizedCall, new: NewShapes) -> Sizes:
-    """Sizes for all dims; those of a constant are told by what it is combined with."""
+    """Sizes for all dims."""
     return new.shape(call.outputs[0])
+
+
+@WANTED.register("zeros", "ones", "full", "empty")
+@WANTED.register("new", "new_zeros", "new_ones", "new_full", "new_empty")
+def _made(call: SizedCall, new: NewShapes) -> Sizes:
+    """Sizes for all dims, told by what the constant meets; where it meets nothing, any will do."""
+    value = call.outputs[0]
+    if len(call.sizes) != len(value.shape):  # data, not sizes
+        return tuple(call.sizes)
+    return tuple(
+        new.size(value, dim) if new.has_met(value, dim) else None for dim in range(len(value.shape))
+    )
 
 
 @WANTED.register("unflatten")
