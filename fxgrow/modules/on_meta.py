@@ -14,6 +14,7 @@ from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.meta_shapes import run_on_meta
 from fxgrow.modules.one_device import OnOneDevice
 
+_ZEROS = torch.ops.aten.zeros.default
 _TO_COPY = torch.ops.aten._to_copy.default
 
 
@@ -56,6 +57,8 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
             tensors = tensors_in((args, kwargs))
         if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is _ZEROS and args[0] and _is_made_up(func, args, kwargs):
+            kwargs = {**kwargs, "device": torch.device("meta")}  # what is written there is, too
         elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         result = run_on_meta(func, args, kwargs, tensors)

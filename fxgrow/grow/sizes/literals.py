@@ -223,6 +223,11 @@ class Repairer(TorchFunctionMode):
         shapes: what its values become.
         place: returns the fx node and the module that are running.
         stops: whether the run is to end with a repair.
+
+    Attributes:
+        repairs: what was repaired.
+        is_stopped: whether the run ended with a repair.
+        reached: how many calls were made.
     """
 
     def __init__(
@@ -236,6 +241,7 @@ class Repairer(TorchFunctionMode):
         super().__init__()
         self.repairs: list[Repair] = []
         self.is_stopped = False
+        self.reached = 0
         self._calls = iter(enumerate(calls, before))
         self._shapes = shapes
         self._place = place
@@ -254,6 +260,7 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
+        self.reached += 1
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")

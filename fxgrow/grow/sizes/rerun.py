@@ -156,23 +156,26 @@ class _Rerun:
         A call that is still wrong where the attribute is set that should explain it, and that
         nothing else could explain, ends the search: for all modules of its class.
         """
-        analysis, wrong = self.analysis, repairs
+        analysis, wrong, reached = self.analysis, repairs, 0
         guesses = Guesses(analysis.traced.standin)
+        is_open = guesses.revise(wrong)
         for _ in range(_ROUNDS):
-            if not guesses.revise(wrong):
+            if not is_open:
                 break
             watch = _Watch(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
             found = self._run((*self.follow, *guesses.edits), watch)
-            if not watch.repairs:
-                if isinstance(found, Resized):
-                    return found
-                break  # it is of the guesses that it does not run, which nobody asked for
-            wrong = watch.repairs
+            if isinstance(found, Resized) and not watch.repairs:
+                return found
             if (last := watch.stopped) is not None:
                 modules = guesses.model.get_submodule
                 kind = type(modules(last.module))
                 wrong = [repair for repair in repairs if type(modules(repair.module)) is kind]
                 break
+            if watch.repairs and (isinstance(found, Resized) or watch.reached > reached):
+                wrong, reached = watch.repairs, watch.reached
+                is_open = guesses.revise(wrong)
+            else:  # it is of the guesses that it does not run, which nobody asked for
+                is_open = guesses.take_back(wrong)
         left = {repair.call for repair in wrong}
         return [repair for repair in repairs if repair.call in left] or repairs
 
@@ -280,6 +283,11 @@ class _Watch:
     def repairs(self) -> list[Repair]:
         """The repairs of all runs."""
         return [repair for run in self._runs for repair in run.repairs]
+
+    @property
+    def reached(self) -> int:
+        """How many calls were made."""
+        return sum(run.reached for run in self._runs)
 
     @property
     def stopped(self) -> Repair | None:
