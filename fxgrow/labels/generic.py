@@ -107,6 +107,7 @@ def moved(step: Step, layers_of: Sequence[Layers]) -> list[list[Layer]]:
             blank.expand(tensor.shape) if layer is None else layer
             for tensor, layer in zip(step.operands, cluster, strict=True)
         ]
+        most = max(len(support(layer)) for layer in layers)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
@@ -116,7 +117,8 @@ def moved(step: Step, layers_of: Sequence[Layers]) -> list[list[Layer]]:
         args, named = map_tensors(next_layer, (step.args, kwargs))
         for index, layer in enumerate(tensors_in(move(*args, **named))):
             copied = layer.untyped_storage().data_ptr() not in storages
-            out[index].append(compact(layer) if copied else layer)
+            parted = len(support(layer)) > most  # one dim for all samples' heads may become two
+            out[index].append(compact(layer) if copied or parted else layer)
     return out
 
 

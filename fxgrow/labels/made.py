@@ -34,6 +34,22 @@ def numbered(space: LabelSpace, shape: Sequence[int]) -> Layers:
     return tuple(found)
 
 
+def expanded(space: LabelSpace, step: Step, made: Layers) -> Layers:
+    """Return the numbers of what is expanded: it is one constant along each dim that had one entry.
+
+    Args:
+        space: where numbers are given out.
+        step: the expansion of data that holds no channels, such as a mask for all heads.
+        made: the numbers of that data.
+    """
+    x, out = step.operands[0], step.outputs[0]
+    added = out.ndim - x.ndim
+    sizes = (*[1] * added, *x.shape)
+    wide = [full if size == 1 else 1 for size, full in zip(sizes, out.shape, strict=True)]
+    fresh = (layer.expand(out.shape) for layer in numbered(space, wide))
+    return (*(layer.expand(out.shape) for layer in made), *fresh)
+
+
 def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list[Layers]:
     """Return the numbers of each output of an operation, and note which labels they meet.
 
@@ -86,8 +102,13 @@ def _contract(
 
 
 def _combined(step: Step, made: Sequence[Layers]) -> Layers:
-    """Note what meets entry by entry; what meets no labels goes on."""
+    """Note what meets entry by entry; what meets neither labels nor data goes on."""
     shape = step.outputs[0].shape
+    data = [
+        {dim + len(shape) - tensor.ndim for dim, size in enumerate(tensor.shape) if size > 1}
+        - {dim + len(shape) - tensor.ndim for layer in own for dim in support(layer)}
+        for tensor, own in zip(step.operands, made, strict=True)
+    ]
     labels = [
         layer.expand(shape)
         for tensor in step.operands
@@ -102,6 +123,7 @@ def _combined(step: Step, made: Sequence[Layers]) -> Layers:
             met = [other for other in labels if support(other) & support(wide)]
             _meet(step.space, wide, met)
             taken = any(support(wide) & support(other) for other in kept)
+            taken |= any(support(wide) & dims for dims in data)
             if not met and not taken and support(wide):
                 kept.append(wide)
     return tuple(kept)

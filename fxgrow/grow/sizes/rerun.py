@@ -21,7 +21,7 @@ from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.obstacle import Obstacle
-from fxgrow.grow.sizes.attributes import attribute_edits
+from fxgrow.grow.sizes.attributes import attribute_edits, misfit
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
@@ -67,7 +67,10 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
         return Obstacle.of(error)
     rerun = _Rerun(analysis, sizes, follow)
     found = rerun.find()
-    if isinstance(found, Obstacle) or found.sizes:  # these were found with attributes as they are
+    if isinstance(found, Obstacle):
+        layer = misfit(analysis.traced.standin, sizes.shapes)
+        return found if layer is None else Obstacle(layer[1], layer[0])
+    if found.sizes:  # these were found with attributes as they are
         return found
     more = tuple(head_edits(analysis.traced.standin, analysis.groups, sizes.widths, found.modules))
     if more and not rerun.is_unread(found, more):
@@ -221,8 +224,8 @@ class _Rerun:
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
             watch = _Watch(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
-        if not isinstance(found, Resized):
-            return None
+        if not isinstance(found, Resized) or not watch.repairs:
+            return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
         if any(why_fixed(nodes[r.node], r.function, r.given) for r in watch.repairs):
             return None
