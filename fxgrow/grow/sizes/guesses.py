@@ -58,12 +58,13 @@ def candidates(
     The modules that were running are asked from the innermost outwards, then all that the innermost
     one holds, whose methods it may have called: for an attribute that is all the sizes, for one
     that is a size, then for one of which a size is a small multiple; their own attributes before
-    those of objects that they hold (``self.config``).
+    those of objects that they hold (``self.config``). Where no call was wrong, what compares sizes
+    is the code of the modules that were running: an attribute of theirs is a size.
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
     inner = attributes.model.get_submodule(repair.module)
-    below = sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
+    below = () if not repair.function else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
     owners += [".".join((*names, name)) for name in below]
     after_all = tuple(size for size in repair.wanted if size is not None)
     for owner in owners:
@@ -79,7 +80,7 @@ def candidates(
 
 def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
     """Yield what each size that grows may be a small multiple of, as it is and as it should be."""
-    for multiple in (1, 2, 3, 4):
+    for multiple in (1, 2, 3, 4) if repair.function else (1,):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
             if given is None or wanted is None or wanted <= given:
                 continue

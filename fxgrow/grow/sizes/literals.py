@@ -93,9 +93,9 @@ class Repair:
     """Sizes in a call that were wrong at the new widths.
 
     Attributes:
-        call: which of the run's calls it was.
+        call: which of the run's calls it was; -1 for code that compares sizes and stops the run.
         node, module: the fx node and the module that made it.
-        function: what it called.
+        function: what it called; "" if nothing.
         given, wanted: the sizes in its arguments, as they were and as they should be; None
             where a slice has no bound.
     """

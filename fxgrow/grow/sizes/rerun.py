@@ -32,6 +32,7 @@ from fxgrow.labels.propagate import Watch, no_watch
 from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.trace import Traced, module_of
+from fxgrow.modules.standin import first_line
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 
@@ -102,7 +103,7 @@ class _Rerun:
         watch = _Watch(self.analysis.traced, self.analysis.calls, self._shapes)
         found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
         if not watch.repairs:
-            return found if isinstance(found, Resized) else self._rewritten(()) or found
+            return found if isinstance(found, Resized) else self._checked(found)
         plain = self._run(self.follow)  # labels foretell what most code does, and not all
         if isinstance(plain, Resized) and self._is_sound(plain):
             return plain
@@ -112,6 +113,23 @@ class _Rerun:
         enclosed = self._enclosed(watch.repairs)
         graph = None if enclosed else self._rewritten(watch.repairs)
         return graph or self._fixed([r for r in explained if r in enclosed] or explained)
+
+    def _checked(self, obstacle: Obstacle) -> Resized | Obstacle:
+        """Run with other attributes where the code of a module may have compared sizes."""
+        explained = self._with_attributes([self._comparison(obstacle)])
+        return explained if isinstance(explained, Resized) else obstacle
+
+    def _comparison(self, obstacle: Obstacle) -> Repair:
+        """Return the sizes that a module may compare with attributes, which stopped the run."""
+        old = named_tensors(self.analysis.traced.standin)
+        pairs = dict.fromkeys(
+            pair
+            for name, shape in self.sizes.shapes.items()
+            for pair in zip(old[name].shape, shape, strict=True)
+            if pair[0] != pair[1]
+        )
+        given, wanted = zip(*pairs, strict=True) if pairs else ((), ())
+        return Repair(-1, "", obstacle.name, "", given, wanted)
 
     def is_unread(self, found: Resized, more: tuple[ModuleEdit, ...]) -> bool:
         """Return whether the network computes the same with some more attributes changed."""
@@ -130,7 +148,10 @@ class _Rerun:
                 else:
                     space, tape = traced.label(watch)
         except TraceError as error:
-            return Obstacle.of(error)
+            if error.__cause__ is None:
+                return Obstacle.of(error)
+            where, why = error.name or "the model", first_line(error.__cause__)
+            return Obstacle(f"the code of {where} does not run at the new sizes: {why}", error.name)
         return Resized(resolve(space), edits, tape)
 
     def _is_sound(self, found: Resized) -> bool:
@@ -159,7 +180,7 @@ class _Rerun:
         A call that is still wrong where the attribute is set that should explain it, and that
         nothing else could explain, ends the search: for all modules of its class.
         """
-        analysis, wrong, reached = self.analysis, repairs, 0
+        analysis, wrong, reached, compared = self.analysis, repairs, 0, False
         guesses = Guesses(analysis.traced.standin)
         is_open = guesses.revise(wrong)
         for _ in range(_ROUNDS):
@@ -176,6 +197,9 @@ class _Rerun:
                 break
             if watch.repairs and (isinstance(found, Resized) or watch.reached > reached):
                 wrong, reached = watch.repairs, watch.reached
+                is_open = guesses.revise(wrong)
+            elif isinstance(found, Obstacle) and not watch.repairs and wrong[0].function and not compared:
+                compared, wrong = True, [self._comparison(found)]
                 is_open = guesses.revise(wrong)
             else:  # it is of the guesses that it does not run, which nobody asked for
                 is_open = guesses.take_back(wrong)
@@ -227,11 +251,18 @@ class _Rerun:
         if not isinstance(found, Resized) or not watch.repairs:
             return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
-        if any(why_fixed(nodes[r.node], r.function, r.given) for r in watch.repairs):
+        needed = watch.repairs if self._trains_apart else watch.repairs_in_eval
+        if any(why_fixed(nodes[r.node], r.function, r.given) for r in needed):
             return None
         module = opened.traced.module
-        edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in watch.repairs)
+        edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
+
+    @property
+    def _trains_apart(self) -> bool:
+        """Whether train mode uses parameters that eval mode does not, which no graph has."""
+        used = {value.parameter for value in self.analysis.tape.values}
+        return any(axis.tensor not in used for axis in self.analysis.channels.axes)
 
 
 def _reason(repair: Repair) -> str:
@@ -286,6 +317,11 @@ class _Watch:
     def repairs(self) -> list[Repair]:
         """The repairs of all runs."""
         return [repair for run in self._runs for repair in run.repairs]
+
+    @property
+    def repairs_in_eval(self) -> list[Repair]:
+        """The repairs of the first run, which is in eval mode."""
+        return self._runs[0].repairs if self._runs else []
 
     @property
     def reached(self) -> int:
