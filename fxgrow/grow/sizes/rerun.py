@@ -251,18 +251,12 @@ class _Rerun:
         if not isinstance(found, Resized) or not watch.repairs:
             return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
-        needed = watch.repairs if self._trains_apart else watch.repairs_in_eval
+        needed = watch.repairs_in_eval  # the graph is the same in train mode
         if any(why_fixed(nodes[r.node], r.function, r.given) for r in needed):
             return None
         module = opened.traced.module
         edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
-
-    @property
-    def _trains_apart(self) -> bool:
-        """Whether train mode uses parameters that eval mode does not, which no graph has."""
-        used = {value.parameter for value in self.analysis.tape.values}
-        return any(axis.tensor not in used for axis in self.analysis.channels.axes)
 
 
 def _reason(repair: Repair) -> str:
