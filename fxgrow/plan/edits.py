@@ -176,6 +176,8 @@ class SizeEdit:
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
+        decided: what its code decides by sizes, in order, where it is traced along that; None
+            where torch.fx traces it without.
     """
 
     node: str
@@ -183,6 +185,7 @@ class SizeEdit:
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
     module: str = ""
+    decided: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)

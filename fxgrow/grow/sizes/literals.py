@@ -227,7 +227,7 @@ class Repairer(TorchFunctionMode):
     Attributes:
         repairs: what was repaired.
         is_stopped: whether the run ended with a repair.
-        reached: how many calls were made.
+        modules: the module that made each call.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Repairer(TorchFunctionMode):
         super().__init__()
         self.repairs: list[Repair] = []
         self.is_stopped = False
-        self.reached = 0
+        self.modules: list[str] = []
         self._calls = iter(enumerate(calls, before))
         self._shapes = shapes
         self._place = place
@@ -260,7 +260,7 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
-        self.reached += 1
+        self.modules.append(self._place()[1])
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxgrow.apply.trial import set_attributes
+from fxgrow.apply.trial import set_attributes, tried
 from fxgrow.channels.analysis import Analysis, Opened
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
@@ -26,6 +26,7 @@ from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.parts import edits_in_parts
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
@@ -112,6 +113,7 @@ class _Rerun:
             return explained
         enclosed = self._enclosed(watch.repairs)
         graph = None if enclosed else self._rewritten(watch.repairs)
+        graph = graph or self._in_parts(watch)
         return graph or self._fixed([r for r in explained if r in enclosed] or explained)
 
     def _checked(self, obstacle: Obstacle) -> Resized | Obstacle:
@@ -258,6 +260,20 @@ class _Rerun:
         edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
 
+    def _in_parts(self, watch: _Watch) -> Resized | None:
+        """Rewrite the sizes that the code of modules fixes in graphs of these modules."""
+        edits = edits_in_parts(self.analysis, watch.repairs_in_eval, watch.modules)
+        if not edits:
+            return None
+        traced = self.analysis.traced
+        try:
+            changed = tried(traced.standin, self.sizes.shapes, self.follow, sizes=edits)
+            space, tape = replace(traced, standin=changed).label()
+        except (PlanError, TraceError):
+            return None
+        found = Resized(resolve(space), self.follow, tape, edits)
+        return found if self._is_sound(found) else None
+
 
 def _reason(repair: Repair) -> str:
     """Return why sizes cannot be as they should be, as far as the code is concerned."""
@@ -320,7 +336,12 @@ class _Watch:
     @property
     def reached(self) -> int:
         """How many calls were made."""
-        return sum(run.reached for run in self._runs)
+        return sum(len(run.modules) for run in self._runs)
+
+    @property
+    def modules(self) -> list[str]:
+        """The module that made each call of the first run."""
+        return self._runs[0].modules if self._runs else []
 
     @property
     def stopped(self) -> Repair | None:
