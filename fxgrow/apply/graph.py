@@ -16,7 +16,6 @@ from torch import fx, nn
 
 from fxgrow.errors import PlanError, TraceError, shown
 from fxgrow.labels.graphs import open_graph, same_graphs, symbolic_trace
-from fxgrow.labels.parts import decided_graph
 from fxgrow.labels.sizes import check_sizes, map_sizes, sizes_in
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.plan.edits import Multiplier, SizeEdit
@@ -108,13 +107,12 @@ def sized_graph(model: nn.Module, edits: Sequence[SizeEdit]) -> fx.Graph:
 
     Args:
         model: the model, with attributes as they were when the edits were made.
-        edits: made for the graph that :func:`open_graph` returns, or for that of what it decides.
+        edits: made for the graph that :func:`open_graph` returns.
 
     Raises:
         TraceError: the graph has no such node, or other sizes there.
     """
-    decided = edits[0].decided
-    graph = open_graph(model) if decided is None else decided_graph(model, decided)
+    graph = open_graph(model)
     nodes = {node.name: node for node in graph.nodes}
     for edit in edits:
         node = nodes.get(edit.node)

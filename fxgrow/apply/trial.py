@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fxgrow.apply.graph import graph_module, module_at, sized_graph, with_submodule
 from fxgrow.apply.module import apply_to_module as apply_to_module
 from fxgrow.apply.module import set_attributes as set_attributes
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.edits import ModuleEdit, Rearrangement, SizeEdit
+from fxgrow.plan.edits import ModuleEdit, Rearrangement
 
 
 def tried(
@@ -24,7 +23,6 @@ def tried(
     shapes: Mapping[str, tuple[int, ...]],
     modules: Sequence[ModuleEdit],
     rearrangements: Sequence[Rearrangement] = (),
-    sizes: Sequence[SizeEdit] = (),
 ) -> nn.Module:
     """Return a copy of a stand-in with some changes.
 
@@ -33,20 +31,12 @@ def tried(
         shapes: the new shapes of tensors, by their names in the copy.
         modules: attributes that change.
         rearrangements: modules that get new ones.
-        sizes: what is rewritten in graphs of modules.
 
     Raises:
         PlanError: the network cannot be changed so.
-        TraceError: a module has no such graph.
     """
     view = rearranged(model, rearrangements)
     tensors = named_tensors(view)
     copied = stand_in(view, {name: tensors[name].new_empty(shapes[name]) for name in shapes})
-    graphs = {
-        name: sized_graph(module_at(copied, name), [e for e in sizes if e.module == name])
-        for name in dict.fromkeys(edit.module for edit in sizes)
-    }
     set_attributes(copied, tuple(modules), of=model)
-    for name, graph in graphs.items():
-        copied = with_submodule(copied, name, graph_module(module_at(copied, name), graph))
     return copied

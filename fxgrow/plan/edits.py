@@ -169,15 +169,14 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class SizeEdit:
-    """Sizes in a call of the network's own code, rewritten in its graph.
+    """Sizes in a call of the network's own code, rewritten in its graph or where it is made.
 
     Attributes:
         node: name of the fx node.
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
-        decided: what its code decides by sizes, in order, where it is traced along that; None
-            where torch.fx traces it without.
+        at: the line of code that makes the call, where the module has no graph; ``node`` is "".
     """
 
     node: str
@@ -185,7 +184,7 @@ class SizeEdit:
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
     module: str = ""
-    decided: tuple[bool, ...] | None = None
+    at: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch.overrides import TorchFunctionMode
@@ -23,6 +23,7 @@ from fxgrow.channels.channels import Channels
 from fxgrow.errors import TraceError
 from fxgrow.grow.sizes.growth import Growth
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.in_code import line_of_call
 from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.propagate import Place
 from fxgrow.labels.sizes import SIZED, SizedCall, function_name, map_sizes, sizes_in
@@ -106,6 +107,18 @@ class Repair:
     function: str
     given: tuple[int | None, ...]
     wanted: tuple[int | None, ...]
+
+
+class CallSite(NamedTuple):
+    """Where a call was made.
+
+    Attributes:
+        module: the module that was running.
+        at: the line of code (:func:`fxgrow.labels.in_code.line_of_call`).
+    """
+
+    module: str
+    at: str
 
 
 # A function of an old call and the new shapes: the sizes that its arguments should hold, in order;
@@ -227,7 +240,7 @@ class Repairer(TorchFunctionMode):
     Attributes:
         repairs: what was repaired.
         is_stopped: whether the run ended with a repair.
-        modules: the module that made each call.
+        sites: where each call was made.
     """
 
     def __init__(
@@ -241,7 +254,7 @@ class Repairer(TorchFunctionMode):
         super().__init__()
         self.repairs: list[Repair] = []
         self.is_stopped = False
-        self.modules: list[str] = []
+        self.sites: list[CallSite] = []
         self._calls = iter(enumerate(calls, before))
         self._shapes = shapes
         self._place = place
@@ -260,7 +273,7 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
-        self.modules.append(self._place()[1])
+        self.sites.append(CallSite(self._place()[1], line_of_call(name)))
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")

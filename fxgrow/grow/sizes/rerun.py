@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxgrow.apply.trial import set_attributes, tried
+from fxgrow.apply.trial import set_attributes
 from fxgrow.channels.analysis import Analysis, Opened
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
@@ -25,9 +25,10 @@ from fxgrow.grow.sizes.attributes import attribute_edits, misfit
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
-from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
-from fxgrow.grow.sizes.parts import edits_in_parts
+from fxgrow.grow.sizes.literals import CallSite, NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.parts import edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
 from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
@@ -113,7 +114,7 @@ class _Rerun:
             return explained
         enclosed = self._enclosed(watch.repairs)
         graph = None if enclosed else self._rewritten(watch.repairs)
-        graph = graph or self._in_parts(watch)
+        graph = graph or self._in_code(watch)
         return graph or self._fixed([r for r in explained if r in enclosed] or explained)
 
     def _checked(self, obstacle: Obstacle) -> Resized | Obstacle:
@@ -139,12 +140,16 @@ class _Rerun:
         return isinstance(again, Resized) and _computed(again) == _computed(found)
 
     def _run(
-        self, edits: tuple[ModuleEdit, ...], watch: Watch = no_watch, opened: Opened | None = None
+        self,
+        edits: tuple[ModuleEdit, ...],
+        watch: Watch = no_watch,
+        opened: Opened | None = None,
+        sizes: tuple[SizeEdit, ...] = (),
     ) -> Resized | Obstacle:
         """Run the stand-in's own forward, or a graph of it, at new sizes."""
         traced = opened.traced if opened else self.analysis.traced
         try:
-            with _resized(traced.standin, self.sizes.shapes, edits):
+            with _resized(traced.standin, self.sizes.shapes, edits), _in_code(traced, sizes):
                 if opened:
                     space, tape = traced.label_graph(opened.graph, watch)
                 else:
@@ -154,7 +159,7 @@ class _Rerun:
                 return Obstacle.of(error)
             where, why = error.name or "the model", first_line(error.__cause__)
             return Obstacle(f"the code of {where} does not run at the new sizes: {why}", error.name)
-        return Resized(resolve(space), edits, tape)
+        return Resized(resolve(space), edits, tape, sizes)
 
     def _is_sound(self, found: Resized) -> bool:
         """Return whether what holds no channels has its old size, and norms their new groups.
@@ -260,19 +265,11 @@ class _Rerun:
         edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
 
-    def _in_parts(self, watch: _Watch) -> Resized | None:
-        """Rewrite the sizes that the code of modules fixes in graphs of these modules."""
-        edits = edits_in_parts(self.analysis, watch.repairs_in_eval, watch.modules)
-        if not edits:
-            return None
-        traced = self.analysis.traced
-        try:
-            changed = tried(traced.standin, self.sizes.shapes, self.follow, sizes=edits)
-            space, tape = replace(traced, standin=changed).label()
-        except (PlanError, TraceError):
-            return None
-        found = Resized(resolve(space), self.follow, tape, edits)
-        return found if self._is_sound(found) else None
+    def _in_code(self, watch: _Watch) -> Resized | None:
+        """Rewrite the sizes that the code of modules fixes where it makes its calls."""
+        edits = edits_in_code(watch.repairs, watch.sites)
+        found = None if edits is None else self._run(self.follow, sizes=edits)
+        return found if isinstance(found, Resized) and self._is_sound(found) else None
 
 
 def _reason(repair: Repair) -> str:
@@ -336,12 +333,12 @@ class _Watch:
     @property
     def reached(self) -> int:
         """How many calls were made."""
-        return sum(len(run.modules) for run in self._runs)
+        return sum(len(run.sites) for run in self._runs)
 
     @property
-    def modules(self) -> list[str]:
-        """The module that made each call of the first run."""
-        return self._runs[0].modules if self._runs else []
+    def sites(self) -> list[CallSite]:
+        """Where each call of all runs was made."""
+        return [site for run in self._runs for site in run.sites]
 
     @property
     def stopped(self) -> Repair | None:
@@ -369,6 +366,23 @@ def _resized(
     finally:
         _swap(standin, {name: t for name, t in before.items() if id(t) in fresh})
         set_attributes(standin, edits, back=True)
+
+
+@contextlib.contextmanager
+def _in_code(traced: Traced, edits: Sequence[SizeEdit]) -> Iterator[None]:
+    """Let the code of modules use other sizes for a while."""
+    lines: dict[str, list[Sized]] = {}
+    for edit in edits:
+        lines.setdefault(edit.module, []).append(Sized(edit.at, edit.before, edit.after))
+    modules = [traced.standin.get_submodule(name) for name in lines]
+    for module, changed in zip(modules, lines.values(), strict=True):
+        change_sizes(module, changed)
+    try:
+        yield
+    finally:
+        for module in modules:
+            if (held := sizes_in_code(module)) is not None:
+                held.tables.pop()
 
 
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
