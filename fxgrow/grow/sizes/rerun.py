@@ -118,7 +118,9 @@ class _Rerun:
         return graph or self._fixed([r for r in explained if r in enclosed] or explained)
 
     def _checked(self, obstacle: Obstacle) -> Resized | Obstacle:
-        """Run with other attributes where the code of a module may have compared sizes."""
+        """Run another graph, or with other attributes where code may have compared sizes."""
+        if graph := self._rewritten(()):
+            return graph
         explained = self._with_attributes([self._comparison(obstacle)])
         return explained if isinstance(explained, Resized) else obstacle
 
