@@ -8,11 +8,13 @@ with an edit get other sizes.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,17 +34,16 @@ class Sized(NamedTuple):
     after: tuple[int | None, ...]
 
 
-def line_of_call(name: str, depth: int = 1) -> str:
+def line_of_call(name: str) -> str:
     """Return which line calls a function: ``"package.module:Class.forward:12:reshape"``.
 
     Lines are counted from the beginning of the function that they are in.
 
     Args:
-        name: of the function that is called.
-        depth: how many frames up the mode is that was asked to run it.
+        name: of the function that is called; the caller is a mode that was asked to run it.
     """
-    frame: FrameType | None = sys._getframe(depth + 1)
-    while frame is not None and _is_of_torch(frame, name):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _hands_on(frame, name):
         frame = frame.f_back
     if frame is None:
         return ""
@@ -51,12 +52,12 @@ def line_of_call(name: str, depth: int = 1) -> str:
     return f"{module}:{qualified}:{frame.f_lineno - code.co_firstlineno}:{name}"
 
 
-def _is_of_torch(frame: FrameType, name: str) -> bool:
-    """Return whether a frame only hands a call on: the function itself, or what asks the modes."""
-    module = frame.f_globals.get("__name__", "")
-    if not module.startswith("torch."):
-        return False
-    return module == "torch.overrides" or frame.f_code.co_name == name
+def _hands_on(frame: FrameType, name: str) -> bool:
+    """Return whether a frame only hands a call on: a mode, what asks modes, the function itself."""
+    code, module = frame.f_code, frame.f_globals.get("__name__", "")
+    if code.co_name == "__torch_function__" or module == "torch.overrides":
+        return True
+    return code.co_name == name and module.startswith("torch.")
 
 
 class _InCode(TorchFunctionMode):
@@ -101,9 +102,11 @@ def _changed(
 
 
 def _size(now: Any, before: int | None, after: int | None) -> Any:
-    if before == after or not isinstance(now, int) or not before or after is None:
+    if before == after or not before or after is None or now is None:
         return now
-    size = Fraction(now * after, before)
+    if isinstance(now, torch.SymInt):
+        return now * after // before
+    size = Fraction(int(now) * after, before)  # a tensor where torch.jit traces
     return int(size) if size.denominator == 1 else now
 
 
@@ -116,19 +119,19 @@ class SizesInCode:
 
     def __init__(self) -> None:
         self.tables: list[dict[str, Sized]] = []
-        self._running: list[_InCode] = []
+        self._running: dict[int, list[_InCode]] = {}  # by thread
 
     def begin(self, module: nn.Module, args: object) -> None:
         """Change sizes from now on."""
         del module, args
         mode = _InCode(self.tables)
-        self._running.append(mode)
+        self._running.setdefault(threading.get_ident(), []).append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, module: nn.Module, args: object, output: object) -> None:
         """Change no more."""
         del module, args, output
-        self._running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._running[threading.get_ident()].pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def sizes_in_code(module: nn.Module) -> SizesInCode | None:
