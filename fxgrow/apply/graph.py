@@ -179,9 +179,7 @@ def _mention(model: nn.Module, graph: fx.Graph) -> None:
                 graph.get_attr(name)
 
 
-def _unused(
-    module: nn.Module, prefix: str, called: Set[str], looked_up: Set[str]
-) -> Iterator[str]:
+def _unused(module: nn.Module, prefix: str, called: Set[str], looked_up: Set[str]) -> Iterator[str]:
     """Yield the tensors that no node refers to, or the modules that hold nothing else."""
     for local in (*module._parameters, *module._buffers):
         if getattr(module, local) is not None and prefix + local not in looked_up:

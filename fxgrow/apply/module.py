@@ -27,9 +27,9 @@ from fxgrow.apply.graph import (
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.errors import FxgrowError, PlanError, shown
+from fxgrow.labels.in_code import Sized, change_sizes
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.labels.in_code import Sized, change_sizes
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.init import Init, init_name

@@ -168,7 +168,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
         if step.traits.name == "aten.expand" and not (inputs[0].layers or inputs[0].is_weight):
             return (made.expanded(self.space, step, inputs[0].made),)
-        if not any([value.made for value in inputs]):
+        if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
         return made.follow(step, [value.made for value in inputs], labels)
 

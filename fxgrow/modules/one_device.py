@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxgrow.modules.calling import map_tensors, tensors_in
 
 # What compares devices by itself, where a dispatch mode sees nothing yet.
-_RECURRENT = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
-)
+_RECURRENT = frozenset((
+    "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+))  # fmt: skip
 
 
 class OnOneDevice(TorchFunctionMode):

@@ -64,11 +64,17 @@ def candidates(
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
     inner = attributes.model.get_submodule(repair.module)
-    below = () if not repair.function else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
+    below = (
+        ()
+        if not repair.function
+        else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
+    )
     owners += [".".join((*names, name)) for name in below]
-    after_all = tuple(size for size in repair.wanted if size is not None)
+    given_all, after_all = (
+        tuple(size for size in sizes if size is not None) for sizes in (repair.given, repair.wanted)
+    )
     for owner in owners:
-        for key, edit in attributes.of(owner, repair.given):
+        for key, edit in attributes.of(owner, given_all):
             if edit.before == repair.given and key not in without:
                 yield key, replace(edit, after=after_all)
     for given, wanted in _multiples(repair):
@@ -121,10 +127,10 @@ def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
             yield name, tuple(value)
 
 
-def _replaced(value: int | tuple[int, ...], given: int, wanted: int) -> int | tuple[int, ...]:
-    if isinstance(value, int):
-        return wanted if value == given else value
-    return tuple(wanted if item == given else item for item in value)
+def _replaced(value: object, given: int, wanted: int) -> int | tuple[int, ...]:
+    if isinstance(value, tuple):
+        return tuple(wanted if item == given else item for item in value)
+    return wanted
 
 
 @dataclass

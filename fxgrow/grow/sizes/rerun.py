@@ -8,7 +8,7 @@ attributes, which are then set; where they come from none they are rewritten in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,13 +25,14 @@ from fxgrow.grow.sizes.attributes import attribute_edits, misfit
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
-from fxgrow.grow.sizes.literals import CallSite, NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.literals import NewShapes, Repair
 from fxgrow.grow.sizes.parts import edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
-from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
+from fxgrow.labels.sizes import called_by, why_fixed
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.trace import Traced, module_of
 from fxgrow.modules.standin import first_line
@@ -102,7 +103,7 @@ class _Rerun:
 
     def find(self) -> Resized | Obstacle:
         """Run as it is, else with other attributes, else with another graph."""
-        watch = _Watch(self.analysis.traced, self.analysis.calls, self._shapes)
+        watch = Watching(self.analysis.traced, self.analysis.calls, self._shapes)
         found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
         if not watch.repairs:
             return found if isinstance(found, Resized) else self._checked(found)
@@ -195,7 +196,7 @@ class _Rerun:
         for _ in range(_ROUNDS):
             if not is_open:
                 break
-            watch = _Watch(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
+            watch = Watching(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
             found = self._run((*self.follow, *guesses.edits), watch)
             if isinstance(found, Resized) and not watch.repairs:
                 return found
@@ -207,7 +208,12 @@ class _Rerun:
             if watch.repairs and (isinstance(found, Resized) or watch.reached > reached):
                 wrong, reached = watch.repairs, watch.reached
                 is_open = guesses.revise(wrong)
-            elif isinstance(found, Obstacle) and not watch.repairs and wrong[0].function and not compared:
+            elif (
+                isinstance(found, Obstacle)
+                and not watch.repairs
+                and wrong[0].function
+                and not compared
+            ):
                 compared, wrong = True, [self._comparison(found)]
                 is_open = guesses.revise(wrong)
             else:  # it is of the guesses that it does not run, which nobody asked for
@@ -250,12 +256,12 @@ class _Rerun:
             return None
         found: Resized | Obstacle | None = None
         if repairs:  # it may make the same calls as the network's own forward
-            watch = _Watch(opened.traced, self.analysis.calls, self._shapes)
+            watch = Watching(opened.traced, self.analysis.calls, self._shapes)
             found = self._run(self.follow, watch, opened)
         if not isinstance(found, Resized) and opened.run is not None:
             growth = self._shapes.growth.among(self.analysis.channels, opened.run.channels)
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
-            watch = _Watch(opened.traced, opened.run.calls, shapes)
+            watch = Watching(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
         if not isinstance(found, Resized) or not watch.repairs:
             return None  # without repairs, the network's own forward stays, and does not run
@@ -267,7 +273,7 @@ class _Rerun:
         edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
 
-    def _in_code(self, watch: _Watch) -> Resized | None:
+    def _in_code(self, watch: Watching) -> Resized | None:
         """Rewrite the sizes that the code of modules fixes where it makes its calls."""
         edits = edits_in_code(watch.repairs, watch.sites)
         found = None if edits is None else self._run(self.follow, sizes=edits)
@@ -286,66 +292,6 @@ def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:
     """Return the shapes of all that a run computed, and what it did with which numbers."""
     values = (value for op in run.tape.operations for value in op.outputs)
     return [value.shape for value in values], [done for done, _ in run.channels.noted]
-
-
-class _Watch:
-    """Repairs the sizes of each run of a network in step with an old one.
-
-    Args:
-        traced: the network.
-        calls: of the old runs.
-        shapes: what the values of these become.
-        stops: whether a run is to end with some repair.
-
-    Attributes:
-        stopped: the repair with which a run ended, if it did.
-    """
-
-    def __init__(
-        self,
-        traced: Traced,
-        calls: Sequence[Sequence[SizedCall]],
-        shapes: NewShapes,
-        stops: Callable[[Repair], bool] = lambda _: False,
-    ) -> None:
-        self._traced, self._calls, self._shapes = traced, calls, shapes
-        self._runs: list[Repairer] = []
-        self._stops = stops
-
-    def __call__(self, value: object) -> Repairer:
-        """Return what watches the next run."""
-        del value
-        run = min(len(self._runs), len(self._calls) - 1)
-        before = sum(len(calls) for calls in self._calls[:run])
-        self._runs.append(
-            Repairer(self._calls[run], before, self._shapes, self._traced.at, self._stops)
-        )
-        return self._runs[-1]
-
-    @property
-    def repairs(self) -> list[Repair]:
-        """The repairs of all runs."""
-        return [repair for run in self._runs for repair in run.repairs]
-
-    @property
-    def repairs_in_eval(self) -> list[Repair]:
-        """The repairs of the first run, which is in eval mode."""
-        return self._runs[0].repairs if self._runs else []
-
-    @property
-    def reached(self) -> int:
-        """How many calls were made."""
-        return sum(len(run.sites) for run in self._runs)
-
-    @property
-    def sites(self) -> list[CallSite]:
-        """Where each call of all runs was made."""
-        return [site for run in self._runs for site in run.sites]
-
-    @property
-    def stopped(self) -> Repair | None:
-        """The repair with which a run ended, if it did."""
-        return next((run.repairs[-1] for run in self._runs if run.is_stopped), None)
 
 
 @contextlib.contextmanager

@@ -226,9 +226,12 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
         alone += failing
     if len(alone) > 1 and {*alone} < {*widths}:  # heads that only grow beside what comes in
-        more = attempts.make(left | {name: widths[name] for name in alone})
-        if isinstance(more, Feasible):
-            made, refused = more, {name: why for name, why in refused.items() if name not in alone}
+        joined = attempts.make(left | {name: widths[name] for name in alone})
+        if isinstance(joined, Feasible):
+            made, refused = (
+                joined,
+                {name: why for name, why in refused.items() if name not in alone},
+            )
     if made is None:
         name, reason = next(iter(refused.items()))
         raise PlanError(f"{name} cannot be widened: {reason}.", name=name)
