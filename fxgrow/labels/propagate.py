@@ -166,7 +166,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if step.traits.is_factory:
             shapes = [output.shape for output in step.outputs]
             return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
-        if step.traits.name == "aten.expand" and not (inputs[0].layers or inputs[0].is_weight):
+        if step.traits.name == "aten.expand" and not inputs[0].layers:
             return (made.expanded(self.space, step, inputs[0].made),)
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
