@@ -58,6 +58,8 @@ class Channels(ChannelTable):
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
         noted: for each operation that altered values, in order, what it did and to which labels.
+        met: numbers of positions of constants, and the channels that lie there, for each meeting.
+        numbered: how many such numbers there are.
         first_labels: the first label of each axis, of those without a channel too.
     """
 
@@ -74,6 +76,8 @@ class Channels(ChannelTable):
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    met: tuple[tuple[IntArray, IntArray], ...] = ()
+    numbered: int = 0
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
@@ -205,6 +209,8 @@ def resolve(space: LabelSpace) -> Channels:
         pinned=pinned,
         noted=tuple(space.history),
         first_labels=first_labels,
+        met=tuple((numbers, channel_of_label[labels]) for numbers, labels in space.met),
+        numbered=space.numbered,
     )
 
 

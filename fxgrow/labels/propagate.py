@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic, noise
+from fxgrow.labels import generic, made, noise
 from fxgrow.labels.layers import Layers, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
@@ -137,9 +137,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         facts = _facts(step, inputs)
         index = len(self.tape.operations)
         told = step.positions
+        numbers = self._made(step, inputs, layers)
         values = tuple([
-            self._enter(tensor, flow, producer=index, positions=told.get(place), **facts)
-            for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
+            self._enter(tensor, flow, producer=index, positions=told.get(place), made=own, **facts)
+            for place, (tensor, flow, own) in enumerate(zip(outputs, layers, numbers, strict=True))
         ])  # fmt: skip
         if traits.is_mutable:
             self._write_back(step, index)
@@ -159,10 +160,28 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
         drawn = noise.drawn_by(func)
+        of_any_width = is_uniform or drawn in ("mask", "uniform")
         values = [
-            self._enter(x, (), producer=index, is_uniform=is_uniform, drawn=drawn) for x in outputs
-        ]
+            self._enter(
+                x, (), producer=index, is_uniform=is_uniform, drawn=drawn,
+                made=made.numbered(self.space, x.shape) if of_any_width else (),
+            )
+            for x in outputs
+        ]  # fmt: skip
         self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
+
+    def _made(
+        self, step: Step, inputs: tuple[Value, ...], labels: Sequence[Layers]
+    ) -> Sequence[Layers]:
+        """Return the numbers of positions of constants in each output."""
+        if step.traits.is_factory:
+            shapes = [output.shape for output in step.outputs]
+            return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
+        if step.traits.name == "aten.expand" and not inputs[0].layers:
+            return (made.expanded(self.space, step, inputs[0].made),)
+        if not any(value.made for value in inputs):
+            return ((),) * len(step.outputs)
+        return made.follow(step, [value.made for value in inputs], labels)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""

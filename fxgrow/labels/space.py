@@ -67,6 +67,8 @@ class LabelSpace:
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     place: str = ""
     unions: list[Union] = field(default_factory=list)
+    numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
+    met: list[tuple[IntArray, IntArray]] = field(default_factory=list)  # such numbers, labels
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -197,6 +199,18 @@ class LabelSpace:
         different = (first != second) & (first != 0) & (second != 0)
         if different.any():
             self.unions.append((first[different], second[different], self.place))
+
+    def meet(self, numbers: Tensor, labels: Tensor) -> None:
+        """Record that positions of constants lie where some channels do. Zeros say nothing.
+
+        Args:
+            numbers: of the positions, any shape.
+            labels: as many, in the same order.
+        """
+        first, second = numbers.numpy().ravel(), labels.numpy().ravel()
+        both = (first != 0) & (second != 0)
+        if both.any():
+            self.met.append((first[both], second[both]))
 
     def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
         """Record that the running operation lets the channels of ``labels`` not change, and why."""

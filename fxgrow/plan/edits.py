@@ -169,13 +169,14 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class SizeEdit:
-    """Sizes in a call of the network's own code, rewritten in its graph.
+    """Sizes in a call of the network's own code, rewritten in its graph or where it is made.
 
     Attributes:
         node: name of the fx node.
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
+        at: the line of code that makes the call, where the module has no graph; ``node`` is "".
     """
 
     node: str
@@ -183,6 +184,7 @@ class SizeEdit:
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
     module: str = ""
+    at: str = ""
 
 
 @dataclass(frozen=True)

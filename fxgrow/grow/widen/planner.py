@@ -104,7 +104,8 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         _group_plan(analysis, request, group, sizes, factors, flow, *layout)
         for group, layout in zip(growing, layouts, strict=True)
     )
-    tracer: Tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
+    in_graph = any(edit.node for edit in resized.sizes)
+    tracer: Tracer = "torch.fx" if in_graph else traced.tracer  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     return Plan(
@@ -153,7 +154,15 @@ def _warnings(
             f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold "
             "it, fxgrow.load sets it"
         )
-    rewritten = found.resized.sizes
+    rewritten = [edit for edit in found.resized.sizes if edit.node]
+    in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
+    if in_code:
+        first, *more = in_code
+        yield (
+            f"the code of {first or 'the model'}{f' and {len(more)} more' if more else ''} fixes "
+            "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
+            "state_dict does not hold them, fxgrow.load sets them"
+        )
     if rewritten:
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
