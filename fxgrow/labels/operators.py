@@ -37,9 +37,10 @@ UNIFORM = aten(
     "new_empty zero"
 )
 COMMUTATIVE = aten("add mul maximum minimum")
-# Pointwise operations that torch does not tag as such.
+# Pointwise operations that torch, or a torch before 2.11, does not tag as such.
 UNTAGGED = aten(
-    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill"
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill "
+    "leaky_relu ldexp"
 )
 
 

@@ -73,10 +73,9 @@ class Runs:
         if self._rounds:
             old = self._native(case.before.module, batches, jobs, like=before)
             new = self._native(case.after.module, batches, jobs, grown=True, like=old)
-        if not any(tensor.numel() for outputs in before.values() for tensor in outputs):
-            before, predicted, after, old, new = self._decided_on(
-                (before, predicted, after, old, new)
-            )
+        runs = (before, predicted, after, old, new)
+        self._note_parted(after, new)
+        before, predicted, after, old, new = self._decided_on(runs)
         if case.effort == "full":
             self._note_constant(before[0, "eval"], batches[0])
         found = []
@@ -96,7 +95,6 @@ class Runs:
                 excuse = self._magnified(case.before.given, batches, job, before)
                 self.excused[job[1]] = max(excuse, self.excused.get(job[1], 0.0))
             found.append((job[1], result))
-        self._note_parted(after, new)
         return found
 
     def _first(self, batches: Sequence[Arguments], jobs: Sequence[Job]) -> Ran:
@@ -113,14 +111,17 @@ class Runs:
             self.notes.append(f"train mode was not judged: {error.reason}")
             return found
 
-    def _decided_on(self, runs: Sequence[Ran]) -> list[Ran]:
-        """Return what networks chose by in place of what they returned, which is nothing.
+    def _decided_on(self, runs: Sequence[Ran]) -> Sequence[Ran]:
+        """Return the same with what was chosen by in place of outputs that hold no numbers.
 
         Raises:
-            VerificationError: they chose nothing either.
+            VerificationError: nothing is left that can be compared.
         """
-        found = [Ran() for _ in runs]
-        for job in runs[0]:
+        empty = [job for job, outputs in runs[0].items() if not any(t.numel() for t in outputs)]
+        if not empty:
+            return runs
+        found = [ran.updated(Ran()) for ran in runs]
+        for job in empty:
             numbers = decided_on([run.choices[job] for run in runs])
             for ran, tensors in zip(found, numbers, strict=True):
                 ran[job] = tensors
@@ -130,8 +131,8 @@ class Runs:
                 way_out="Give inputs for which it returns tensors, in any nest of objects.",
             )
         self.notes.append(
-            "nothing is returned on these inputs with the given weights: what was compared is what "
-            "that is decided by"
+            "where nothing is returned with the given weights, what was compared is what that is "
+            "decided by"
         )
         return found
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from fxgrow.labels.layers import Layers, support
+from fxgrow.labels.padding import layer_padding
 from fxgrow.labels.pins import PinKind
-from fxgrow.labels.rules.products import layer_padding, product_gain
+from fxgrow.labels.rules.arithmetic import product_gain
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
 

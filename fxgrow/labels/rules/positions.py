@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxgrow.labels.gains import agree
+from fxgrow.labels.gains import agree, not_homogeneous
 from fxgrow.labels.layers import Layer, Layers, clusters, core, support
 from fxgrow.labels.operators import aten
 from fxgrow.labels.padding import joined
@@ -22,6 +22,7 @@ from fxgrow.labels.step import Step
         "allclose _local_scalar_dense"
     ),
     "torchvision.nms",
+    gain=not_homogeneous,
 )
 def told(step: Step) -> tuple[Layers, ...]:
     """Tell positions, or a number: nobody sees what is done with those."""
