@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxgrow.channels.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
+from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
@@ -35,6 +36,7 @@ class Analysis:
             gates of a recurrent layer add.
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
+        silenced: the tensors that both write and read channels which can grow all the same.
     """
 
     traced: Traced
@@ -44,6 +46,7 @@ class Analysis:
     additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
+    silenced: tuple[Silenced, ...] = ()
 
     @cached_property
     def opened(self) -> Opened | None:
@@ -176,7 +179,7 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    channels = resolve(space)
+    silenced, channels = find_silenced(resolve(space), tape)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]
@@ -188,6 +191,7 @@ def analyse(traced: Traced) -> Analysis:
         tuple(block.addition for block in bare),
         find_pairs(blocks, groups, channels, tape),
         recording.calls,
+        silenced,
     )
 
 

@@ -89,7 +89,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
         analysis.channels, resized.channels, found.matching, found.padding.values(),
-        found.zero_channels.values(),
+        found.zero_channels.values(), analysis.silenced,
     )  # fmt: skip
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, found, variance_of)
