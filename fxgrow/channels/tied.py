@@ -19,6 +19,7 @@ import numpy as np
 from fxgrow.channels.channels import Channels
 from fxgrow.labels import ask
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.offsets import offset_of
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.tape import Operation, Tape, Value
@@ -101,9 +102,9 @@ class _Search:
             weights, biases = ([x] if isinstance(x, Value) else [] for x in places)
         elif name != "aten.mul":
             return "is no weight for each channel"
-        if len(weights) != 1 or len(weights[0].origins) != 1 or weights[0].is_curved:
+        if len(weights) != 1 or offset_of(self.tape, weights[0]) is None:
             return "is no weight for each channel"
-        if self.tensor in weights[0].origins or any(len(b.origins) != 1 for b in biases):
+        if self.tensor in weights[0].origins or any(offset_of(self.tape, b) for b in biases):
             return "is no weight of its own"
         self.found[op.index] = op
         self.weights.update(weights[0].origins)
@@ -126,7 +127,7 @@ class _Search:
             operator_name(op.target) == "aten.add"
             and len(op.inputs) == 2
             and len(self.data(op)) == len(beside) == 1
-            and len(beside[0].origins) == 1
+            and offset_of(self.tape, beside[0]) == 0
             and self.tensor not in beside[0].origins
         )
 

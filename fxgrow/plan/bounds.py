@@ -132,6 +132,9 @@ def check_tensor(edit: TensorEdit, dtype: torch.dtype, place: str) -> None:
     check_shape(edit.new_shape, f"{place}new_shape")
     if edit.fill != "constant":
         check_factor(edit.scale, f"{place}scale")
+    check_amount(abs(edit.offset), f"{place}offset")
+    if edit.offset and not dtype.is_floating_point:
+        refuse(f"{place}offset", f"{dtype} cannot hold what it is subtracted from")
     if edit.fan_in < 0:
         refuse(f"{place}fan_in", "it is negative")
     if edit.absorption is not None:

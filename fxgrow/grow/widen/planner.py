@@ -18,6 +18,7 @@ from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.labels.offsets import offsets_of
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
@@ -111,7 +112,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
+        tensors=_tensor_edits(analysis, shapes, sizes, edits, factors, flow, roles, aliases),
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
@@ -211,6 +212,7 @@ def _factors(
 
 
 def _tensor_edits(
+    analysis: Analysis,
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
     edits: Mapping[str, list[AxisEdit]],
@@ -223,6 +225,8 @@ def _tensor_edits(
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
     absorptions = dict(item for norm in kept for item in _absorptions(norm))
     found: dict[str, TensorEdit] = {}
+    split = {name for silenced in analysis.silenced for name in silenced.weights}
+    offsets = offsets_of(analysis.tape)
     for name, shape in shapes.items():
         if name in aliases:
             continue
@@ -233,7 +237,10 @@ def _tensor_edits(
             continue
         owner = name if name in weights else f"{layer_of(name)}.weight"
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
-        found[name] = TensorEdit(shape, new_shape, scale, axes, fan_in, absorptions.get(name))
+        offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
+        found[name] = TensorEdit(
+            shape, new_shape, scale, axes, fan_in, absorptions.get(name), offset=offset
+        )
     return found
 
 
