@@ -7,8 +7,8 @@ module tree with every parameter and buffer on the meta device. The user's model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
-from fxgrow.modules.tensors import module_names, named_tensors, zero_buffers
+from fxgrow.modules.tensors import module_names, named_tensors, scalar_buffers, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -46,6 +46,7 @@ class Traced:
         module: the submodule that is followed, by its fully qualified name; "" for the whole. Names
             of tensors and modules are those in the whole all the same.
         zeros: buffers that no state_dict holds and that are zeros; they may change width.
+        scalars: the values of buffers without dims that no state_dict holds.
         at: during a run, returns the fx node and the module that are running; after a failure,
             those that failed.
     """
@@ -55,6 +56,7 @@ class Traced:
     inferred: bool
     module: str = ""
     zeros: frozenset[str] = frozenset()
+    scalars: Mapping[str, float] = field(default_factory=dict)
     at: Callable[[], Place] = lambda: ("", "")
 
     @cached_property
@@ -108,6 +110,11 @@ class Traced:
     def target(self) -> nn.Module:
         """What is run: the stand-in, or the submodule of it that is followed."""
         return self.standin.get_submodule(self.module)
+
+    @property
+    def _named(self) -> frozenset[str]:
+        """The buffers that no state_dict holds and that are followed all the same."""
+        return self.zeros | self.scalars.keys()
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -180,7 +187,7 @@ class Traced:
         try:
             with keeping_buffers(self.standin):
                 space, tape = propagate(
-                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
+                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
                     most=_MOST_INFERRED if self.inferred else MOST_ENTRIES,
                 )  # fmt: skip
                 complete = not self._unused(space) or self._label_training(space, watch)
@@ -209,7 +216,7 @@ class Traced:
             target = self.target.train()
             with running_modules(self.standin, stack):
                 propagate(
-                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,
+                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self._named,
                     place=lambda: ("", stack[-1] if stack else ""),
                 )  # fmt: skip
         except Exception as error:
@@ -347,7 +354,8 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
-    return Traced(standin, inputs, inferred, module, zero_buffers(model))
+    scalars = scalar_buffers(model)
+    return Traced(standin, inputs, inferred, module, zero_buffers(model) - scalars.keys(), scalars)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
