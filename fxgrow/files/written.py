@@ -26,7 +26,7 @@ from fxgrow.files.comparison import (
     tensor_difference,
 )
 from fxgrow.files.pretrained import keep_tensors_
-from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.calling import Arguments, call, results_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
@@ -145,7 +145,7 @@ def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None)
     with torch.no_grad(), keeping_modes(grown):
         if any(module.training for module in grown.modules()):
             grown.eval()
-        before, after = (tensors_in(call(model, inputs)) for model in (grown, found))
+        before, after = (results_in(call(model, inputs)) for model in (grown, found))
     for old, new in zip(before, after, strict=True):
         unit = torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
         if not torch.allclose(

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 
@@ -44,7 +44,7 @@ def outputs_of(
     try:
         with torch.no_grad(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
-            return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
+            return [tensor.clone() for tensor in results_in(call(model, arguments))]
     except FAULTS as error:
         if grown:
             layer = _layer_at(model, error)
