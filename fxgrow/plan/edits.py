@@ -150,8 +150,8 @@ class ModuleEdit:
 
     module: str
     attribute: str
-    before: int | float | str | tuple[int, ...] | tuple[str, ...]
-    after: int | float | str | tuple[int, ...] | tuple[str, ...]
+    before: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+    after: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ step that is not the last is not followed further back; planners make no such st
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ class _Held:
         tensor: its values.
         exact: whether they are as they were made, and not divided by a factor.
         free: new entries have other values than the plan says.
+        spread: the sizes of what later steps' shares add up to, of the shape of the tensor.
     """
 
     tensor: Tensor
     exact: bool = True
     free: bool = False
+    spread: Tensor | None = None
 
 
 def check_layout(
@@ -125,11 +127,15 @@ class _StepCheck:
 def _part(step: Plan, name: str, edit: TensorEdit | None, held: _Held) -> OldPart | None:
     """Return what of a tensor continues an old one; see :meth:`TensorCheck.old_part`."""
     if edit is None:
-        return OldPart(held.tensor)
+        return OldPart(held.tensor, held.spread)
     noise = step.request.drawing.noise != 0
     exact = held.exact and not edit.offset
     check = TensorCheck(name, edit, noise=noise, free=held.free, exact=exact)
-    return check.old_part(held.tensor + edit.offset if edit.offset else held.tensor)
+    part = check.old_part(held.tensor + edit.offset if edit.offset else held.tensor)
+    if part is None or held.spread is None or part.spread is not None:
+        return part
+    same = held.spread.shape == part.tensor.shape
+    return replace(part, spread=held.spread if same else held.spread.max().expand_as(part.tensor))
 
 
 def _check_values(
@@ -236,7 +242,10 @@ def _undone(edit: TensorEdit | None, held: _Held, part: OldPart) -> _Held | None
     exact = held.exact and edit.scale == 1 and part.spread is None and not edit.offset
     if edit.scale != 1 or edit.offset:
         tensor = tensor.double() / edit.scale - edit.offset
-    return _Held(tensor.to(held.tensor.dtype), exact, held.free)
+    spread = part.spread if part.tensor.shape == tensor.shape else None
+    if spread is not None:
+        spread = spread.double() / abs(edit.scale) + abs(edit.offset)
+    return _Held(tensor.to(held.tensor.dtype), exact, held.free, spread)
 
 
 def _ungrouped(tensor: Tensor, edit: TensorEdit) -> Tensor:
