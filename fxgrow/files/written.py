@@ -32,6 +32,7 @@ from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
 
 _CLASSES = "architectures"
+_TIED = "tie_word_embeddings"
 
 
 def check_directory(
@@ -49,7 +50,7 @@ def check_directory(
         grown: the model that it should hold.
         inputs: what both are run on.
         config: what its ``config.json`` should say.
-        kept: a configuration of which it should say all that is no number.
+        kept: a configuration of which it should say all that is no number, but for a flag of ties.
         folder: the directory whose other files were copied; None if there is none.
 
     Raises:
@@ -58,6 +59,8 @@ def check_directory(
     if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
         raise _unlike(told)
     kept = screened(kept).used  # what asks for code is never written
+    if _TIED in kept:  # it says what has become of the model
+        kept = {**kept, _TIED: getattr(getattr(grown, "config", None), _TIED, kept[_TIED])}
     if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
         raise _unlike(told)
     if folder is not None:

@@ -6,7 +6,7 @@ writes that takes the inverse: a table, a layer, or the weight of a norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fxgrow.channels.analysis import Analysis
@@ -94,7 +94,7 @@ def compensated(
             if (name,) in names and len(op.inputs) == 2 and not op.outputs[0].is_weight:
                 scaled[op.index] = factor
     for index, factor in scaled.items():
-        if not _take_up(analysis, operations[index], 1.0 / factor, found):
+        if not _take_up(analysis.tape, operations[index], 1.0 / factor, found):
             return None
     factors = times(found.factors, eta.factors)
     owed = owed_for(analysis.silenced, factors, found.owed)
@@ -111,30 +111,41 @@ def times(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, 
     return {name: first.get(name, 1.0) * second.get(name, 1.0) for name in names}
 
 
-def _take_up(analysis: Analysis, op: Operation, factor: float, found: Scales) -> bool:
+def _take_up(tape: Tape, op: Operation, factor: float, found: Scales) -> bool:
     """Let whoever writes what an operation multiplies take a factor; return whether one can."""
-    norms = {index: each for each in analysis.silenced for index in each.operations}
     while True:
         data = [value for value in op.inputs if not value.is_weight]
         if len(data) != 1 or data[0].producer is None:
             return False
-        op = analysis.tape.operations[data[0].producer]
-        if op.index in norms:
-            return _set(found.owed, sorted(norms[op.index].weights), factor)
-        writers = [value for value in op.inputs if value.is_weight and value.layers]
-        if operator_name(op.target) == "aten.embedding":
-            return _set(found.factors, [v.parameter for v in writers], factor)
+        op = tape.operations[data[0].producer]
+        name, traits = operator_name(op.target), traits_of(op.target)
+        weights = [value for value in op.inputs if value.is_weight and value.layers]
         inner = [value for value in op.inputs if not value.is_weight]
-        if writers or len(inner) != 1:
+        if name == "aten.embedding":
+            return _set(found.factors, weights, factor)
+        if name == "aten.native_layer_norm":
+            return _set(found.owed, [op.args[2]], factor)
+        if weights and len(inner) == 1 and traits.is_product:  # behind its bias, if it has one
+            return _set(found.factors, [v for v in weights if v is not _bias(op)], factor)
+        if weights and name == "aten.mul":
+            return _set(found.owed, weights, factor)
+        if weights or len(inner) != 1:
             return False
-        if not (traits_of(op.target).is_movement or ask.is_linear(op, inner)):
+        if not (traits.is_movement or ask.is_linear(op, inner)):
             return False
 
 
-def _set(factors: dict[str, float], names: Iterable[str], factor: float) -> bool:
-    """Give tensors a factor, in place; return whether they had no other one."""
-    names = list(names)
-    if not names or not all(names):
+def _bias(op: Operation) -> object:
+    """Return what a product adds, if it does."""
+    name = operator_name(op.target)
+    return (
+        op.args[0] if name == "aten.addmm" else op.args[2] if name == "aten.convolution" else None
+    )
+
+
+def _set(factors: dict[str, float], weights: Sequence[object], factor: float) -> bool:
+    """Give one weight a factor, in place; return whether it is a parameter and had no other one."""
+    found = [value for value in weights if isinstance(value, Value) and len(value.origins) == 1]
+    if len(found) != 1 or len(weights) != 1:
         return False
-    known = [factors.setdefault(name, factor) for name in names]
-    return known == [factor] * len(names)
+    return factors.setdefault(found[0].origins[0], factor) == factor
