@@ -11,7 +11,7 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from fxgrow.channels.channels import Channels
 from fxgrow.labels import ask
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.layers import support
 from fxgrow.labels.offsets import offset_of
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.pins import Pin
@@ -118,7 +119,16 @@ class _Search:
             return False
         if traits.is_movement and not op.is_rounded:
             return True
-        return traits.is_pointwise and len(data) == 1 and ask.is_linear(op, data)
+        if len(data) != 1 or not ask.is_linear(op, data):
+            return False
+        inside, outside = self.dims(data), self.dims(op.outputs[:1])
+        return traits.is_pointwise or ask.is_alike(op, data, inside, outside)
+
+    def dims(self, values: Iterable[Value]) -> list[int]:
+        """Return the dims of some values in which the channels lie."""
+        layers = [layer for value in values for layer in value.layers]
+        own = (x for x in layers if np.isin(self.channels.of_layers([x]), self.members).any())
+        return sorted(frozenset[int]().union(*map(support, own)))
 
     def adds(self, op: Operation) -> bool:
         """Return whether an operation adds a parameter of its own to each channel."""

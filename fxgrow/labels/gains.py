@@ -203,11 +203,15 @@ class GainFlow:
     def undo(self, weight: object, gain: Gain) -> Gain:
         """Let a weight take the inverse of a gain that should go no further; return what goes on.
 
-        A weight that is used twice has taken one and the same factor in both places.
+        A weight that is used twice has taken one and the same factor in both places. What a norm's
+        weight took is for those behind it that have a factor; all others take it up.
         """
         if not (isinstance(weight, Value) and len(weight.origins) == 1):
             return gain
-        wanted = gain.scale != 1.0 and gain.sources & self.undone
+        undone = gain.sources & self.undone
+        if weight.origins[0] not in self.factors:
+            undone |= gain.sources & self.owed.keys()
+        wanted = gain.scale != 1.0 and undone
         taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
         return gain.times(Gain(taken, frozenset(weight.origins)))
 
