@@ -32,7 +32,7 @@ def follows_width(value: float, width: int) -> float | None:
 def number_edits(
     standin: nn.Module, tape: Tape, widths: Mapping[int, int]
 ) -> Iterator[tuple[ModuleEdit, ...]]:
-    """Yield attributes that may be a number that follows a width, those of one class together.
+    """Yield attributes that may be a number that follows a width, those of one name together.
 
     Args:
         standin: the network.
@@ -43,13 +43,13 @@ def number_edits(
              if isinstance(x, (int, float))}  # fmt: skip
     for before, after in widths.items():
         computed = any(follows_width(x, before) is not None for x in given)
-        found: dict[tuple[type, str], list[ModuleEdit]] = {}
+        found: dict[str, list[ModuleEdit]] = {}
         for name, module in standin.named_modules():
             for attribute, value in vars(module).items():
                 number = _followed(value, before, after, computed=computed)
                 if number is not None:
                     edit = ModuleEdit(name, attribute, value, number)
-                    found.setdefault((type(module), attribute), []).append(edit)
+                    found.setdefault(attribute, []).append(edit)
         yield from map(tuple, found.values())
 
 
