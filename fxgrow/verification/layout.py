@@ -243,6 +243,8 @@ def _undone(edit: TensorEdit | None, held: _Held, part: OldPart) -> _Held | None
     if edit.scale != 1 or edit.offset:
         tensor = tensor.double() / edit.scale - edit.offset
     spread = part.spread if part.tensor.shape == tensor.shape else None
+    if spread is None and edit.offset:
+        spread = part.tensor.abs()
     if spread is not None:
         spread = spread.double() / abs(edit.scale) + abs(edit.offset)
     return _Held(tensor.to(held.tensor.dtype), exact, held.free, spread)
