@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from hugging_face import CORE
+from hugging_face import CORE, EXTRAS
 from networks import max_rel
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its 
 
 def directory(folder: Path, name: str, **changes: Any) -> Path:
     """Write a tiny network of random weights as transformers does, with a tokenizer's file."""
-    kind, config, _ = CORE[name]
+    kind, config, _ = (CORE | EXTRAS)[name]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config(changes)).eval()
     for parameter in model.parameters():
@@ -61,6 +61,28 @@ GROWTHS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     ),
     "convnextv2": ({"where": "all"}, {"hidden_sizes": [16, 24]}),
 }
+
+
+@pytest.mark.parametrize("width", ["2x", "1.5x"])
+@pytest.mark.parametrize(
+    ("name", "untie"),
+    [("gpt2", False), ("gpt2", True), ("gemma", False), ("gemma", True), ("t5", False)],
+)
+def test_a_directory_of_a_tied_network_grows(tmp_path, name, untie, width):
+    path = directory(tmp_path, name)
+    opened, grown = widened(path, width, where="all", untie=untie)
+    out = tmp_path / "out"
+    notes = write_grown(opened, grown, out)
+    assert [note.partition(" ")[2] for note in notes] == [
+        "was tied to another tensor and no longer is."
+    ] * untie
+    after = json.loads((out / "config.json").read_text())
+    assert after["tie_word_embeddings"] is not untie
+    size = {"2x": 32, "1.5x": 24}[width]
+    assert size in (after.get("n_embd"), after.get("hidden_size"), after.get("d_model"))
+    loaded = type(opened.model).from_pretrained(out)
+    before, found = (first_output(m.eval(), opened.inputs) for m in (opened.model, loaded))
+    assert max_rel(before, found) < 1e-5
 
 
 @pytest.mark.parametrize("name", GROWTHS)

@@ -18,6 +18,7 @@ from fxgrow.channels.blocks import (
 )
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
+from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
@@ -41,6 +42,7 @@ class Analysis:
             gates of recurrent layers and loops add.
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
+        silenced: the tensors that both write and read channels which can grow all the same.
     """
 
     traced: Traced
@@ -50,6 +52,7 @@ class Analysis:
     additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
+    silenced: tuple[Silenced, ...] = ()
 
     @cached_property
     def opened(self) -> Opened | None:
@@ -182,7 +185,7 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    channels = resolve(space)
+    silenced, channels = find_silenced(resolve(space), tape)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     recurrent = recurrent_blocks(bare, tape)
@@ -199,6 +202,7 @@ def analyse(traced: Traced) -> Analysis:
         tuple(block.addition for block in bare),
         find_pairs(blocks, groups, channels, tape),
         recording.calls,
+        silenced,
     )
 
 

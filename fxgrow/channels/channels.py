@@ -57,6 +57,8 @@ class Channels(ChannelTable):
         pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
+        tied: labels that one tensor both writes and reads, with the pin they have unless something
+            silences what is read: see :mod:`fxgrow.channels.tied`.
         noted: for each operation that altered values, in order, what it did and to which labels.
         met: numbers of positions of constants, and the channels that lie there, for each meeting.
         numbered: how many such numbers there are.
@@ -73,6 +75,7 @@ class Channels(ChannelTable):
     norm_groups: dict[str, int]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, Pin], ...]
+    tied: tuple[tuple[IntArray, Pin], ...] = ()
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -207,6 +210,7 @@ def resolve(space: LabelSpace) -> Channels:
         norm_groups=dict(space.norm_groups),
         unions=tuple(space.unions),
         pinned=pinned,
+        tied=tuple(space.tied),
         noted=tuple(space.history),
         first_labels=first_labels,
         met=tuple((numbers, channel_of_label[labels]) for numbers, labels in space.met),

@@ -41,6 +41,7 @@ def widen(
     split_noise: opt.SplitNoise = 0.1,
     seed: opt.Seed = 0,
     compensate: opt.Compensate = False,
+    untie: opt.Untie = False,
     after: opt.AfterPlan = None,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
@@ -72,7 +73,7 @@ def widen(
             where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
-            progress=steps,
+            untie=untie, progress=steps,
         )  # fmt: skip
 
     common = Settings(

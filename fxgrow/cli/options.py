@@ -206,6 +206,14 @@ Compensate = Annotated[
         "result is then a GraphModule.",
     ),
 ]
+Untie = Annotated[
+    bool,
+    weights(
+        "--untie",
+        help="Give a head that shares the table of an embedding a copy of its own first, so that "
+        "either side grows by itself.",
+    ),
+]
 
 Arch = Annotated[
     str | None,

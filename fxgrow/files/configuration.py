@@ -129,7 +129,7 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
     if any(step.makes_graphs for step in plan.steps):
         raise _refusal("the grown model's code differs from that of its class", "", plan)
     config: Any = architecture.arguments["config"]  # in a record, it may say anything
-    old = screened(config).written
+    old = {**screened(config).written, **_flags(plan)}
     search = _FieldSearch(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
     full = search.complete(old)
     changes = search.run(full)
@@ -138,6 +138,12 @@ def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Co
     full, found = _changed(full, changes), _changed(old, changes)
     # A field that was left out may have followed from others; then all fields are needed.
     return found if search.complete(found) == full else {**old, **full}
+
+
+def _flags(plan: Plan) -> Config:
+    """Return the fields that a plan clears, so that the class ties nothing that was untied."""
+    edits = (edit for step in plan.steps for edit in step.modules if isinstance(edit.after, bool))
+    return {edit.attribute.rpartition(".")[2]: edit.after for edit in edits}
 
 
 class _FieldSearch:

@@ -20,7 +20,7 @@ from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
@@ -326,7 +326,7 @@ def propagate(
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
-    for tensor in tensors_in(result):
+    for tensor in results_in(result):
         value = labeller.value(labeller.current(tensor))
         labeller._use(value)
         labeller.tape.outputs.append(value)

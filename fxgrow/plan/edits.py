@@ -91,6 +91,8 @@ class TensorEdit:
         groups: of the convolution whose weight this is, before and after. Where they differ, the
             old groups are first put into the new ones, in order and as few as will do in each,
             with zeros between them; ``axes`` are those of what this makes.
+        offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
+            above is done to the sum, from which it is subtracted again.
     """
 
     shape: tuple[int, ...]
@@ -102,6 +104,7 @@ class TensorEdit:
     source: str = ""
     fill: Fill = ""
     groups: tuple[int, int] = (1, 1)
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class ModuleEdit:
 
     module: str
     attribute: str
-    before: int | float | str | tuple[int, ...] | tuple[str, ...]
-    after: int | float | str | tuple[int, ...] | tuple[str, ...]
+    before: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+    after: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,23 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
     return replace(found, modules=(*found.modules, *more))
 
 
+def run_with(
+    analysis: Analysis, sizes: Sizes, found: Resized, more: tuple[ModuleEdit, ...]
+) -> Resized | None:
+    """Return a run with some more attributes changed, or None if it computes other sizes then.
+
+    Args:
+        analysis: of the network.
+        sizes: the new sizes.
+        found: the run so far, of the network's own code.
+        more: the attributes.
+    """
+    again = _Rerun(analysis, sizes, found.modules)._run((*found.modules, *more))
+    if isinstance(again, Obstacle) or _computed(again)[0] != _computed(found)[0]:
+        return None
+    return again
+
+
 @dataclass
 class _Rerun:
     """Runs of one network at the same new sizes.
