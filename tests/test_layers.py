@@ -123,6 +123,12 @@ MIDDLES = {
     "unbind and stack": lambda: Calls(lambda x: torch.stack(x.unbind(1)[::-1], 1)),
     "where": lambda: Calls(lambda x: torch.where(x > 0, x, x.tanh())),
     "area": lambda: Calls(lambda x: F.interpolate(x, size=(2, 2), mode="area")),
+    "a number, times": lambda: Calls(lambda x: torch.mul(0.5, x)),
+    "a number, minus": lambda: Calls(lambda x: torch.sub(1.0, x)),
+    "a number, by": lambda: Calls(lambda x: torch.div(2.0, x.exp())),
+    "a number, to the": lambda: Calls(lambda x: torch.pow(2.0, x)),
+    "a number where positive": lambda: Calls(lambda x: torch.where(x > 0, 0.5, x)),
+    "a tensor of one number": lambda: Calls(lambda x: torch.maximum(torch.tensor(0.1), x)),
 }
 
 

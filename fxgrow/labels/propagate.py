@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
-from fxgrow.labels.layers import Layers, support
+from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
@@ -88,6 +88,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
         if layers and not tensor.numel():
             layers = ()  # what has no entries has no channels
+        layers = without_repeats(layers)
         values = self.tape.values
         value = Value(len(values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         values.append(value)
