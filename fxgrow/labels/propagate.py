@@ -126,11 +126,15 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if done:
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
-        facts = _facts(step, inputs)
+        facts, own = _facts(step, inputs), _own_facts(step)
+
+        def told_of(place: int) -> dict[str, Any]:
+            return facts if place else facts | own
+
         index = len(self.tape.operations)
         told = step.positions
         values = tuple([
-            self._enter(tensor, flow, producer=index, positions=told.get(place), **facts)
+            self._enter(tensor, flow, producer=index, positions=told.get(place), **told_of(place))
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
         if traits.is_mutable:
@@ -227,6 +231,13 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
         "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
+
+
+def _own_facts(step: Step) -> dict[str, Any]:
+    """Return what the first output of an operation has for itself."""
+    if not step.stands_for:
+        return {}
+    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import modules_of, named_tensors
@@ -52,12 +53,25 @@ def stand_in(
             fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fresh
     try:
-        return _deep_copy(model, memo)
+        return _with_computed_weights(_deep_copy(model, memo))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise TraceError(
             f"the model cannot be copied: {first_line(error)}.",
             way_out="Remove what does not survive copy.deepcopy.",
         ) from error
+
+
+def _with_computed_weights(model: nn.Module) -> nn.Module:
+    """Return a module whose weight-normed layers have computed their weights of what they hold now.
+
+    They do so before each forward; until then their ``weight`` would be that of another network.
+    """
+    for module in modules_of(model):
+        for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
+            if isinstance(hook, WeightNorm):
+                with torch.no_grad():
+                    setattr(module, hook.name, hook.compute_weight(module))
+    return model
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -103,6 +117,8 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
             copies[key] = value
         elif (known := memo.get(id(value))) is not None:
             copies[key] = known
+        elif kind is Tensor and not value.is_leaf:  # computed of others, and not to be copied so
+            copies[key] = memo[id(value)] = value.detach()
         elif kind in _FILLED and not value:
             copies[key] = memo[id(value)] = kind()
         elif kind is dict and _STRINGS.issuperset(map(type, value)):

@@ -19,7 +19,7 @@ from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
-from fxgrow.labels.space import Role
+from fxgrow.labels.space import Normed, Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
@@ -111,7 +111,9 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(shapes, sizes, edits, factors, flow, roles, aliases),
+        tensors=_tensor_edits(
+            shapes, sizes, edits, factors, flow, roles, aliases, analysis.channels.normed
+        ),
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
@@ -218,6 +220,7 @@ def _tensor_edits(
     flow: GainFlow,
     weights: Mapping[str, Mapping[str, int]],
     aliases: Mapping[str, str],
+    normed: Mapping[str, Normed],
 ) -> dict[str, TensorEdit]:
     """Return the edit of every tensor that changes, in the order of the state_dict."""
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
@@ -227,13 +230,17 @@ def _tensor_edits(
         if name in aliases:
             continue
         new_shape = sizes.shapes.get(name, shape)
-        scale = factors.get(name, 1.0) * flow.vectors.get(name, 1.0)
+        parts = normed.get(name)
+        whole = name if parts is None else parts.direction
+        scale = factors.get(whole, 1.0) * flow.vectors.get(whole, 1.0)
         axes = tuple(edits.get(name, ()))
-        if not axes and scale == 1.0 and name not in absorptions:
+        if not axes and scale == 1.0 and name not in absorptions and not edits.get(whole):
             continue
         owner = name if name in weights else f"{layer_of(name)}.weight"
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
-        found[name] = TensorEdit(shape, new_shape, scale, axes, fan_in, absorptions.get(name))
+        found[name] = TensorEdit(
+            shape, new_shape, scale, axes, fan_in, absorptions.get(name), normed=parts
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
-from fxgrow.labels.space import Fill
+from fxgrow.labels.space import Fill, Normed
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
@@ -146,8 +146,14 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
 
 @rule("aten._weight_norm_interface")
 def weight_norm(step: Step) -> tuple[Layers, ...]:
-    """A direction and a length for each row: rows may be new, columns count in the norm."""
+    """A direction and a length for each row: what reads and writes is the direction.
+
+    It does so as if it were the weight, if the lengths follow its norms; see :class:`.Normed`.
+    """
     direction, length, dim = *step.args[:2], step.argument("dim", 0)
+    names = [step.value(part).parameter for part in (direction, length)]
+    if all(names) and step.space.are_parts(Normed(*names, dim=dim)):
+        step.stands_for = names[0]
     rows = step.line(direction, dim)
     beside = step.line(length, dim)
     if rows is not None and beside is not None:
