@@ -27,7 +27,7 @@ from fxgrow.apply.graph import (
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.errors import FxgrowError, PlanError, shown
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
@@ -240,6 +240,7 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
         set_attributes(grown, plan.modules, of=model)
         for name, graph in graphs.items():
             grown = with_submodule(grown, name, graph_module(module_at(grown, name), graph))
+        grown = with_computed_weights(grown)
         return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
     except (FxgrowError, torch.OutOfMemoryError):
         raise

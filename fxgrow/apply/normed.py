@@ -7,6 +7,8 @@ and so the length is the ratio times the new norm: new columns change the norm, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,15 @@ from fxgrow.plan.edits import TensorEdit
 def ratio_of(parts: Normed, direction: Tensor, length: Tensor) -> Tensor:
     """Return what a direction is multiplied by, in float64 and in the shape of the length."""
     return length.double() / _norm(parts, direction)
+
+
+def weight_at(name: str, tensors: Mapping[str, Tensor], normed: Mapping[str, Normed]) -> Tensor:
+    """Return a weight by its name, or by that of its direction: put together then."""
+    parts = normed.get(name)
+    if parts is None:
+        return tensors[name]
+    direction, length = tensors[parts.direction], tensors[parts.length]
+    return ratio_of(parts, direction, length) * direction.double()
 
 
 def means_in(
@@ -62,8 +73,10 @@ def length_of(parts: Normed, direction: Tensor, ratio: Tensor, dtype: torch.dtyp
 def _norm(parts: Normed, direction: Tensor) -> Tensor:
     """Return the norms of a direction in float64, in the shape of the length."""
     if parts.dim is None:
-        return torch.linalg.vector_norm(direction.double())
+        whole: Tensor = torch.linalg.vector_norm(direction.double())
+        return whole
     others = [dim for dim in range(direction.ndim) if dim != parts.dim]
     if not others:
         return direction.double().abs()
-    return torch.linalg.vector_norm(direction.double(), dim=others, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(direction.double(), dim=others, keepdim=True)
+    return norm

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxgrow.channels.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
 from fxgrow.channels.channels import Channels, resolve
+from fxgrow.channels.computed import with_computed_weights_told
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
@@ -176,7 +177,7 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    channels = resolve(space)
+    channels = with_computed_weights_told(resolve(space), traced.standin)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]

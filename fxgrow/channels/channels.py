@@ -20,7 +20,7 @@ from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.padding import ChannelTable
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
-from fxgrow.labels.space import Fill, LabelSpace
+from fxgrow.labels.space import Fill, LabelSpace, Normed
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic
@@ -126,15 +127,15 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if done:
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
-        facts, own = _facts(step, inputs), _own_facts(step)
-
-        def told_of(place: int) -> dict[str, Any]:
-            return facts if place else facts | own
-
+        facts = _facts(step, inputs)
+        own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
         values = tuple([
-            self._enter(tensor, flow, producer=index, positions=told.get(place), **told_of(place))
+            self._enter(
+                tensor, flow, producer=index, positions=told.get(place),
+                **(facts if place else own),
+            )
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
         if traits.is_mutable:
@@ -240,6 +241,25 @@ def _own_facts(step: Step) -> dict[str, Any]:
     return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
+class _WholeNorms(TorchFunctionMode):
+    """Weight norm is one operation, whichever dim has the lengths and whatever the dtype is.
+
+    torch itself composes some of them of others, in which a norm of all columns is taken by itself.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the call."""
+        if func is torch._weight_norm:
+            return torch.ops.aten._weight_norm_interface(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
     """Watch nothing."""
     del value
@@ -297,7 +317,7 @@ def propagate(
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
     labeller = Labeller(named, space, place, zeros, most)
-    with torch.no_grad(), labeller:
+    with torch.no_grad(), labeller, _WholeNorms():
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):

@@ -56,6 +56,12 @@ class Normed:
     length: str
     dim: int | None
 
+    def of(self, direction: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the length for a direction of some shape."""
+        if self.dim is None:
+            return ()
+        return tuple(size if dim == self.dim else 1 for dim, size in enumerate(direction))
+
 
 @dataclass
 class LabelSpace:
@@ -264,12 +270,12 @@ class LabelSpace:
         self.shared.append((whole.numpy(), part.numpy(), tuple(dims), self.place))
 
     def are_parts(self, parts: Normed) -> bool:
-        """Record that a weight is made of a direction and a length; return False if it is known
-        that either is a part of another weight too, where it could not follow both.
+        """Record of what a weight is made; return False if either is a part of another weight.
+
+        It could not follow both.
         """
-        return all(
-            self.normed.setdefault(name, parts) == parts for name in (parts.direction, parts.length)
-        )
+        names = (parts.direction, parts.length)
+        return all(self.normed.setdefault(name, parts) == parts for name in names)
 
     def several(self, labels: Tensor) -> None:
         """Record that these channels can only grow in number, so that a lone one is pinned."""

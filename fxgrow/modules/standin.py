@@ -52,8 +52,12 @@ def stand_in(
         elif isinstance(tensor, nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fresh
+    for module in modules_of(model):
+        for value in vars(module).values():  # what a forward computed of others cannot be copied
+            if type(value) is Tensor and not value.is_leaf:
+                memo[id(value)] = value.detach()
     try:
-        return _with_computed_weights(_deep_copy(model, memo))
+        return _deep_copy(model, memo)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise TraceError(
             f"the model cannot be copied: {first_line(error)}.",
@@ -61,7 +65,7 @@ def stand_in(
         ) from error
 
 
-def _with_computed_weights(model: nn.Module) -> nn.Module:
+def with_computed_weights(model: nn.Module) -> nn.Module:
     """Return a module whose weight-normed layers have computed their weights of what they hold now.
 
     They do so before each forward; until then their ``weight`` would be that of another network.
@@ -117,8 +121,6 @@ def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[st
             copies[key] = value
         elif (known := memo.get(id(value))) is not None:
             copies[key] = known
-        elif kind is Tensor and not value.is_leaf:  # computed of others, and not to be copied so
-            copies[key] = memo[id(value)] = value.detach()
         elif kind in _FILLED and not value:
             copies[key] = memo[id(value)] = kind()
         elif kind is dict and _STRINGS.issuperset(map(type, value)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fxgrow.labels.space import Normed
@@ -51,7 +50,15 @@ def parts_of(plan: Plan, names: list[str]) -> tuple[set[Normed], set[Normed]]:
 
 
 def _of_step(step: Plan) -> set[Normed]:
-    return {edit.normed for edit in step.tensors.values() if edit.normed is not None}
+    """Return the weights whose parts a step changes, under all names that these have."""
+    found = {edit.normed for edit in step.tensors.values() if edit.normed is not None}
+    others: dict[str, list[str]] = {}
+    for name, first in step.aliases.items():
+        others.setdefault(first, []).append(name)
+    for parts in [*found]:
+        names = (others.get(name, ()) for name in (parts.direction, parts.length))
+        found.update(Normed(a, b, parts.dim) for a, b in zip(*names, strict=False))
+    return found
 
 
 def put_together(tensors: Mapping[str, Tensor], every: set[Normed]) -> dict[str, Tensor]:

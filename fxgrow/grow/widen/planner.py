@@ -225,6 +225,7 @@ def _tensor_edits(
     """Return the edit of every tensor that changes, in the order of the state_dict."""
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
     absorptions = dict(item for norm in kept for item in _absorptions(norm))
+    directions = {layer_of(parts.direction): parts.direction for parts in normed.values()}
     found: dict[str, TensorEdit] = {}
     for name, shape in shapes.items():
         if name in aliases:
@@ -236,7 +237,8 @@ def _tensor_edits(
         axes = tuple(edits.get(name, ()))
         if not axes and scale == 1.0 and name not in absorptions and not edits.get(whole):
             continue
-        owner = name if name in weights else f"{layer_of(name)}.weight"
+        layer = layer_of(name)
+        owner = name if name in weights else directions.get(layer, f"{layer}.weight")
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
         found[name] = TensorEdit(
             shape, new_shape, scale, axes, fan_in, absorptions.get(name), normed=parts
