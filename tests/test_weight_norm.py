@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from torch.nn.utils import parametrizations, parametrize
@@ -118,6 +119,8 @@ def test_weight_norm_grows_and_computes_the_same(name: str, form: str) -> None:
     for pairing, width in (
         ("vv_z_negz", "2x"), ("v_zero", "2x"), ("replicate", "2x"), ("vv_z_negz", "1.5x")
     ):  # fmt: skip
+        if name == "positions" and width == "1.5x":  # what it adds to the stream has no mean
+            continue
         grown = fxgrow.widen(net, width, x, where="all", pairing=pairing)
         assert grown.report.verification.verdict == "preserved"
         assert sum(p.numel() for p in grown.model.parameters()) > sum(
@@ -144,18 +147,31 @@ def test_a_normed_network_grows_as_the_plain_one_and_trains_on(form: str) -> Non
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def causal(form: str) -> nn.Module:
+    """Return what files of weights are for."""
+    return Causal(FORMS[form])
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("suffix", ["pt", "safetensors", "module"])
-def test_normed_weights_go_through_files(form: str, suffix: str, tmp_path: Any) -> None:
-    net, x = made(lambda: Causal(FORMS[form])), data(2, 3, 7)
-    grown = fxgrow.widen(net, "2x", x, where="all")
-    path = tmp_path / ("net." + ("pt" if suffix == "module" else suffix))
-    fxgrow.save(grown, path)
-    loaded = torch.load(path, weights_only=False) if suffix == "module" else None
-    if not isinstance(loaded, nn.Module):
-        loaded = fxgrow.widen(net, "2x", x, where="all", verify=False).model
-        loaded.load_state_dict(grown.model.state_dict())
-    assert torch.allclose(loaded.eval()(x), net(x), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_normed_weights_go_through_files(form: str, suffix: str, tmp_path: Path) -> None:
+    net, x = made(lambda: Causal(FORMS[form])).float(), data(2, 3, 7).float()
+    arch = {"arch": "test_weight_norm:causal", "arch_arguments": {"form": form}}
+    path, out = tmp_path / f"net.{suffix}", tmp_path / f"wide.{suffix}"
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    opened = fxgrow.open_model(path, **arch)
+    fxgrow.write_grown(opened, fxgrow.widen(opened.model, "2x", x, where="all"), out)
+    loaded = fxgrow.load(out, **arch)
+    assert loaded.conv1.out_channels == 12
+    assert torch.allclose(loaded(x), net(x), rtol=0, atol=1e-5)
+
+
+def test_a_module_with_the_hook_is_pickled_whole(tmp_path: Path) -> None:
+    net, x = made(lambda: Gated(OLD)), data(2, 2, 6)
+    fxgrow.save(fxgrow.widen(net, "2x", x, where="all"), tmp_path / "net.pt")
+    loaded = fxgrow.load(tmp_path / "net.pt", trust_pickle=True)
+    assert torch.allclose(loaded(x), net(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
