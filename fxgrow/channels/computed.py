@@ -62,7 +62,7 @@ def _computed(model: nn.Module) -> Iterator[_Computed]:
                 removal = f"torch.nn.utils.remove_spectral_norm(layer, {hook.name!r})"
                 yield _Computed(name, f"{prefix}{hook.name}_orig", "spectral norm", removal)
         if is_parametrized(module):
-            for local, rules in module.parametrizations.items():  # type: ignore[operator]
+            for local, rules in module.parametrizations.items():
                 told = [_told(rule) for rule in rules]
                 if told != ["weight norm"]:
                     removal = f"{_PARAMETRIZE}.remove_parametrizations(layer, {local!r})"

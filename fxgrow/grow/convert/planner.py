@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.convert.alignment import Alignment, setting_differences
+from fxgrow.grow.convert.concatenated import added_places
 from fxgrow.grow.convert.fresh import Fresh, bridges, units_of
 from fxgrow.grow.convert.regroup import Regrouping, regrouped, regrouped_towards
 from fxgrow.grow.convert.target import towards
@@ -63,7 +64,8 @@ def plan_conversion(
     source = replace(source, channels=regrouped(source.channels, regrouping))
     fresh, blocks = _fresh_edits(alignment, source, target)
     widening = Widen({}, pairing=request.pairing, seed=request.seed)  # the target tells the widths
-    found = towards(attempts_for(source, widening), target, names, bridges(fresh))
+    added = added_places(source, target, alignment)
+    found = towards(attempts_for(source, widening), target, names, bridges(fresh), added)
     made = plan_of(source, widening, found, lambda name: 1.0)
     made = _renamed(made, names, fresh, regrouping, target)
     kernels = tuple(_kernels(alignment, old, new))
