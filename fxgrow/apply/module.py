@@ -29,7 +29,7 @@ from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.apply.untie import untie
 from fxgrow.errors import FxgrowError, PlanError, shown
 from fxgrow.labels.in_code import Sized, change_sizes
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
 from fxgrow.modules.tensors import named_tensors, scalar_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
@@ -254,6 +254,7 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
             change_sizes(module_at(grown, name), changed)
         for name, graph in graphs.items():
             grown = with_submodule(grown, name, graph_module(module_at(grown, name), graph))
+        grown = with_computed_weights(grown)
         return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
     except (FxgrowError, torch.OutOfMemoryError):
         raise

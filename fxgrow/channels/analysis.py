@@ -17,6 +17,7 @@ from fxgrow.channels.blocks import (
     stream_channels,
 )
 from fxgrow.channels.channels import Channels, resolve
+from fxgrow.channels.computed import with_computed_weights_told
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
 from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
@@ -185,7 +186,8 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    silenced, channels = find_silenced(resolve(space), tape)
+    told = with_computed_weights_told(resolve(space), traced.standin)
+    silenced, channels = find_silenced(told, tape)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     recurrent = recurrent_blocks(bare, tape)

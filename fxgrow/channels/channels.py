@@ -20,7 +20,7 @@ from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.padding import ChannelTable
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
-from fxgrow.labels.space import Fill, LabelSpace
+from fxgrow.labels.space import Fill, LabelSpace, Normed
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -53,6 +53,7 @@ class Channels(ChannelTable):
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
+        normed: weights made of a direction and a length, by the names of both.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
@@ -73,6 +74,7 @@ class Channels(ChannelTable):
     convolution_groups: dict[str, int]
     mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
+    normed: dict[str, Normed]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, Pin], ...]
     tied: tuple[tuple[IntArray, Pin], ...] = ()
@@ -208,6 +210,7 @@ def resolve(space: LabelSpace) -> Channels:
         channel_of_label=channel_of_label,
         mixers=tuple(_mixers(space, channel_of_label)),
         norm_groups=dict(space.norm_groups),
+        normed=dict(space.normed),
         unions=tuple(space.unions),
         pinned=pinned,
         tied=tuple(space.tied),

@@ -29,7 +29,8 @@ class Value:
         shape, dtype: of the tensor.
         layers: its label layers.
         producer: index of the operation that computed it, or None for inputs and parameters.
-        parameter: fully qualified name if it is a parameter or buffer, else "".
+        parameter: fully qualified name if it is a parameter or buffer, or a weight whose direction
+            is one, else "".
         is_weight: it depends on parameters and constants alone.
         is_input: it is an input of the network.
         origins: the parameters and buffers it depends on, where ``is_weight``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fxgrow.labels.space import Role
+from fxgrow.labels.space import Normed, Role
 
 Fill = Literal["", "identity", "constant"]
 AxisRole = Role | Literal["kernel"]
@@ -93,6 +93,9 @@ class TensorEdit:
             with zeros between them; ``axes`` are those of what this makes.
         offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
             above is done to the sum, from which it is subtracted again.
+        normed: the weight that this is a part of, its direction or its length. ``scale`` and
+            ``axes`` of a direction are the weight's; the length takes the factor, and what keeps
+            the weight's old entries while new ones count in the norm.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +108,7 @@ class TensorEdit:
     fill: Fill = ""
     groups: tuple[int, int] = (1, 1)
     offset: float = 0.0
+    normed: Normed | None = None
 
 
 @dataclass(frozen=True)

@@ -238,6 +238,8 @@ def _tensor_edits(
     """Return the edit of every tensor that changes, in the order of the state_dict."""
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
     absorptions = dict(item for norm in kept for item in _absorptions(norm))
+    normed = analysis.channels.normed
+    directions = {layer_of(parts.direction): parts.direction for parts in normed.values()}
     found: dict[str, TensorEdit] = {}
     split = {name for silenced in analysis.silenced for name in silenced.weights}
     offsets = offsets_of(analysis.tape)
@@ -245,16 +247,20 @@ def _tensor_edits(
         if name in aliases:
             continue
         new_shape = sizes.shapes.get(name, shape)
-        scale = math.prod(by.get(name, 1.0) for by in (factors, flow.vectors, flow.owed))
+        parts = normed.get(name)
+        whole = name if parts is None else parts.direction
+        scale = math.prod(by.get(whole, 1.0) for by in (factors, flow.vectors, flow.owed))
         axes = tuple(edits.get(name, ()))
-        if not axes and scale == 1.0 and name not in absorptions:
+        if not axes and scale == 1.0 and name not in absorptions and not edits.get(whole):
             continue
-        owner = name if name in weights else f"{layer_of(name)}.weight"
+        layer = layer_of(name)
+        owner = name if name in weights else directions.get(layer, f"{layer}.weight")
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
         offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
         found[name] = TensorEdit(
-            shape, new_shape, scale, axes, fan_in, absorptions.get(name), offset=offset
-        )
+            shape, new_shape, scale, axes, fan_in, absorptions.get(name),
+            offset=offset, normed=parts,
+        )  # fmt: skip
     return found
 
 
