@@ -18,15 +18,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
-from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.errors import FxgrowError, SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
+from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
-from fxgrow.files.checkpoint.saving import output_format
-from fxgrow.files.checkpoint.weights import RECORD_KEY
+from fxgrow.files.checkpoint.saving import TENSORS_ONLY, output_format
 from fxgrow.files.checkpoint.writing import Check, write_file
 from fxgrow.files.configuration import grown_config
+from fxgrow.files.copies import grown_copies, left_behind
+from fxgrow.files.identity import arranged, identified
 from fxgrow.files.optimizer import grow_state_dict
 from fxgrow.files.optimizer.checking import check_optimizer
 from fxgrow.files.pretrained import (
@@ -38,7 +39,7 @@ from fxgrow.files.pretrained import (
     stored,
     untied,
 )
-from fxgrow.files.records import identify, put_weights, rebuild, rebuilt_difference, record_of
+from fxgrow.files.records import put_weights, rebuilt_difference, record_of
 from fxgrow.files.reread import Judged, check_written, containers_copied
 from fxgrow.files.written import check_directory, check_program
 from fxgrow.modules.architectures import Architecture
@@ -47,10 +48,8 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.names import carried_names
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.layout import check_layout
 
 _PICKLED_GRAPH = (
     "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
@@ -111,16 +110,16 @@ def open_model(
         source = load_source(path, trust_pickle=trust_pickle)
         notes = list(source.warnings)
         if source.model is not None:
-            return OpenedModel(source, source.model, None, (), notes, source.inputs)
+            module, source = source.model, arranged(source, source.model)
+            return OpenedModel(source, module, None, (), list(source.warnings), source.inputs)
         if source.config is not None and arch is None:
             architecture = architecture_of(source.path, source.config)
             model, source, more = open_pretrained(source, architecture)
             return OpenedModel(
                 source, model, architecture, (), [*notes, *more], example_inputs(model)
             )
-        architecture, plans = identify(source, arch, dict(arch_arguments or {}))
-        limit = Limit.of(source.state_dict) if architecture.origin else None
-        model = rebuild(architecture, plans, limit)
+        architecture, plans, model, source = identified(source, arch, dict(arch_arguments or {}))
+        notes = list(source.warnings)
         put_weights(model, source, architecture)
         if not is_pretrained(architecture):
             return OpenedModel(source, model, architecture, plans, notes)
@@ -207,6 +206,8 @@ def write_grown(
         model=grown.model if source.model is not None or target == "pt2" else None,
         optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
+    if source.kind == "checkpoint" and target not in TENSORS_ONLY:
+        notes += left_behind(source, opened.model, grown.model, grown.plan)
     return notes + written
 
 
@@ -223,10 +224,7 @@ def _judged(opened: OpenedModel, grown: Grown) -> Judged:
         VerificationError: a moving average is not as the plan lays it out.
     """
     source, plan = opened.source, grown.plan
-    first, *others = source.state_dicts
-    copies = [apply_to_state_dict(plan, old, grown.init, first) for old in others]
-    for old, new in zip(others, copies, strict=True):
-        check_layout(plan, old, new)
+    first, copies = source.state_dict, grown_copies(source, plan, grown.init)
     carried = carried_names(named_tensors(opened.model), plan)
     absent = {name for name in grown.model.state_dict() if carried.get(name) not in first}
     plans = () if opened.converted else (*opened.plans, *plan.steps)
