@@ -19,7 +19,7 @@ from fxgrow.modules.architectures import (
     parse_arguments,
     torchvision_names,
 )
-from fxgrow.modules.recognition import adjusted, recognise, sketch
+from fxgrow.modules.recognition import adjusted, recognise
 from fxgrow.modules.uninitialised import build_uninitialised
 
 MORE = ["maxvit_t", "vit_b_16", "densenet121", "shufflenet_v2_x0_5", "googlenet"]

@@ -129,7 +129,9 @@ class _Reread:
     def _read(self) -> Source:
         """Return what the file holds, read as safely as any file if that is possible."""
         problem: FxgrowError | None = None
-        for trusted in (False, True):  # classes of the user's own; it is fxgrow's own work
+        source = self._judged.source
+        # Classes of the user's own need trust, which counts for what was made of them, too.
+        for trusted in (False, True) if source is None or source.trusted else (False,):
             try:
                 return load_source(self._path, trust_pickle=trusted, opener=self._mappings.open)
             except SourceError as error:
@@ -148,19 +150,22 @@ class _Reread:
                 continue
             try:
                 stored = at(found._contents.data, old.keys)
-                places.append(old.of(stored, self._names(old, stored, weights)))
+                places.append(old.of(stored, self._held(old, stored, weights)))
             except LookupError as error:
                 self._refuse(f"the weights in {str(old)!r} are not there: {error}")
         if len(places) != len(wanted):
             self._refuse(f"it has weights in {_places(found)}, not in {_places(source)}")
         return replace(found, state_dict=places[0].state_dict, _locations=places)
 
-    def _names(self, old: Location, stored: Any, weights: Mapping[str, Tensor]) -> list[str]:
-        """Return which of some names lie in a place; a file may lack some of them."""
+    def _held(
+        self, old: Location, stored: Any, weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return which of some weights lie in a place; a file may lack some of them."""
         absent = self._judged.absent
         if not old.is_by_name:
-            return list(weights)
-        return [n for n in weights if n not in absent or old.stored_name(n) in stored]
+            return weights
+        names = (n for n in weights if n not in absent or old.stored_name(n) in stored)
+        return {name: weights[name] for name in names}
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the tensors that were judged, under the names that a state_dict has."""

@@ -8,6 +8,7 @@ their own: :mod:`.safetensors_files` (safetensors, in one file or in shards), :m
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,7 @@ import torch
 
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
+from fxgrow.files.checkpoint.kept import KeptError, save_keeping
 from fxgrow.files.checkpoint.reading import AGAIN, FileReader, NoBytes, Readable, refuse_source
 from fxgrow.files.checkpoint.unpickling import LEGACY_MAGIC, load_trusted, load_untrusted
 from fxgrow.modules.calling import Arguments
@@ -213,9 +215,16 @@ class _Torch(FileFormat):
         return Contents(load_untrusted(found.file, found.archive))
 
     def write(self, contents: Contents, path: Path) -> None:
+        try:
+            self._save(contents.data, path)
+        except KeptError:  # raised before anything large is written
+            path.unlink()
+            save_keeping(functools.partial(self._save, contents.data, path))
+
+    def _save(self, data: object, path: Path, **options: Any) -> None:
         # A file object, because torch would put a file's (temporary) name into the archive.
         with path.open("xb") as file:
-            torch.save(contents.data, file, _use_new_zipfile_serialization=self._zip)
+            torch.save(data, file, _use_new_zipfile_serialization=self._zip, **options)
 
 
 class _TorchLegacy(_Torch):

@@ -7,6 +7,7 @@ network's parameters (a list, as some moving averages keep them), or end to end 
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,19 +77,25 @@ class Location:
             return self.stored_names[bare]
         return self.prefix + (bare.replace(".", "") if self.undotted else bare)
 
-    def of(self, stored: Any, names: Sequence[str]) -> Location:
-        """Return the same place in another saved object, which holds tensors of these names.
+    def of(self, stored: Any, wanted: Mapping[str, Tensor]) -> Location:
+        """Return the same place in another saved object.
+
+        Args:
+            stored: what lies there.
+            wanted: tensors of the names and shapes that it should hold.
 
         Raises:
             LookupError: it does not.
         """
         if self.is_by_name:
-            stored_names = {name: self.stored_name(name) for name in names}
+            stored_names = {name: self.stored_name(name) for name in wanted}
             return by_name(self.keys, stored, stored_names, self.prefix, undotted=self.undotted)
+        if isinstance(self.stored, Tensor):
+            return end_to_end(self.keys, stored, {n: tuple(t.shape) for n, t in wanted.items()})
         tensors = [as_tensor(item) for item in flattened(stored)]
-        if len(tensors) != len(names):
-            raise LookupError(f"{len(tensors)} tensors for {len(names)} names")
-        return Location(self.keys, stored, OrderedDict(zip(names, tensors, strict=True)))
+        if len(tensors) != len(wanted):
+            raise LookupError(f"{len(tensors)} tensors for {len(wanted)} names")
+        return Location(self.keys, stored, OrderedDict(zip(wanted, tensors, strict=True)))
 
 
 def by_name(
@@ -115,6 +122,20 @@ def by_name(
     if (found := versions(stored, prefix)) is not None:
         vars(held)["_metadata"] = found
     return Location(keys, stored, held, names, prefix, undotted)
+
+
+def end_to_end(keys: Keys, stored: Any, shapes: Mapping[str, tuple[int, ...]]) -> Location:
+    """Return the location of tensors that stand one behind the other in a vector.
+
+    Raises:
+        LookupError: it is no vector, or of another length.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if not isinstance(stored, Tensor) or tuple(stored.shape) != (sum(sizes),):
+        raise LookupError(f"no vector of {sum(sizes)} numbers")
+    pieces: Any = torch.split(stored, sizes)
+    parts = zip(shapes.items(), pieces, strict=True)
+    return Location(keys, stored, OrderedDict((name, t.view(shape)) for (name, shape), t in parts))
 
 
 def versions(stored: object, prefix: str) -> OrderedDict[str, object] | None:

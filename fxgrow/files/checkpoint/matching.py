@@ -9,6 +9,7 @@ shapes; a part that may be anything else is none.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fxgrow.files.checkpoint.location import (
     Location,
     as_tensor,
     by_name,
+    end_to_end,
     flattened,
     unwrapped,
 )
@@ -261,13 +263,11 @@ def _by_order(keys: Keys, item: Any, wanted: Wanted) -> Location | None:
 
 def _vector(keys: Keys, item: Any, wanted: Wanted) -> Location | None:
     """Return the parameters that stand end to end in one vector."""
-    sizes = {name: int(np.prod(wanted.shapes[name])) for name in wanted.parameters}
-    whole = isinstance(item, Tensor) and item.ndim == 1 and item.numel() == sum(sizes.values())
-    if not whole or len(sizes) < 2 or not item.is_floating_point():
+    shapes = {name: wanted.shapes[name] for name in wanted.parameters}
+    length = sum(map(math.prod, shapes.values()))
+    if len(shapes) < 2 or not is_weight(item) or tuple(item.shape) != (length,):
         return None
-    parts = item.split(list(sizes.values()))
-    shaped = (part.view(wanted.shapes[n]) for n, part in zip(sizes, parts, strict=True))
-    return Location(keys, item, OrderedDict(zip(sizes, shaped, strict=True)))
+    return end_to_end(keys, item, shapes) if isinstance(item, Tensor) else None
 
 
 def _is_numbers(value: object) -> bool:

@@ -37,6 +37,7 @@ class Source:
         record: what fxgrow wrote beside the weights earlier, else None. Not to be trusted more
             than the file is.
         warnings: what the user should know, one sentence each.
+        trusted: whether the file was let execute code.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Source:
     model: nn.Module | None = None
     record: Mapping[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    trusted: bool = False
     _contents: Contents = field(default_factory=lambda: Contents(None), repr=False)
     _locations: list[Location] = field(default_factory=list, repr=False)
     _found: list[Location] = field(default_factory=list, repr=False)
@@ -152,6 +154,7 @@ def load_source(
         kind=kind,
         state_dict=first.state_dict,
         model=bare_module(first.stored) if isinstance(first.stored, nn.Module) else None,
+        trusted=trust_pickle,
         _contents=contents,
         _locations=copies,
     )
