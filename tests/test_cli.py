@@ -180,7 +180,10 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "truncated": (folder / "truncated.pt", "truncated"),
         "text": (folder / "text.pt", "text file"),
         "directory": (folder / "folder", "directory"),
-        "unrecognised": (saved(plain().state_dict(), folder / "unknown.pt"), "nearest"),
+        "unrecognised": (
+            saved(plain().state_dict(), folder / "unknown.pt"),
+            "package.module:callable",
+        ),
         "no weights": (saved({"epoch": 3}, folder / "none.pt"), "no weights"),
         "quantized": (saved({"w": quantized}, folder / "quantized.pt"), "quantized"),
     }

@@ -349,7 +349,7 @@ def _find_timm(name: str) -> Callable[..., object]:
 
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     way_out = (
         f"Did you mean {', '.join(close)}?"
         if close
