@@ -25,8 +25,8 @@ from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import TENSORS_ONLY, output_format
 from fxgrow.files.checkpoint.writing import Check, write_file
-from fxgrow.files.configuration import grown_config
 from fxgrow.files.copies import grown_copies, left_behind
+from fxgrow.files.fitting import config_of
 from fxgrow.files.identity import arranged, identified
 from fxgrow.files.optimizer import grow_state_dict
 from fxgrow.files.optimizer.checking import check_optimizer
@@ -192,7 +192,7 @@ def write_grown(
         example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
         check = functools.partial(check_program, grown=grown.model, inputs=example)
     if described:
-        config, weights = _for_directory(opened, grown)
+        config, weights = _for_directory(opened, grown, example)
         named: Any = opened.architecture.arguments["config"] if opened.architecture else {}
         check = functools.partial(
             check_directory, grown=grown.model, inputs=example, config=config, kept=named,
@@ -242,7 +242,7 @@ def _grown_weights(
 
 
 def _for_directory(
-    opened: OpenedModel, grown: Grown
+    opened: OpenedModel, grown: Grown, inputs: Arguments | None
 ) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
     """Return the configuration and the weights of a grown model as a directory holds them.
 
@@ -259,7 +259,7 @@ def _for_directory(
     if opened.converted:
         config: dict[str, Any] = dict(architecture.arguments["config"])  # type: ignore[call-overload]
     else:
-        config = grown_config(architecture, grown.plan, grown.model)
+        config = config_of(architecture, grown.plan, grown.model, inputs)
     return config, [stored(grown.model, untied(grown.model))]
 
 
