@@ -340,3 +340,22 @@ def test_a_directory_becomes_that_of_a_larger_configuration(tmp_path, name, chan
     inputs = CORE[name][2]()
     before, after = (first_output(model, inputs) for model in (small, large))
     assert max_rel(before, after) < 1e-6  # the weights are in float32
+
+
+def test_a_directory_of_timm_grows_and_its_record_tells_what_it_is(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    path, out = tmp_path / "net", tmp_path / "net-2x"
+    path.mkdir()
+    safetensors.torch.save_file(model.state_dict(), path / "model.safetensors")
+    config = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {"tag": "c3_in1k"}}
+    (path / "config.json").write_text(json.dumps(config))
+    command = ["widen", str(path), "--width", "2x", "--include", "layer1*", "--verify", "quick"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "config.json is left out" in done.stderr
+    assert not (out / "config.json").exists()
+    grown = fxgrow.load(out)
+    images = torch.randn(2, 3, 64, 64)
+    assert grown.layer1[0].conv1.out_channels == 2 * model.layer1[0].conv1.out_channels
+    assert max_rel(model(images), grown(images)) < 1e-5

@@ -22,7 +22,10 @@ _MOST_PARTS = 8  # that are compared with what is known
 
 
 def identified(
-    source: Source, arch: str | None, arguments: Mapping[str, object]
+    source: Source,
+    arch: str | None,
+    arguments: Mapping[str, object],
+    described: Architecture | None = None,
 ) -> tuple[Architecture, tuple[Plan, ...], nn.Module, Source]:
     """Find the network that weights belong to: as named, as recorded, or as recognised.
 
@@ -30,6 +33,7 @@ def identified(
         source: the weights.
         arch: what the user calls it; None if the file or its shapes tell.
         arguments: of its builder. Those that shapes tell (``num_classes``) may be left out.
+        described: what a file beside the weights says; None if there is none.
 
     Returns:
         The architecture, the surgeries since, the module that it is now, and the source with the
@@ -45,7 +49,7 @@ def identified(
     elif isinstance(record.get("architecture"), Mapping):
         architecture = Architecture.from_dict(record["architecture"], origin=str(source.path))
     else:
-        architecture = _recognised(source)
+        architecture = _recognised(source) if described is None else described
     model, found = _built(source, architecture, plans)
     if arch is not None and not plans and not _fits(found, model):
         better = adjusted(architecture, found.shapes)

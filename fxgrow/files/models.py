@@ -33,6 +33,7 @@ from fxgrow.files.optimizer.checking import check_optimizer
 from fxgrow.files.pretrained import (
     architecture_of,
     example_inputs,
+    is_of_timm,
     is_pretrained,
     open_pretrained,
     reaching,
@@ -54,6 +55,10 @@ from fxgrow.plan.schema import Plan
 _PICKLED_GRAPH = (
     "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
     "--trust-pickle. Widen a state_dict to avoid that."
+)
+_NO_NAME = (
+    "config.json is left out: timm has no architecture of these widths. fxgrow.load reads the "
+    "directory, by the record in its weights."
 )
 
 
@@ -112,13 +117,18 @@ def open_model(
         if source.model is not None:
             module, source = source.model, arranged(source, source.model)
             return OpenedModel(source, module, None, (), list(source.warnings), source.inputs)
+        named = None
         if source.config is not None and arch is None:
-            architecture = architecture_of(source.path, source.config)
+            named = architecture_of(source.path, source.config)
+        if named is not None and is_pretrained(named):
+            architecture = named
             model, source, more = open_pretrained(source, architecture)
             return OpenedModel(
                 source, model, architecture, (), [*notes, *more], example_inputs(model)
             )
-        architecture, plans, model, source = identified(source, arch, dict(arch_arguments or {}))
+        architecture, plans, model, source = identified(
+            source, arch, dict(arch_arguments or {}), named
+        )
         notes = list(source.warnings)
         put_weights(model, source, architecture)
         if not is_pretrained(architecture):
@@ -187,7 +197,10 @@ def write_grown(
 
     config, example = None, None
     check: Check = functools.partial(check_written, judged=judged)
-    described = target == "directory" and (known or source.config is not None)
+    of_timm = is_of_timm(source.config) and not known
+    if of_timm and target == "directory":
+        notes.append(_NO_NAME)
+    described = target == "directory" and (known or source.config is not None) and not of_timm
     if target == "pt2" or described:
         example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
         check = functools.partial(check_program, grown=grown.model, inputs=example)
