@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.errors import shown
 from fxgrow.files.checkpoint import Source
+from fxgrow.files.checkpoint.kept import Kept
 from fxgrow.files.checkpoint.location import Keys
 from fxgrow.files.checkpoint.matching import Shape, is_weight, walk
 from fxgrow.plan.init import Init
@@ -19,6 +21,12 @@ from fxgrow.plan.schema import Plan
 from fxgrow.verification.layout import check_layout
 
 _MOST_TOLD = 5  # places
+_SETTINGS = ("hyper_parameters", "hparams", "config", "cfg", "args", "model_args", "model_kwargs")
+_WIDTH = re.compile(
+    r"(?<!batch_)(?<!image_)(?<!img_)(?<!vocab_)(?<!patch_)(?<!crop_)(?<!kernel_)"
+    r"(width|dim|dims|hidden|channels|features|size|sizes|units|planes|filters|ff|mlp|embd|inner|"
+    r"model)$"
+)
 
 
 def grown_copies(source: Source, plan: Plan, init: Init | None) -> list[OrderedDict[str, Tensor]]:
@@ -82,6 +90,43 @@ def left_behind(source: Source, before: nn.Module, after: nn.Module, plan: Plan)
     if len(found) > _MOST_TOLD:
         notes.append(f"so do {len(found) - _MOST_TOLD} more entries of {source.path}.")
     return notes
+
+
+def stale_settings(source: Source, plan: Plan) -> list[str]:
+    """Return what to know of settings in a checkpoint that name widths which have grown.
+
+    Args:
+        source: the checkpoint.
+        plan: how the network grew.
+    """
+    grown = {group.width[0]: group.width[1] for step in plan.steps for group in step.groups}
+    data: Any = source._contents.data
+    held = [key for key in data if str(key) in _SETTINGS] if isinstance(data, Mapping) else []
+    found = [
+        f"{'.'.join(map(str, (key, *keys)))} is {value}"
+        for key in held
+        for keys, value in walk(_plain(data[key]))
+        if keys and _WIDTH.search(str(keys[-1])) and _is_old_width(value, grown)
+    ]
+    if not found:
+        return []
+    told = ", ".join(found[:_MOST_TOLD])
+    return [
+        f"{source.path} has settings that may name widths which have grown: {shown(told, 300)}. "
+        "They are left as they are; fxgrow.load goes by its record."
+    ]
+
+
+def _plain(settings: object) -> object:
+    """Return settings as containers: of a kept object or a namespace, its parts."""
+    if isinstance(settings, Kept):
+        return [settings.entries, settings.items]
+    return vars(settings) if hasattr(settings, "__dict__") else settings
+
+
+def _is_old_width(value: object, grown: Mapping[int, int]) -> bool:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return any(type(item) is int and grown.get(item, item) != item for item in items)
 
 
 def _others(source: Source) -> Iterator[tuple[Keys, object]]:

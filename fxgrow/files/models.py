@@ -25,7 +25,7 @@ from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import TENSORS_ONLY, output_format
 from fxgrow.files.checkpoint.writing import Check, write_file
-from fxgrow.files.copies import grown_copies, left_behind
+from fxgrow.files.copies import grown_copies, left_behind, stale_settings
 from fxgrow.files.fitting import config_of
 from fxgrow.files.identity import arranged, identified
 from fxgrow.files.optimizer import grow_state_dict
@@ -221,6 +221,7 @@ def write_grown(
     )  # fmt: skip
     if source.kind == "checkpoint" and target not in TENSORS_ONLY:
         notes += left_behind(source, opened.model, grown.model, grown.plan)
+        notes += stale_settings(source, grown.plan)
     return notes + written
 
 
