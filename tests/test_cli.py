@@ -561,3 +561,16 @@ def test_arguments_of_apply_that_are_swapped_are_told(tmp_path):
     assert (
         done.stderr == "error: m.pt holds weights, not a plan. The plan comes first: PLAN SOURCE.\n"
     )
+
+
+@pytest.mark.parametrize("shape", ["2x5:int64", "2,5:long", "2x5"])
+def test_a_shape_may_be_that_of_token_ids(tmp_path, shape):
+    path = saved(token_network().state_dict(), tmp_path / "a.pt")
+    arch = ("--arch", "test_cli:token_network", "--input-shape", shape, "--verify", "quick")
+    done = run("widen", path, "--width", "2x", *arch)
+    assert done.exit_code == 0, done.output
+
+
+def token_network() -> nn.Module:
+    layers = (nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Embedding(9, 4), *layers)

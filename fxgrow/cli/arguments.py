@@ -119,7 +119,8 @@ def parse_shapes(texts: Sequence[str]) -> list[InputShape]:
 def inputs_of(shapes: Sequence[InputShape], opened: OpenedModel) -> object:
     """Return meta tensors of the given shapes, in a model's dtype unless they name another.
 
-    Without shapes, what its file tells. Verification draws the values.
+    Without shapes, what its file tells. Verification draws the values. Two sizes for a network that
+    begins with an embedding are those of token ids.
     """
     import torch
 
@@ -127,10 +128,13 @@ def inputs_of(shapes: Sequence[InputShape], opened: OpenedModel) -> object:
         return opened.inputs
     floating = (p.dtype for p in opened.model.parameters() if p.is_floating_point())
     own = next(floating, torch.float32)
-    return tuple(
-        torch.empty(shape.sizes, dtype=getattr(torch, shape.dtype, own), device="meta")
-        for shape in shapes
-    )
+    layers = (module for module in opened.model.modules() if hasattr(module, "weight"))
+    takes_ids = isinstance(next(layers, None), torch.nn.Embedding)
+    dtypes = [getattr(torch, shape.dtype) if shape.dtype else own for shape in shapes]
+    if takes_ids and not shapes[0].dtype and len(shapes[0].sizes) == 2:
+        dtypes[0] = torch.int64
+    pairs = zip(shapes, dtypes, strict=True)
+    return tuple(torch.empty(each.sizes, dtype=dtype, device="meta") for each, dtype in pairs)
 
 
 def _is_size(text: str) -> bool:
