@@ -574,3 +574,11 @@ def test_a_shape_may_be_that_of_token_ids(tmp_path, shape):
 def token_network() -> nn.Module:
     layers = (nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     return nn.Sequential(nn.Embedding(9, 4), *layers)
+
+
+def test_a_preset_and_what_contradicts_it_are_not_both_taken(tmp_path):
+    path = saved(token_network().state_dict(), tmp_path / "a.pt")
+    for options in (("vt", "--rescaling", "none"), ("netmorph", "--pairing", "vv_z_negz")):
+        told = run("widen", path, "--width", "2x", "--preset", *options)
+        assert told.exit_code == 2
+        assert f"--preset {options[0]} means {options[1]}" in told.stderr

@@ -68,6 +68,8 @@ LAYOUTS: dict[str, tuple[Pack, Unpack]] = {
     "deep": (lambda v: {"a": [{"b": {"c": {"d": dict(v)}}}]},
              lambda m, s: s["a"][0]["b"]["c"]["d"]),
     "vector": (vector, unflattened),
+    "within an optimizer": (lambda v: {"optimizer_states": [{"opt": {}, "ema": tuple(v.values())}]},
+                            lambda m, s: named(m, s["optimizer_states"][0]["ema"])),
     "groups": (lambda v: [[t for t in v.values() if t.ndim > 1],
                           [t for t in v.values() if t.ndim == 1]], by_groups),
 }  # fmt: skip
@@ -119,6 +121,8 @@ def test_an_average_beside_the_network_in_one_state_dict_grows_with_it(tmp_path)
         {"grads": [torch.ones(8, 4)]},
         {"stats": [{"deep": (np.ones((8, 4)),)}]},
         {"loose": torch.ones(2, 8)},
+        {"optimizer": {"m": [torch.ones(8, 4), torch.ones(8)], "step": 3}},
+        {"exp_avg": [p.detach() for p in plain_mlp().parameters()]},
         {0: {"model": torch.ones(8, 4)}},
     ],
     ids=lambda other: str(next(iter(other))),

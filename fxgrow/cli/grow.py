@@ -10,7 +10,7 @@ from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import settings
+from fxgrow.plan.presets import check_preset, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +64,7 @@ def widen(
     checkpoint, moving averages and the optimizer's state grow too.
     """
     widths = parse_widths(width)
+    check_preset(preset, rescaling, pairing)
 
     def make(
         model: nn.Module,

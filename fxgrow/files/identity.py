@@ -113,13 +113,13 @@ def _recognised(source: Source) -> Architecture:
 
 def _parts(places: Sequence[Location]) -> Iterator[Location]:
     """Yield what lies under prefixes, averages last, then those with more tensors first."""
-    parts = [
-        part_of(place, prefix)
-        for place in places
-        if not isinstance(place.stored, nn.Module)
-        for prefix in prefixes(list(place.state_dict))
-        if sum(name.startswith(prefix) for name in place.state_dict) >= _FEWEST
-    ]
+    parts: list[Location] = []
+    for place in places:
+        names = [] if isinstance(place.stored, nn.Module) else list(place.state_dict)
+        for prefix in prefixes(names):
+            if sum(name.startswith(prefix) for name in names) < _FEWEST:
+                break  # of those that follow, no more names begin with any
+            parts.append(part_of(place, prefix))
     yield from sorted(parts[1:], key=lambda part: (is_average(str(part)), -len(part.state_dict)))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, SourceError, VerificationError
+from fxgrow.files.checkpoint.harmless import holds_kept
 from fxgrow.files.checkpoint.location import RECORD_KEY, Keys, Location, at
 from fxgrow.files.checkpoint.mapping import Mappings
 from fxgrow.files.checkpoint.saving import TENSORS_ONLY
@@ -130,8 +131,9 @@ class _Reread:
         """Return what the file holds, read as safely as any file if that is possible."""
         problem: FxgrowError | None = None
         source = self._judged.source
-        # Classes of the user's own need trust, which counts for what was made of them, too.
-        for trusted in (False, True) if source is None or source.trusted else (False,):
+        # Classes of the user's own, and graphs. What was not made of the source is not made here.
+        own = source is None or source.trusted or not holds_kept(source._contents.data)
+        for trusted in (False, True) if own else (False,):
             try:
                 return load_source(self._path, trust_pickle=trusted, opener=self._mappings.open)
             except SourceError as error:

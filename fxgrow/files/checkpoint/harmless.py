@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.instances import check_parts, set_attributes
-from fxgrow.files.checkpoint.kept import Kept, kept_name
+from fxgrow.files.checkpoint.kept import Kept, Name, kept_name
 from fxgrow.files.checkpoint.pickles import Call, PickleError, UnknownNameError
 from fxgrow.files.checkpoint.rebuilding import CALLS, NumpyDtype, build_array, build_partial
 from fxgrow.files.checkpoint.storages import Storage
@@ -177,3 +177,16 @@ def children(item: Any) -> Iterator[object]:
         yield vars(item)
     elif isinstance(item, Tensor) and vars(item):
         yield vars(item)
+
+
+def holds_kept(data: object) -> bool:
+    """Return whether anything in what a pickle built is passed on and was not made."""
+    waiting, seen = [data], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (Kept, Name)):
+            return True
+        if id(item) not in seen:
+            seen.add(id(item))
+            waiting += children(item)
+    return False

@@ -44,6 +44,8 @@ _NO_WEIGHTS = re.compile(
     r"importance|velocity|accum|accumulated|diff|delta|deltas|std|var|residual)([._]|$)",
     re.IGNORECASE,
 )
+# Keys of averages, wherever they stand: some optimizers keep one.
+_SURELY = frozenset({"ema", "ema_params", "shadow", "shadow_params", "swa"})
 _MOST_ENTRIES = 3_000_000
 
 
@@ -159,8 +161,7 @@ def copies_of(
     """
     found: list[Location] = []
     for keys, item in walk(saved):
-        place = ".".join(map(str, keys))
-        if _NO_WEIGHTS.search(place):
+        if _NO_WEIGHTS.search(".".join(map(str, keys))) and str(keys[-1]) not in _SURELY:
             continue
         if isinstance(item, nn.Module):
             held = next((each for each in others if each.keys == keys), None)
@@ -215,7 +216,9 @@ def _by_name(
     half = len(wanted.parameters) / 2
     for prefix in prefixes(list(left)):
         inside = {n[len(prefix) :]: n for n in left if n.startswith(prefix)}
-        if _NO_WEIGHTS.search(prefix) or len(inside) < half:
+        if len(inside) < half:
+            break  # of those that follow, no more names begin with any
+        if _NO_WEIGHTS.search(prefix):
             continue
         for flat, known in ((False, {name: name for name in wanted.shapes}), (True, undotted)):
             names = {
