@@ -491,7 +491,7 @@ OPTIMIZER: list[Fault] = [
 
 
 def _config(**fields: object) -> Patch:
-    return wrap(models, "grown_config", lambda config: {**config, **fields})
+    return wrap(models, "config_of", lambda config: {**config, **fields})
 
 
 CONFIGURATION: list[Fault] = [
