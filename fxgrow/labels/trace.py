@@ -195,20 +195,7 @@ class Traced:
         Raises:
             TraceError: it does not run on its inputs, or nobody can follow what it does.
         """
-        try:
-            self.decided.find_out(self.standin, mode, self.inputs)
-        except Exception as error:  # a user's forward may raise anything
-            fault = self.decided.fault(mode, self.inputs)
-            told = f"inputs of {self._told_shapes}"
-            if fault is not None:
-                raise TraceError(
-                    f"the model does not run on {told}: {first_line(fault)}.",
-                    way_out="" if self.inferred else "Give inputs that it takes.",
-                ) from fault
-            raise TraceError(
-                f"the model runs on {told}, and what it decides by values there cannot be told "
-                f"beforehand: {first_line(error)}."
-            ) from error
+        self.decided.find_out(self.standin, mode, self.inputs, f"inputs of {self._told_shapes}")
 
     def _get_graph(self) -> fx.Graph | None:
         return self.graph
