@@ -258,10 +258,14 @@ def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
 # ── archives ────────────────────────────────────────────────────────────────────────────────────
 
 
-def weights() -> bytes:
+def torch_saved(data: object) -> bytes:
     held = io.BytesIO()
-    torch.save({"0.weight": torch.ones(4, 4), "0.bias": torch.zeros(4)}, held)
+    torch.save(data, held)
     return held.getvalue()
+
+
+def weights() -> bytes:
+    return torch_saved({"0.weight": torch.ones(4, 4), "0.bias": torch.zeros(4)})
 
 
 def _end(data: bytes) -> tuple[int, int, int, int]:
@@ -434,26 +438,48 @@ def program() -> dict[str, bytes]:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     held = io.BytesIO()
     batch = {0: torch.export.Dim.AUTO}
-    torch.export.save(torch.export.export(net, (torch.randn(3, 4),), dynamic_shapes=(batch,)), held)
+    inputs = (torch.randn(3, 4),)
+    exported = torch.export.export(net, inputs, dynamic_shapes=(batch,), strict=False)
+    torch.export.save(exported, held)
     with zipfile.ZipFile(held) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def programs() -> Iterator[tuple[str, bytes]]:
-    """Yield programs that torch would load by more than reading them."""
+def older_program() -> dict[str, bytes]:
+    """Return the members of a small program as torch wrote it before 2.8: in no folder."""
     members = program()
-    model = next(name for name in members if name.endswith("model.json"))
-    config = next(name for name in members if name.endswith("weights_config.json"))
-    inputs = next(name for name in members if name.endswith("model.pt"))
-    folder = model.partition("/")[0]
+    if "version" in members:
+        return members
+    found = {name.rpartition("/")[2]: data for name, data in members.items()}
+    version = json.loads(found["model.json"])["schema_version"]
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    held = {
+        "state_dict": dict(net.named_parameters()),
+        "constants": {},
+        "example_inputs": ((torch.randn(3, 4),), {}),
+    }
+    return {
+        "version": f"{version['major']}.{version['minor']}".encode(),
+        "serialized_exported_program.json": found["model.json"],
+        **{f"serialized_{name}.pt": torch_saved(data) for name, data in held.items()},
+    }
 
-    def with_json(name: str, change: Callable[[dict], object]) -> bytes:
-        data = json.loads(members[name])
-        change(data)
-        return zipped({**members, name: json.dumps(data).encode()})
+
+def with_json(members: dict[str, bytes], name: str, change: Callable[[dict], object]) -> bytes:
+    """Return a program of which one part is changed."""
+    data = json.loads(members[name])
+    change(data)
+    return zipped({**members, name: json.dumps(data).encode()})
+
+
+def graphs(members: dict[str, bytes], model: str) -> Iterator[tuple[str, bytes]]:
+    """Yield programs with graphs that torch would load by more than reading them."""
+
+    def graph(change: Callable[[dict], object]) -> bytes:
+        return with_json(members, model, lambda data: change(data["graph_module"]["graph"]))
 
     def node(change: Callable[[dict], object]) -> bytes:
-        return with_json(model, lambda data: change(data["graph_module"]["graph"]["nodes"][0]))
+        return graph(lambda found: change(found["nodes"][0]))
 
     for target in (
         "os.system", "torch.ops.aten.from_file.default", "torch.ops.prims.x.default", "torch.load",
@@ -472,7 +498,7 @@ def programs() -> Iterator[tuple[str, bytes]]:
             values = data["graph_module"]["graph"]["tensor_values"].values()
             next(iter(values))["sizes"][0] = {"as_expr": {"expr_str": text_, "hint": {"as_int": 3}}}
 
-        yield f"the expression {text_[:40]!r}", with_json(model, expression)
+        yield f"the expression {text_[:40]!r}", with_json(members, model, expression)
     for context in ({"__enum__": True, "fqn": "antigravity:x", "name": "a"}, {"a": 1}, [[1]], 'x"'):
         spec = {"type": "builtins.dict", "context": json.dumps(context), "children_spec": []}
 
@@ -480,10 +506,11 @@ def programs() -> Iterator[tuple[str, bytes]]:
             signature = data["graph_module"]["module_call_graph"][0]["signature"]
             signature["in_spec"] = json.dumps([1, spec])
 
-        yield f"arguments nested by {context}", with_json(model, nested)
+        yield f"arguments nested by {context}", with_json(members, model, nested)
     yield (
         "a keyword with code",
         with_json(
+            members,
             model,
             lambda d: d["graph_module"]["module_call_graph"][0]["signature"].update(
                 forward_arg_names=["x=print()"]
@@ -492,23 +519,50 @@ def programs() -> Iterator[tuple[str, bytes]]:
     )
     yield (
         "an object that is no tensor",
-        with_json(model, lambda d: d["graph_module"]["graph"].update(custom_obj_values={"a": {}})),
+        graph(lambda found: found.update(custom_obj_values={"a": {}})),
     )
+
+
+def older_programs() -> Iterator[tuple[str, bytes]]:
+    """Yield such programs in the layout of torch before 2.8."""
+    members = older_program()
+    model = "serialized_exported_program.json"
+    yield from graphs(members, model)
+    yield "the member evil.so", zipped({**members, "evil.so": b"x"})
+    for name in members:
+        if name.endswith(".pt"):
+            code = saved(called(named("os", "system"), plain("touch flag")))
+            yield f"{name} that is code", zipped({**members, name: code})
+            yield f"{name} that is a module", zipped({**members, name: saved(module())})
+            yield f"{name} that is nothing", zipped({**members, name: b""})
+    for data in (b"{", b"[" * 100_000, b"[]"):
+        yield f"the graph {data[:9]!r}", zipped({**members, model: data})
+    for name in members:
+        yield f"no {name}", zipped({n: data for n, data in members.items() if n != name})
+
+
+def programs() -> Iterator[tuple[str, bytes]]:
+    """Yield programs that torch would load by more than reading them."""
+    members = program()
+    model = next(name for name in members if name.endswith("model.json"))
+    config = next(name for name in members if name.endswith("weights_config.json"))
+    inputs = next(name for name in members if name.endswith("model.pt"))
+    folder = model.partition("/")[0]
+
+    def weight(name: str, change: Callable[[dict], object]) -> bytes:
+        return with_json(members, config, lambda data: change(data["config"][name]))
+
+    yield from graphs(members, model)
     for what, change in {
         "a pickled weight": {"use_pickle": True},
         "a weight elsewhere": {"path_name": "../model.pt"},
         "a weight that is an object": {"path_name": "custom_obj_0"},
         "a weight that is not there": {"path_name": "weight_99"},
     }.items():
-        yield what, with_json(config, lambda d, c=change: d["config"]["0.weight"].update(c))
+        yield what, weight("0.weight", lambda found, change=change: found.update(change))
     odd = {"a weight of a trillion": [{"as_int": 10**12}], "a size that is none": [3]}
     for what, sizes in odd.items():
-        yield (
-            what,
-            with_json(
-                config, lambda d, s=sizes: d["config"]["0.bias"]["tensor_meta"].update(sizes=s)
-            ),
-        )
+        yield what, weight("0.bias", lambda found, s=sizes: found["tensor_meta"].update(sizes=s))
     for name in ("data/aotinductor/model/x.so", "executorch/x", "data/weights/model.pt",
                  "data/constants/custom_obj_0", "models/other.json", "code/evil.py"):  # fmt: skip
         yield f"the member {name}", zipped({**members, f"{folder}/{name}": b"x"})

@@ -32,7 +32,10 @@ CORPORA: dict[str, tuple[Corpus, str]] = {
     "archives": (hostile.archives, ".pt"),
     "headers": (hostile.headers, ".safetensors"),
     "programs": (hostile.programs, ".pt2"),
+    "older programs": (hostile.older_programs, ".pt2"),
 }
+if "version" in hostile.program():  # this torch writes and reads the older layout alone
+    del CORPORA["programs"]
 
 
 def refusal(path: Path) -> str:
@@ -82,6 +85,7 @@ COMMAND = {
     "archives": ["two directories", "a zip bomb", "bytes behind the end"],
     "headers": ["a record that names code", "two tensors on one place"],
     "programs": ["the operation 'os.system'", "example inputs that are code", "a pickled weight"],
+    "older programs": ["the operation 'os.system'", "serialized_state_dict.pt that is code"],
 }  # fmt: skip
 COMMAND_LINE = """
 import resource, sys
@@ -98,7 +102,7 @@ print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize(
-    ("corpus", "what"), [(name, what) for name, found in COMMAND.items() for what in found]
+    ("corpus", "what"), [(name, what) for name in CORPORA for what in COMMAND[name]]
 )
 def test_the_command_refuses_hostile_files_with_one_line_and_little_memory(tmp_path, corpus, what):
     make, suffix = CORPORA[corpus]

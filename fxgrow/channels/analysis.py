@@ -159,8 +159,8 @@ class CallRecording:
         self._recorders: list[Recorder] = []
 
     def __call__(self, value: Callable[[Tensor], Value]) -> Recorder:
-        """Return what watches the next run; one in eval mode is the first of its network."""
-        if not self._traced.target.training:
+        """Return what watches the next run; the first of the network's replaces others."""
+        if self._traced.begins:
             self._recorders.clear()
         self._recorders.append(Recorder(value))
         return self._recorders[-1]

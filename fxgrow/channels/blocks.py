@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
@@ -285,4 +284,4 @@ def _is_norm(op: Operation) -> bool:
 
 def _is_activation(op: Operation) -> bool:
     """Return whether the operation is a pointwise function of one activation."""
-    return torch.Tag.pointwise in op.target.tags and len(op.inputs) == 1
+    return traits_of(op.target).is_pointwise and len(op.inputs) == 1

@@ -31,6 +31,16 @@ class ThreadTracer(fx.Tracer):
         super().__init__()
         self._thread = threading.get_ident()
 
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace a module; see :meth:`torch.fx.Tracer.trace`."""
+        graph = super().trace(*args, **kwargs)
+        for node in graph.nodes:
+            if isinstance(
+                node.type, str
+            ):  # never evaluated: torch before 2.11 pickles no such graph
+                node.type = None
+        return graph
+
     def call_module(
         self,
         m: nn.Module,

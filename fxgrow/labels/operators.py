@@ -37,15 +37,16 @@ UNIFORM = aten(
     "new_empty zero"
 )
 COMMUTATIVE = aten("add mul maximum minimum")
-# Pointwise operations that torch does not tag as such.
+# Pointwise operations that torch, or a torch before 2.11, does not tag as such.
 UNTAGGED = aten(
-    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill"
+    "hardswish hardtanh hardsigmoid relu6 _prelu_kernel fill zero log_sigmoid_forward masked_fill "
+    "leaky_relu ldexp"
 )
 
 
 # What multiplies matrices or convolves: forward operations that torch counts the products of.
 PRODUCTS = aten(
-    "mm addmm bmm baddbmm _scaled_mm convolution _convolution cudnn_convolution "
+    "mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution _convolution cudnn_convolution "
     "convolution_overrideable _slow_conv2d_forward _flash_attention_forward "
     "_efficient_attention_forward _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"

@@ -88,6 +88,11 @@ class PinKind(Enum):
         "nothing is computed of them on these inputs",
         "give example inputs for which all of it is computed",
     )
+    NOISE = (
+        "noise is drawn for each of its channels",
+        "draw it before the layer that writes them, or one number for all of them: noise of new "
+        "channels would not cancel",
+    )
     LAYER_NORM = ("a layer norm over more than the channels", "normalise over the channels alone")
     GROUP_NORM = (
         "a group norm without a weight, whose groups cannot be told",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic
+from fxgrow.labels import generic, noise
 from fxgrow.labels.layers import Layers, support
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
@@ -21,6 +21,8 @@ from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
+from fxgrow.modules.decisions import Decider
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
 
@@ -39,6 +41,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: returns the fx node and the module that are running.
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values.
     """
 
     def __init__(
@@ -48,8 +51,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: Callable[[], Place] = lambda: ("", ""),
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
+        decider: Decider | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(decider)
         self._most = most
         self.space = space
         self._zeros = zeros
@@ -62,6 +66,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
+
+    def left(self, tensor: Tensor, name: str) -> None:
+        """Pin channels that Python reads: nobody sees what it does with them."""
+        for layer in self.value(tensor).layers:
+            self.space.pin(layer, PinKind.LOOKED_UP, name)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""
@@ -149,7 +158,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Append what makes tensors of numbers alone, as each batch norm does, to the tape."""
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
-        values = [self._enter(x, (), producer=index, is_uniform=is_uniform) for x in outputs]
+        drawn = noise.drawn_by(func)
+        values = [
+            self._enter(x, (), producer=index, is_uniform=is_uniform, drawn=drawn) for x in outputs
+        ]
         self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
 
     def _use(self, value: Value) -> None:
@@ -194,6 +206,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
         if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
+        noise.pin_drawn(step)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -202,7 +215,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
                 return step.give_up(PinKind.LAYOUT, str(step.target))
-        if step.traits.is_pointwise:
+        if step.traits.is_pointwise or noise.is_entrywise(step):
             return generic.pointwise(step)
         return step.give_up(PinKind.NO_RULE, str(step.target))
 
@@ -222,6 +235,7 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_view": traits.is_view,
         "is_uniform": traits.is_uniform or moved,
         "is_padded": traits.is_padding,
+        "drawn": noise.drawn_in(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
         "runs": generic.runs(step, inputs[0]) if lone else 1,
@@ -260,6 +274,7 @@ def propagate(
     watch: Watch = no_watch,
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
+    decider: Decider | None = None,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -274,6 +289,7 @@ def propagate(
         zeros: names of buffers that no state_dict holds and that are labelled all the same; see
             :func:`zero_buffers`.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values; without one, that fails.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -284,15 +300,15 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most)
-    with torch.no_grad(), labeller:
+    labeller = Labeller(named, space, place, zeros, most, decider)
+    with torch.no_grad(), same_chance(), labeller:
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
     for tensor in results_in(result):
-        value = labeller.value(tensor)
+        value = labeller.value(labeller.current(tensor))
         labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:

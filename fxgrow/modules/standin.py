@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import modules_of, named_tensors
@@ -121,6 +122,14 @@ def in_eval_mode(model: nn.Module) -> nn.Module:
         if module.training or (kind.train, kind.eval) != plain:
             return model.eval()
     return model
+
+
+def set_training(model: nn.Module, *, mode: bool) -> None:
+    """Put a model into train mode or eval mode, but for dropout, which is off in both."""
+    model.train(mode)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.eval()
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ class Archive:
     """The members of an archive.
 
     Attributes:
-        folder: the one folder that all of them are in.
+        folder: the one folder that all of them are in; "" where none is in a folder, as
+            ``torch.export`` wrote before torch 2.8.
         members: by their names in it.
     """
 
@@ -114,6 +115,8 @@ def read_archive(file: Readable) -> Archive:
         _refuse(file, "bytes before its directory that belong to no member")
     if len(members) != len(entries):
         _refuse(file, "two members of one name")
+    if not any("/" in name for name in members):
+        return Archive("", members)
     folders = {name.partition("/")[0] for name in members}
     if len(folders) != 1 or not all("/" in name for name in members):
         _refuse(file, "members that are not in a subdirectory, the same for all")

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,16 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import FORMATS, Candidate, Contents, FileFormat
-from fxgrow.files.checkpoint.programs import NAME, checked_program
+from fxgrow.files.checkpoint.programs import NAME, OLDER_MODEL, checked_program
 from fxgrow.files.checkpoint.reading import reading
 from fxgrow.modules.calling import Arguments
+
+# Before torch 2.9 programs do not guard their inputs, and cannot be told not to.
+_UNGUARDED: dict[str, Any] = (
+    {"check_guards": False}
+    if "check_guards" in signature(ExportedProgram.module).parameters
+    else {}
+)
 
 
 class _Program(FileFormat):
@@ -30,7 +38,7 @@ class _Program(FileFormat):
     suffixes = (".pt2",)
 
     def sniff(self, found: Candidate) -> bool:
-        marks = {"archive_format", "models/model.json", "serialized_exported_program.json"}
+        marks = {"archive_format", "models/model.json", OLDER_MODEL}
         return not marks.isdisjoint(found.members)
 
     def read(self, found: Candidate, *, trust_pickle: bool) -> Contents:
@@ -38,7 +46,7 @@ class _Program(FileFormat):
         archive = path if trust_pickle else checked_program(found.file, found.archive)
         with reading(path), _quiet():
             program = torch.export.load(archive)
-            module = program.module(check_guards=False)
+            module = program.module(**_UNGUARDED)
         return Contents(module, inputs=_inputs(program), dynamic=_dynamic(program))
 
     def write(self, contents: Contents, path: Path) -> None:
@@ -87,7 +95,9 @@ def _exported(
     problem: Exception | None = None
     for dynamic_shapes in attempts:
         try:
-            return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes)
+            return torch.export.export(
+                module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+            )
         except Exception as error:  # export raises what it likes
             problem = error
     reason = str(problem).strip().splitlines()

@@ -18,11 +18,12 @@ import json
 import math
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxgrow.errors import SourceError, one_line
 from fxgrow.files.checkpoint.archive import Archive, read_archive
@@ -34,6 +35,8 @@ _PAYLOADS = {
     "data/weights/model_weights_config.json": "data/weights/weight_",
     "data/constants/model_constants_config.json": "data/constants/tensor_",
 }
+OLDER_MODEL = "serialized_exported_program.json"  # torch before 2.8: no folder, tensors pickled
+_OLDER_TENSORS = tuple(f"serialized_{n}.pt" for n in ("state_dict", "constants", "example_inputs"))
 _MARKS = re.compile(r"archive_format|archive_version|byteorder|\.data/\w+")
 _MEMBERS = re.compile(r"extra/[\w.]+|data/(weights/weight|constants/tensor)_\d+")
 _MOST_MARK = 4096  # bytes of a mark, such as the version
@@ -52,10 +55,12 @@ _EXPRESSION = re.compile(
     r"|CleanDiv|True|False)\b)*"
 )
 _MOST_EXPRESSION = 2000  # characters
+_PLAIN = (Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype)
 _STACK = re.compile(r"[\w.,;:()<>\[\] @/-]*")  # names of modules and of their classes
 _PATTERNS = {
     "target": _TARGET, "expr_str": _EXPRESSION, "name": _WORD, "forward_arg_names": _WORD,
-    "nn_module_stack": _STACK, "as_string": re.compile(r"[^\x00-\x1f]*"),
+    "nn_module_stack": _STACK,
+    "as_string": re.compile(r"[^\x00-\x1f]*"),
 }  # fmt: skip
 # What a graph says of itself that no computation needs.
 _LEFT_OUT = {"guards_code": [], "treespec_namedtuple_fields": {}, "torch_version": ""}
@@ -81,7 +86,7 @@ def checked_program(file: Readable, archive: Archive | None = None) -> io.BytesI
     with reading(file.path), zipfile.ZipFile(checked, "w") as written:
         try:
             for name, data in _parts(file, archive):
-                written.writestr(zipfile.ZipInfo(f"model/{name}"), data)
+                written.writestr(zipfile.ZipInfo(f"{archive.folder and 'model/'}{name}"), data)
         except _NotPlainError as error:
             _refuse(file, str(error))
     checked.seek(0)
@@ -90,28 +95,65 @@ def checked_program(file: Readable, archive: Archive | None = None) -> io.BytesI
 
 def _parts(file: Readable, archive: Archive) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the bytes of each member of the checked archive."""
+    if not archive.folder:
+        yield from _older_parts(file, archive)
+        return
     for name in archive.members:
         if _MARKS.fullmatch(name):
             mark = archive.part(file, name)
             yield name, mark.read(0, min(mark.size, _MOST_MARK))
         elif name not in (_MODEL, _INPUTS, *_PAYLOADS) and not _MEMBERS.fullmatch(name):
             raise _NotPlainError(f"the member {name!r}")
-    graph = archive.part(file, _MODEL)
-    if graph.size > _MOST_GRAPH:
-        raise _NotPlainError("a graph of more than 256 MB")
-    yield _MODEL, _dumped(_plain(parse_json(graph.read(0, graph.size), file.path)))
+    yield _MODEL, _graph(file, archive, _MODEL)
     for config, prefix in _PAYLOADS.items():
         found = parse_json(archive.read(file, config), file.path)
         payloads = _payloads(archive, found, prefix)
         yield config, _dumped({"config": payloads})
         for member in dict.fromkeys(_path(prefix, payload) for payload in payloads.values()):
             yield member, archive.read(file, member)
-    inputs = archive.part(file, _INPUTS)
+    yield _INPUTS, _tensors(file, archive, _INPUTS)
+
+
+def _older_parts(file: Readable, archive: Archive) -> Iterator[tuple[str, bytes]]:
+    """Yield the parts of an archive as ``torch.export`` wrote it before torch 2.8."""
+    for name in archive.members:
+        if name == "version":
+            mark = archive.part(file, name)
+            yield name, mark.read(0, min(mark.size, _MOST_MARK))
+        elif name not in (OLDER_MODEL, *_OLDER_TENSORS):
+            raise _NotPlainError(f"the member {name!r}")
+    yield OLDER_MODEL, _graph(file, archive, OLDER_MODEL)
+    for name in _OLDER_TENSORS:
+        yield name, _tensors(file, archive, name)
+
+
+def _graph(file: Readable, archive: Archive, name: str) -> bytes:
+    """Return a member that is a graph, if it is plain."""
+    graph = archive.part(file, name)
+    if graph.size > _MOST_GRAPH:
+        raise _NotPlainError("a graph of more than 256 MB")
+    return _dumped(_plain(parse_json(graph.read(0, graph.size), file.path)))
+
+
+def _tensors(file: Readable, archive: Archive, name: str) -> bytes:
+    """Return a member that ``torch.save`` wrote, saved anew, if it is plain tensors."""
+    what = "weights" if "state" in name else "constants" if "const" in name else "example inputs"
+    problem = _NotPlainError(f"{what} that are no plain tensors")
     try:
-        loaded = load_untrusted(inputs)
+        pending: list[Any] = [loaded := load_untrusted(archive.part(file, name))]
     except SourceError as error:
-        raise _NotPlainError("example inputs that are no plain tensors") from error
-    yield _INPUTS, _inputs(loaded)
+        raise problem from error
+    while pending:
+        item = pending.pop()
+        if type(item) in (dict, OrderedDict):
+            pending += item.values()
+        elif type(item) in (list, tuple):
+            pending += item
+        elif type(item) not in _PLAIN:
+            raise problem
+    saved = io.BytesIO()
+    torch.save(loaded, saved)
+    return saved.getvalue()
 
 
 def _dumped(data: object) -> bytes:
@@ -140,22 +182,6 @@ def _payloads(archive: Archive, found: Any, prefix: str) -> dict[str, Any]:
     return payloads
 
 
-def _inputs(loaded: object) -> bytes:
-    """Return example inputs saved anew, if they are plain tensors."""
-    pending: list[Any] = [loaded]
-    while pending:
-        item = pending.pop()
-        if type(item) is dict:
-            pending += item.values()
-        elif type(item) in (list, tuple):
-            pending += item
-        elif type(item) not in (Tensor, bool, int, float, str, type(None), torch.dtype):
-            raise _NotPlainError("example inputs that are no plain tensors")
-    saved = io.BytesIO()
-    torch.save(loaded, saved)
-    return saved.getvalue()
-
-
 def _plain(item: Any, key: str = "") -> Any:
     """Return JSON of an archive without what no computation needs, if the rest is plain.
 
@@ -168,7 +194,11 @@ def _plain(item: Any, key: str = "") -> Any:
     """
     if isinstance(item, dict):
         if key == "metadata":
-            item = {name: item[name] for name in ("nn_module_stack",) if name in item}
+            stack = item.get(
+                "nn_module_stack"
+            )  # of where a node came from, if it says that plainly
+            plain = isinstance(stack, str) and _STACK.fullmatch(stack)
+            item = {"nn_module_stack": stack} if plain else {}
         if key == "custom_obj_values" and item:
             raise _NotPlainError("an object that is no tensor")
         return {_text(name): _entry(name, value) for name, value in item.items()}

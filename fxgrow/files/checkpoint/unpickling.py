@@ -125,6 +125,12 @@ class _Words:
 
 def _load_zip(file: Readable, archive: Archive) -> object:
     """Load a file of torch's zip format."""
+    if not archive.folder:
+        refuse_source(
+            file.path,
+            "is a zip archive that torch.save did not write",
+            "Save it again with torch.save.",
+        )
     pickled = archive.part(file, "data.pkl")
     if pickled.size > _MOST_PICKLED:
         refuse_source(file.path, "has a pickle of more than 256 MB", "Save the state_dict alone.")

@@ -29,9 +29,10 @@ from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
+from fxgrow.labels.running import module_of
 from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
 from fxgrow.labels.tape import Tape
-from fxgrow.labels.trace import Traced, module_of
+from fxgrow.labels.trace import Traced
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 
