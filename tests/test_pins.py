@@ -56,6 +56,7 @@ NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
     PinKind.ACTIVATIONS: lambda net, x, y: x @ y.t(),
     PinKind.PARAMETERS: lambda net, x, y: x + (net.table @ net.second.weight).sum(1),
     PinKind.CURVED: lambda net, x, y: F.linear(x, net.table.square()),
+    PinKind.NOISE: lambda net, x, y: x + torch.randn_like(x),
     PinKind.MIXED: lambda net, x, y: x.softmax(1),
     PinKind.POSITIONS: lambda net, x, y: F.avg_pool1d(x, 2),
     PinKind.LOOKED_UP: lambda net, x, y: x[:, [1, 0, 2]],

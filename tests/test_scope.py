@@ -200,9 +200,17 @@ def test_a_module_that_cannot_be_chosen_is_refused_with_a_way_out(detector, modu
 
 
 def test_inputs_for_a_whole_that_cannot_be_followed_lead_to_its_submodules(detector):
-    images = ([torch.randn(3, 12, 10, dtype=torch.float64)],)
+    images = ([torch.randn(4, 12, 10, dtype=torch.float64)],)
     with pytest.raises(TraceError, match=r"name a submodule .*--module\): backbone, heads\.first"):
         fxgrow.widen(detector, "2x", images)
+
+
+def test_a_whole_that_keeps_what_it_finds_is_followed_on_inputs_that_it_takes(detector):
+    images = ([torch.randn(3, 12, 10, dtype=torch.float64)],)
+    grown = fxgrow.widen(detector, "2x", images)
+    assert [scope.module for scope in grown.plan.scopes] == [""]
+    assert grown.report.verification.verdict == "preserved"
+    assert same_detections(detector, grown.model)
 
 
 class Pair(nn.Module):

@@ -17,7 +17,9 @@ from fxgrow.channels.blocks import (
     stream_channels,
 )
 from fxgrow.channels.channels import Channels, resolve
+from fxgrow.channels.computed import with_computed_weights_told
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
+from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
@@ -41,6 +43,7 @@ class Analysis:
             gates of recurrent layers and loops add.
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
+        silenced: the tensors that both write and read channels which can grow all the same.
     """
 
     traced: Traced
@@ -50,6 +53,7 @@ class Analysis:
     additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
+    silenced: tuple[Silenced, ...] = ()
 
     @cached_property
     def opened(self) -> Opened | None:
@@ -162,8 +166,8 @@ class CallRecording:
         self._recorders: list[Recorder] = []
 
     def __call__(self, value: Callable[[Tensor], Value]) -> Recorder:
-        """Return what watches the next run; one in eval mode is the first of its network."""
-        if not self._traced.target.training:
+        """Return what watches the next run; the first of the network's replaces others."""
+        if self._traced.begins:
             self._recorders.clear()
         self._recorders.append(Recorder(value))
         return self._recorders[-1]
@@ -182,7 +186,8 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    channels = resolve(space)
+    told = with_computed_weights_told(resolve(space), traced.standin)
+    silenced, channels = find_silenced(told, tape)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
     recurrent = recurrent_blocks(bare, tape)
@@ -199,6 +204,7 @@ def analyse(traced: Traced) -> Analysis:
         tuple(block.addition for block in bare),
         find_pairs(blocks, groups, channels, tape),
         recording.calls,
+        silenced,
     )
 
 

@@ -1,7 +1,7 @@
 """Which parts of a network are followed: the whole, a named submodule, or what can be found.
 
-Some networks cannot be followed as a whole: a detector loops over images and keeps as many boxes as
-it finds. Their backbones and heads can. A part is followed with inputs of its own; what comes out
+Some networks cannot be followed as a whole, on inputs that are inferred or at all, but their
+backbones and heads can. A part is followed with inputs of its own; what comes out
 of it is pinned as the outputs of a network are, so that the rest still fits. Names are those in
 the whole.
 """

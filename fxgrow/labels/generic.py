@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels import ask
+from fxgrow.labels import ask, noise
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.operators import COPIES
 from fxgrow.labels.pins import PinKind
@@ -215,9 +215,11 @@ def _join_operands(
     fixed: set[int] = set()
     values = [step.value(tensor) for tensor in operands]
     for tensor, value, own in zip(operands, values, cluster, strict=True):
-        if own is None and value.is_uniform:
-            continue  # one constant may have any width
-        if own is None:
+        if value.drawn and noise.meets(step, value, own) and any(not v.drawn for v in values):
+            fixed |= noise.pin_met(step, merged, value)
+        elif own is None and (value.is_uniform or value.drawn == "mask"):
+            continue  # one constant may have any width, and so may what is drawn alike
+        elif own is None:
             fixed |= step.join_fixed(merged, tensor, merged.shape)
         elif value.is_weight and not all(value.is_weight for value in values):
             step.space.mark(core(own, support(own)), "carrier", "copy")

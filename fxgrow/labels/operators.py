@@ -47,7 +47,7 @@ UNTAGGED = aten(
 
 # What multiplies matrices or convolves: forward operations that torch counts the products of.
 PRODUCTS = aten(
-    "mm addmm bmm baddbmm _scaled_mm convolution _convolution cudnn_convolution "
+    "mm addmm bmm baddbmm _scaled_mm _grouped_mm convolution _convolution cudnn_convolution "
     "convolution_overrideable _slow_conv2d_forward _flash_attention_forward "
     "_efficient_attention_forward _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"

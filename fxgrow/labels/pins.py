@@ -24,8 +24,9 @@ class PinKind(Enum):
         'register a rule for the operation: see "Add an operation" in the README',
     )
     TIED = (
-        "{} both {} and reads them (tied weights)",
-        "a parameter of its own on either side: what is written and read by one cannot cancel",
+        "{} both {} and reads them, and {} (tied weights)",
+        "a parameter of its own on either side (--untie): what is written and read by one cannot "
+        "cancel, unless the weight of a norm before it silences what is new",
     )
     BROADCAST = (
         "a width of one is broadcast here",
@@ -62,6 +63,11 @@ class PinKind(Enum):
         "read with the parameter itself: columns that cancel in it do not cancel in a function of "
         "it",
     )
+    COMPUTED = (
+        "the weight of {} is computed by {}, which all its entries have a part in: take that off "
+        "first by {}, grow, and put it on again",
+        "nothing: what is put on again later acts on the grown weight",
+    )
     MIXED = (
         "{} over the channels mixes all of them",
         "apply it within each channel or over positions: over channels, new ones change its result",
@@ -86,6 +92,11 @@ class PinKind(Enum):
     EMPTY = (
         "nothing is computed of them on these inputs",
         "give example inputs for which all of it is computed",
+    )
+    NOISE = (
+        "noise is drawn for each of its channels",
+        "draw it before the layer that writes them, or one number for all of them: noise of new "
+        "channels would not cancel",
     )
     LAYER_NORM = ("a layer norm over more than the channels", "normalise over the channels alone")
     GROUP_NORM = (

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic, made
-from fxgrow.labels.layers import Layers, support
+from fxgrow.labels import generic, made, noise
+from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
@@ -20,7 +21,9 @@ from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
+from fxgrow.modules.decisions import Decider
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
 
@@ -39,6 +42,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: returns the fx node and the module that are running.
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         place: Callable[[], Place] = lambda: ("", ""),
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
+        decider: Decider | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(decider)
         self._most = most
         self.space = space
         self._zeros = zeros
@@ -62,6 +67,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
+
+    def left(self, tensor: Tensor, name: str) -> None:
+        """Pin channels that Python reads: nobody sees what it does with them."""
+        for layer in self.value(tensor).layers:
+            self.space.pin(layer, PinKind.LOOKED_UP, name)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the recorded value of a tensor; a parameter's axes are labelled on first use."""
@@ -88,6 +98,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
         if layers and not tensor.numel():
             layers = ()  # what has no entries has no channels
+        layers = without_repeats(layers)
         values = self.tape.values
         value = Value(len(values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         values.append(value)
@@ -126,12 +137,16 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
+        own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
         numbers = self._made(step, inputs, layers)
         values = tuple([
-            self._enter(tensor, flow, producer=index, positions=told.get(place), made=own, **facts)
-            for place, (tensor, flow, own) in enumerate(zip(outputs, layers, numbers, strict=True))
+            self._enter(
+                tensor, flow, producer=index, positions=told.get(place), made=numbers[place],
+                **(facts if place else own),
+            )
+            for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
         if traits.is_mutable:
             self._write_back(step, index)
@@ -150,10 +165,12 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Append what makes tensors of numbers alone, as each batch norm does, to the tape."""
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
+        drawn = noise.drawn_by(func)
+        of_any_width = is_uniform or drawn in ("mask", "uniform")
         values = [
             self._enter(
-                x, (), producer=index, is_uniform=is_uniform,
-                made=made.numbered(self.space, x.shape) if is_uniform else (),
+                x, (), producer=index, is_uniform=is_uniform, drawn=drawn,
+                made=made.numbered(self.space, x.shape) if of_any_width else (),
             )
             for x in outputs
         ]  # fmt: skip
@@ -214,6 +231,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
         if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
+        noise.pin_drawn(step)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -222,7 +240,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 return generic.movement(step)
             except RuntimeError:  # what suits data need not suit integers: view_as_complex
                 return step.give_up(PinKind.LAYOUT, str(step.target))
-        if step.traits.is_pointwise:
+        if step.traits.is_pointwise or noise.is_entrywise(step):
             return generic.pointwise(step)
         return step.give_up(PinKind.NO_RULE, str(step.target))
 
@@ -242,10 +260,37 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_view": traits.is_view,
         "is_uniform": traits.is_uniform or moved,
         "is_padded": traits.is_padding,
+        "drawn": noise.drawn_in(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
         "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
+
+
+def _own_facts(step: Step) -> dict[str, Any]:
+    """Return what the first output of an operation has for itself."""
+    if not step.stands_for:
+        return {}
+    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
+
+
+class _WholeNorms(TorchFunctionMode):
+    """Weight norm is one operation, whichever dim has the lengths and whatever the dtype is.
+
+    torch itself composes some of them of others, in which a norm of all columns is taken by itself.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the call."""
+        if func is torch._weight_norm:
+            return torch.ops.aten._weight_norm_interface(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -280,6 +325,7 @@ def propagate(
     watch: Watch = no_watch,
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
+    decider: Decider | None = None,
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -294,6 +340,7 @@ def propagate(
         zeros: names of buffers that no state_dict holds and that are labelled all the same; see
             :func:`zero_buffers`.
         most: entries that a tensor may have.
+        decider: answers where the network looks at values; without one, that fails.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -304,15 +351,15 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most)
-    with torch.no_grad(), labeller:
+    labeller = Labeller(named, space, place, zeros, most, decider)
+    with torch.no_grad(), same_chance(), labeller, _WholeNorms():
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
-    for tensor in tensors_in(result):
-        value = labeller.value(tensor)
+    for tensor in results_in(result):
+        value = labeller.value(labeller.current(tensor))
         labeller._use(value)
         labeller.tape.outputs.append(value)
         for layer in value.layers:

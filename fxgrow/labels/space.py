@@ -40,6 +40,29 @@ class Axis:
     size: int
 
 
+@dataclass(frozen=True)
+class Normed:
+    """A weight in two parts: a direction, which is divided by its norm, times a length.
+
+    New entries of the direction change its norm, and none of the weight's if the length follows.
+
+    Attributes:
+        direction, length: names of the parameters.
+        dim: the dim of the direction whose positions have a norm and a length each; None where
+            there is one for all of it.
+    """
+
+    direction: str
+    length: str
+    dim: int | None
+
+    def of(self, direction: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the length for a direction of some shape."""
+        if self.dim is None:
+            return ()
+        return tuple(size if dim == self.dim else 1 for dim, size in enumerate(direction))
+
+
 @dataclass
 class LabelSpace:
     """Hands out labels for parameter axes and records what the operations say about them.
@@ -59,12 +82,14 @@ class LabelSpace:
         default_factory=dict
     )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, Pin]] = field(default_factory=list)
+    tied: list[tuple[IntArray, Pin]] = field(default_factory=list)  # axes that write and read
     mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], Pin]] = field(default_factory=list)
     heads: list[tuple[IntArray, Pin]] = field(default_factory=list)
     history: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
+    normed: dict[str, Normed] = field(default_factory=dict)  # by the names of both parts
     place: str = ""
     unions: list[Union] = field(default_factory=list)
     numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
@@ -154,8 +179,10 @@ class LabelSpace:
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
 
-        The first role an axis is given stays. An axis that reads its channels and writes or
-        accompanies them too (a tied embedding) is pinned: no new entry could cancel itself.
+        The first role an axis is given stays, but that an axis which reads its channels and writes
+        them too (a tied embedding) is a writer. No new entry of it could cancel itself, so it is
+        pinned unless :mod:`fxgrow.channels.tied` finds what silences it; one that accompanies them
+        is in any case.
         """
         if not labels.numel():
             return
@@ -173,8 +200,14 @@ class LabelSpace:
             if known != role and "reader" in (known, role):
                 axis = self.axes[owner]
                 tied = np.arange(axis.start, axis.start + axis.size)
-                other = "accompanies" if "carrier" in (known, role) else "writes"
-                self.pins.append((tied, Pin(PinKind.TIED, details=(axis.tensor, other))))
+                if "carrier" in (known, role):
+                    details = (axis.tensor, "accompanies", "no new entry of it can do both")
+                    self.pins.append((tied, Pin(PinKind.TIED, details=details)))
+                else:
+                    self.roles[owner] = "writer"
+                    if not any(pin.details[0] == axis.tensor for _, pin in self.tied):
+                        pin = Pin(PinKind.TIED, details=(axis.tensor, "writes", "nothing helps it"))
+                        self.tied.append((tied, pin))
             self.fills.setdefault(owner, fill)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
@@ -258,6 +291,14 @@ class LabelSpace:
             dims: the dims in which ``part`` varies.
         """
         self.shared.append((whole.numpy(), part.numpy(), tuple(dims), self.place))
+
+    def are_parts(self, parts: Normed) -> bool:
+        """Record of what a weight is made; return False if either is a part of another weight.
+
+        It could not follow both.
+        """
+        names = (parts.direction, parts.length)
+        return all(self.normed.setdefault(name, parts) == parts for name in names)
 
     def several(self, labels: Tensor) -> None:
         """Record that these channels can only grow in number, so that a lone one is pinned."""

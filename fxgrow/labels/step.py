@@ -38,6 +38,7 @@ class Step:
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
         positions: by output, the channels among which it tells positions; to be filled.
+        stands_for: the parameter that the first output reads and writes in place of, "" if none.
     """
 
     space: LabelSpace
@@ -50,6 +51,7 @@ class Step:
     value: Callable[[Tensor], Value]
     place: str
     positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
+    stands_for: str = ""
 
     @cached_property
     def call(self) -> OpCall:

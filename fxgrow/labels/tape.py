@@ -7,7 +7,7 @@ import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch._ops import OpOverload
 from fxgrow.labels.layers import Layer, Layers
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.modules.calling import map_kind
+
+Drawn: TypeAlias = Literal["", "mask", "uniform", "noise"]
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that takes as long as all else in making one
@@ -27,13 +29,16 @@ class Value:
         shape, dtype: of the tensor.
         layers: its label layers.
         producer: index of the operation that computed it, or None for inputs and parameters.
-        parameter: fully qualified name if it is a parameter or buffer, else "".
+        parameter: fully qualified name if it is a parameter or buffer, or a weight whose direction
+            is one, else "".
         is_weight: it depends on parameters and constants alone.
         is_input: it is an input of the network.
         origins: the parameters and buffers it depends on, where ``is_weight``.
         is_view: it is a view of another value.
         is_uniform: one constant everywhere (zeros, ones), of whatever size.
         is_padded: one constant at some positions of a dim with channels, beside these.
+        drawn: what is drawn by chance, and made of numbers and weights besides: a mask that is
+            compared or rounded, uniform numbers that are to be, or other noise.
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
         repeated: dims along which it is the same by construction: it had one entry there.
@@ -57,6 +62,7 @@ class Value:
     is_view: bool = False
     is_uniform: bool = False
     is_padded: bool = False
+    drawn: Drawn = ""
     is_curved: bool = False
     repeated: frozenset[int] = frozenset()
     runs: int = 1

@@ -6,29 +6,29 @@ module tree with every parameter and buffer on the meta device. The user's model
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import TooLargeError, TraceError
+from fxgrow.labels.decided import Decided, Mode
 from fxgrow.labels.graphs import symbolic_trace
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propagate
+from fxgrow.labels.running import Interpreter, Listing, running_modules
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
+from fxgrow.labels.training import differs_in_training
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
-from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, stand_in
-from fxgrow.modules.tensors import module_names, named_tensors, zero_buffers
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
+from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -45,7 +45,11 @@ class Traced:
         inferred: whether the inputs are inferred from the first layer.
         module: the submodule that is followed, by its fully qualified name; "" for the whole. Names
             of tensors and modules are those in the whole all the same.
+        decided: what the network decides by values.
         zeros: buffers that no state_dict holds and that are zeros; they may change width.
+        scalars: the values of buffers without dims that no state_dict holds.
+        begins: during a run, whether it is the first of the network at these sizes.
+        exploring: whether what it decides is still to be found out.
         at: during a run, returns the fx node and the module that are running; after a failure,
             those that failed.
     """
@@ -53,9 +57,14 @@ class Traced:
     standin: nn.Module
     inputs: Arguments
     inferred: bool
+    decided: Decided
     module: str = ""
+    begins: bool = True
+    exploring: bool = False
     zeros: frozenset[str] = frozenset()
+    scalars: Mapping[str, float] = field(default_factory=dict)
     at: Callable[[], Place] = lambda: ("", "")
+    _differs: bool | None = None
 
     @cached_property
     def _symbolic(self) -> tuple[fx.Graph | None, str]:
@@ -90,10 +99,10 @@ class Traced:
         graph, reason = self._symbolic
         if graph is None:
             return (), reason
-        interpreter = _Interpreter(self.target, graph, self.module)
-        listing = _Listing(interpreter.place)
+        interpreter = Interpreter(self.target, graph, self.module)
+        listing = Listing(interpreter.place, self.decided.replay("eval"))
         try:
-            with keeping_buffers(self.standin), torch.no_grad(), listing:
+            with keeping_buffers(self.standin), same_chance(), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
             return (), f"its graph does not run: {first_line(error)}"
@@ -108,6 +117,11 @@ class Traced:
     def target(self) -> nn.Module:
         """What is run: the stand-in, or the submodule of it that is followed."""
         return self.standin.get_submodule(self.module)
+
+    @property
+    def _named(self) -> frozenset[str]:
+        """The buffers that no state_dict holds and that are followed all the same."""
+        return self.zeros | self.scalars.keys()
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -129,13 +143,13 @@ class Traced:
             TraceError: the run failed, or nothing fits.
         """
         if not self.inferred:
-            return self.label(watch)
+            return self._label_deciding(watch)
         problem = "the first layer is of no known kind"
         try:
             for arguments in possible_inputs(self.target, self._get_graph):
-                self.inputs = arguments
+                self.inputs, self.decided = arguments, self.decided.forgotten()
                 try:
-                    return self.label(watch)
+                    return self._label_deciding(watch)
                 except TooLargeError:
                     raise
                 except TraceError as error:
@@ -143,6 +157,45 @@ class Traced:
         except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
             problem = first_line(error)  # a layer says something of its sizes that cannot be
         raise nothing_fits(self.target, self._get_graph, problem)
+
+    def _label_deciding(self, watch: Watch) -> tuple[LabelSpace, Tape]:
+        """Label a run, after one on values if it looks at some."""
+        self.exploring = True
+        try:
+            return self.label(watch)
+        except TooLargeError:
+            raise
+        except TraceError as error:
+            if "eval" in self.decided.runs or not self._may_decide(error, "eval"):
+                raise
+            self._find_out("eval")
+            return self.label(watch)
+        finally:
+            self.exploring = False
+
+    def _may_decide(self, error: Exception, mode: Mode) -> bool:
+        """Return whether a run failed that might do so for want of values alone."""
+        cause = error.__cause__ or error
+        if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
+            return True
+        return not self.inferred and self.decided.fault(mode, self.inputs) is None
+
+    def _decides_in_training(self, error: Exception) -> bool:
+        """Find out what the network decides in train mode, if it failed there for want of that."""
+        if not self.exploring or "train" in self.decided.runs:
+            return False
+        if not self._may_decide(error, "train"):
+            return False
+        self._find_out("train")
+        return True
+
+    def _find_out(self, mode: Mode) -> None:
+        """Find out what the network decides by values.
+
+        Raises:
+            TraceError: it does not run on its inputs, or nobody can follow what it does.
+        """
+        self.decided.find_out(self.standin, mode, self.inputs, f"inputs of {self._told_shapes}")
 
     def _get_graph(self) -> fx.Graph | None:
         return self.graph
@@ -157,7 +210,7 @@ class Traced:
         Raises:
             TraceError: the run failed.
         """
-        interpreter = _Interpreter(self.target, graph, self.module)
+        interpreter = Interpreter(self.target, graph, self.module)
         self.at = interpreter.place
         return self._run(interpreter.run_on, watch)
 
@@ -178,12 +231,9 @@ class Traced:
     def _run(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
-            with keeping_buffers(self.standin):
-                space, tape = propagate(
-                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
-                    most=_MOST_INFERRED if self.inferred else MOST_ENTRIES,
-                )  # fmt: skip
-                complete = not self._unused(space) or self._label_training(space, watch)
+            space, tape = self._in_eval_mode(run, watch)
+            more = self._unused(space) or self._adds_in_training(tape)
+            complete = not more or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)
         except TraceError:
@@ -191,28 +241,57 @@ class Traced:
         except Exception as error:  # a user's forward may raise anything
             node, module = self.at()
             where = f" at {module or node}" if module or node else ""
+            told = f"on inputs of {self._told_shapes}"
+            if "eval" in self.decided.runs:
+                problem = f"the model runs {told}, and cannot be followed there{where}"
+            else:
+                problem = f"the model does not run {told}{where}"
+            blame = not self.inferred and "eval" not in self.decided.runs
             raise TraceError(
-                f"the model does not run on inputs of {self._told_shapes}{where}: "
-                f"{first_line(error)}.",
+                f"{problem}: {first_line(error)}.",
                 name=module or node,
-                way_out="" if self.inferred else "Give inputs that it takes.",
+                way_out="Give inputs that it takes." if blame else "",
             ) from error
         finally:
             in_eval_mode(self.standin)
         self._pin_shared(space)
         return space, tape
 
+    def _in_eval_mode(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
+        """Label a run in eval mode, and others that take other ways where it leaves parts out."""
+        self.begins = True
+        most = _MOST_INFERRED if self.inferred else MOST_ENTRIES
+        with keeping_buffers(self.standin):
+            space, tape = propagate(
+                run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
+                most=most, decider=self.decided.replay("eval"),
+            )  # fmt: skip
+        self.begins = False
+        if self.exploring and "eval" in self.decided.runs and self._unused(space):
+            self.decided.explore(self.standin, "eval", self.inputs)
+        for decider in self.decided.further("eval"):
+            with keeping_buffers(self.standin):
+                propagate(
+                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
+                    most=most, space=space, decider=decider,
+                )  # fmt: skip
+        return space, tape
+
     def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
         stack: list[str] = []
         try:
-            target = self.target.train()
-            with running_modules(self.standin, stack):
+            target = self.target
+            set_training(target, mode=True)
+            with running_modules(self.standin, stack), keeping_buffers(self.standin):
                 propagate(
-                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,
+                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self._named,
                     place=lambda: ("", stack[-1] if stack else ""),
+                    decider=self.decided.replay("train"),
                 )  # fmt: skip
         except Exception as error:
+            if self._decides_in_training(error):
+                return False
             if not self.inferred:
                 raise TraceError(
                     f"in train mode, where it uses further parameters, the model does not run on "
@@ -222,9 +301,24 @@ class Traced:
             larger = inputs_in_training(self.target, self._get_graph, self.input_shapes)
             if not larger:
                 raise
-            self.inputs = larger
+            self.inputs, self.decided = larger, self.decided.forgotten()
             return False
         return True
+
+    def _adds_in_training(self, tape: Tape) -> bool:
+        """Return whether train mode draws noise or returns something besides."""
+        if self._differs is None:
+            set_training(self.target, mode=True)
+            decider = self.decided.replay("train")
+            try:
+                self._differs = differs_in_training(
+                    self.standin, self.target, self.inputs, tape, decider
+                )
+            except Exception as error:  # a user's forward may raise anything, as on a batch of one
+                if self._decides_in_training(error):
+                    return self._adds_in_training(tape)
+                self._differs = False
+        return self._differs
 
     def _unused(self, space: LabelSpace) -> bool:
         """Return whether some parameter with an axis to label took no part in the run."""
@@ -252,82 +346,6 @@ class Traced:
                 space.pin(labels, PinKind.OUTSIDE, other, self.module)
 
 
-@contextlib.contextmanager
-def running_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep in ``stack`` the names of the modules that are running; a failure leaves them there."""
-    names = module_names(model)
-
-    def enter(module: nn.Module, _: object) -> None:
-        if id(module) in names:
-            stack.append(names[id(module)])
-
-    def leave(module: nn.Module, *_: object) -> None:
-        if id(module) in names:
-            stack.pop()
-
-    # For all modules at once: hooks of their own would take as long as the run.
-    handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def module_of(node: fx.Node, inside: str = "") -> str:
-    """Return the innermost module that a node of a graph was traced in.
-
-    Args:
-        node: of the graph.
-        inside: the module that was traced, "" for the whole.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    inner = next(reversed(stack.values()), ("",))[0]
-    return f"{inside}.{inner}".strip(".")
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs a graph and knows which node it is at."""
-
-    def __init__(self, target: nn.Module, graph: fx.Graph, module: str) -> None:
-        super().__init__(target, garbage_collect_values=False, graph=graph)
-        self._at: Place = ("", "")
-        self._module = module
-
-    def run_on(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on arguments that may be keywords."""
-        for node in self.graph.find_nodes(op="placeholder")[len(args) :] if kwargs else ():
-            args += (kwargs.get(str(node.target), *node.args[:1]),)
-        return self.run(*args)
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._at = (n.name, module_of(n, self._module))
-        return super().run_node(n)
-
-    def place(self) -> Place:
-        return self._at
-
-
-class _Listing(OnMeta):  # type: ignore[no-untyped-call]
-    """Lists the operations that run by name, and the nodes that run them."""
-
-    def __init__(self, place: Callable[[], Place]) -> None:
-        super().__init__()
-        self.found: list[tuple[str, str]] = []
-        self._place = place
-
-    def ran(
-        self,
-        func: OpOverload,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        operands: Sequence[Tensor],
-        result: object,
-    ) -> None:
-        """List an operation."""
-        self.found.append((func._opname.rstrip("_"), self._place()[0]))
-
-
 def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> Traced:
     """Trace a model, or one submodule of it, without touching it.
 
@@ -347,7 +365,9 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
-    return Traced(standin, inputs, inferred, module, zero_buffers(model))
+    decided, scalars = Decided(model, module, example_inputs), scalar_buffers(model)
+    zeros = zero_buffers(model) - scalars.keys()
+    return Traced(standin, inputs, inferred, decided, module, zeros=zeros, scalars=scalars)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:

@@ -12,30 +12,40 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.modules.calling import tensors_in
+from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
+from fxgrow.modules.draws import Draws
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which random draws give their mean and fused dropout does nothing.
+    """A dispatch mode in which drawn masks give their mean, and fused dropout does nothing.
 
     Dropout and stochastic depth draw a mask and divide it by its mean: with the mean in place of
     the draw they are the identity, whether a module, a function or an attention kernel does them.
+    Other noise is drawn, the same each time that the mode is entered
+    (:class:`fxgrow.modules.draws.Draws`).
 
     Args:
-        exact: casts to a lower precision than float64 give float64, and so do constants that a
-            forward makes without naming a dtype.
+        exact: whatever a forward computes in a lower precision than float64 is in float64: after
+            casts, in constants that it makes, and where it makes numbers of integers.
 
     Attributes:
-        casts: whether there were such casts.
+        casts: whether there was such a thing.
     """
 
     def __init__(self, *, exact: bool = False) -> None:
         super().__init__()
         self.casts = False
         self._exact = exact
+        self._draws = Draws()
+
+    def __enter__(self) -> Expectation:
+        """Begin to draw anew."""
+        self._draws = Draws()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_dispatch__(
         self,
@@ -46,34 +56,41 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operation, without chance."""
         kwargs = kwargs or {}
-        if self._exact and kwargs.get("dtype") in _LOWER:
+        if self._exact:
+            args, kwargs = self._in_double(func, args, kwargs)
+        result = self._draws.run(func, args, kwargs)
+        if self._exact and _is_made_lower(func, args, result):
+            self.casts = True
+            result = result.double()
+        return result
+
+    def _in_double(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments without a lower precision than float64.
+
+        Views, and what is written into, stay what they are: a copy would be something else.
+        """
+        if kwargs.get("dtype") in _LOWER:
             kwargs = {**kwargs, "dtype": torch.float64}
             self.casts = True
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        result = func(*args, **kwargs)
-        if self._exact and _is_constant(func, args, kwargs, result):
-            result = result.double()
-        mean = _mean(func, args)
-        if isinstance(mean, Tensor):
-            return result.copy_(mean)
-        return result if mean is None else result.fill_(mean)
+        if func.is_view or func._schema.is_mutable:
+            return args, kwargs
+        if any(tensor.dtype in _LOWER for tensor in tensors_in((args, kwargs))):
+            self.casts = True
+            args, kwargs = map_tensors(_double, (args, kwargs))
+        return args, kwargs
 
 
-def _mean(func: OpOverload, args: tuple[Any, ...]) -> Tensor | float | None:
-    """Return what a random draw gives on average, or None if the operation is no draw."""
-    name = func._opname
-    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
-        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
-        return mean
-    return 0.5 if name in ("rand", "rand_like") else None
-
-
-def _is_constant(
-    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object
-) -> bool:
-    """Return whether a result is a new tensor of the dtype that is the default for all threads."""
-    if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype():
+def _is_made_lower(func: OpOverload, args: tuple[Any, ...], result: object) -> bool:
+    """Return whether numbers of a lower precision were made where there were none."""
+    if not isinstance(result, Tensor) or result.dtype not in _LOWER:
         return False
-    made = func is torch.ops.aten.lift_fresh.default or not tensors_in((args, kwargs))
-    return made and kwargs.get("dtype") is None
+    if func is torch.ops.aten.lift_fresh.default:
+        return True
+    numbers = any(t.is_floating_point() or t.is_complex() for t in tensors_in(args))
+    return not (numbers or func.is_view or func._schema.is_mutable)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype in _LOWER else tensor

@@ -53,7 +53,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(1 << 12)
-def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return what ``torch.broadcast_shapes`` does, which takes long; None if they do not fit."""
     more, fewer = (one, other) if len(one) >= len(other) else (other, one)
     pairs = list(zip(more, (*[1] * (len(more) - len(fewer)), *fewer), strict=True))
@@ -76,6 +76,8 @@ def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] 
     "aten::mul.Scalar",
     "aten::roll",
     "aten::_safe_softmax",
+    "aten::_sample_dirichlet",
+    "aten::binomial",
 )
 def like_first(x: Tensor, *rest: object, **_: object) -> Any:
     """A function of one tensor, of its shape and dtype."""
@@ -106,7 +108,7 @@ def of_two(x: Tensor, y: Tensor, *, alpha: float = 1) -> Any:
         return NotImplemented  # the quotient of integers is none
     if x.shape == y.shape:
         return _empty_like(x)
-    shape = _broadcast(x.shape, y.shape)
+    shape = broadcast(x.shape, y.shape)
     return NotImplemented if shape is None else _empty(shape, x)
 
 
@@ -131,7 +133,7 @@ def compared(x: Tensor, number: object) -> Any:
 @SHORTCUTS.register("aten::masked_fill.Scalar")
 def masked(x: Tensor, mask: Tensor, number: object) -> Any:
     """A number where a mask is, which broadcasts to the tensor."""
-    fits = mask.is_meta and mask.dtype == torch.bool and _broadcast(x.shape, mask.shape) == x.shape
+    fits = mask.is_meta and mask.dtype == torch.bool and broadcast(x.shape, mask.shape) == x.shape
     plain = x.is_floating_point() and isinstance(number, (int, float))
     return _empty_like(x) if fits and plain and x.is_contiguous() else NotImplemented
 
@@ -265,6 +267,14 @@ def batched_product(left: Tensor, right: Tensor) -> Any:
     if (left.shape[0], left.shape[2]) != (right.shape[0], right.shape[1]):
         return NotImplemented
     return _empty((*left.shape[:2], right.shape[2]), left)
+
+
+@SHORTCUTS.register("aten::_grouped_mm")
+def grouped_product(left: Tensor, right: Tensor, *_: object, **__: object) -> Any:
+    """A matrix for each group of rows; torch takes but one dtype of those that its kernels do."""
+    if left.ndim != 2 or right.ndim != 3 or left.shape[1] != right.shape[1]:
+        return NotImplemented
+    return _empty((left.shape[0], right.shape[2]), left)
 
 
 @SHORTCUTS.register("aten::convolution")

@@ -10,30 +10,52 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.modules.calling import map_tensors, tensors_in
+from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_in, positions_of
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.meta_shapes import run_on_meta
+from fxgrow.modules.draws import Draws, law_of
+from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 from fxgrow.modules.one_device import OnOneDevice
 
 _ZEROS = torch.ops.aten.zeros.default
 _TO_COPY = torch.ops.aten._to_copy.default
+_SELECT = torch.ops.aten.masked_select.default
+_AT_POSITIONS = (
+    _SELECT,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+_PACK = torch.ops.aten._pack_padded_sequence.default
 
 
 class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode in which constants that a model makes on another device join the meta one."""
+    """A dispatch mode in which constants that a model makes on another device join the meta one.
 
-    def __init__(self) -> None:
+    Args:
+        decider: answers where the model looks at values; without one, that fails.
+    """
+
+    def __init__(self, decider: Decider | None = None) -> None:
         super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
+        self._stale: set[int] = set()  # ids of constants whose twins were written into
+        self._decider = decider
+        self.draws = Draws()
         self._one_device = OnOneDevice(self._to_meta)
+        self._as_if_real = None if decider is None else AsIfReal(decider, self.left)
 
     def __enter__(self) -> OnMeta:
-        """Begin."""
+        """Begin; tensors say from now on where those of the decider are."""
         super().__enter__()  # type: ignore[no-untyped-call]
         self._one_device.__enter__()  # type: ignore[no-untyped-call]
+        if self._as_if_real is not None:  # above the other, which needs to know where they are
+            self._as_if_real.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         """End."""
+        if self._as_if_real is not None:
+            self._as_if_real.__exit__(*error)  # type: ignore[no-untyped-call]
         self._one_device.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
@@ -49,21 +71,80 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         What has not met a meta tensor (token ids, a mask made of them) keeps its values, on the
         CPU, even where the model wants it on the device of its weights: forwards look into masks.
         """
-        kwargs = kwargs or {}
+        if self._decider is None:
+            return self._dispatch(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # here tensors are where they are
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._stale:
+            args, kwargs = map_tensors(self.current, (args, kwargs))
+        if func is _PACK:
+            return self._packed(*args)
         tensors = tensors_in((args, kwargs))
         elsewhere = len(tensors) - sum([tensor.is_meta for tensor in tensors])
         if 0 < elsewhere < len(tensors):
+            changed = tensors[0] if func._schema.is_mutable else None
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
             tensors = tensors_in((args, kwargs))
+            if changed is not None and tensors[0] is not changed:
+                self._stale.add(id(changed))
         if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         elif func is _ZEROS and args[0] and _is_made_up(func, args, kwargs):
             kwargs = {**kwargs, "device": torch.device("meta")}  # what is written there is, too
         elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
-        result = run_on_meta(func, args, kwargs, tensors)
+        if self._decider is not None and tensors and tensors[0].is_meta:
+            if func in _AT_POSITIONS and (func is _SELECT or masks_in(args[1])):
+                return self._at_positions(func, args, kwargs)
+            if looks_at_values(func):
+                result = self._decider.decide(func, args, kwargs)
+                self.ran(func, args, kwargs, tensors, result)
+                return result
+        result = self.computed(func, args, kwargs, tensors)
         self.ran(func, args, kwargs, tensors, result)
         return result
+
+    def computed(
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: Sequence[Tensor],
+    ) -> Any:
+        """Return the result of an operation that looks at no values, or that nobody knows."""
+        if law_of(func) and not self._is_on_meta(kwargs, operands):
+            return self.draws.run(func, args, kwargs)
+        try:
+            return run_on_meta(func, args, kwargs, operands)
+        except (NotImplementedError, RuntimeError):
+            if self._decider is None or func.namespace == "aten":
+                raise
+            return self._decider.decide(func, args, kwargs)
+
+    def _is_on_meta(self, kwargs: dict[str, Any], operands: Sequence[Tensor]) -> bool:
+        """Return whether the result of an operation has no values."""
+        asked = torch.device(kwargs.get("device") or "cpu")
+        return any(tensor.is_meta for tensor in operands) or asked.type == "meta"
+
+    def _packed(self, x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+        """Pack sequences, whose lengths have values."""
+        if lengths.is_meta and self._decider is not None:
+            lengths = torch.tensor(self._decider.read(lengths, "tolist", Tensor.tolist))
+        result = _PACK(x, lengths, batch_first)
+        self.ran(_PACK, (x, lengths, batch_first), {}, (x, lengths), result)
+        return result
+
+    def _at_positions(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do at the positions that masks tell what is to be done where they are set."""
+        x, given, *rest = args
+        with self:
+            if func is _SELECT:
+                shape = broadcast(x.shape, given.shape) or x.shape
+                found = positions_of([given.expand(shape)])
+                return torch.ops.aten.index.Tensor(x.expand(shape), found)
+            return func(x, positions_of(given), *rest, **kwargs)
 
     def ran(
         self,
@@ -77,6 +158,13 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Take note that a constant is stood in for by a meta tensor, from now on."""
+
+    def left(self, tensor: Tensor, name: str) -> None:
+        """Take note that Python reads all values of a tensor."""
+
+    def current(self, tensor: Tensor) -> Tensor:
+        """Return a tensor, or the meta twin of a constant that was written over since."""
+        return self._twins[id(tensor)][1] if id(tensor) in self._stale else tensor
 
     def _to_meta(self, tensor: Tensor) -> Tensor:
         """Move a tensor; those without dims mix with any device as they are."""

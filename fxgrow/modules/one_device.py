@@ -42,5 +42,9 @@ class OnOneDevice(TorchFunctionMode):
             devices = {tensor.is_meta for tensor in tensors_in((args, kwargs))}
             if len(devices) > 1:
                 with _disable_current_modes():  # what makes a tensor here is no part of the run
-                    args, kwargs = map_tensors(self._to_meta, (args, kwargs))
+                    args, kwargs = map_tensors(self._moved, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on meta; lengths of packed sequences stay where code looks at them."""
+        return self._to_meta(tensor) if tensor.is_floating_point() else tensor

@@ -12,6 +12,8 @@ that modules have already. All that it can do is this, to a copy of a network:
 - ``modules``: give numbers, or tuples of them, that a module or its configuration holds as plain
   attributes other values; repeat texts that are in a tuple there; pad otherwise.
 - ``sizes``, ``multipliers``: put other sizes and factors into the graph of the network's own code.
+- ``untied``: give one name of a parameter with several names a copy of it, and clear the flag of
+  the configuration that would have the class tie it again.
 - ``aliases``, ``names``: say which tensors are one, and which of another architecture they become.
 
 ``scopes`` and ``prediction`` say on what and against what the result is measured, and ``request``
@@ -36,6 +38,7 @@ from functools import cached_property
 
 import torch
 
+from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
     check_amount,
     check_attribute,
@@ -49,8 +52,8 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
-from fxgrow.plan.edits import Child, Multiplier, Rearrangement
-from fxgrow.plan.requests import Convert, Deepen, Request, Widen
+from fxgrow.plan.edits import Child, Multiplier, Rearrangement, TensorEdit
+from fxgrow.plan.requests import Convert, Deepen, Request, Untie, Widen
 from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
@@ -97,8 +100,9 @@ class _Checked:
         self._check_rearrangements()
         self._check_tensors()
         self._check_aliases()
+        self._check_untied()
         for index, edit in enumerate(step.modules):
-            check_attribute(edit, f"{at}modules.{index}.")
+            check_attribute(edit, f"{at}modules.{index}.", unties=bool(step.untied))
         for index, size in enumerate(step.sizes):
             self._check_module(size.module, f"{at}sizes.{index}.module")
             check_sizes(size, f"{at}sizes.{index}.")
@@ -109,7 +113,7 @@ class _Checked:
                 check_multiplier(multiplier, f"{at}{name}.{index}.")
         for index, block in enumerate(step.blocks):
             check_word(block.method, f"{at}blocks.{index}.method")
-        if not step.names and not step.changes:
+        if not (step.names or step.changes or step.untied):
             refuse(f"{at}groups", "nothing is said to grow")
 
     def _check_source(self) -> None:
@@ -206,12 +210,26 @@ class _Checked:
                 known = variance in step.source and step.source[variance][0] == shape
                 if not known or variance.rpartition(".")[2] != "running_var":
                     refuse(f"{place}absorption.variance", f"it is no running_var of {list(shape)}")
+            if edit.normed is not None:
+                self._check_normed(edit.normed, place)
             total += math.prod(edit.new_shape) * int(dtype.itemsize)
             if total > limit:
                 refuse(f"{place}new_shape", "the new tensors do not fit into memory")
         for name, (_, is_new) in self._after.items():
             if is_new and step.aliases.get(name, name) not in step.tensors:
                 refuse(f"{self.place}tensors", f"nothing makes the new {name}")
+
+    def _check_normed(self, parts: Normed, place: str) -> None:
+        """Check what a weight is made of, whose parts change together."""
+        edits = [self.step.tensors.get(part) for part in (parts.direction, parts.length)]
+        if any(edit is None or edit.normed != parts or edit.fill for edit in edits):
+            refuse(f"{place}normed", "its parts are no two tensors that change together")
+        direction, length = (edit for edit in edits if edit is not None)
+        if parts.dim is not None and not 0 <= parts.dim < len(direction.shape):
+            refuse(f"{place}normed.dim", f"{list(direction.shape)} has no such dim")
+        shapes = (length.shape, length.new_shape)
+        if shapes != (parts.of(direction.shape), parts.of(direction.new_shape)):
+            refuse(f"{place}normed.length", f"it is no length of {list(direction.shape)}")
 
     def _check_aliases(self) -> None:
         """Check which tensors are one, and that each continues one that there is."""
@@ -226,6 +244,19 @@ class _Checked:
             first = step.aliases.get(name, name)
             if step.source[old] != step.source.get(after[first][0]):
                 refuse(f"{self.place}aliases.{name}", f"it is not like {first}")
+
+    def _check_untied(self) -> None:
+        """Check which tensors get a copy: each is made whole of the one that it was."""
+        step = self.step
+        if bool(step.untied) != isinstance(step.request, Untie):
+            refuse(f"{self.place}untied", "a step of its own unties, and does nothing else")
+        for name, first in step.untied.items():
+            place, edit = f"{self.place}untied.{name}", step.tensors.get(name)
+            same = step.source.get(name, step.source.get(first)) == step.source.get(first)
+            if first not in step.source or first in step.untied or first in step.aliases:
+                refuse(place, f"{first!r} is no tensor that keeps its name")
+            if edit is None or edit != TensorEdit(edit.shape, edit.shape, source=first) or not same:
+                refuse(place, f"it is no copy of {first!r}")
 
 
 def _check_request(request: Request, place: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fxgrow.labels.space import Role
+from fxgrow.labels.space import Normed, Role
 
 Fill = Literal["", "identity", "constant"]
 AxisRole = Role | Literal["kernel"]
@@ -91,6 +91,11 @@ class TensorEdit:
         groups: of the convolution whose weight this is, before and after. Where they differ, the
             old groups are first put into the new ones, in order and as few as will do in each,
             with zeros between them; ``axes`` are those of what this makes.
+        offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
+            above is done to the sum, from which it is subtracted again.
+        normed: the weight that this is a part of, its direction or its length. ``scale`` and
+            ``axes`` of a direction are the weight's; the length takes the factor, and what keeps
+            the weight's old entries while new ones count in the norm.
     """
 
     shape: tuple[int, ...]
@@ -102,6 +107,8 @@ class TensorEdit:
     source: str = ""
     fill: Fill = ""
     groups: tuple[int, int] = (1, 1)
+    offset: float = 0.0
+    normed: Normed | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +154,8 @@ class ModuleEdit:
 
     module: str
     attribute: str
-    before: int | float | str | tuple[int, ...] | tuple[str, ...]
-    after: int | float | str | tuple[int, ...] | tuple[str, ...]
+    before: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+    after: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True)

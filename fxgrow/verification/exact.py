@@ -13,6 +13,7 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.standin import stand_in
@@ -21,6 +22,7 @@ from fxgrow.modules.tensors import aliases_of, named_tensors
 # Returns a tensor of a network by name: floating-point ones in float64, others as they are.
 Weights: TypeAlias = Callable[[str], Tensor]
 
+_OWN = frozenset(vars(nn.Module()))  # attributes of every module
 _SMALL = 1 << 20  # bytes; what is smaller is kept
 
 
@@ -62,6 +64,7 @@ class Exact:
         )
         for prefix, inner in self.module.named_modules(remove_duplicate=False):
             self._lend(inner, prefix, eager)
+        self._attributes = _attributes_of(self.module)
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         self._held = [
             (inner, dict(inner._buffers))
@@ -71,9 +74,15 @@ class Exact:
         self._settled: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Give buffers and small parameters the values that they had at first."""
+        """Give buffers, small parameters and attributes the values that they had at first."""
         self._kept = {name: nn.Parameter(x.clone(), False) for name, x in self._settled.items()}
         self._last = None
+        registered = {id(buffer) for buffer, _ in self._buffers}
+        for inner, attributes in self._attributes:
+            for key in vars(inner).keys() - attributes.keys() - _OWN:
+                del inner.__dict__[key]  # the forward has set it
+            for key, value in attributes.items():
+                inner.__dict__[key] = value if id(value) in registered else _anew(value)
         for inner, buffers in self._held:
             inner._buffers.clear()
             inner._buffers.update(buffers)  # a forward may have replaced some by others
@@ -84,6 +93,7 @@ class Exact:
         """Keep the values that buffers and small parameters have now for those at first."""
         self._settled = {name: tensor.detach().clone() for name, tensor in self._kept.items()}
         self._buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        self._attributes = _attributes_of(self.module)
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter by its first name."""
@@ -93,7 +103,8 @@ class Exact:
         if self._last is not None and self._last[0] == name:
             return self._last[1]
         self._last = None  # before the next one is made
-        found = nn.Parameter(self._weights(name), requires_grad=False)
+        with _disable_current_modes():  # the forward is watched, not how weights are made
+            found = nn.Parameter(self._weights(name), requires_grad=False)
         if found.nbytes <= _SMALL:
             self._kept[name] = found
         else:
@@ -147,6 +158,27 @@ class _Lent(dict[str, Tensor | None]):
 
     def values(self) -> Iterator[Tensor | None]:  # type: ignore[override]
         return (self[local] for local in self)
+
+
+def _anew(value: object) -> object:
+    """Return a copy of a plain tensor, and whatever else as it is."""
+    return value.clone() if isinstance(value, Tensor) and type(value) is Tensor else value
+
+
+def _attributes_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
+    """Return the attributes of modules, and put tensors that none of them registers in float64.
+
+    A forward may keep a state there, or a table.
+    """
+    known = {id(buffer) for buffer in module.buffers()}  # parameters are no plain tensors
+    found = []
+    for inner in module.modules():
+        own = {key: value for key, value in vars(inner).items() if key not in _OWN}
+        for key, value in own.items():
+            if type(value) is Tensor and id(value) not in known and value.is_floating_point():
+                own[key] = inner.__dict__[key] = value.double()
+        found.append((inner, own))
+    return found
 
 
 def _held_elsewhere(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line, set_training, stand_in
+from fxgrow.verification.choices import Choosing
 
 Mode = Literal["eval", "train"]
 FAULTS = (Exception,)  # what a user's forward or backward may raise
@@ -26,15 +28,19 @@ def outputs_of(
     mode: Mode,
     without_chance: Expectation,
     *,
+    choosing: Choosing | None = None,
     grown: bool = False,
 ) -> list[Tensor]:
     """Return the output tensors of a network in a mode; dropout is off in both.
+
+    Other noise is drawn, the same each time, and so is what no operation shows.
 
     Args:
         model: the network.
         arguments: what it is called with.
         mode: the mode.
         without_chance: the run that it is a part of.
+        choosing: notes its choices, or makes those of another run.
         grown: it was made of a network that runs on these arguments.
 
     Raises:
@@ -42,9 +48,9 @@ def outputs_of(
     """
     set_mode(model, mode)
     try:
-        with torch.no_grad(), without_chance:
+        with torch.no_grad(), same_chance(), choosing or nullcontext(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
-            return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
+            return [tensor.clone() for tensor in results_in(call(model, arguments))]
     except FAULTS as error:
         if grown:
             layer = _layer_at(model, error)
@@ -72,10 +78,7 @@ def _layer_at(model: nn.Module, error: BaseException) -> str:
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Put a network into a mode, but for dropout, which is off in both."""
-    model.train(mode == "train")
-    for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
+    set_training(model, mode=mode == "train")
 
 
 def lent_copy(model: nn.Module) -> nn.Module:

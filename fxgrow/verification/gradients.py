@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.apply.tensors import regroup
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.plan.edits import TensorEdit
@@ -126,7 +127,7 @@ def _typed(batch: Arguments, model: nn.Module) -> Arguments:
 def _backward(model: nn.Module, arguments: Arguments) -> bool:
     """Give parameters the gradients of a loss of all outputs; return whether it has any."""
     model.zero_grad(set_to_none=True)
-    with warnings.catch_warnings(), torch.enable_grad(), Expectation():
+    with warnings.catch_warnings(), torch.enable_grad(), same_chance(), Expectation():
         # Without it, the gradients of an operation of an older library would silently be none.
         warnings.filterwarnings("error", ".*autograd kernel was not registered")
         outputs = [t for t in tensors_in(call(model, arguments)) if t.is_floating_point()]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,19 @@ from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain
 from fxgrow.verification.cases import Case, Drawn, Inputs, Modes, Network
+from fxgrow.verification.choices import Choosing, decided_on
 from fxgrow.verification.exact import Exact, Weights
 from fxgrow.verification.findings import ExactResult, ModeResult, errors_of, ratio_of
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
+from fxgrow.verification.ran import Job, Outputs, Ran, absorbing, keeping_values
 
 _NUDGE = 2e-15  # relative change of weights, to find how much a network magnifies rounding
+# Choices are made alike where the numbers that they are made by differ by this much of the largest,
+# or, in a network's own dtype, by so many rounding units, and never more than the last.
+_SAME, _TIMES_NATIVE, _MOST = 1e-9, 1000.0, 0.05
+_TOO_FEW = "Expected more than 1 value per channel"  # what a batch norm asks for in train mode
 _TIMES = 100.0  # what so small a change does to the outputs, rounding may do this many times
-
-Outputs: TypeAlias = list[Tensor]
-Job: TypeAlias = tuple[int, Mode]  # which batch, in which mode
 
 
 class Runs:
@@ -48,6 +50,7 @@ class Runs:
         self._done = 0
         self._steps = 4 * sum(len(modes) for _, modes in (*inputs.given, *inputs.drawn))
         self._used: set[str] = set()
+        self._modes: Modes = ("eval", "train")
 
     def given(self, tolerance: float) -> list[tuple[Mode, ModeResult]]:
         """Return what the given weights show, batch by batch and mode by mode.
@@ -59,21 +62,20 @@ class Runs:
             VerificationError: a network does not run, or returns nothing that can be compared.
         """
         case, (batches, jobs) = self._case, _jobs(self._inputs.given)
-        before = self._exact(case.before, case.before.given, batches, jobs)
-        if not any(tensor.numel() for outputs in before.values() for tensor in outputs):
-            raise VerificationError(
-                f"{type(case.before.module).__name__} returns nothing that can be compared.",
-                way_out="Give inputs for which it returns tensors, in any nest of objects.",
-            )
-        after = self._exact(case.after, case.after.given, batches, jobs, grown=True)
+        before = self._first(batches, jobs)
+        jobs = [job for job in jobs if job in before]
         predicted = self._predicted(None, batches, jobs, before)
+        after = self._exact(case.after, case.after.given, batches, jobs, grown=True, like=predicted)
         old, new = before, after
         if case.edits and case.effort == "full":
             alike = (b for b, _ in self._inputs.drawn if _sample(b) == _sample(batches[0]))
             self.gradients = self._check_gradients(min([*alike, batches[0]], key=entries))
         if self._rounds:
-            old = self._native(case.before.module, batches, jobs)
-            new = self._native(case.after.module, batches, jobs, grown=True)
+            old = self._native(case.before.module, batches, jobs, like=before)
+            new = self._native(case.after.module, batches, jobs, grown=True, like=old)
+        runs = (before, predicted, after, old, new)
+        self._note_parted(after, new)
+        before, predicted, after, old, new = self._decided_on(runs)
         if case.effort == "full":
             self._note_constant(before[0, "eval"], batches[0])
         found = []
@@ -95,6 +97,55 @@ class Runs:
             found.append((job[1], result))
         return found
 
+    def _first(self, batches: Sequence[Arguments], jobs: Sequence[Job]) -> Ran:
+        """Return what the old network computes, in the modes in which it runs."""
+        case = self._case
+        try:
+            return self._exact(case.before, case.before.given, batches, jobs)
+        except VerificationError as error:
+            kept = [job for job in jobs if job[1] == "eval"]
+            if len(kept) == len(jobs) or _TOO_FEW in error.message:
+                raise
+            found = self._exact(case.before, case.before.given, batches, kept)
+            self._modes = ("eval",)
+            self.notes.append(f"train mode was not judged: {error.reason}")
+            return found
+
+    def _decided_on(self, runs: Sequence[Ran]) -> Sequence[Ran]:
+        """Return the same with what was chosen by in place of outputs that hold no numbers.
+
+        Raises:
+            VerificationError: nothing is left that can be compared.
+        """
+        empty = [job for job, outputs in runs[0].items() if not any(t.numel() for t in outputs)]
+        if not empty:
+            return runs
+        found = [ran.updated(Ran()) for ran in runs]
+        for job in empty:
+            numbers = decided_on([run.choices[job] for run in runs])
+            for ran, tensors in zip(found, numbers, strict=True):
+                ran[job] = tensors
+        if not any(tensor.numel() for outputs in found[0].values() for tensor in outputs):
+            raise VerificationError(
+                f"{type(self._case.before.module).__name__} returns nothing that can be compared.",
+                way_out="Give inputs for which it returns tensors, in any nest of objects.",
+            )
+        self.notes.append(
+            "where nothing is returned with the given weights, what was compared is what that is "
+            "decided by"
+        )
+        return found
+
+    def _note_parted(self, *runs: Ran) -> None:
+        """Say how many choices were made for the grown network, where rounding would decide."""
+        parted = sum([ran.parted for ran in {id(ran): ran for ran in runs}.values()], Counter())
+        if parted:
+            told = ", ".join(f"{count} of {name}" for name, count in sorted(parted.items()))
+            self.notes.append(
+                f"{parted.total()} choices between numbers that only rounding parts ({told}) were "
+                "made as in the original network"
+            )
+
     def drawn(self, tolerance: float) -> list[Drawn]:
         """Return what drawn weights show; nothing where the network does not run on any.
 
@@ -102,6 +153,7 @@ class Runs:
             tolerance: a relative deviation that needs no excuse.
         """
         case, (batches, jobs) = self._case, _jobs(self._inputs.drawn)
+        jobs = [job for job in jobs if job[1] in self._modes]
         for level, weights in enumerate(case.before.drawn if jobs else ()):
             try:
                 before = self._exact(case.before, weights, batches, jobs)
@@ -118,12 +170,13 @@ class Runs:
         level: int,
         batches: Sequence[Arguments],
         jobs: Sequence[Job],
-        before: Mapping[Job, Outputs],
+        before: Ran,
         tolerance: float,
     ) -> list[Drawn]:
         case = self._case
-        after = self._exact(case.after, case.after.drawn[level], batches, jobs, grown=True)
         predicted = self._predicted(level, batches, jobs, before)
+        weights = case.after.drawn[level]
+        after = self._exact(case.after, weights, batches, jobs, grown=True, like=predicted)
         found = []
         for job in jobs:
             result = ExactResult(
@@ -144,13 +197,13 @@ class Runs:
         weights: Weights,
         batches: Sequence[Arguments],
         job: Job,
-        before: Mapping[Job, Outputs],
+        before: Ran,
     ) -> float:
         """Return the relative deviation that is no more than rounding, in float64.
 
         Outputs may be nothing but rounding (a constant less its mean), or magnify it.
         """
-        moved = self._exact(self._case.before, nudged(weights), batches, [job])
+        moved = self._exact(self._case.before, nudged(weights), batches, [job], like=before)
         found = errors_of(before[job], moved[job]).max_rel
         return _TIMES * found if math.isfinite(found) else 0.0
 
@@ -170,21 +223,25 @@ class Runs:
         *,
         grown: bool = False,
         norms: Sequence[NormGain] = (),
-    ) -> dict[Job, Outputs]:
+        like: Ran | None = None,
+    ) -> Ran:
         """Return what a network computes in float64."""
         exact = Exact(network.module, weights)
         if network.finish is not None:
             network.finish(exact.module)
             exact.settle()
         part = exact.module.get_submodule(self._case.part)
-        found = {}
+        found = Ran()
         for index, mode in jobs:
             exact.reset()
             batch = in_double(batches[index])
+            choosing = Choosing(like.choices[index, mode] if like else (), _SAME)
             with absorbing(exact.module, norms if mode == "train" else ()):
-                found[index, mode] = outputs_of(
-                    part, batch, mode, self._exactly, grown=grown and self._case.made
-                )
+                outputs = outputs_of(
+                    part, batch, mode, self._exactly, choosing=choosing,
+                    grown=grown and self._case.made,
+                )  # fmt: skip
+            found.enter((index, mode), outputs, choosing)
             self._advance()
         if grown:
             self._used |= exact.used
@@ -195,8 +252,8 @@ class Runs:
         level: int | None,
         batches: Sequence[Arguments],
         jobs: Sequence[Job],
-        before: Mapping[Job, Outputs],
-    ) -> Mapping[Job, Outputs]:
+        before: Ran,
+    ) -> Ran:
         """Return what the grown network must compute."""
         case = self._case
         changed = [job for job in jobs if case.reference or (case.norms and job[1] == "train")]
@@ -204,7 +261,7 @@ class Runs:
             return before
         network = case.reference or case.before
         weights = network.given if level is None else network.drawn[level]
-        return {**before, **self._exact(network, weights, batches, changed, norms=case.norms)}
+        return before.updated(self._exact(network, weights, batches, changed, norms=case.norms))
 
     def _native(
         self,
@@ -213,15 +270,21 @@ class Runs:
         jobs: Sequence[Job],
         *,
         grown: bool = False,
-    ) -> dict[Job, Outputs]:
+        like: Ran | None = None,
+    ) -> Ran:
         """Return what a network computes as it is."""
         part = self._copy(model).get_submodule(self._case.part)
-        found = {}
+        units = (torch.finfo(t.dtype).eps for t in part.parameters() if t.is_floating_point())
+        tolerance = min(_TIMES_NATIVE * max(units, default=0.0), _MOST)
+        found = Ran()
         for index, mode in jobs:
+            choosing = Choosing(like.choices[index, mode] if like else (), max(tolerance, _SAME))
             with keeping_values(part):
-                found[index, mode] = outputs_of(
-                    part, batches[index], mode, Expectation(), grown=grown and self._case.made
-                )
+                outputs = outputs_of(
+                    part, batches[index], mode, Expectation(), choosing=choosing,
+                    grown=grown and self._case.made,
+                )  # fmt: skip
+            found.enter((index, mode), outputs, choosing)
             self._advance()
         return found
 
@@ -313,39 +376,3 @@ def _turned(tensor: Tensor) -> Tensor:
     return tensor.flip(tuple(range(tensor.ndim))) + (
         tensor.std() if tensor.is_floating_point() and tensor.numel() > 1 else 0
     )
-
-
-@contextlib.contextmanager
-def keeping_values(model: nn.Module) -> Iterator[None]:
-    """Give buffers back, at the end, the values that they have."""
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in values:
-            buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def absorbing(reference: nn.Module, norms: Sequence[NormGain]) -> Iterator[None]:
-    """Make norms behave, for a while, as they do in train mode after absorbing a gain s.
-
-    Batch statistics meet eps / s² instead of eps; and channels whose running variance is too
-    small to absorb s alone had their weight changed.
-    """
-    changed: list[tuple[Any, float, Tensor]] = []
-    try:
-        for norm in norms:
-            module: Any = reference.get_submodule(norm.module)
-            changed.append((module, module.eps, module.weight.detach().clone()))
-            shifted = module.running_var + module.eps
-            ratio = module.eps / (norm.gain**2 * shifted)
-            with torch.no_grad():
-                module.weight *= ratio.sqrt().clamp(min=1.0)
-            module.eps = module.eps / norm.gain**2
-        yield
-    finally:
-        for module, eps, weight in changed:
-            module.eps = eps
-            with torch.no_grad():
-                module.weight.copy_(weight)

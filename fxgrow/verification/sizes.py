@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, map_tensors, tensors_in
+from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.verification.cases import Inputs, Modes
 from fxgrow.verification.findings import Effort
-from fxgrow.verification.forward import Mode
+from fxgrow.verification.forward import Mode, lent_copy, outputs_of
 from fxgrow.verification.operations import Behaviour, Size, behaviour, other_sizes, resized
 from fxgrow.verification.runs import entries
 
@@ -56,7 +57,8 @@ def judged_inputs(
     problems = {mode: next((b.problem for b in base[mode] if b.problem), "") for mode in _BOTH}
     notes = _notes_on(base, problems)
     if problems["eval"]:
-        return _arranged(batches, _BOTH, (), draw=draw, same=False), notes[:1]
+        fit = [batches[0], *(b for b in batches[1:] if _fits(before, b, batches[0]))]
+        return _arranged(fit, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
     same = all(a.equals(b) for a, b in zip(*base.values(), strict=True))
     writes = any(problems.values()) or any(b.writes for mode in _BOTH for b in base[mode])
@@ -69,13 +71,36 @@ def judged_inputs(
     return replace(made, writes=writes), notes + more
 
 
+def _told(problem: str) -> str:
+    """Return why a network does not run on shapes alone, as people would say it."""
+    return "it looks at values" if "meta" in problem.lower() else problem
+
+
+def _fits(model: nn.Module, batch: Arguments, known: Arguments) -> bool:
+    """Return whether a network takes inputs whose values were drawn, where it takes known ones.
+
+    Boxes may be given that have a height and a width.
+    """
+    copied = lent_copy(model)
+    for mode in _BOTH:
+        for arguments in (batch, known):
+            try:
+                outputs_of(copied, arguments, mode, Expectation())
+            except VerificationError:
+                continue
+            if arguments is known:
+                return False
+            break
+    return True
+
+
 def _notes_on(
     base: Mapping[Mode, tuple[Behaviour, Behaviour]], problems: Mapping[Mode, str]
 ) -> tuple[str, ...]:
     """Return what of the networks could not be looked at."""
     notes = tuple(
         f"whether inputs of other sizes make the network do something else in {mode} mode was not "
-        f"looked at, since it does not run on shapes alone ({problem})"
+        f"looked at, since it does not run on shapes alone ({_told(problem)})"
         for mode, problem in problems.items()
         if problem
     )

@@ -21,9 +21,10 @@ from torch._ops import OpOverload
 from fxgrow.labels.ask import run_on
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.propagate import propagate
+from fxgrow.labels.running import running_modules
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value
-from fxgrow.labels.trace import Traced, running_modules
+from fxgrow.labels.trace import Traced
 from fxgrow.modules.calling import tensors_in
 
 _DRAWS = 2
@@ -124,6 +125,7 @@ def record(traced: Traced, modules: Collection[str], *, training: bool = False) 
                 place=lambda: ("", stack[-1] if stack else ""),
                 watch=partial(_watching, watched, calls),
                 zeros=traced.zeros,
+                decider=traced.decided.replay("train" if training else "eval"),
             )
     finally:
         traced.standin.eval()

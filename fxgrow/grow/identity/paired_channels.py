@@ -6,11 +6,12 @@ from collections.abc import Collection
 
 import numpy as np
 
-from fxgrow.channels.channels import Channels
+from fxgrow.channels.channels import Channels, resolve
 from fxgrow.grow.identity.new_block import Filling, NewBlock
 from fxgrow.grow.match.axis_edits import MINUS, NEW, OLD, ZERO, as_runs
 from fxgrow.grow.match.match import kinds
 from fxgrow.labels.forest import IntArray
+from fxgrow.labels.pins import Pin, PinKind
 from fxgrow.plan.edits import AxisEdit
 from fxgrow.plan.pairing import vv_z_negz
 
@@ -63,7 +64,24 @@ def _obstacle(block: NewBlock, members: IntArray, touched: Collection[int]) -> s
     if not any(channels.roles[index] == "writer" for index in touched):
         return "no layer of the block writes what it reads"
     pins = [channels.pins[c] for c in members.tolist() if c in channels.pins]
-    return f"what it reads cannot be doubled ({pins[0]})" if pins else ""
+    noise = pins or _noise(
+        block, {(channels.axes[i].tensor, channels.axes[i].dim) for i in touched}
+    )
+    return f"what it reads cannot be doubled ({noise[0]})" if noise else ""
+
+
+def _noise(block: NewBlock, axes: Collection[tuple[str, int]]) -> list[Pin]:
+    """Return where train mode draws noise for each channel of some axes, by tensor and dim."""
+    found: list[Pin] = []
+    for run in block.runs[1:]:
+        if not any(pin.kind is PinKind.NOISE for _, pin in run.space.pins):
+            continue
+        channels = resolve(run.space)
+        for index, axis in enumerate(channels.axes):
+            if (axis.tensor, axis.dim) in axes:
+                pins = map(channels.pins.get, channels.of_axis(index).tolist())
+                found += [pin for pin in pins if pin and pin.kind is PinKind.NOISE]
+    return found
 
 
 def _layout(channels: Channels, kinds: Collection[IntArray]) -> tuple[IntArray, IntArray]:

@@ -32,9 +32,10 @@ from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
+from fxgrow.labels.running import module_of
 from fxgrow.labels.sizes import called_by, why_fixed
 from fxgrow.labels.tape import Tape
-from fxgrow.labels.trace import Traced, module_of
+from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import first_line
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
@@ -80,6 +81,23 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
     if more and not rerun.is_unread(found, more):
         more = tuple(edit for edit in more if rerun.is_unread(found, (edit,)))
     return replace(found, modules=(*found.modules, *more))
+
+
+def run_with(
+    analysis: Analysis, sizes: Sizes, found: Resized, more: tuple[ModuleEdit, ...]
+) -> Resized | None:
+    """Return a run with some more attributes changed, or None if it computes other sizes then.
+
+    Args:
+        analysis: of the network.
+        sizes: the new sizes.
+        found: the run so far, of the network's own code.
+        more: the attributes.
+    """
+    again = _Rerun(analysis, sizes, found.modules)._run((*found.modules, *more))
+    if isinstance(again, Obstacle) or _computed(again)[0] != _computed(found)[0]:
+        return None
+    return again
 
 
 @dataclass

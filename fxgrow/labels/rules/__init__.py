@@ -9,9 +9,11 @@ from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import (
     arithmetic,
     convolution,
+    experts,
     layout,
     lookup,
     norms,
+    positions,
     products,
     reductions,
     windows,
@@ -20,6 +22,6 @@ from fxgrow.labels.rules.record import RULES, OpRule, rule
 from fxgrow.labels.step import Step
 
 __all__ = [
-    "RULES", "OpRule", "PinKind", "Step", "arithmetic", "convolution", "layout", "lookup", "norms",
-    "products", "reductions", "rule", "windows",
+    "RULES", "OpRule", "PinKind", "Step", "arithmetic", "convolution", "experts", "layout",
+    "lookup", "norms", "positions", "products", "reductions", "rule", "windows",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
-from fxgrow.labels.space import Fill
+from fxgrow.labels.space import Fill, Normed
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
@@ -30,16 +30,26 @@ def batch_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     layer = layer_of(next(filter(None, names), "")) or op.module
     gain, eps = flow.of(op.args[0]), float(op.args[-1])
     _part_from_others(flow, op)
+    paid = _paid(flow, op, *op.args[1:3])
     if not _takes_up(flow, op, layer, gain):
-        return Gain()
+        return paid
     if all(names):
         flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
-        return Gain()
+        return paid
     if flow.eps_of(layer, eps):  # statistics without a weight: exact in both modes
         scales = zip(names[1:], (gain.scale, gain.scale**2), strict=True)
         flow.vectors |= {name: scale for name, scale in scales if name}
     _absorb_by_eps(flow, op, layer, eps, gain)
-    return Gain()
+    return paid
+
+
+def _paid(flow: GainFlow, op: Operation, weight: object, bias: object) -> Gain:
+    """Return the gain that a norm's weight takes for what comes behind; its bias follows."""
+    paid = flow.paid(weight)
+    if paid.scale != 1.0 and isinstance(bias, Value) and not flow.follow(bias, paid):
+        why = f"the bias of {op.module} cannot take a gain of {paid.scale:.6g}"
+        flow.part_ways(op, op.args[0], paid, "no", why)
+    return paid
 
 
 def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
@@ -53,7 +63,8 @@ def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     _part_from_others(flow, op)
     if _takes_up(flow, op, layer, gain):
         _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
-    return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+    rest = flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+    return rest.times(_paid(flow, op, op.args[2], op.args[3]))
 
 
 def _part_from_others(flow: GainFlow, op: Operation) -> None:
@@ -87,6 +98,11 @@ def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: 
         flow.part_ways(op, op.args[0], gain, "no", why)
 
 
+def weight_norm_gain(flow: GainFlow, op: Operation) -> Gain | tuple[Gain, ...]:
+    """A weight has the factor of its direction, which its length takes."""
+    return flow.of(op.outputs[0]) if op.outputs[0].parameter else flow.generic(op)
+
+
 # ── padding ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -118,6 +134,12 @@ def layer_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
     return flow.lost(op) if added else Held("zero")
 
 
+def weight_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """The weight holds what its direction is said to hold."""
+    del op
+    return Held(flow.holds)
+
+
 # ── labels ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -144,10 +166,20 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
     return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
-@rule("aten._weight_norm_interface")
+@rule("aten._weight_norm_interface", gain=weight_norm_gain, padding=weight_norm_padding)
 def weight_norm(step: Step) -> tuple[Layers, ...]:
-    """A direction and a length for each row: rows may be new, columns count in the norm."""
+    """A direction and a length for each row: what reads and writes is the direction.
+
+    It does so as if it were the weight, if the lengths follow its norms; see :class:`.Normed`.
+    """
     direction, length, dim = *step.args[:2], step.argument("dim", 0)
+    first, second = (step.value(part).parameter for part in (direction, length))
+    parts = Normed(first, second, None if dim < 0 else dim)
+    fits = tuple(length.shape) == parts.of(direction.shape)
+    if first and second and fits and step.space.are_parts(parts):
+        step.stands_for = parts.direction
+    if parts.dim is None:
+        return (step.layers(direction), *(() for _ in step.outputs[1:]))
     rows = step.line(direction, dim)
     beside = step.line(length, dim)
     if rows is not None and beside is not None:

@@ -1,0 +1,206 @@
+"""Random draws that come out the same in each run, whatever the width of the network and its dtype.
+
+Two networks that are compared must draw the same noise. What an operation draws here depends on the
+operation, the sizes that it is given and how many such draws there were before in the run: not on
+weights, a dtype, a device, or on draws of other sizes. So nothing needs to be kept of one run for
+the next one, and a draw that only one of the networks makes does not shift those after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fxgrow.modules.calling import map_tensors, tensors_in
+
+# "mask": what takes its mean in the place of a draw, so that a mask that keeps the mean of what it
+# is multiplied by does nothing; "noise": another draw; "": none, or one that a layer makes inside.
+Law: TypeAlias = Literal["", "mask", "noise"]
+
+_MASKS = frozenset(
+    ("bernoulli", "rand", "rand_like", "uniform", "rrelu_with_noise", "native_dropout")
+)
+_UNTAGGED = frozenset(("aten::_sample_dirichlet", "aten::binomial"))
+# Layers that drop numbers by chance inside, and say how many.
+_LAYERS = re.compile("attention|dropout|rnn|lstm|gru")
+_WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+
+
+@functools.cache
+def law_of(func: OpOverload) -> Law:
+    """Return what kind of draw an operation is."""
+    if torch.Tag.nondeterministic_seeded not in func.tags and func._name not in _UNTAGGED:
+        return ""
+    if func._opname.rstrip("_") in _MASKS:
+        return "mask"
+    return "" if _LAYERS.search(func._opname) else "noise"
+
+
+class Draws:
+    """The draws of one run of a network: masks give their mean, and other noise is drawn."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation, with no chance left in it.
+
+        Args:
+            func: the operation, a draw or not.
+            args: its arguments.
+            kwargs: its arguments by keyword.
+        """
+        law = law_of(func)
+        if not law:
+            return func(*args, **kwargs)
+        if law == "noise":
+            return self.draw(func, args, kwargs)
+        if func is torch.ops.aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if func._opname.rstrip("_") == "rrelu_with_noise":
+            args = _with_mean_slope(args)
+        result = func(*args, **kwargs)
+        mean = _mean(func, args, kwargs)
+        if isinstance(mean, Tensor):
+            return result.copy_(mean)
+        return result if mean is None else result.fill_(mean)
+
+    def draw(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation draws.
+
+        It does so in float64 on the CPU, without the generator that it is given, whose state stays
+        as it is.
+
+        Args:
+            func: the operation.
+            args: its arguments; those that it writes into are written into.
+            kwargs: its arguments by keyword, likewise.
+        """
+        kind = f"{func._name} {_sizes(args)}"
+        self._counts[kind] += 1
+        dtype, device = _kind_of(args, kwargs)
+        others = {"generator": None, "device": torch.device("cpu")}
+        named = {**kwargs, **{key: value for key, value in others.items() if key in kwargs}}
+        if isinstance(named.get("dtype"), torch.dtype):
+            named["dtype"] = _wide(named["dtype"])
+        places = {i for i, x in enumerate(func._schema.arguments) if x.name == "generator"}
+        plain = tuple(None if i in places else x for i, x in enumerate(args))
+        copied, copied_named = map_tensors(_copy, (plain, named))
+        with _seeded(zlib.crc32(f"{kind} {self._counts[kind]}".encode())):
+            found = func(*copied, **copied_named)
+        written = _written(func, args, kwargs)
+        if written:
+            for tensor, new in zip(written, _written(func, copied, copied_named), strict=True):
+                tensor.copy_(new)
+            return written[0] if len(written) == 1 else tuple(written)
+        return map_tensors(functools.partial(_as_it_was, dtype=dtype, device=device), found)
+
+
+@contextlib.contextmanager
+def same_chance() -> Iterator[None]:
+    """Let all that draws by Python's, NumPy's or torch's common generator draw the same.
+
+    These are draws that no operation shows, as where a layer is left out if ``random.random()`` is
+    small. The generators go on afterwards from where they were.
+    """
+    numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
+    state = random.getstate()
+    arrays = None if numpy is None else numpy.get_state()
+    random.seed(0)
+    if numpy is not None:
+        numpy.seed(0)
+    try:
+        with _seeded(0):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.set_state(arrays)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator for the CPU, and no other, for a while."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _sizes(value: object) -> object:
+    """Return the whole numbers among arguments, and the shapes of tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(_sizes(item) for item in value)
+    return value if isinstance(value, int) else None
+
+
+def _kind_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """Return dtype and device of what a draw gives; a dtype of None leaves it as it is."""
+    tensors = tensors_in((args, kwargs))
+    numbers = [t.dtype for t in tensors if t.is_floating_point() or t.is_complex()]
+    dtype = kwargs.get("dtype") or next(iter(numbers), None)
+    return dtype, kwargs.get("device") or next((t.device for t in tensors), None)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for a floating-point dtype, and what is like it for a complex one."""
+    return torch.float64 if dtype.is_floating_point else _WIDE.get(dtype, dtype)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor to draw with."""
+    return tensor.detach().to("cpu", _wide(tensor.dtype), copy=True)
+
+
+def _as_it_was(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    """Return what was drawn in the dtype and on the device where it is drawn without this."""
+    number = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to(device, dtype if number and dtype is not None else tensor.dtype)
+
+
+def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operation writes into, in the order of its schema."""
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += tensors_in(value)
+    return found
+
+
+def _with_mean_slope(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a randomised leaky ReLU with its mean slope as the only one."""
+    low = args[2] if len(args) > 2 else 1 / 8
+    slope = (low + (args[3] if len(args) > 3 else 1 / 3)) / 2
+    return (*args[:2], slope, slope, *args[4:])
+
+
+def _mean(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
+    """Return what is drawn for a mask on average, or None if that is none."""
+    name = func._opname
+    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
+        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
+        return mean
+    if name in ("uniform", "uniform_"):
+        low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+        high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+        return float(low + high) / 2
+    return 0.5 if name in ("rand", "rand_like") else None
