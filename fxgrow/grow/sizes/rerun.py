@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.apply.trial import set_attributes
-from fxgrow.channels.analysis import Analysis, Opened
+from fxgrow.channels.analysis import Analysis, CallRecording, Opened
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
@@ -26,7 +26,7 @@ from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair
-from fxgrow.grow.sizes.parts import edits_in_code
+from fxgrow.grow.sizes.parts import at_larger_images, edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
@@ -293,9 +293,29 @@ class _Rerun:
 
     def _in_code(self, watch: Watching) -> Resized | None:
         """Rewrite the sizes that the code of modules fixes where it makes its calls."""
-        edits = edits_in_code(watch.repairs, watch.sites)
+        runs = [(watch.repairs, watch.sites)]
+        for traced in at_larger_images(self.analysis.traced):
+            larger = self._watched_at(traced)
+            if larger is None:
+                break
+            runs.append((larger.repairs, larger.sites))
+        edits = edits_in_code(runs)
         found = None if edits is None else self._run(self.follow, sizes=edits)
         return found if isinstance(found, Resized) and self._is_sound(found) else None
+
+    def _watched_at(self, traced: Traced) -> Watching | None:
+        """Return what is wrong at the new sizes on other inputs, None if these do not run."""
+        recording = CallRecording(traced)
+        try:
+            channels = resolve(traced.follow(recording)[0])
+            growth = self._shapes.growth.among(self.analysis.channels, channels)
+            shapes = NewShapes(growth, channels, self.sizes.norm_groups)
+            watch = Watching(traced, recording.calls, shapes)
+            with _resized(traced.standin, self.sizes.shapes, self.follow):
+                traced.label(watch)
+        except TraceError:
+            return None
+        return watch
 
 
 def _reason(repair: Repair) -> str:
