@@ -275,3 +275,27 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
     _, tape = propagate(meta, meta, (x.to("meta"),))
     assert tape.flops == counter.get_total_flops()
     assert sum(op.is_product for op in tape.operations) == 6
+
+
+def test_a_row_of_a_table_is_carried_once_however_deep_the_network() -> None:
+    class Deep(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.table, self.scale = nn.Embedding(3, 4), nn.Embedding(2, 4)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3 * depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.table.weight[0] + self.table.weight[2:]
+            for i in range(0, len(self.layers), 3):
+                q, k, v = (layer(x * self.scale.weight[1]) for layer in self.layers[i : i + 3])
+                x = x + (q @ k.mT).softmax(-1) @ v
+            return x
+
+    def layers(depth: int) -> list[int]:
+        meta = stand_in(Deep(depth)).eval()
+        _, tape = propagate(meta, meta, (torch.empty((2, 5, 4), device="meta"),))
+        return [len(value.layers) for value in tape.values]
+
+    shallow, deep = layers(2), layers(6)
+    assert max(deep) == max(shallow) <= 4
+    assert sum(deep) < 4 * sum(shallow)

@@ -15,6 +15,7 @@ from fxgrow.api.arguments import check_tensors, effort_of, globs, one_of
 from fxgrow.api.report.data import Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
+from fxgrow.apply.normed import weight_at
 from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
@@ -143,7 +144,8 @@ def plan(
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))
     make = functools.partial(init.plan, source()) if isinstance(init, DataDriven) else plan_parts
-    made = make(analyses, request, lambda name: variance(weights()[name]))
+    parted = {name: p for part in analyses for name, p in part.channels.normed.items()}
+    made = make(analyses, request, lambda name: variance(weight_at(name, weights(), parted)))
     return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
 
 

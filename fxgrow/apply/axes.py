@@ -190,7 +190,7 @@ def _groups_of_slices(edit: AxisEdit, count: int) -> tuple[int, ...]:
     size = sum(run.length for run in edit.runs) // edit.groups
     found = np.zeros(count, dtype=np.int64)
     for kind in ("minus", "new"):  # where a slice is of both, it is of what comes last
-        start, at = _positions(edit, kind)[::-1].T
+        start, at = positions_of(edit, kind)[::-1].T
         found[start] = at // size
     return tuple(found.tolist())
 
@@ -253,8 +253,8 @@ def _cancel_in_new_rows(tensor: Tensor, axes: tuple[AxisEdit, ...]) -> None:
     """
     readers, writers = ([a for a in axes if a.role == role] for role in ("reader", "writer"))
     for reader, writer in itertools.product(readers, writers):
-        new, minus = (_positions(reader, kind) for kind in ("new", "minus"))
-        rows = _positions(writer, "new")[:, 1]
+        new, minus = (positions_of(reader, kind) for kind in ("new", "minus"))
+        rows = positions_of(writer, "new")[:, 1]
         if not (len(new) and len(minus) and len(rows)):
             continue
         plus = np.full(max(new[:, 0].max(), minus[:, 0].max()) + 1, -1)
@@ -294,7 +294,7 @@ def _cancel(rows: Tensor, twins: IntArray) -> None:
         torch.neg(rows.narrow(1, source_at, count), out=rows.narrow(1, target_at, count))
 
 
-def _positions(edit: AxisEdit, kind: RunKind) -> IntArray:
+def positions_of(edit: AxisEdit, kind: RunKind) -> IntArray:
     """Return the drawn slice and the position of all that is of one kind, shape (count, 2)."""
     ends = itertools.accumulate((run.length for run in edit.runs), initial=0)
     found = [

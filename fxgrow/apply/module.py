@@ -28,7 +28,8 @@ from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.apply.untie import untie
 from fxgrow.errors import FxgrowError, PlanError, shown
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.labels.in_code import Sized, change_sizes
+from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
 from fxgrow.modules.tensors import named_tensors, scalar_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
@@ -236,8 +237,12 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
         TraceError: a graph is to be changed that it does not have.
     """
     sizes: dict[str, list[SizeEdit]] = {}
+    lines: dict[str, list[Sized]] = {}
     for edit in plan.sizes:
-        sizes.setdefault(edit.module, []).append(edit)
+        if edit.at:
+            lines.setdefault(edit.module, []).append(Sized(edit.at, edit.before, edit.after))
+        else:
+            sizes.setdefault(edit.module, []).append(edit)
     try:
         own = {name: tensor for name, tensor in tensors.items() if name not in plan.untied}
         grown = stand_in(rearranged(model, plan.rearrangements), own)
@@ -245,8 +250,11 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
             untie(grown, plan, tensors)
         graphs = {name: sized_graph(module_at(grown, name), sizes[name]) for name in sizes}
         set_attributes(grown, plan.modules, of=model)
+        for name, changed in lines.items():
+            change_sizes(module_at(grown, name), changed)
         for name, graph in graphs.items():
             grown = with_submodule(grown, name, graph_module(module_at(grown, name), graph))
+        grown = with_computed_weights(grown)
         return insert_multipliers(grown, plan.multipliers) if plan.multipliers else grown
     except (FxgrowError, torch.OutOfMemoryError):
         raise

@@ -7,12 +7,14 @@ average that an optimizer keeps) by :func:`lay_out`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxgrow.apply.axes import Draws, extended
+from fxgrow.apply.normed import length_of, means_in, pointing, ratio_of
 from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.edits import TensorEdit
@@ -52,9 +54,41 @@ def grow_tensor(
         name, drawing.seed, edit.fan_in, fill, drawing.noise, drawing.split_noise,
         once=like is None,
     )  # fmt: skip
+    if edit.normed is not None:
+        return _grown_part(plan, name, lookup, draws, like)
     if like is not None:
         _grow(edit, like.__getitem__, draws)
     return _grow(edit, lookup, draws)
+
+
+def _grown_part(
+    plan: Plan, name: str, lookup: Lookup, draws: Draws, like: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Return the new direction or the new length of a weight; see :mod:`fxgrow.apply.normed`.
+
+    Raises:
+        PlanError: it cannot be made so.
+    """
+    parts = plan.tensors[name].normed
+    if parts is None:
+        raise PlanError(f"{shown(name)} is no part of a weight.", name=name)
+    direction, length = (plan.tensors[part] for part in (parts.direction, parts.length))
+    whole = replace(direction, scale=1.0, normed=None)
+    own = replace(draws, name=parts.direction, fan_in=direction.fan_in)
+    if like is not None:
+        _grow(whole, like.__getitem__, own)
+    made = _grow(whole, lookup, own)
+    before = [
+        _looked_up(lookup, edit.source or part).detach()
+        for edit, part in ((direction, parts.direction), (length, parts.length))
+    ]
+    ratio = ratio_of(parts, *before)
+    kept = replace(length, scale=1.0, normed=None)
+    ratio = _grow(kept, lambda _: ratio, replace(draws, name=parts.length, noise=0.0))
+    made, ratio = means_in(parts, direction, made, ratio)
+    if name == parts.direction:
+        return pointing(parts, made)
+    return length_of(parts, made, ratio * length.scale, before[1].dtype)
 
 
 def lay_out(edit: TensorEdit, old: Tensor, fill: Init) -> Tensor:

@@ -20,7 +20,7 @@ from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.padding import ChannelTable
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
-from fxgrow.labels.space import Fill, LabelSpace
+from fxgrow.labels.space import Fill, LabelSpace, Normed
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -53,6 +53,7 @@ class Channels(ChannelTable):
         convolution_groups: groups of each grouped convolution's weight, 0 if depthwise.
         mixers: the operations that compute over several channels, in order.
         norm_groups: groups of each group norm, by its weight.
+        normed: weights made of a direction and a length, by the names of both.
         unions: where labels became one channel: both sides' labels and the place.
         pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
@@ -60,6 +61,8 @@ class Channels(ChannelTable):
         tied: labels that one tensor both writes and reads, with the pin they have unless something
             silences what is read: see :mod:`fxgrow.channels.tied`.
         noted: for each operation that altered values, in order, what it did and to which labels.
+        met: numbers of positions of constants, and the channels that lie there, for each meeting.
+        numbered: how many such numbers there are.
         first_labels: the first label of each axis, of those without a channel too.
     """
 
@@ -71,12 +74,15 @@ class Channels(ChannelTable):
     convolution_groups: dict[str, int]
     mixers: tuple[Mixer, ...]
     norm_groups: dict[str, int]
+    normed: dict[str, Normed]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, Pin], ...]
     tied: tuple[tuple[IntArray, Pin], ...] = ()
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    met: tuple[tuple[IntArray, IntArray], ...] = ()
+    numbered: int = 0
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
@@ -204,11 +210,14 @@ def resolve(space: LabelSpace) -> Channels:
         channel_of_label=channel_of_label,
         mixers=tuple(_mixers(space, channel_of_label)),
         norm_groups=dict(space.norm_groups),
+        normed=dict(space.normed),
         unions=tuple(space.unions),
         pinned=pinned,
         tied=tuple(space.tied),
         noted=tuple(space.history),
         first_labels=first_labels,
+        met=tuple((numbers, channel_of_label[labels]) for numbers, labels in space.met),
+        numbered=space.numbered,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from fxgrow.cli import options as opt
@@ -9,7 +10,7 @@ from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import settings
+from fxgrow.plan.presets import check_preset, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,13 +65,20 @@ def widen(
     checkpoint, moving averages and the optimizer's state grow too.
     """
     widths = parse_widths(width)
+    check_preset(preset, rescaling, pairing)
 
-    def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
+    def make(
+        model: nn.Module,
+        inputs: object,
+        first: Plan | None,
+        steps: Steps,
+        left_out: Sequence[str] = (),
+    ) -> Plan:
         from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
             model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
-            where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
+            where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
             untie=untie, progress=steps,
@@ -80,7 +88,7 @@ def widen(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, init)
+    grow(common, width_label(widths), make, init, adapts=True)
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")

@@ -244,8 +244,8 @@ InputShapes = Annotated[
     source(
         "--input-shape",
         metavar="1x3x224x224",
-        help="Shape of the input of the model (or of the submodule), batch first; repeat it for "
-        "several inputs.",
+        help="Shape of the input of the model (or of the submodule), batch first; with a dtype for "
+        "whole numbers such as token ids: 2x16:int64. Repeat it for several inputs.",
         show_default="inferred from the first layer",
     ),
 ]

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from fxgrow.modules.bits import first_difference, same_bits
 from fxgrow.modules.tensors import named_tensors
@@ -60,7 +61,7 @@ class _Comparison:
         pair = (id(found), id(wanted))
         if pair in self._met:
             return ""
-        if type(found) is not type(wanted) and not _are_graphs(found, wanted):
+        if type(found) is not type(wanted) and not _are_alike(found, wanted):
             return f"{place} is a {type(found).__name__}, not a {type(wanted).__name__}"
         if isinstance(wanted, _PLAIN):
             same = found == wanted or (found != found and wanted != wanted)
@@ -148,7 +149,7 @@ def structure_difference(
     for name, module in want.items():
         other = have[name]
         shown = name or "the network"
-        if type(other) is not type(module) and not _are_graphs(other, module):
+        if type(other) is not type(module) and not _are_alike(other, module):
             return f"{shown} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = (_plain_attributes(each, modes=modes) for each in (other, module))
         for key in theirs:
@@ -191,8 +192,15 @@ def _is_plain_list(value: object) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(item, _PLAIN) for item in value)
 
 
-def _are_graphs(one: object, other: object) -> bool:
-    """Return whether both are graph modules, each of which has a class of its own."""
+def _are_alike(one: object, other: object) -> bool:
+    """Return whether both are modules of one class each of which has another one made of it.
+
+    Graph modules, and those with a parametrization.
+    """
+    if isinstance(one, nn.Module) and isinstance(other, nn.Module):
+        kinds = [type_before_parametrizations(module) for module in (one, other)]
+        if is_parametrized(one) and is_parametrized(other) and kinds[0] is kinds[1]:
+            return True
     return isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule)
 
 

@@ -82,7 +82,7 @@ def check_directory(
     keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype
     _check_tensors(grown, found)
     if dtypes[0] == dtypes[1]:
-        _check_outputs(grown, found, inputs)
+        check_outputs(grown, found, inputs)
     # Sizes that nothing reads are out of date in the grown model.
     if told := structure_difference(found, grown, sizes=False):
         raise _unlike(told)
@@ -138,10 +138,10 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
         # What the computation does not need is in no program.
         if name in loaded and (told := tensor_difference(loaded[name].detach(), tensor, name)):
             raise _unlike(told, name)
-    _check_outputs(grown, found, inputs)
+    check_outputs(grown, found, inputs)
 
 
-def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
+def check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
     """Return if two networks give the same outputs, up to rounding; without inputs, at once."""
     if inputs is None:
         return

@@ -93,6 +93,31 @@ def cover(layers: Layers, dim: int) -> Layer | None:
     return None
 
 
+def without_repeats(layers: Layers) -> Layers:
+    """Return layers without those that put a tensor into a channel it lies in as a whole already.
+
+    What is made of several tensors that each carry one (a row of a table, added to a stream that
+    queries, keys and values are made of) would else carry it several times, and more at each step.
+
+    Example:
+        >>> row = torch.tensor(7, dtype=torch.int32).expand(2, 3)
+        >>> len(without_repeats((row, row.clone(), along(torch.arange(3), 1, (2, 3)))))
+        2
+    """
+    if len(layers) < 2:
+        return layers
+    kept: list[Layer] = []
+    known: set[int] = set()
+    for layer in layers:
+        if not _varying(layer.shape, layer.stride()):
+            label = int(layer[(0,) * layer.ndim])
+            if label in known:
+                continue
+            known.add(label)
+        kept.append(layer)
+    return tuple(kept)
+
+
 def clusters(layers_of: list[Layers]) -> list[list[Layer | None]]:
     """Group the layers of several tensors that vary along a common dim, one per tensor."""
     clusters: list[tuple[set[int], list[Layer | None]]] = []

@@ -63,6 +63,11 @@ class PinKind(Enum):
         "read with the parameter itself: columns that cancel in it do not cancel in a function of "
         "it",
     )
+    COMPUTED = (
+        "the weight of {} is computed by {}, which all its entries have a part in: take that off "
+        "first by {}, grow, and put it on again",
+        "nothing: what is put on again later acts on the grown weight",
+    )
     MIXED = (
         "{} over the channels mixes all of them",
         "apply it within each channel or over positions: over channels, new ones change its result",

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic, noise
-from fxgrow.labels.layers import Layers, support
+from fxgrow.labels import generic, made, noise
+from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
@@ -97,6 +98,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
         if layers and not tensor.numel():
             layers = ()  # what has no entries has no channels
+        layers = without_repeats(layers)
         values = self.tape.values
         value = Value(len(values), tuple(tensor.shape), tensor.dtype, layers, **facts)
         values.append(value)
@@ -135,10 +137,15 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
+        own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
+        numbers = self._made(step, inputs, layers)
         values = tuple([
-            self._enter(tensor, flow, producer=index, positions=told.get(place), **facts)
+            self._enter(
+                tensor, flow, producer=index, positions=told.get(place), made=numbers[place],
+                **(facts if place else own),
+            )
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
         if traits.is_mutable:
@@ -159,10 +166,28 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
         drawn = noise.drawn_by(func)
+        of_any_width = is_uniform or drawn in ("mask", "uniform")
         values = [
-            self._enter(x, (), producer=index, is_uniform=is_uniform, drawn=drawn) for x in outputs
-        ]
+            self._enter(
+                x, (), producer=index, is_uniform=is_uniform, drawn=drawn,
+                made=made.numbered(self.space, x.shape) if of_any_width else (),
+            )
+            for x in outputs
+        ]  # fmt: skip
         self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
+
+    def _made(
+        self, step: Step, inputs: tuple[Value, ...], labels: Sequence[Layers]
+    ) -> Sequence[Layers]:
+        """Return the numbers of positions of constants in each output."""
+        if step.traits.is_factory:
+            shapes = [output.shape for output in step.outputs]
+            return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
+        if step.traits.name == "aten.expand" and not inputs[0].layers:
+            return (made.expanded(self.space, step, inputs[0].made),)
+        if not any(value.made for value in inputs):
+            return ((),) * len(step.outputs)
+        return made.follow(step, [value.made for value in inputs], labels)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -242,6 +267,32 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
     }
 
 
+def _own_facts(step: Step) -> dict[str, Any]:
+    """Return what the first output of an operation has for itself."""
+    if not step.stands_for:
+        return {}
+    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
+
+
+class _WholeNorms(TorchFunctionMode):
+    """Weight norm is one operation, whichever dim has the lengths and whatever the dtype is.
+
+    torch itself composes some of them of others, in which a norm of all columns is taken by itself.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the call."""
+        if func is torch._weight_norm:
+            return torch.ops.aten._weight_norm_interface(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
+
+
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
     """Watch nothing."""
     del value
@@ -301,7 +352,7 @@ def propagate(
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
     labeller = Labeller(named, space, place, zeros, most, decider)
-    with torch.no_grad(), same_chance(), labeller:
+    with torch.no_grad(), same_chance(), labeller, _WholeNorms():
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):

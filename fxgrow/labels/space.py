@@ -40,6 +40,29 @@ class Axis:
     size: int
 
 
+@dataclass(frozen=True)
+class Normed:
+    """A weight in two parts: a direction, which is divided by its norm, times a length.
+
+    New entries of the direction change its norm, and none of the weight's if the length follows.
+
+    Attributes:
+        direction, length: names of the parameters.
+        dim: the dim of the direction whose positions have a norm and a length each; None where
+            there is one for all of it.
+    """
+
+    direction: str
+    length: str
+    dim: int | None
+
+    def of(self, direction: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the length for a direction of some shape."""
+        if self.dim is None:
+            return ()
+        return tuple(size if dim == self.dim else 1 for dim, size in enumerate(direction))
+
+
 @dataclass
 class LabelSpace:
     """Hands out labels for parameter axes and records what the operations say about them.
@@ -66,8 +89,11 @@ class LabelSpace:
     history: list[tuple[str, Layer]] = field(default_factory=list)  # in order of execution
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
+    normed: dict[str, Normed] = field(default_factory=dict)  # by the names of both parts
     place: str = ""
     unions: list[Union] = field(default_factory=list)
+    numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
+    met: list[tuple[IntArray, IntArray]] = field(default_factory=list)  # such numbers, labels
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -207,6 +233,18 @@ class LabelSpace:
         if different.any():
             self.unions.append((first[different], second[different], self.place))
 
+    def meet(self, numbers: Tensor, labels: Tensor) -> None:
+        """Record that positions of constants lie where some channels do. Zeros say nothing.
+
+        Args:
+            numbers: of the positions, any shape.
+            labels: as many, in the same order.
+        """
+        first, second = numbers.numpy().ravel(), labels.numpy().ravel()
+        both = (first != 0) & (second != 0)
+        if both.any():
+            self.met.append((first[both], second[both]))
+
     def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
         """Record that the running operation lets the channels of ``labels`` not change, and why."""
         ids = np.unique(labels.numpy())
@@ -253,6 +291,14 @@ class LabelSpace:
             dims: the dims in which ``part`` varies.
         """
         self.shared.append((whole.numpy(), part.numpy(), tuple(dims), self.place))
+
+    def are_parts(self, parts: Normed) -> bool:
+        """Record of what a weight is made; return False if either is a part of another weight.
+
+        It could not follow both.
+        """
+        names = (parts.direction, parts.length)
+        return all(self.normed.setdefault(name, parts) == parts for name in names)
 
     def several(self, labels: Tensor) -> None:
         """Record that these channels can only grow in number, so that a lone one is pinned."""

@@ -195,20 +195,7 @@ class Traced:
         Raises:
             TraceError: it does not run on its inputs, or nobody can follow what it does.
         """
-        try:
-            self.decided.find_out(self.standin, mode, self.inputs)
-        except Exception as error:  # a user's forward may raise anything
-            fault = self.decided.fault(mode, self.inputs)
-            told = f"inputs of {self._told_shapes}"
-            if fault is not None:
-                raise TraceError(
-                    f"the model does not run on {told}: {first_line(fault)}.",
-                    way_out="" if self.inferred else "Give inputs that it takes.",
-                ) from fault
-            raise TraceError(
-                f"the model runs on {told}, and what it decides by values there cannot be told "
-                f"beforehand: {first_line(error)}."
-            ) from error
+        self.decided.find_out(self.standin, mode, self.inputs, f"inputs of {self._told_shapes}")
 
     def _get_graph(self) -> fx.Graph | None:
         return self.graph
@@ -377,9 +364,9 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
-    decided, zeros = Decided(model, module, example_inputs), zero_buffers(model)
-    held = scalar_buffers(model)
-    return Traced(standin, inputs, inferred, decided, module, zeros=zeros, scalars=held)
+    decided, scalars = Decided(model, module, example_inputs), scalar_buffers(model)
+    zeros = zero_buffers(model) - scalars.keys()
+    return Traced(standin, inputs, inferred, decided, module, zeros=zeros, scalars=scalars)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:

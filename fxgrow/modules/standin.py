@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import modules_of, named_tensors
@@ -52,6 +53,10 @@ def stand_in(
         elif isinstance(tensor, nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fresh
+    for module in modules_of(model):
+        for value in vars(module).values():  # what a forward computed of others cannot be copied
+            if type(value) is Tensor and not value.is_leaf:
+                memo[id(value)] = value.detach()
     try:
         return _deep_copy(model, memo)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -59,6 +64,19 @@ def stand_in(
             f"the model cannot be copied: {first_line(error)}.",
             way_out="Remove what does not survive copy.deepcopy.",
         ) from error
+
+
+def with_computed_weights(model: nn.Module) -> nn.Module:
+    """Return a module whose weight-normed layers have computed their weights of what they hold now.
+
+    They do so before each forward; until then their ``weight`` would be that of another network.
+    """
+    for module in modules_of(model):
+        for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
+            if isinstance(hook, WeightNorm):
+                with torch.no_grad():
+                    setattr(module, hook.name, hook.compute_weight(module))
+    return model
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -248,7 +248,10 @@ def check_sizes(edit: SizeEdit, place: str) -> None:
     Raises:
         PlanError: it takes none, or the new ones do not go with the old ones.
     """
-    _check_node(edit.node, f"{place}node")
+    if not edit.at:
+        _check_node(edit.node, f"{place}node")
+    elif edit.node or not edit.at.endswith(f":{edit.function}"):
+        refuse(f"{place}at", f"{edit.at!r} is no line that makes such a call")
     if edit.function not in SIZED:
         refuse(f"{place}function", f"{edit.function!r} takes no sizes")
     if [size is None for size in edit.before] != [size is None for size in edit.after]:

@@ -38,6 +38,7 @@ from functools import cached_property
 
 import torch
 
+from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
     check_amount,
     check_attribute,
@@ -209,12 +210,26 @@ class _Checked:
                 known = variance in step.source and step.source[variance][0] == shape
                 if not known or variance.rpartition(".")[2] != "running_var":
                     refuse(f"{place}absorption.variance", f"it is no running_var of {list(shape)}")
+            if edit.normed is not None:
+                self._check_normed(edit.normed, place)
             total += math.prod(edit.new_shape) * int(dtype.itemsize)
             if total > limit:
                 refuse(f"{place}new_shape", "the new tensors do not fit into memory")
         for name, (_, is_new) in self._after.items():
             if is_new and step.aliases.get(name, name) not in step.tensors:
                 refuse(f"{self.place}tensors", f"nothing makes the new {name}")
+
+    def _check_normed(self, parts: Normed, place: str) -> None:
+        """Check what a weight is made of, whose parts change together."""
+        edits = [self.step.tensors.get(part) for part in (parts.direction, parts.length)]
+        if any(edit is None or edit.normed != parts or edit.fill for edit in edits):
+            refuse(f"{place}normed", "its parts are no two tensors that change together")
+        direction, length = (edit for edit in edits if edit is not None)
+        if parts.dim is not None and not 0 <= parts.dim < len(direction.shape):
+            refuse(f"{place}normed.dim", f"{list(direction.shape)} has no such dim")
+        shapes = (length.shape, length.new_shape)
+        if shapes != (parts.of(direction.shape), parts.of(direction.new_shape)):
+            refuse(f"{place}normed.length", f"it is no length of {list(direction.shape)}")
 
     def _check_aliases(self) -> None:
         """Check which tensors are one, and that each continues one that there is."""

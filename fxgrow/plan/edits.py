@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fxgrow.labels.space import Role
+from fxgrow.labels.space import Normed, Role
 
 Fill = Literal["", "identity", "constant"]
 AxisRole = Role | Literal["kernel"]
@@ -93,6 +93,9 @@ class TensorEdit:
             with zeros between them; ``axes`` are those of what this makes.
         offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
             above is done to the sum, from which it is subtracted again.
+        normed: the weight that this is a part of, its direction or its length. ``scale`` and
+            ``axes`` of a direction are the weight's; the length takes the factor, and what keeps
+            the weight's old entries while new ones count in the norm.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +108,7 @@ class TensorEdit:
     fill: Fill = ""
     groups: tuple[int, int] = (1, 1)
     offset: float = 0.0
+    normed: Normed | None = None
 
 
 @dataclass(frozen=True)
@@ -172,13 +176,14 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class SizeEdit:
-    """Sizes in a call of the network's own code, rewritten in its graph.
+    """Sizes in a call of the network's own code, rewritten in its graph or where it is made.
 
     Attributes:
         node: name of the fx node.
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
+        at: the line of code that makes the call, where the module has no graph; ``node`` is "".
     """
 
     node: str
@@ -186,6 +191,7 @@ class SizeEdit:
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
     module: str = ""
+    at: str = ""
 
 
 @dataclass(frozen=True)

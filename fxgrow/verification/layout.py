@@ -23,6 +23,7 @@ from fxgrow.modules.bits import first_difference, pieces, same_bits
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.names import names_after
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.normed import parts_of, put_together
 from fxgrow.verification.positions import OldPart, TensorCheck, close, refuse, regrouped
 
 
@@ -64,12 +65,18 @@ def check_layout(
 
     Complexity: about one pass over the tensors, one at a time.
     """
+    made, became = parts_of(plan, list(before))
+    before, after = put_together(before, made), put_together(after, became)
+    lengths = {parts.length for parts in became}
+    directions = {parts.direction for parts in became}
     names = [list(before)]
     for step in plan.steps:
         names.append([name for name, _, _ in names_after(names[-1], step)])
     held: dict[str, _Held | None] = {
-        name: _Held(after[name], free=name in free) for name in names[-1] if name in after
-    }
+        name: _Held(after[name], exact=name not in directions, free=name in free)
+        for name in names[-1]
+        if name in after
+    } | dict.fromkeys(lengths)
     for index, step in reversed(list(enumerate(plan.steps))):
         held = _StepCheck(step, names[index], before if index == 0 else None).run(held)
 

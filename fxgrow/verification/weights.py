@@ -139,6 +139,7 @@ def rounds(edit: TensorEdit | None, step: Plan) -> bool:
         edit.scale != 1.0
         or edit.offset
         or edit.absorption is not None
+        or edit.normed is not None
         or not kinds <= _WITHOUT_ROUNDING
         or drawing.noise
     )

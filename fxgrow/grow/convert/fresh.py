@@ -64,9 +64,10 @@ class Fresh:
         names = [name for name, _ in self._network.get_submodule(parent).named_children()]
         return child_of(parent, names[max(names.index(local) - 1, 0)])
 
-    def _method(self, unit: tuple[str, ...]) -> str:
+    def _method(self, unit: tuple[str, ...], block: NewBlock) -> str:
         """Return how a unit is kept from changing anything."""
-        if not any(True for _ in self._network.get_submodule(unit[0]).children()):
+        single = not any(True for _ in self._network.get_submodule(unit[0]).children())
+        if single and block.is_in_chain():
             return "net2deeper"
         channels = self.analysis.channels
         shared = any(
@@ -121,7 +122,7 @@ class Fresh:
                     sources[name] = source, self.old[source]
         parameters = frozenset(name for name in own if isinstance(own[name], nn.Parameter))
         block = NewBlock(unit, self._before(unit), self._runs, own, parameters, self._channels)
-        method = self._method(unit)
+        method = self._method(unit, block)
         filling = METHODS[method](block) if method in METHODS else Filling(of_norms(block))
         edits = {name: fitted(e) for name, e in tensor_edits(block, filling, sources).items()}
         return edits, block_plan(block, likes[unit[0]], method, filling)

@@ -11,11 +11,13 @@ from torch.nn.modules.conv import _ConvNd
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError
 from fxgrow.grow.convert.alignment import Alignment, setting_differences
+from fxgrow.grow.convert.concatenated import added_places
 from fxgrow.grow.convert.fresh import Fresh, bridges, units_of
 from fxgrow.grow.convert.regroup import Regrouping, regrouped, regrouped_towards
 from fxgrow.grow.convert.target import towards
 from fxgrow.grow.identity.stages import child_of
 from fxgrow.grow.widen.planner import attempts_for, plan_of
+from fxgrow.labels.space import Normed
 from fxgrow.modules.tensors import aliases_of, named_tensors
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.requests import Convert, Widen
@@ -62,7 +64,8 @@ def plan_conversion(
     source = replace(source, channels=regrouped(source.channels, regrouping))
     fresh, blocks = _fresh_edits(alignment, source, target)
     widening = Widen({}, pairing=request.pairing, seed=request.seed)  # the target tells the widths
-    found = towards(attempts_for(source, widening), target, names, bridges(fresh))
+    added = added_places(source, target, alignment)
+    found = towards(attempts_for(source, widening), target, names, bridges(fresh), added)
     made = plan_of(source, widening, found, lambda name: 1.0)
     made = _renamed(made, names, fresh, regrouping, target)
     kernels = tuple(_kernels(alignment, old, new))
@@ -125,6 +128,7 @@ def _renamed(
     edits: dict[str, TensorEdit] = {}
     tensors = named_tensors(target.traced.standin)
     aliases = aliases_of(tensors)
+    became = {before: name for name, before in names.items() if name not in aliases}
     for name, tensor in tensors.items():
         if name in aliases:
             continue
@@ -142,6 +146,7 @@ def _renamed(
                     new_shape=tuple(tensor.shape),
                     axes=(*edit.axes, *kernel),
                     source="" if before == name else before,
+                    normed=_renamed_parts(edit.normed, became),
                 )
     batch = target.traced.input_shapes[0][0] if target.traced.inferred else 1
     return replace(
@@ -152,6 +157,13 @@ def _renamed(
         parameters=(made.parameters[0], sum(p.numel() for p in target.traced.standin.parameters())),
         flops=(made.flops[0], target.tape.flops // batch),
     )
+
+
+def _renamed_parts(parts: Normed | None, names: Mapping[str, str]) -> Normed | None:
+    """Return what a weight is made of under the names of the target."""
+    if parts is None:
+        return None
+    return replace(parts, direction=names[parts.direction], length=names[parts.length])
 
 
 def _kernel_axes(name: str, edit: TensorEdit, shape: tuple[int, ...]) -> tuple[AxisEdit, ...]:

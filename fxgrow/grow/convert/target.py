@@ -10,6 +10,7 @@ import numpy as np
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import PlanError
+from fxgrow.grow.convert.concatenated import apart
 from fxgrow.grow.match.group_norms import with_new_groups
 from fxgrow.grow.match.match import match
 from fxgrow.grow.norms.eta import settle
@@ -21,9 +22,15 @@ from fxgrow.grow.widen.feasible import Attempts, Feasible
 from fxgrow.labels.forest import IntArray
 from fxgrow.modules.tensors import named_tensors
 
+_NOTHING: IntArray = np.zeros(0, dtype=np.int64)
+
 
 def towards(
-    attempts: Attempts, target: Analysis, names: Mapping[str, str], bridges: Collection[str] = ()
+    attempts: Attempts,
+    target: Analysis,
+    names: Mapping[str, str],
+    bridges: Collection[str] = (),
+    added: IntArray = _NOTHING,
 ) -> Feasible:
     """Return the sizes and the channels that a target has for the tensors of a source.
 
@@ -32,13 +39,16 @@ def towards(
         target: of the target, at its own sizes.
         names: for each tensor of the target that continues one of the source, the name of that one.
         bridges: weights of the target that pass each channel on as it is.
+        added: labels of the target, of places at which channels are there once more than in the
+            source; see :func:`fxgrow.grow.convert.concatenated.added_places`.
 
     Raises:
         PlanError: some channel of the source has no place in the target, or a norm would compute
             something else.
     """
     analysis = attempts.analysis
-    new = continuing(_bridged(target.channels, bridges), names)
+    own = apart(target.channels, added)
+    new = continuing(_bridged(own, bridges), names)
     tensors = named_tensors(target.traced.standin)
     shapes = {
         before: tuple(tensors[after].shape)
@@ -84,7 +94,8 @@ def towards(
     matching = match(analysis.channels, new, attempts.pairing, mixed.copied, copies)
     if isinstance(matching, Obstacle):
         raise matching.error
-    read_by_zeros = np.isin(np.arange(new.count), _written_elsewhere(target.channels, names, new))
+    read_by_zeros = np.isin(np.arange(new.count), _written_elsewhere(own, names, new))
+    read_by_zeros[target.channels.count :] = True
     matching = replace(matching, sign=np.where(read_by_zeros, 0, matching.sign))
     sizes = Sizes(shapes, {}, widths, ())
     resized = Resized(new, (), target.tape)

@@ -68,6 +68,12 @@ class NewBlock:
             if axis.tensor in self.tensors and fill in wanted:
                 yield axis.tensor, fill
 
+    def is_in_chain(self) -> bool:
+        """Return whether the block gets what the one before it gives, and is none beside it."""
+        recording = self.runs[0]
+        given = recording.calls[self.after][0].outputs
+        return not set(given).isdisjoint(recording.ends(self.modules)[0])
+
     def exits(self, recording: Recording) -> list[tuple[Value, Value]]:
         """Return each output that the network uses, with the input that it must equal.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import PlanError
 from fxgrow.modules.tensors import layer_of
@@ -132,6 +133,7 @@ def attribute_edits(
     Raises:
         PlanError: the attributes that a module has do not fit the tensors that it has.
     """
+    groups_of = {layer_of(weight): count for weight, count in new_groups.items()}
     for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
         try:
             module = model.get_submodule(owner)
@@ -144,7 +146,7 @@ def attribute_edits(
             local: tuple(new_shapes.get(f"{owner}.{name}", tuple(tensor.shape)))
             for local, name, tensor in _own_tensors(module)
         }
-        groups = new_groups.get(f"{owner}.weight")
+        groups = groups_of.get(owner)
         try:
             attributes = follow(module, shapes, groups)
         except (KeyError, StopIteration, TypeError, ZeroDivisionError) as error:
@@ -159,10 +161,30 @@ def attribute_edits(
                 yield ModuleEdit(owner, attribute, before, after)
 
 
+def misfit(model: nn.Module, new_shapes: Shapes) -> tuple[str, str] | None:
+    """Return a layer whose own code cannot run at new sizes, whatever its attributes, and why.
+
+    Args:
+        model: the network, at its old sizes.
+        new_shapes: new shape by fully qualified name, of the tensors that change.
+    """
+    for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
+        packed = new_shapes.get(f"{owner}.in_proj_weight")
+        rows, width = packed or new_shapes.get(f"{owner}.q_proj_weight") or (0, 0)
+        if rows != (3 * width if packed else width):
+            reason = (
+                "all heads of an nn.MultiheadAttention are together as wide as what comes in "
+                "(embed_dim), so that both grow alike (--where all), or neither does"
+            )
+            if isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+                return owner, reason
+    return None
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Yield a module's tensors: what it calls them, their names below it, and themselves.
 
-    Of a parametrized one, the original that has its shape.
+    Of a weight that is computed of others, the one that has its shape.
     """
     for name, tensor in (
         *module.named_parameters(recurse=False),
@@ -173,3 +195,6 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         for local, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]
             original = "original" if hasattr(parts, "original") else "original1"
             yield local, f"parametrizations.{local}.{original}", getattr(parts, original)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, f"{hook.name}_v", getattr(module, f"{hook.name}_v")

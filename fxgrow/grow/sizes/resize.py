@@ -156,7 +156,8 @@ class _Count:
             size, rest = divmod(total, self._growth.whole)
             if rest:
                 self._note_parts(index)
-            if axis.tensor in channels.convolution_groups:
+            in_groups = axis.tensor in channels.convolution_groups
+            if in_groups and (axis.groups > 1 or axis.dim == 0):
                 sides[axis.tensor, "in" if axis.groups > 1 else "out"] = size
             if axis.groups == 1 and size != axis.size:
                 self._set(axis.tensor, axis.dim, size)

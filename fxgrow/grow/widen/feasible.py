@@ -218,17 +218,26 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     """Return sizes at which the network runs; groups that stand in the way are refused.
 
     All are tried together. What an obstacle comes from is set aside until the rest works, and then
-    joins it again, kind by kind, unless it is certain that it cannot grow.
+    joins it again, kind by kind and then all at once, unless it is certain that it cannot grow.
 
     Raises:
         PlanError: nothing is left to grow; the first reason is told.
     """
     left, refused, aside = dict(widths), dict[str, str](), set[str]()
     made = _set_aside(attempts, left, refused, aside)
+    alone: list[str] = []
     for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
         more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
         made = more or made
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
+        alone += failing
+    if len(alone) > 1 and {*alone} < {*widths}:  # heads that only grow beside what comes in
+        joined = attempts.make(left | {name: widths[name] for name in alone})
+        if isinstance(joined, Feasible):
+            made, refused = (
+                joined,
+                {name: why for name, why in refused.items() if name not in alone},
+            )
     if made is None:
         name, reason = next(iter(refused.items()))
         raise PlanError(f"{name} cannot be widened: {reason}.", name=name)

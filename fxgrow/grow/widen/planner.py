@@ -110,7 +110,8 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         _group_plan(analysis, request, group, sizes, factors, flow, *layout)
         for group, layout in zip(growing, layouts, strict=True)
     )
-    tracer: Tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
+    in_graph = any(edit.node for edit in resized.sizes)
+    tracer: Tracer = "torch.fx" if in_graph else traced.tracer  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     return Plan(
@@ -159,7 +160,15 @@ def _warnings(
             f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold "
             "it, fxgrow.load sets it"
         )
-    rewritten = found.resized.sizes
+    rewritten = [edit for edit in found.resized.sizes if edit.node]
+    in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
+    if in_code:
+        first, *more = in_code
+        yield (
+            f"the code of {first or 'the model'}{f' and {len(more)} more' if more else ''} fixes "
+            "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
+            "state_dict does not hold them, fxgrow.load sets them"
+        )
     if rewritten:
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
@@ -229,6 +238,8 @@ def _tensor_edits(
     """Return the edit of every tensor that changes, in the order of the state_dict."""
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
     absorptions = dict(item for norm in kept for item in _absorptions(norm))
+    normed = analysis.channels.normed
+    directions = {layer_of(parts.direction): parts.direction for parts in normed.values()}
     found: dict[str, TensorEdit] = {}
     split = {name for silenced in analysis.silenced for name in silenced.weights}
     offsets = offsets_of(analysis.tape)
@@ -236,16 +247,20 @@ def _tensor_edits(
         if name in aliases:
             continue
         new_shape = sizes.shapes.get(name, shape)
-        scale = math.prod(by.get(name, 1.0) for by in (factors, flow.vectors, flow.owed))
+        parts = normed.get(name)
+        whole = name if parts is None else parts.direction
+        scale = math.prod(by.get(whole, 1.0) for by in (factors, flow.vectors, flow.owed))
         axes = tuple(edits.get(name, ()))
-        if not axes and scale == 1.0 and name not in absorptions:
+        if not axes and scale == 1.0 and name not in absorptions and not edits.get(whole):
             continue
-        owner = name if name in weights else f"{layer_of(name)}.weight"
+        layer = layer_of(name)
+        owner = name if name in weights else directions.get(layer, f"{layer}.weight")
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
         offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
         found[name] = TensorEdit(
-            shape, new_shape, scale, axes, fan_in, absorptions.get(name), offset=offset
-        )
+            shape, new_shape, scale, axes, fan_in, absorptions.get(name),
+            offset=offset, normed=parts,
+        )  # fmt: skip
     return found
 
 

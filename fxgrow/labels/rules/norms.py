@@ -15,7 +15,7 @@ from fxgrow.labels.layers import Layers, core, cover, support
 from fxgrow.labels.padding import Held, PaddingFlow
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
-from fxgrow.labels.space import Fill
+from fxgrow.labels.space import Fill, Normed
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
@@ -98,6 +98,11 @@ def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: 
         flow.part_ways(op, op.args[0], gain, "no", why)
 
 
+def weight_norm_gain(flow: GainFlow, op: Operation) -> Gain | tuple[Gain, ...]:
+    """A weight has the factor of its direction, which its length takes."""
+    return flow.of(op.outputs[0]) if op.outputs[0].parameter else flow.generic(op)
+
+
 # ── padding ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -129,6 +134,12 @@ def layer_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
     return flow.lost(op) if added else Held("zero")
 
 
+def weight_norm_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """The weight holds what its direction is said to hold."""
+    del op
+    return Held(flow.holds)
+
+
 # ── labels ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -155,10 +166,20 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
     return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
-@rule("aten._weight_norm_interface")
+@rule("aten._weight_norm_interface", gain=weight_norm_gain, padding=weight_norm_padding)
 def weight_norm(step: Step) -> tuple[Layers, ...]:
-    """A direction and a length for each row: rows may be new, columns count in the norm."""
+    """A direction and a length for each row: what reads and writes is the direction.
+
+    It does so as if it were the weight, if the lengths follow its norms; see :class:`.Normed`.
+    """
     direction, length, dim = *step.args[:2], step.argument("dim", 0)
+    first, second = (step.value(part).parameter for part in (direction, length))
+    parts = Normed(first, second, None if dim < 0 else dim)
+    fits = tuple(length.shape) == parts.of(direction.shape)
+    if first and second and fits and step.space.are_parts(parts):
+        step.stands_for = parts.direction
+    if parts.dim is None:
+        return (step.layers(direction), *(() for _ in step.outputs[1:]))
     rows = step.line(direction, dim)
     beside = step.line(length, dim)
     if rows is not None and beside is not None:
