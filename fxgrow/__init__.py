@@ -46,6 +46,8 @@ Glossary:
     η: what the standard deviation of such a norm becomes of the old one (ibid.).
     zero channels: new channels that their writers write as zeros (NetMorph, Wei et al. 2016).
     channel assignment: which old channel each new one continues, copies or joins.
+    silenced: of channels that one parameter both writes and reads (tied), that the weight of a norm
+        before the reader is zero for new ones, and split over copies.
     submodule: a part of a network that is followed by itself, where the whole cannot be.
 """
 

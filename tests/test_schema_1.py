@@ -66,7 +66,9 @@ def test_a_plan_of_schema_1_says_what_it_said(kind: str) -> None:
         steps_of(OLD[kind]), steps_of(plan.to_dict()), plan.steps, strict=True
     ):
         for edit in new["tensors"].values():
-            assert edit.pop("offset") == 0  # schema 1 had none
+            assert (edit.pop("offset"), edit.pop("normed")) == (0, None)  # schema 1 had none
+        for edit in new["sizes"]:
+            assert not edit.pop("at")
         assert {name: new[name] for name in old.keys() - MOVED} == {
             name: old[name] for name in old.keys() - MOVED
         }
