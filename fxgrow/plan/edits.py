@@ -91,9 +91,9 @@ class TensorEdit:
         groups: of the convolution whose weight this is, before and after. Where they differ, the
             old groups are first put into the new ones, in order and as few as will do in each,
             with zeros between them; ``axes`` are those of what this makes.
-        normed: the weight that this is a part of, its direction or its length. ``scale`` and
-            ``axes`` of a direction are the weight's; the length takes the factor, and what keeps
-            the weight's old entries while new ones count in the norm.
+        normed: the weight that this is a part of, its direction or its length. ``axes`` of a
+            direction are the weight's, and ``scale`` of a length is; the length takes besides what
+            keeps the weight's old entries while new ones count in the norm.
     """
 
     shape: tuple[int, ...]

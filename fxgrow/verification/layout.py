@@ -14,7 +14,7 @@ step that is not the last is not followed further back; planners make no such st
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,8 @@ class _StepCheck:
         """Return how a tensor was to change; None if not, or if it is not made of what there is."""
         first = self.step.aliases.get(name, name)
         edit = self.step.tensors.get(first)
+        if edit is not None and edit.normed is not None:  # the weight is in its direction's place
+            edit = replace(edit, scale=self.step.tensors[edit.normed.length].scale)
         return edit if edit is not None and (edit.source or first) in known else None
 
 

@@ -240,6 +240,8 @@ def _tensor_edits(
         layer = layer_of(name)
         owner = name if name in weights else directions.get(layer, f"{layer}.weight")
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
+        if parts is not None and name == parts.direction:
+            scale = 1.0  # the length takes it
         found[name] = TensorEdit(
             shape, new_shape, scale, axes, fan_in, absorptions.get(name), normed=parts
         )
