@@ -128,6 +128,13 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return v * (g / norm), norm
 
 
+# One operation for weight norm, whichever dim has the lengths and whatever the dtype is: torch
+# composes some of others, in which a norm of all columns is taken by itself.
+_LIBRARY = torch.library.Library("fxgrow", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("_weight_norm_interface(Tensor v, Tensor g, int dim=0) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("_weight_norm_interface", _weight_norm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
 def on_numbers(target: OpOverload) -> Callable[..., Any]:
     """Return what computes an operation of any operands.
 
