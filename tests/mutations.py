@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 import fxgrow
 from fxgrow.cli.app import app
-from fxgrow.files import models
+from fxgrow.files import copies, models
 from fxgrow.files.checkpoint import directory, safetensors_files, saving
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.optimizer import growth, state, steps
@@ -402,7 +402,7 @@ def _computed(change: Callable[[dict[str, Tensor]], None]) -> Patch:
         change(found)
         return found
 
-    return wrap(models, "apply_to_state_dict", changed)
+    return wrap(copies, "apply_to_state_dict", changed)
 
 
 def _zero(name: str, row: int) -> Callable[[dict[str, Tensor]], None]:
@@ -491,7 +491,7 @@ OPTIMIZER: list[Fault] = [
 
 
 def _config(**fields: object) -> Patch:
-    return wrap(models, "grown_config", lambda config: {**config, **fields})
+    return wrap(models, "config_of", lambda config: {**config, **fields})
 
 
 CONFIGURATION: list[Fault] = [

@@ -78,6 +78,13 @@ def lived_in(
     return model.eval()
 
 
+def plain_mlp(classes: int = 2, width: int = 8) -> nn.Module:
+    """Return a small network whose architecture is named, not recognised."""
+    return nn.Sequential(
+        nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, classes)
+    )
+
+
 def mild(model: nn.Module) -> nn.Module:
     """Return the network in float64, with every part of it contributing to the output."""
     model = model.double().eval()

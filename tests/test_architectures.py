@@ -19,7 +19,7 @@ from fxgrow.modules.architectures import (
     parse_arguments,
     torchvision_names,
 )
-from fxgrow.modules.recognition import recognise
+from fxgrow.modules.recognition import adjusted, recognise
 from fxgrow.modules.uninitialised import build_uninitialised
 
 MORE = ["maxvit_t", "vit_b_16", "densenet121", "shufflenet_v2_x0_5", "googlenet"]
@@ -304,7 +304,22 @@ def test_what_nobody_knows_is_compared_with_the_nearest():
     )
     with pytest.raises(SourceError, match=pattern):
         recognise(shapes)
-    with pytest.raises(SourceError, match=r"nearest is .*missing .* and \d+ more; unexpected a 3"):
-        recognise({"a": (3,)})
-    with pytest.raises(SourceError, match="nearest"):
-        recognise({})
+
+
+@pytest.mark.parametrize("shapes", [{"a": (3,)}, {}])
+def test_nothing_is_called_near_that_has_hardly_anything_in_common(shapes):
+    with pytest.raises(SourceError, match=r"such names as a?.*package\.module:callable") as caught:
+        recognise(shapes)
+    assert "nearest" not in str(caught.value)
+
+
+def test_arguments_that_shapes_tell_need_not_be_given():
+    def own(name: str, **arguments: object) -> Architecture | None:
+        shapes = {
+            n: tuple(t.shape) for n, t in Architecture(name, arguments).build().state_dict().items()
+        }
+        return adjusted(Architecture(name), shapes)
+
+    assert own("torchvision:resnet18", num_classes=7).arguments == {"num_classes": 7}
+    assert own("networks:plain_mlp", classes=5).arguments == {"classes": 5}
+    assert own("torchvision:resnet50", width_per_group=128) is None

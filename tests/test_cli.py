@@ -180,7 +180,10 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "truncated": (folder / "truncated.pt", "truncated"),
         "text": (folder / "text.pt", "text file"),
         "directory": (folder / "folder", "directory"),
-        "unrecognised": (saved(plain().state_dict(), folder / "unknown.pt"), "nearest"),
+        "unrecognised": (
+            saved(plain().state_dict(), folder / "unknown.pt"),
+            "package.module:callable",
+        ),
         "no weights": (saved({"epoch": 3}, folder / "none.pt"), "no weights"),
         "quantized": (saved({"w": quantized}, folder / "quantized.pt"), "quantized"),
     }
@@ -558,3 +561,24 @@ def test_arguments_of_apply_that_are_swapped_are_told(tmp_path):
     assert (
         done.stderr == "error: m.pt holds weights, not a plan. The plan comes first: PLAN SOURCE.\n"
     )
+
+
+@pytest.mark.parametrize("shape", ["2x5:int64", "2,5:long", "2x5"])
+def test_a_shape_may_be_that_of_token_ids(tmp_path, shape):
+    path = saved(token_network().state_dict(), tmp_path / "a.pt")
+    arch = ("--arch", "test_cli:token_network", "--input-shape", shape, "--verify", "quick")
+    done = run("widen", path, "--width", "2x", *arch)
+    assert done.exit_code == 0, done.output
+
+
+def token_network() -> nn.Module:
+    layers = (nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Embedding(9, 4), *layers)
+
+
+def test_a_preset_and_what_contradicts_it_are_not_both_taken(tmp_path):
+    path = saved(token_network().state_dict(), tmp_path / "a.pt")
+    for options in (("vt", "--rescaling", "none"), ("netmorph", "--pairing", "vv_z_negz")):
+        told = run("widen", path, "--width", "2x", "--preset", *options)
+        assert told.exit_code == 2
+        assert f"--preset {options[0]} means {options[1]}" in told.stderr

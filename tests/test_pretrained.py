@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from hugging_face import CORE
+from hugging_face import CORE, EXTRAS
 from networks import max_rel
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its 
 
 def directory(folder: Path, name: str, **changes: Any) -> Path:
     """Write a tiny network of random weights as transformers does, with a tokenizer's file."""
-    kind, config, _ = CORE[name]
+    kind, config, _ = (CORE | EXTRAS)[name]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config(changes)).eval()
     for parameter in model.parameters():
@@ -61,6 +61,28 @@ GROWTHS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     ),
     "convnextv2": ({"where": "all"}, {"hidden_sizes": [16, 24]}),
 }
+
+
+@pytest.mark.parametrize("width", ["2x", "1.5x"])
+@pytest.mark.parametrize(
+    ("name", "untie"),
+    [("gpt2", False), ("gpt2", True), ("gemma", False), ("gemma", True), ("t5", False)],
+)
+def test_a_directory_of_a_tied_network_grows(tmp_path, name, untie, width):
+    path = directory(tmp_path, name)
+    opened, grown = widened(path, width, where="all", untie=untie)
+    out = tmp_path / "out"
+    notes = write_grown(opened, grown, out)
+    assert [note.partition(" ")[2] for note in notes] == [
+        "was tied to another tensor and no longer is."
+    ] * untie
+    after = json.loads((out / "config.json").read_text())
+    assert after["tie_word_embeddings"] is not untie
+    size = {"2x": 32, "1.5x": 24}[width]
+    assert size in (after.get("n_embd"), after.get("hidden_size"), after.get("d_model"))
+    loaded = type(opened.model).from_pretrained(out)
+    before, found = (first_output(m.eval(), opened.inputs) for m in (opened.model, loaded))
+    assert max_rel(before, found) < 1e-5
 
 
 @pytest.mark.parametrize("name", GROWTHS)
@@ -176,7 +198,7 @@ def test_heads_of_twice_the_size_are_not_twice_the_heads(tmp_path, monkeypatch):
     opened, grown = widened(path, verify=False)
     config = json.loads((path / "config.json").read_text())
     wrong = config | {"head_dim": 8, "intermediate_size": 48}  # the same shapes
-    monkeypatch.setattr("fxgrow.files.models.grown_config", lambda *_: wrong)
+    monkeypatch.setattr("fxgrow.files.models.config_of", lambda *_: wrong)
     with pytest.raises(fxgrow.VerificationError, match="it computes something else"):
         write_grown(opened, grown, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -269,9 +291,53 @@ def test_the_command_line_takes_directories(tmp_path):
 
 def test_heads_that_the_configuration_forbids_are_refused(tmp_path):
     opened, grown = widened(directory(tmp_path, "llama"), "3x")  # 12 heads do not divide 16
-    with pytest.raises(fxgrow.VerificationError, match="it computes something else") as caught:
+    with pytest.raises(SourceError, match="with which it computes something else") as caught:
         write_grown(opened, grown, tmp_path / "out")
     assert "model.safetensors" in caught.value.way_out
+
+
+# What the command line makes of a directory: the fields that change, and what is told to be left.
+MOST: dict[str, tuple[str, str, dict[str, object], str]] = {
+    "bert": ("bert", "2x", {"intermediate_size": 48}, "encoder.layer.*.attention.self.query"),
+    "gpt2": ("gpt2", "1.5x", {"n_inner": 96}, "transformer.h.*.attn.c_attn"),
+    "vit": ("vit", "2x", {"intermediate_size": 48}, "vit.layers.*.attention.q_proj"),
+    "heads that divide nothing": (
+        "llama", "1.5x", {"intermediate_size": 36}, "model.layers.*.self_attn.q_proj"),
+    "heads of the same size": (
+        "llama", "1.5x",
+        {"intermediate_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOST)
+def test_the_command_line_grows_what_the_configuration_can_say(tmp_path, case):
+    name, width, fields, left = MOST[case]
+    sizes = {"hidden_size": 24, "head_dim": 4} if case == "heads of the same size" else {}
+    path, out = directory(tmp_path, name, **sizes), tmp_path / "out"
+    done = CliRunner().invoke(app, ["widen", str(path), "--width", width, "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert (f"left as they are: {left}, because" in done.stderr) == bool(left)
+    before, after = (json.loads((each / "config.json").read_text()) for each in (path, out))
+    assert {k: v for k, v in after.items() if before.get(k) != v} == fields
+    opened = open_model(path)
+    found = getattr(transformers, CORE[name][0]).from_pretrained(out)
+    outputs = (first_output(model, opened.inputs) for model in (opened.model, found))
+    assert max_rel(*outputs) < 1e-5
+
+
+def test_what_no_field_governs_at_all_is_refused_on_the_command_line_too(tmp_path):
+    command = [
+        "widen",
+        str(directory(tmp_path, "bert")),
+        "--width",
+        "2x",
+        "--include",
+        "*attention*",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "no field of config.json makes" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["bert"]
 
 
 @pytest.mark.parametrize(
@@ -296,3 +362,22 @@ def test_a_directory_becomes_that_of_a_larger_configuration(tmp_path, name, chan
     inputs = CORE[name][2]()
     before, after = (first_output(model, inputs) for model in (small, large))
     assert max_rel(before, after) < 1e-6  # the weights are in float32
+
+
+def test_a_directory_of_timm_grows_and_its_record_tells_what_it_is(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    path, out = tmp_path / "net", tmp_path / "net-2x"
+    path.mkdir()
+    safetensors.torch.save_file(model.state_dict(), path / "model.safetensors")
+    config = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {"tag": "c3_in1k"}}
+    (path / "config.json").write_text(json.dumps(config))
+    command = ["widen", str(path), "--width", "2x", "--include", "layer1*", "--verify", "quick"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "config.json is left out" in done.stderr
+    assert not (out / "config.json").exists()
+    grown = fxgrow.load(out)
+    images = torch.randn(2, 3, 64, 64)
+    assert grown.layer1[0].conv1.out_channels == 2 * model.layer1[0].conv1.out_channels
+    assert max_rel(model(images), grown(images)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import max_rel
 from torch import Tensor, fx, nn
-from torchvision.models import VisionTransformer
+from torchvision.models import SwinTransformer, VisionTransformer
 
 import fxgrow
 from fxgrow.plan.schema import Plan
@@ -149,22 +149,99 @@ def test_new_heads_without_a_wider_stream_are_written_into_the_graph(pairing: st
     assert max_rel(net.train()(x), grown.model(x)) < 1e-12
 
 
-def test_what_cannot_be_rewritten_is_refused_and_the_rest_grows() -> None:
-    class Shaped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
-            self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 2)
+class Shaped(nn.Module):
+    """Code that no graph can be made of."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            if len([*x.shape]) > 7:  # symbolic tracing stops here
-                return x
-            y = torch.relu(self.a(x)).view(-1, 2, 3).flatten(1)
-            return self.d(torch.relu(self.c(self.b(y))))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if len([*x.shape]) > 7:  # symbolic tracing stops here
+            return x
+        y = torch.relu(self.a(x)).view(-1, 2, 3).flatten(1)
+        return self.d(torch.relu(self.c(self.b(y))))
+
+
+def in_code(net: nn.Module, width: str, x: Tensor, **settings: str) -> fxgrow.Grown:
+    """Widen a network whose result keeps its class and has hooks, and says so."""
+    with pytest.warns(fxgrow.FxgrowWarning, match="hooks of fxgrow's"):
+        grown = fxgrow.widen(net, width, x, **settings)  # type: ignore[arg-type]
+    assert type(grown.model) is type(net)
+    assert not grown.plan.refused
+    return grown
+
+
+def test_sizes_are_given_to_calls_in_code_that_has_no_graph() -> None:
+    net, x = Shaped().double(), torch.randn(3, 4, dtype=torch.float64)
+    grown = in_code(net, "2x", x)
+    assert [group.name for group in grown.plan.groups] == ["a", "b", "c"]
+    again = in_code(grown.model, "2x", x)
+    assert again.model.a.out_features == 24
+    for model in (
+        grown.model,
+        again.model,
+        copy.deepcopy(again.model),
+        Plan.from_json(again.plan.to_json()).apply(grown.model),
+        pickle.loads(pickle.dumps(again.model)),
+        torch.export.export(again.model, (x,)).module(),
+    ):
+        torch.testing.assert_close(model(x), net(x))
+    assert again.model(torch.cat([x, x])).shape == (6, 2)  # of another batch size
+
+
+def test_hooks_let_go_when_code_fails() -> None:
     net, x = Shaped(), torch.randn(3, 4)
+    model = in_code(net, "2x", x).model
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5))
+    torch.testing.assert_close(model(x), net(x))
+    assert torch.zeros(2, 6).view(-1, 2, 3).shape == (2, 2, 3)  # the same sizes elsewhere
+
+
+def test_one_line_that_needs_two_changes_is_refused_and_the_rest_grows() -> None:
+    class Looped(Shaped):
+        def forward(self, x: Tensor) -> Tensor:
+            if len([*x.shape]) > 7:
+                return x
+            sides = [y.view(-1, 2, 3).flatten(1) for y in (torch.relu(self.a(x)), x.repeat(1, 3))]
+            return self.d(torch.relu(self.c(self.b(sides[0])))) + sides[1].sum()
+
+    net, x = Looped(), torch.randn(3, 4)
     grown = fxgrow.widen(net, "2x", x)
     assert [group.name for group in grown.plan.groups] == ["b", "c"]
     (refusal,) = grown.plan.refused
     assert refusal.name == "a"
     assert "fixes sizes [-1, 2, 3] in view, where [-1, 2, 6] are needed" in refusal.reason
+
+
+def test_heads_inside_functions_that_decide_by_sizes_grow_at_every_size() -> None:
+    torch.manual_seed(0)
+    net = SwinTransformer([2, 2], 8, [1, 1], [2, 2], [4, 4], num_classes=3, dropout=0.0).double()
+    nn.init.normal_(net.head.weight)
+    net, x = net.eval(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    grown = in_code(net, "2x", x)
+    assert grown.model.features[1][0].attn.qkv.weight.shape == (48, 8)
+    for size in (16, 24, 32):
+        image = torch.randn(1, 3, size, size, dtype=torch.float64)
+        assert max_rel(net(image), grown.model(image)) < 1e-12
+
+
+def test_what_a_forward_does_not_use_is_kept_beside_rewritten_sizes() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv1d(3, 20, 1), nn.Linear(20, 4)
+            self.unused = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).amax(2, keepdim=True).view(-1, 20))
+
+    net, x = Kept().double(), torch.randn(2, 3, 7, dtype=torch.float64)
+    model = rewritten(net, "2x", x).model
+    assert model.first.out_channels == 40
+    for kept in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert set(kept.state_dict()) == set(net.state_dict())
+        torch.testing.assert_close(kept(x), net(x))

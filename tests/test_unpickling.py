@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import decimal
+import fractions
 import functools
 import io
 import os
 import pickle
+import types
+import uuid
 import zipfile
-from collections import OrderedDict
-from pathlib import Path
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +26,12 @@ from hostile import load_pickled
 from torch import nn
 
 from fxgrow.errors import SourceError
+from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.harmless import resolve
-from fxgrow.files.checkpoint.pickles import PickleError
+from fxgrow.files.checkpoint.kept import Kept, Name
+from fxgrow.files.checkpoint.pickles import Machine, PickleError
+from fxgrow.files.checkpoint.unpickling import _Words
+from fxgrow.files.comparison import difference
 from fxgrow.modules.architectures import Architecture, torchvision_names
 
 ZIP, LEGACY = True, False
@@ -34,6 +45,11 @@ class Exploit:
 
     def __reduce__(self) -> object:
         return self.call
+
+
+class OwnData:
+    def __init__(self, value: int) -> None:
+        self.value = value
 
 
 class OwnModule(nn.Module):
@@ -93,8 +109,8 @@ def test_a_second_pickle_in_the_archive_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize("use_zip", [ZIP, LEGACY], ids=["zip", "legacy"])
 def test_an_unknown_class_is_named(tmp_path, use_zip):
-    path = save({"a": Path("b")}, tmp_path / "a.pt", use_zip)
-    with pytest.raises(SourceError, match=r"pathlib\S*\.PosixPath.*--trust-pickle"):
+    path = save({"a": OwnData(1)}, tmp_path / "a.pt", use_zip)
+    with pytest.raises(SourceError, match=r"test_unpickling\.OwnData.*--trust-pickle"):
         load_pickled(path)
 
 
@@ -199,8 +215,101 @@ def test_the_usual_contents_of_training_checkpoints_survive(tmp_path):
     assert again["best_acc"] == 0.75
 
 
+OTHERS = {
+    "path": PurePosixPath("runs/1"),
+    "date": datetime.datetime(2024, 5, 6, 7, 8, tzinfo=datetime.timezone.utc),
+    "took": datetime.timedelta(minutes=3),
+    "budget": decimal.Decimal("1.5"),
+    "share": fractions.Fraction(1, 3),
+    "queue": collections.deque([1, 2], maxlen=4),
+    "run": uuid.UUID(int=7),
+    "steps": range(0, 10, 2),
+    "space": types.SimpleNamespace(lr=0.1, sizes=[1, 2]),
+    "generator": np.random.RandomState(3),
+    "new generator": np.random.default_rng(3),
+    "kind": torch.optim.SGD,
+    "factory": functools.partial(torch.optim.SGD, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("use_zip", [ZIP, LEGACY], ids=["zip", "legacy"])
+@pytest.mark.parametrize("key", OTHERS)
+def test_data_of_other_libraries_is_passed_on_and_not_made(tmp_path, key, use_zip):
+    value = OTHERS[key]
+    path = save({"a": value, "again": [value], "w": torch.ones(2)}, tmp_path / "a.pt", use_zip)
+    loaded = load_pickled(path)
+    assert type(loaded["a"]) in (Kept, Name)
+    assert loaded["a"] is loaded["again"][0]
+    FORMATS["torch" if use_zip == ZIP else "torch_legacy"].write(
+        Contents(loaded), tmp_path / "b.pt"
+    )
+    assert difference(load_pickled(tmp_path / "b.pt"), loaded) == ""
+    again = torch.load(tmp_path / "b.pt", weights_only=False)
+    assert str(pickle.dumps(again["a"])) == str(pickle.dumps(value))
+    assert again["a"] is again["again"][0]
+
+
+def test_arrays_and_dicts_with_defaults_are_read_as_what_they_are(tmp_path):
+    arrays = [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3)),
+        np.array(["a", "bcd"]),
+        np.array(1.5),
+        np.zeros((0, 3)),
+        np.array([True]),
+    ]
+    saved = {"arrays": arrays, "rng": np.random.RandomState(1).get_state(), "empty": {}}
+    saved["counts"] = defaultdict(list, {"a": [1]})
+    loaded = load_pickled(save(saved, tmp_path / "a.pt"))
+    for one, other in zip(loaded["arrays"], pickle.loads(pickle.dumps(arrays)), strict=True):
+        assert (one.dtype, one.shape, one.strides) == (other.dtype, other.shape, other.strides)
+        assert np.array_equal(one, other)
+    assert difference(loaded["rng"], saved["rng"]) == ""
+    assert loaded["counts"] == saved["counts"]
+    assert loaded["counts"]["new"] == []
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (2**30,), np.dtype("f8"), False, b"\0" * 8),
+        (1, (-1, -8), np.dtype("u1"), False, b"\0" * 8),
+        (1, (1,), np.dtype("f8"), False, [1.0]),
+        (1, (1,), np.dtype("f8"), None, b"\0" * 8),
+        (1, (1.0,), np.dtype("f8"), False, b"\0" * 8),
+    ],
+)
+def test_an_array_of_another_size_than_it_says_is_refused(tmp_path, state):
+    class Lies:
+        def __reduce__(self) -> Any:
+            make = np.ones(1).__reduce__()
+            return (make[0], make[1], state)
+
+    with pytest.raises(SourceError, match="array"):
+        load_pickled(save({"a": Lies()}, tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"), ("os", "system"), ("builtins", "getattr"), ("omegaconf", "x.y"),
+        ("omegaconf.os", "system.x"), ("torch.optim", "a\nb"), ("types", "CodeType"),
+    ],
+)  # fmt: skip
+def test_what_is_no_class_of_data_is_not_kept(module, name):
+    with pytest.raises(PickleError):
+        resolve(module, name)
+
+
+def test_what_is_kept_by_name_is_not_called_unless_it_makes_a_value(tmp_path):
+    for code in (b"comegaconf.base\nevil\n(K\x01tR.", b"cdatetime\ndate\n)\x81."):
+        with pytest.raises(PickleError, match=r"it (calls|makes)"):
+            Machine(b"\x80\x02" + code, _Words()).load()
+
+
 def test_numpy_objects_that_are_no_plain_numbers_are_refused(tmp_path):
-    for value in (np.ones(2), np.dtype("O"), np.dtype([("a", "f4"), ("b", "O")])):
+    pairs = np.dtype([("a", "f4"), ("b", "O")])
+    for value in (np.array([{}]), np.zeros(2, pairs), np.dtype("O"), pairs):
         with pytest.raises(SourceError):
             load_pickled(save({"a": value}, tmp_path / "a.pt"))
 

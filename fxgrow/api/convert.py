@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from fxgrow.api.arguments import check_tensors, effort_of
 from fxgrow.api.report.data import Report
-from fxgrow.api.widen import Grown, Progress, check_tensors, effort_of, silent
+from fxgrow.api.widen import Grown, Progress, silent
 from fxgrow.apply.module import apply_to_state_dict, check_source
 from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError

@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, silent
+from fxgrow.api.arguments import check_tensors
+from fxgrow.api.widen import Grown, Progress, carry_out, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
 from fxgrow.errors import PlanError, UsageError

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from fxgrow.api.widen import Grown, Progress, carry_out, check_tensors, globs, silent
+from fxgrow.api.arguments import check_tensors, globs
+from fxgrow.api.widen import Grown, Progress, carry_out, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
 from fxgrow.errors import UsageError

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fxgrow.api.arguments import check_tensors, effort_of, globs, one_of
 from fxgrow.api.report.data import Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
@@ -22,6 +22,7 @@ from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
 from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
@@ -98,6 +99,7 @@ def plan(
     module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
+    untie: bool = False,
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -116,23 +118,28 @@ def plan(
         rescaling=chosen_rescaling,
         pairing=chosen_pairing,
         init=init_name(init),
-        where=_one_of("where", where, ("hidden", "stream", "all")),  # type: ignore[arg-type]
+        where=one_of("where", where, ("hidden", "stream", "all")),  # type: ignore[arg-type]
         include=globs(include),
         exclude=globs(exclude),
         gain=gain_value(gain),
         noise=float(noise),
         multiple_of=int(multiple_of),
-        grouped=_one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
+        grouped=one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
         seed=int(seed),
         compensate=bool(compensate),
         split_noise=float(split_noise),
         module=module,
+        untie=bool(untie),
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
     notes = check_tensors(named_tensors(model))
     progress("following the channels")
     analyses, parts = follow(grown_by(after, model), example_inputs, module)
+    if request.untie:
+        first = plan_untied(grown_by(after, model), example_inputs, module, analyses)
+        after = following(after, first)
+        analyses, parts = follow(grown_by(after, model), example_inputs, module)
     progress("planning")
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))
@@ -166,6 +173,7 @@ def widen(
     module: str = "",
     preset: str | None = None,
     split_noise: float = 0.1,
+    untie: bool = False,
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -212,6 +220,9 @@ def widen(
             pairing together, for those of the two that are left at their defaults.
         split_noise: where channels are copied, the relative standard deviation of the zero-sum
             noise that makes the copies' columns unequal, so that they part in training.
+        untie: first give what reads a tied parameter (a head that shares the table of an
+            embedding) a copy of its own, so that either side grows by itself. Without, such a
+            stream grows where the weight of a norm before the reader can silence new channels.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -238,7 +249,7 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, module=module, after=after, progress=progress,
+        split_noise=split_noise, module=module, untie=untie, after=after, progress=progress,
     )  # fmt: skip
     finish = None
     if calibration is not None:
@@ -341,59 +352,3 @@ def require_values(model: nn.Module) -> None:
                 name=name,
                 way_out="Load weights into the model first, or grow its shapes: verify=False.",
             )
-
-
-def check_tensors(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return warnings on tensors, and refuse those that cannot be computed with.
-
-    Raises:
-        PlanError: a tensor is quantized, or of a dtype without arithmetic.
-    """
-    notes = []
-    for name, tensor in tensors.items():
-        if tensor.is_quantized:
-            raise PlanError(
-                f"{name} is quantized ({tensor.dtype}).",
-                name=name,
-                way_out="Widen the float network, then quantize it again.",
-            )
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
-            continue
-        if tensor.dtype.itemsize < 2:
-            raise PlanError(
-                f"{name} is {tensor.dtype}, which has no arithmetic.",
-                name=name,
-                way_out="Widen the float network, then round it again.",
-            )
-        # A finite sum has finite terms; an infinite one may have overflowed.
-        if not math.isfinite(tensor.detach().sum()) and not bool(torch.isfinite(tensor).all()):
-            kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
-            notes.append(f"{name} has {kind} entries; they stay where they are")
-    return tuple(notes)
-
-
-def effort_of(verify: bool | Effort) -> Effort:
-    """Return how thoroughly to measure, as one of three words.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if isinstance(verify, bool):
-        return "full" if verify else "none"
-    return _one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
-
-
-def globs(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return globs as a tuple; a lone string is one glob."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return a value if it is allowed.
-
-    Raises:
-        PlanError: it is not.
-    """
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}.", way_out=f"Known: {', '.join(allowed)}.")
-    return value

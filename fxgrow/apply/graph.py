@@ -10,7 +10,7 @@ import keyword
 import operator
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from torch import fx, nn
 
@@ -148,6 +148,7 @@ def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     Raises:
         PlanError: the model has no such module or tensor, or torch.fx cannot write its name.
     """
+    _mention(model, graph)
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             _check_target(model, node)
@@ -165,6 +166,32 @@ def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         ) from error
     result.training = model.training
     return result
+
+
+def _mention(model: nn.Module, graph: fx.Graph) -> None:
+    """Let a graph look up what it does not use, in place: torch.fx drops, and copies, by that."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    looked_up = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    last = next(n for n in reversed(graph.nodes) if n.op == "placeholder" or n.prev.op == "root")
+    with graph.inserting_after(last):
+        for name in reversed([*_unused(model, "", called, looked_up)]):
+            if all(map(_is_writable, name.split("."))):
+                graph.get_attr(name)
+
+
+def _unused(module: nn.Module, prefix: str, called: Set[str], looked_up: Set[str]) -> Iterator[str]:
+    """Yield the tensors that no node refers to, or the modules that hold nothing else."""
+    for local in (*module._parameters, *module._buffers):
+        if getattr(module, local) is not None and prefix + local not in looked_up:
+            yield prefix + local
+    for local, child in module._modules.items():
+        name = prefix + local
+        if child is None or name in called:
+            continue
+        if any(target.startswith(f"{name}.") for target in (*called, *looked_up)):
+            yield from _unused(child, f"{name}.", called, looked_up)
+        elif any(True for _ in (*child.parameters(), *child.buffers())):
+            yield name
 
 
 def _check_target(model: nn.Module, node: fx.Node) -> None:

@@ -26,9 +26,11 @@ from fxgrow.apply.graph import (
 )
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.apply.tensors import Lookup, grow_tensor
+from fxgrow.apply.untie import untie
 from fxgrow.errors import FxgrowError, PlanError, shown
+from fxgrow.labels.in_code import Sized, change_sizes
 from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.tensors import named_tensors, scalar_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.init import Init, init_name
@@ -170,7 +172,10 @@ def meta_module(plan: Plan, model: nn.Module) -> nn.Module:
         PlanError: the plan is for another network.
     """
     check_source(plan.steps[0], named_tensors(model))
-    return _grown_module(plan, stand_in(model), None, dtypes=True)
+    tensors = named_tensors(model)
+    numbers = scalar_buffers(model)  # they may be made of a width
+    meta = {name: x.to("meta") for name, x in tensors.items() if name not in numbers}
+    return _grown_module(plan, stand_in(model, meta), None, dtypes=True)
 
 
 def remade(plan: Plan, model: nn.Module) -> nn.Module:
@@ -232,12 +237,21 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
         TraceError: a graph is to be changed that it does not have.
     """
     sizes: dict[str, list[SizeEdit]] = {}
+    lines: dict[str, list[Sized]] = {}
     for edit in plan.sizes:
-        sizes.setdefault(edit.module, []).append(edit)
+        if edit.at:
+            lines.setdefault(edit.module, []).append(Sized(edit.at, edit.before, edit.after))
+        else:
+            sizes.setdefault(edit.module, []).append(edit)
     try:
-        grown = stand_in(rearranged(model, plan.rearrangements), tensors)
+        own = {name: tensor for name, tensor in tensors.items() if name not in plan.untied}
+        grown = stand_in(rearranged(model, plan.rearrangements), own)
+        if plan.untied:
+            untie(grown, plan, tensors)
         graphs = {name: sized_graph(module_at(grown, name), sizes[name]) for name in sizes}
         set_attributes(grown, plan.modules, of=model)
+        for name, changed in lines.items():
+            change_sizes(module_at(grown, name), changed)
         for name, graph in graphs.items():
             grown = with_submodule(grown, name, graph_module(module_at(grown, name), graph))
         grown = with_computed_weights(grown)
@@ -331,6 +345,8 @@ def _check_value(present: object, edit: ModuleEdit) -> None:
 
 def _is(present: object, told: object) -> bool:
     """Return whether an attribute has a value that an edit tells, of the same kind."""
+    if isinstance(told, bool):
+        return present is told
     if isinstance(told, tuple):
         if not isinstance(present, (tuple, list)) or len(present) != len(told):
             return False

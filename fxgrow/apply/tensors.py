@@ -152,10 +152,14 @@ def _made(edit: TensorEdit, old: Tensor, lookup: Lookup, draws: Draws) -> Tensor
     if edit.fill == "constant":
         return old.new_full(edit.new_shape, edit.scale)
     tensor = absorbed(edit, old, lookup) if edit.absorption else old
+    if edit.offset:
+        tensor = tensor.double() + edit.offset  # a coarser dtype would lose most of what is small
     if edit.scale != 1.0:
         tensor = tensor * edit.scale
     tensor = regroup(tensor, edit.groups, draws.between)
     tensor = extended(tensor, edit, draws)
+    if edit.offset:
+        tensor = tensor - edit.offset
     if tensor is old:
         tensor = old.clone()
     return _laid_out(tensor.to(old.dtype))

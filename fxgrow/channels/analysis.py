@@ -9,10 +9,17 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor, fx
 
-from fxgrow.channels.blocks import ResidualBlock, find_pairs, residual_additions, stream_channels
+from fxgrow.channels.blocks import (
+    ResidualBlock,
+    find_pairs,
+    recurrent_blocks,
+    residual_additions,
+    stream_channels,
+)
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.computed import with_computed_weights_told
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
+from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
@@ -33,9 +40,10 @@ class Analysis:
         channels: the channel of every position of every parameter axis.
         groups: channel groups in order of execution.
         additions: the residual additions, as places on the tape: those of blocks, and of what the
-            gates of a recurrent layer add.
+            gates of recurrent layers and loops add.
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
+        silenced: the tensors that both write and read channels which can grow all the same.
     """
 
     traced: Traced
@@ -45,6 +53,7 @@ class Analysis:
     additions: tuple[int, ...]
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
+    silenced: tuple[Silenced, ...] = ()
 
     @cached_property
     def opened(self) -> Opened | None:
@@ -177,10 +186,16 @@ def analyse(traced: Traced) -> Analysis:
     """
     recording = CallRecording(traced)
     space, tape = traced.follow(recording)
-    channels = with_computed_weights_told(resolve(space), traced.standin)
+    told = with_computed_weights_told(resolve(space), traced.standin)
+    silenced, channels = find_silenced(told, tape)
     bare = residual_additions(tape)
     groups = find_groups(channels, stream_channels(channels, tape, bare))
-    blocks = [block for block in bare if not _is_in_layer(block, traced, tape)]
+    recurrent = recurrent_blocks(bare, tape)
+    blocks = [
+        block
+        for block in bare
+        if block.addition not in recurrent and not _is_in_layer(block, traced, tape)
+    ]
     return Analysis(
         traced,
         tape,
@@ -189,6 +204,7 @@ def analyse(traced: Traced) -> Analysis:
         tuple(block.addition for block in bare),
         find_pairs(blocks, groups, channels, tape),
         recording.calls,
+        silenced,
     )
 
 

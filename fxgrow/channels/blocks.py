@@ -9,6 +9,7 @@ a projection (it has a layer of its own) or data movement such as slicing and pa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -138,6 +139,34 @@ def residual_additions(tape: Tape) -> list[ResidualBlock]:
         branch, skip = (first, second) if _is_branch(computed, first, second) else (second, first)
         blocks.append(_block(tape, op, branch - skip, skip - branch))
     return blocks
+
+
+def recurrent_blocks(blocks: Sequence[ResidualBlock], tape: Tape) -> set[int]:
+    """Return the additions among these that update a state, step by step, and close no block.
+
+    What a loop adds depends on what the same layers gave in the step before; the first step, which
+    begins with zeros, runs these layers too. And a sum of two products of data is what gates make.
+    """
+    looped: set[str] = set()
+    for block in blocks:
+        path = [tape.operations[index] for index in {*block.branch, *block.skip_path} if index >= 0]
+        times = Counter(name for op in path if op.is_product for name in op.parameters)
+        looped.update(layer_of(name) for name, count in times.items() if count > 1)
+    return {
+        block.addition
+        for block in blocks
+        if (block.layers and looped.issuperset(block.layers)) or _is_gated(block, tape)
+    }
+
+
+def _is_gated(block: ResidualBlock, tape: Tape) -> bool:
+    """Return whether both that are added are products of two activations."""
+    addition = tape.operations[block.addition]
+    made = [tape.operations[v.producer] for v in addition.inputs if v.producer is not None]
+    return len(made) == 2 and all(
+        op.name == "mul" and sum(not v.is_weight and len(v.shape) > 0 for v in op.inputs) == 2
+        for op in made
+    )
 
 
 def _between(graph: Mapping[int, Sequence[int]], fork: int, end: int) -> set[int]:

@@ -58,7 +58,11 @@ class Channels(ChannelTable):
         pinned: labels that cannot change, and why, the weightiest first.
         regrouped: grouped convolutions' weights whose channels are to be seen in another number of
             groups: how many there are and how many are to be, as few old ones as will do in each.
+        tied: labels that one tensor both writes and reads, with the pin they have unless something
+            silences what is read: see :mod:`fxgrow.channels.tied`.
         noted: for each operation that altered values, in order, what it did and to which labels.
+        met: numbers of positions of constants, and the channels that lie there, for each meeting.
+        numbered: how many such numbers there are.
         first_labels: the first label of each axis, of those without a channel too.
     """
 
@@ -73,9 +77,12 @@ class Channels(ChannelTable):
     normed: dict[str, Normed]
     unions: tuple[tuple[IntArray, IntArray, str], ...]
     pinned: tuple[tuple[IntArray, Pin], ...]
+    tied: tuple[tuple[IntArray, Pin], ...] = ()
     noted: tuple[tuple[str, Layer], ...] = ()
     first_labels: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    met: tuple[tuple[IntArray, IntArray], ...] = ()
+    numbered: int = 0
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
@@ -206,8 +213,11 @@ def resolve(space: LabelSpace) -> Channels:
         normed=dict(space.normed),
         unions=tuple(space.unions),
         pinned=pinned,
+        tied=tuple(space.tied),
         noted=tuple(space.history),
         first_labels=first_labels,
+        met=tuple((numbers, channel_of_label[labels]) for numbers, labels in space.met),
+        numbered=space.numbered,
     )
 
 

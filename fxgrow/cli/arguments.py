@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fxgrow.errors import UsageError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from fxgrow.plan.schema import Plan
 
 REPORT_SUFFIXES = (".json", ".html")
+DTYPES = ("int64", "int32", "bool", "float32", "float64", "float16", "bfloat16")
+_SHORT = {"long": "int64", "int": "int64", "float": "float32", "double": "float64"}
 
 
 def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str, str]:
@@ -79,41 +82,59 @@ def kernel_label(size: str | Mapping[str, str]) -> str:
     return f"kernel {width_label(size)}" if size else ""
 
 
-def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class InputShape:
+    """The shape of an input, and the dtype of its values: "" for that of the model."""
+
+    sizes: tuple[int, ...]
+    dtype: str = ""
+
+
+def parse_shapes(texts: Sequence[str]) -> list[InputShape]:
     """Read ``--input-shape``.
 
     Raises:
-        UsageError: a text is no shape.
+        UsageError: a text is no shape, or names no dtype.
 
     Example:
-        >>> parse_shapes(["1x3x224x224"])
-        [(1, 3, 224, 224)]
+        >>> parse_shapes(["1x3x224x224", "2x16:int64"])
+        [InputShape(sizes=(1, 3, 224, 224), dtype=''), InputShape(sizes=(2, 16), dtype='int64')]
     """
     shapes = []
     for text in texts:
-        sizes = text.strip().lower().split("x")
-        if not all(_is_size(size) for size in sizes):
+        shape, _, dtype = text.strip().lower().partition(":")
+        sizes = shape.strip("()[] ").replace(",", "x").replace(" ", "").split("x")
+        dtype = _SHORT.get(dtype.strip(), dtype.strip())
+        if not all(_is_size(size) for size in sizes) or dtype not in ("", *DTYPES):
             raise UsageError(
                 f"the input shape {text!r} cannot be read.",
                 name=text,
-                way_out="Write sizes joined by x, batch first: --input-shape 1x3x224x224.",
+                way_out="Write sizes joined by x, batch first: --input-shape 1x3x224x224; for "
+                f"token ids: 1x16:int64 (known: {', '.join(DTYPES)}).",
             )
-        shapes.append(tuple(int(size) for size in sizes))
+        shapes.append(InputShape(tuple(int(size) for size in sizes), dtype))
     return shapes
 
 
-def inputs_of(shapes: Sequence[tuple[int, ...]], opened: OpenedModel) -> object:
-    """Return meta tensors of the given shapes in a model's dtype; without, what its file tells.
+def inputs_of(shapes: Sequence[InputShape], opened: OpenedModel) -> object:
+    """Return meta tensors of the given shapes, in a model's dtype unless they name another.
 
-    Verification draws the values.
+    Without shapes, what its file tells. Verification draws the values. Two sizes for a network that
+    begins with an embedding are those of token ids.
     """
     import torch
 
     if not shapes:
         return opened.inputs
     floating = (p.dtype for p in opened.model.parameters() if p.is_floating_point())
-    dtype = next(floating, torch.float32)
-    return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    own = next(floating, torch.float32)
+    layers = (module for module in opened.model.modules() if hasattr(module, "weight"))
+    takes_ids = isinstance(next(layers, None), torch.nn.Embedding)
+    dtypes = [getattr(torch, shape.dtype) if shape.dtype else own for shape in shapes]
+    if takes_ids and not shapes[0].dtype and len(shapes[0].sizes) == 2:
+        dtypes[0] = torch.int64
+    pairs = zip(shapes, dtypes, strict=True)
+    return tuple(torch.empty(each.sizes, dtype=dtype, device="meta") for each, dtype in pairs)
 
 
 def _is_size(text: str) -> bool:

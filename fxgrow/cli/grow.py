@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from fxgrow.cli import options as opt
@@ -9,7 +10,7 @@ from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import settings
+from fxgrow.plan.presets import check_preset, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +42,7 @@ def widen(
     split_noise: opt.SplitNoise = 0.1,
     seed: opt.Seed = 0,
     compensate: opt.Compensate = False,
+    untie: opt.Untie = False,
     after: opt.AfterPlan = None,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
@@ -63,23 +65,30 @@ def widen(
     checkpoint, moving averages and the optimizer's state grow too.
     """
     widths = parse_widths(width)
+    check_preset(preset, rescaling, pairing)
 
-    def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
+    def make(
+        model: nn.Module,
+        inputs: object,
+        first: Plan | None,
+        steps: Steps,
+        left_out: Sequence[str] = (),
+    ) -> Plan:
         from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
             model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
-            where=where, include=include or (), exclude=exclude or (),  # type: ignore[arg-type]
+            where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
-            progress=steps,
+            untie=untie, progress=steps,
         )  # fmt: skip
 
     common = Settings(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, init)
+    grow(common, width_label(widths), make, init, adapts=True)
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")

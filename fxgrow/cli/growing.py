@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
 from fxgrow.cli.outputs import check_outputs, check_report_name
 from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
-from fxgrow.cli.terminal import Steps
 from fxgrow.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
 
 EFFORTS = ("full", "quick", "none")
 # From the network, example inputs, the plan before and what shows progress.
-MakePlan: TypeAlias = "Callable[[nn.Module, object, Plan | None, Steps], Plan]"
+MakePlan: TypeAlias = "Callable[..., Plan]"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,14 @@ def effort_of(verify: str, *, no_verify: bool) -> str:
     return "none" if no_verify else verify
 
 
-def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None) -> None:
+def grow(
+    settings: Settings,
+    label: str,
+    make: MakePlan,
+    init: str | None = None,
+    *,
+    adapts: bool = False,
+) -> None:
     """Plan, and unless that is all, carry it out, write the result and tell of it.
 
     Args:
@@ -67,6 +73,8 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
         init: what fills new weights; None takes what the plan names.
+        adapts: whether ``make`` leaves groups out that it is given the globs of, so that a
+            ``config.json`` can describe the result.
 
     Raises:
         FxgrowError: it cannot be done; nothing was written.
@@ -96,7 +104,8 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
         inputs = inputs_of(shapes, opened)
         move(opened.model, settings.device)
         with about(source):
-            made = make(opened.model, inputs, first, run.steps)
+            plan = functools.partial(make, opened.model, inputs, first, run.steps)
+            made = _fitted(opened, plan, files.out, inputs) if adapts else plan()
         if settings.dry_run:
             tell_plan(run, made, settings.plan, strict=settings.strict, force=settings.force)
             return
@@ -109,3 +118,13 @@ def grow(settings: Settings, label: str, make: MakePlan, init: str | None = None
             move(network, "cpu")
         files.write(run, opened, grown, inputs, force=settings.force)
     show(files, opened, grown)
+
+
+def _fitted(opened: OpenedModel, make: MakePlan, out: Path, inputs: object) -> Plan:
+    """Return a plan, of which a configuration tells all if one is written."""
+    from fxgrow.files.fitting import fitted_plan, is_described
+
+    if opened.architecture is None or not is_described(opened.source, opened.architecture, out):
+        return make()
+    given: Any = opened.inputs if inputs is None else inputs
+    return fitted_plan(opened.architecture, opened.model, make, given)

@@ -206,6 +206,14 @@ Compensate = Annotated[
         "result is then a GraphModule.",
     ),
 ]
+Untie = Annotated[
+    bool,
+    weights(
+        "--untie",
+        help="Give a head that shares the table of an embedding a copy of its own first, so that "
+        "either side grows by itself.",
+    ),
+]
 
 Arch = Annotated[
     str | None,
@@ -236,8 +244,8 @@ InputShapes = Annotated[
     source(
         "--input-shape",
         metavar="1x3x224x224",
-        help="Shape of the input of the model (or of the submodule), batch first; repeat it for "
-        "several inputs.",
+        help="Shape of the input of the model (or of the submodule), batch first; with a dtype for "
+        "whole numbers such as token ids: 2x16:int64. Repeat it for several inputs.",
         show_default="inferred from the first layer",
     ),
 ]

@@ -94,6 +94,8 @@ class Outputs:
         """Say what was written and how to load it."""
         kind = opened.source.kind.replace("module", "pickled module")
         written = "program" if self.out.suffix == ".pt2" else kind
+        if ".safetensors" in self.out.suffixes and opened.source.kind != "state_dict":
+            written = "state_dict"  # which is all that such a file holds
         kind = "directory" if self.out.is_dir() else written
         named = f" of {opened.architecture}" if opened.architecture is not None else ""
         typer.echo(f"\nwrote {self.out} (a {kind}{named})")

@@ -10,46 +10,32 @@ are. Nothing is known of names of fields.
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
 from fxgrow.errors import SourceError
+from fxgrow.files.fields import (
+    Change,
+    Config,
+    Difference,
+    Number,
+    Place,
+    changed,
+    is_number,
+    proposals,
+)
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.huggingface import quiet, screened
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.schema import Plan
 
-Config: TypeAlias = dict[str, Any]
-Place: TypeAlias = tuple[str | int, ...]
-Change: TypeAlias = tuple[tuple[Place, object], ...]
-Number: TypeAlias = int | float
-
 _MOST_BUILT = 200  # models, before the search is given up
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Something that is not yet as it is in the grown model.
-
-    Attributes:
-        name: of a tensor, or of a module's attribute.
-        have, want: its sizes; () if it is missing.
-        is_tensor: whether it is a tensor.
-    """
-
-    name: str
-    have: tuple[Number, ...]
-    want: tuple[Number, ...]
-    is_tensor: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class _Attempt:
     """
 
     changes: Change
-    left: list[_Difference]
+    left: list[Difference]
     others: int
 
     @property
@@ -87,19 +73,19 @@ class _Wanted:
         }
         self._other = dict(_numbers_of(grown))
 
-    def differences(self, model: nn.Module) -> list[_Difference]:
+    def differences(self, model: nn.Module) -> list[Difference]:
         """Return what is different in a model and must not be, tensors first, in their order."""
         shapes = _shapes_of(model)
         found = [
-            _Difference(name, shapes.get(name, ()), want)
+            Difference(name, shapes.get(name, ()), want)
             for name, want in self._shapes.items()
             if shapes.get(name) != want
         ]
-        found += [_Difference(n, shape, ()) for n, shape in shapes.items() if n not in self._shapes]
+        found += [Difference(n, shape, ()) for n, shape in shapes.items() if n not in self._shapes]
         for name, want in self._edited.items():
             have = _attribute(model, name)
             if len(have) != len(want) or not all(map(math.isclose, have, want)):
-                found.append(_Difference(name, have, want, is_tensor=False))
+                found.append(Difference(name, have, want, is_tensor=False))
         return found
 
     def changed(self, model: nn.Module) -> int:
@@ -112,32 +98,60 @@ class _Wanted:
         return sum(mine.get(name) != self._other[name] for name in names)
 
 
-def grown_config(architecture: Architecture, plan: Plan, grown: nn.Module) -> Config:
+class UngovernedError(SourceError):
+    """What has grown in a way that no configuration describes.
+
+    Attributes:
+        groups: a glob of the names of the groups in the way; "" if these are not known.
+    """
+
+    groups = ""
+
+
+def grown_config(
+    architecture: Architecture,
+    plan: Plan,
+    grown: nn.Module,
+    is_same: Callable[[Config], bool] = lambda config: True,
+) -> Config:
     """Return the configuration of a grown model.
 
     Args:
         architecture: a class of transformers with the old configuration.
         plan: how the model grew.
         grown: what became of it.
+        is_same: returns whether the network of a configuration computes what the grown one does,
+            with its weights. Twice the heads and heads of twice the size have the same shapes.
 
     Returns:
         The old configuration with some fields changed.
 
     Raises:
-        SourceError: no fields give these widths; the first tensor in the way is named.
+        UngovernedError: no fields give these widths; the first tensor in the way is named.
     """
     if any(step.makes_graphs for step in plan.steps):
         raise _refusal("the grown model's code differs from that of its class", "", plan)
     config: Any = architecture.arguments["config"]  # in a record, it may say anything
-    old = screened(config).written
-    search = _FieldSearch(architecture, _Wanted(grown, plan), Limit.of(grown.state_dict()))
+    old = {**screened(config).written, **_flags(plan)}
+    limit = Limit.of(grown.state_dict())
+    search = _FieldSearch(architecture, _Wanted(grown, plan), limit, is_same)
     full = search.complete(old)
     changes = search.run(full)
+    if changes is None and search.unlike:
+        fields = ", ".join(".".join(map(str, place)) for place, _ in search.unlike)
+        reason = f"its sizes are those of another {fields}, with which it computes something else"
+        raise _refusal(reason, "", plan)
     if changes is None:
         raise _in_the_way(search.first, search.nearest, plan)
-    full, found = _changed(full, changes), _changed(old, changes)
+    full, found = changed(full, changes), changed(old, changes)
     # A field that was left out may have followed from others; then all fields are needed.
     return found if search.complete(found) == full else {**old, **full}
+
+
+def _flags(plan: Plan) -> Config:
+    """Return the fields that a plan clears, so that the class ties nothing that was untied."""
+    edits = (edit for step in plan.steps for edit in step.modules if isinstance(edit.after, bool))
+    return {edit.attribute.rpartition(".")[2]: edit.after for edit in edits}
 
 
 class _FieldSearch:
@@ -147,15 +161,25 @@ class _FieldSearch:
         architecture: whose class is built.
         wanted: what should come out.
         limit: what one model may take; some fields are no widths.
+        is_same: see :func:`grown_config`.
 
     Attributes:
         first: what is different under the old configuration.
         nearest: what was still different where least was.
+        unlike: fields that give all sizes, but of a network that computes something else.
     """
 
-    def __init__(self, architecture: Architecture, wanted: _Wanted, limit: Limit) -> None:
-        self.first: list[_Difference] = []
-        self.nearest: list[_Difference] = []
+    def __init__(
+        self,
+        architecture: Architecture,
+        wanted: _Wanted,
+        limit: Limit,
+        is_same: Callable[[Config], bool],
+    ) -> None:
+        self.unlike: Change = ()
+        self._is_same = is_same
+        self.first: list[Difference] = []
+        self.nearest: list[Difference] = []
         self._architecture = architecture
         self._wanted = wanted
         self._limit = limit
@@ -182,19 +206,19 @@ class _FieldSearch:
             return None
         self.first = self.nearest = first[0]
         if not self.nearest:
-            return ()
+            return () if self._is_same(config) else None
         for every in (False, True):  # whole numbers first, which most widths are
             found = self._run(config, first[0], every)
             if found is not None:
                 return found
         return None
 
-    def _run(self, config: Config, left: list[_Difference], every: bool) -> Change | None:
+    def _run(self, config: Config, left: list[Difference], every: bool) -> Change | None:
         """Return the best of all sets of fields that leave no difference, or None.
 
         What helps by itself is combined; where no such field helps any more, others are asked.
         """
-        useful, inert = self._helpful(config, (), left, _proposals(config, left, every), set())
+        useful, inert = self._helpful(config, (), left, proposals(config, left, every), set())
         waiting = list(useful)
         complete: list[_Attempt] = []
         seen = {attempt.places for attempt in waiting}
@@ -204,21 +228,24 @@ class _FieldSearch:
                 complete.append(present)
                 continue
             fields = [attempt.changes[-1] for attempt in useful]
-            now = _changed(config, present.changes)
-            found, _ = self._helpful(now, present.changes, present.left, fields, inert)
-            if not found:
-                others = _proposals(now, present.left, every)
-                found, _ = self._helpful(now, present.changes, present.left, others, inert)
-            waiting += [attempt for attempt in found if attempt.places not in seen]
-            seen.update(attempt.places for attempt in found)
-        best = min(complete, key=lambda found: (found.others, len(found.changes)), default=None)
-        return None if best is None else best.changes
+            now = changed(config, present.changes)
+            more, _ = self._helpful(now, present.changes, present.left, fields, inert)
+            if not more:
+                others = proposals(now, present.left, every)
+                more, _ = self._helpful(now, present.changes, present.left, others, inert)
+            waiting += [attempt for attempt in more if attempt.places not in seen]
+            seen.update(attempt.places for attempt in more)
+        for found in sorted(complete, key=lambda found: (found.others, len(found.changes))):
+            if self._is_same(changed(config, found.changes)):
+                return found.changes
+            self.unlike = self.unlike or found.changes
+        return None
 
     def _helpful(
         self,
         config: Config,
         changes: Change,
-        left: list[_Difference],
+        left: list[Difference],
         fields: Iterable[tuple[Place, object]],
         inert: set[Place],
     ) -> tuple[list[_Attempt], set[Place]]:
@@ -237,7 +264,7 @@ class _FieldSearch:
         for place, value in fields:
             if place in done or place in inert or self._built >= _MOST_BUILT:
                 continue
-            result = self._try(_changed(config, ((place, value),)))
+            result = self._try(changed(config, ((place, value),)))
             if result is None:
                 continue
             if result[0] == left:
@@ -247,7 +274,7 @@ class _FieldSearch:
                 self.nearest = min(self.nearest, result[0], key=len)
         return found, idle
 
-    def _try(self, config: Config) -> tuple[list[_Difference], int] | None:
+    def _try(self, config: Config) -> tuple[list[Difference], int] | None:
         """Return what a configuration leaves different, or None if there is no such model."""
         self._built += 1
         try:
@@ -256,73 +283,6 @@ class _FieldSearch:
         except SourceError:  # 30 channels in 4 heads, say
             return None
         return self._wanted.differences(built), self._wanted.changed(built)
-
-
-def _proposals(
-    config: Config, left: Sequence[_Difference], every: bool
-) -> Iterator[tuple[Place, object]]:
-    """Yield fields with new values: numbers times the ratios by which sizes must grow.
-
-    Args:
-        config: the configuration.
-        left: what is still different.
-        every: try fractions, and fields without a value, which may be any size that is wanted.
-    """
-    sizes = (zip(each.have, each.want, strict=False) for each in left)
-    pairs = [(have, want) for have, want in itertools.chain(*sizes) if have != want and have]
-    ratios = dict.fromkeys(_ratio(have, want) for have, want in pairs)
-    for place, value in _leaves(config):
-        if not every and not isinstance(value, (int, list)):
-            continue
-        wanted = (want for _, want in pairs)
-        found = wanted if value is None else (_scaled(value, ratio) for ratio in ratios)
-        yield from ((place, each) for each in dict.fromkeys(found) if each is not None)
-
-
-def _leaves(config: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Yield all numbers in a configuration, lists of them, and fields without a value."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _leaves(value, (*place, key))
-    elif isinstance(config, list):
-        if config and all(_is_number(item) for item in config):
-            yield place, config
-        for index, value in enumerate(config):
-            yield from _leaves(value, (*place, index))
-    elif _is_number(config) or config is None:
-        yield place, config
-
-
-def _ratio(have: Number, want: Number) -> Fraction | float:
-    if isinstance(have, int) and isinstance(want, int):
-        return Fraction(want, have)
-    return want / have
-
-
-def _scaled(value: Number | list[Number], ratio: Fraction | float) -> object:
-    """Return a number, or each of some, times a ratio; None if one should be whole and is not."""
-    if isinstance(value, list):
-        items = tuple(_scaled(item, ratio) for item in value)
-        return None if None in items else items
-    if isinstance(value, float):
-        return value * float(ratio)
-    scaled = value * ratio
-    return int(scaled) if scaled == int(scaled) else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _changed(config: Config, changes: Iterable[tuple[Place, object]]) -> Config:
-    """Return a configuration with some fields set."""
-    result = copy.deepcopy(config)
-    for place, value in changes:
-        holder: Any = result
-        for key in place[:-1]:
-            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else holder[key]
-        holder[place[-1]] = list(value) if isinstance(value, tuple) else value
-    return result
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -350,10 +310,10 @@ def _attribute(model: object, path: str) -> tuple[Number, ...]:
 
 def _numbers(value: object) -> tuple[Number, ...]:
     items = value if isinstance(value, (tuple, list)) else (value,)
-    return tuple(item for item in items if _is_number(item))
+    return tuple(item for item in items if is_number(item))
 
 
-def _in_the_way(first: list[_Difference], nearest: list[_Difference], plan: Plan) -> SourceError:
+def _in_the_way(first: list[Difference], nearest: list[Difference], plan: Plan) -> UngovernedError:
     """Return the refusal that names a tensor whose size no field governs.
 
     Args:
@@ -370,13 +330,25 @@ def _in_the_way(first: list[_Difference], nearest: list[_Difference], plan: Plan
     return _refusal(reason, shown.name, plan)
 
 
-def _refusal(reason: str, name: str, plan: Plan) -> SourceError:
+def glob_of(name: str) -> str:
+    """Return a glob of the groups that are the same in other layers.
+
+    Example:
+        >>> glob_of("bert.encoder.layer.0.output.dense")
+        'bert.encoder.layer.*.output.dense'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _refusal(reason: str, name: str, plan: Plan) -> UngovernedError:
     layers = {name.rpartition(".")[0], name}
     guilty = next((g.name for g in plan.groups if layers & {*g.writers, *g.readers, g.name}), "")
-    glob = re.sub(r"(?<=\.)\d+(?=\.)", "*", guilty)  # the same in the other layers
+    glob = glob_of(guilty)
     leave = f"Leave it out (--exclude '{glob}'), or write" if guilty else "Write"
-    return SourceError(
+    error = UngovernedError(
         f"a directory cannot hold this model: {reason}.",
         name=name,
         way_out=f"{leave} the weights alone, which fxgrow.load reads: -o model.safetensors.",
     )
+    error.groups = glob
+    return error

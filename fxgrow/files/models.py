@@ -18,27 +18,29 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
-from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.errors import FxgrowError, SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.formats import Contents
+from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
-from fxgrow.files.checkpoint.saving import output_format
-from fxgrow.files.checkpoint.weights import RECORD_KEY
+from fxgrow.files.checkpoint.saving import TENSORS_ONLY, output_format
 from fxgrow.files.checkpoint.writing import Check, write_file
-from fxgrow.files.configuration import grown_config
+from fxgrow.files.copies import grown_copies, left_behind, stale_settings
+from fxgrow.files.fitting import config_of
+from fxgrow.files.identity import arranged, identified
 from fxgrow.files.optimizer import grow_state_dict
 from fxgrow.files.optimizer.checking import check_optimizer
 from fxgrow.files.pretrained import (
     architecture_of,
     example_inputs,
+    is_of_timm,
     is_pretrained,
     open_pretrained,
     reaching,
     stored,
     untied,
 )
-from fxgrow.files.records import identify, put_weights, rebuild, rebuilt_difference, record_of
+from fxgrow.files.records import put_weights, rebuilt_difference, record_of
 from fxgrow.files.reread import Judged, check_written, containers_copied
 from fxgrow.files.written import check_directory, check_program
 from fxgrow.modules.architectures import Architecture
@@ -47,14 +49,16 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.names import carried_names
 from fxgrow.plan.schema import Plan
-from fxgrow.verification.layout import check_layout
 
 _PICKLED_GRAPH = (
     "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
     "--trust-pickle. Widen a state_dict to avoid that."
+)
+_NO_NAME = (
+    "config.json is left out: timm has no architecture of these widths. fxgrow.load reads the "
+    "directory, by the record in its weights."
 )
 
 
@@ -111,16 +115,21 @@ def open_model(
         source = load_source(path, trust_pickle=trust_pickle)
         notes = list(source.warnings)
         if source.model is not None:
-            return OpenedModel(source, source.model, None, (), notes, source.inputs)
+            module, source = source.model, arranged(source, source.model)
+            return OpenedModel(source, module, None, (), list(source.warnings), source.inputs)
+        named = None
         if source.config is not None and arch is None:
-            architecture = architecture_of(source.path, source.config)
+            named = architecture_of(source.path, source.config)
+        if named is not None and is_pretrained(named):
+            architecture = named
             model, source, more = open_pretrained(source, architecture)
             return OpenedModel(
                 source, model, architecture, (), [*notes, *more], example_inputs(model)
             )
-        architecture, plans = identify(source, arch, dict(arch_arguments or {}))
-        limit = Limit.of(source.state_dict) if architecture.origin else None
-        model = rebuild(architecture, plans, limit)
+        architecture, plans, model, source = identified(
+            source, arch, dict(arch_arguments or {}), named
+        )
+        notes = list(source.warnings)
         put_weights(model, source, architecture)
         if not is_pretrained(architecture):
             return OpenedModel(source, model, architecture, plans, notes)
@@ -188,12 +197,15 @@ def write_grown(
 
     config, example = None, None
     check: Check = functools.partial(check_written, judged=judged)
-    described = target == "directory" and (known or source.config is not None)
+    of_timm = is_of_timm(source.config) and not known
+    if of_timm and target == "directory":
+        notes.append(_NO_NAME)
+    described = target == "directory" and (known or source.config is not None) and not of_timm
     if target == "pt2" or described:
         example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
         check = functools.partial(check_program, grown=grown.model, inputs=example)
     if described:
-        config, weights = _for_directory(opened, grown)
+        config, weights = _for_directory(opened, grown, example)
         named: Any = opened.architecture.arguments["config"] if opened.architecture else {}
         check = functools.partial(
             check_directory, grown=grown.model, inputs=example, config=config, kept=named,
@@ -207,6 +219,9 @@ def write_grown(
         model=grown.model if source.model is not None or target == "pt2" else None,
         optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
+    if source.kind == "checkpoint" and target not in TENSORS_ONLY:
+        notes += left_behind(source, opened.model, grown.model, grown.plan)
+        notes += stale_settings(source, grown.plan)
     return notes + written
 
 
@@ -223,10 +238,7 @@ def _judged(opened: OpenedModel, grown: Grown) -> Judged:
         VerificationError: a moving average is not as the plan lays it out.
     """
     source, plan = opened.source, grown.plan
-    first, *others = source.state_dicts
-    copies = [apply_to_state_dict(plan, old, grown.init, first) for old in others]
-    for old, new in zip(others, copies, strict=True):
-        check_layout(plan, old, new)
+    first, copies = source.state_dict, grown_copies(source, plan, grown.init)
     carried = carried_names(named_tensors(opened.model), plan)
     absent = {name for name in grown.model.state_dict() if carried.get(name) not in first}
     plans = () if opened.converted else (*opened.plans, *plan.steps)
@@ -244,7 +256,7 @@ def _grown_weights(
 
 
 def _for_directory(
-    opened: OpenedModel, grown: Grown
+    opened: OpenedModel, grown: Grown, inputs: Arguments | None
 ) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
     """Return the configuration and the weights of a grown model as a directory holds them.
 
@@ -261,7 +273,7 @@ def _for_directory(
     if opened.converted:
         config: dict[str, Any] = dict(architecture.arguments["config"])  # type: ignore[call-overload]
     else:
-        config = grown_config(architecture, grown.plan, grown.model)
+        config = config_of(architecture, grown.plan, grown.model, inputs)
     return config, [stored(grown.model, untied(grown.model))]
 
 

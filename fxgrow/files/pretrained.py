@@ -50,6 +50,8 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
         SourceError: it names no class, or describes what cannot be built.
     """
     named = config.get("architectures")
+    if not named and isinstance(config.get("architecture"), str):
+        return _of_timm(path, config)
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         raise SourceError(
             f"{path / CONFIG} does not say which class the model is of: it has no architectures.",
@@ -64,6 +66,25 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
             reason = error.message.rstrip(".")
             refuse_source(file, f"describes no model to grow: {reason}", error.way_out, error)
     return Architecture(f"{LIBRARY}:{named[0]}", {"config": fields}, str(file))
+
+
+def _of_timm(path: Path, config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that a ``config.json`` of timm's names.
+
+    Raises:
+        SourceError: timm is not installed or has no such model, or it has arguments of other kinds.
+    """
+    arguments = config.get("model_args")
+    given = dict(arguments) if isinstance(arguments, Mapping) else {}
+    if isinstance(config.get("num_classes"), int):
+        given.setdefault("num_classes", config["num_classes"])
+    name = str(config["architecture"]).partition(".")[0]  # without the name of its training
+    return Architecture(f"timm:{name}", given, str(path / CONFIG))
+
+
+def is_of_timm(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a ``config.json`` is one of timm's."""
+    return bool(config) and "architectures" not in config and "architecture" in config  # type: ignore[operator]
 
 
 def target_architecture(

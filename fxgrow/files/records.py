@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxgrow.apply.module import remade
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, shown
 from fxgrow.files.checkpoint import Source
 from fxgrow.files.comparison import structure_difference
-from fxgrow.modules.architectures import Architecture, parse_architecture
-from fxgrow.modules.recognition import recognise
+from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.tensors import aliases_of, lasting_tensors
 from fxgrow.modules.uninitialised import Limit
-from fxgrow.plan.schema import MOST_STEPS, Plan, plans_of
+from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.version import __version__
 
 RECORD_SCHEMA = 1
@@ -68,19 +67,6 @@ def rebuilt_difference(architecture: Architecture, plans: Sequence[Plan], model:
     return structure_difference(again, model)
 
 
-def identify(
-    source: Source, arch: str | None, arguments: dict[str, object]
-) -> tuple[Architecture, tuple[Plan, ...]]:
-    """Return architecture and plans: as named, as recorded, or as recognised."""
-    record = source.record or {}
-    plans = plans_of(record)
-    if arch is not None:
-        return parse_architecture(arch, arguments), plans
-    if isinstance(record.get("architecture"), Mapping):
-        return Architecture.from_dict(record["architecture"], origin=str(source.path)), plans
-    return recognise(source.shapes, hint=source.path.stem), plans
-
-
 def put_weights(model: nn.Module, source: Source, architecture: Architecture) -> None:
     """Load the file's weights into a module built for them.
 
@@ -110,11 +96,14 @@ def put_weights(model: nn.Module, source: Source, architecture: Architecture) ->
 
 
 def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+    under = f", without the prefix {shown(source.prefix, 80)!r}," if source.prefix else ""
+    named = architecture.origin == ""
     return SourceError(
-        f"the weights in {source.path} do not fit {architecture}: {how}",
+        f"the weights in {source.path}{under} do not fit {architecture}: {how}",
         name=name,
-        way_out="Name the architecture with --arch (and --arch-arg).",
-    )
+        way_out="Name another architecture with --arch, or its arguments with --arch-arg, such as "
+        "num_classes=10." if named else "Name the architecture with --arch (and --arch-arg).",
+    )  # fmt: skip
 
 
 def record_of(architecture: Architecture | None, plans: Sequence[Plan]) -> dict[str, Any]:

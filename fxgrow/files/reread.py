@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, SourceError, VerificationError
+from fxgrow.files.checkpoint.harmless import holds_kept
+from fxgrow.files.checkpoint.location import RECORD_KEY, Keys, Location, at
 from fxgrow.files.checkpoint.mapping import Mappings
 from fxgrow.files.checkpoint.saving import TENSORS_ONLY
 from fxgrow.files.checkpoint.source import Source, load_source
-from fxgrow.files.checkpoint.weights import RECORD_KEY, Keys, Location, is_optimizer
+from fxgrow.files.checkpoint.weights import is_optimizer
 from fxgrow.files.comparison import (
     difference,
     keys_difference,
@@ -109,8 +111,9 @@ class _Reread:
         source = judged.source
         kept = source if source is not None and source.kind == found.kind else None
         wanted: list[Mapping[str, Tensor]] = [self._weights()]
-        if kept is not None and kept.kind == "checkpoint":
+        if kept is not None:
             wanted += judged.copies
+            found = self._placed(kept, found, wanted)
         if len(found.state_dicts) != len(wanted):
             have, want = _places(found), _places(found if source is None else source)
             self._refuse(f"it has weights in {have}, not in {want} ({len(wanted)} in all)")
@@ -127,12 +130,44 @@ class _Reread:
     def _read(self) -> Source:
         """Return what the file holds, read as safely as any file if that is possible."""
         problem: FxgrowError | None = None
-        for trusted in (False, True):  # classes of the user's own; it is fxgrow's own work
+        source = self._judged.source
+        # Classes of the user's own, and graphs. What was not made of the source is not made here.
+        own = source is None or source.trusted or not holds_kept(source._contents.data)
+        for trusted in (False, True) if own else (False,):
             try:
                 return load_source(self._path, trust_pickle=trusted, opener=self._mappings.open)
             except SourceError as error:
                 problem = problem or error
         self._refuse(f"it cannot be read: {problem.reason if problem else ''}")
+
+    def _placed(
+        self, source: Source, found: Source, wanted: Sequence[Mapping[str, Tensor]]
+    ) -> Source:
+        """Return what was found with its weights where the source has them."""
+        places = []
+        for old, weights in zip(source._locations, wanted, strict=True):
+            if isinstance(old.stored, nn.Module):
+                held = [each for each in found.places if each.keys == old.keys]
+                places += held[:1]
+                continue
+            try:
+                stored = at(found._contents.data, old.keys)
+                places.append(old.of(stored, self._held(old, stored, weights)))
+            except LookupError as error:
+                self._refuse(f"the weights in {str(old)!r} are not there: {error}")
+        if len(places) != len(wanted):
+            self._refuse(f"it has weights in {_places(found)}, not in {_places(source)}")
+        return replace(found, state_dict=places[0].state_dict, _locations=places)
+
+    def _held(
+        self, old: Location, stored: Any, weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return which of some weights lie in a place; a file may lack some of them."""
+        absent = self._judged.absent
+        if not old.is_by_name:
+            return weights
+        names = (n for n in weights if n not in absent or old.stored_name(n) in stored)
+        return {name: weights[name] for name in names}
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the tensors that were judged, under the names that a state_dict has."""
@@ -173,11 +208,15 @@ class _Reread:
             if isinstance(old.stored, nn.Module) or isinstance(new.stored, nn.Module):
                 continue
             self._check_versions(old.state_dict, new.state_dict)
-            if found.format in TENSORS_ONLY:
-                continue
+            bare = found.format in TENSORS_ONLY
             if found.kind == "checkpoint" and type(old.stored) is not type(new.stored):
                 self._refuse(f"{new} is a {type(new.stored).__name__}")
-            mine, theirs = _beside(new), _beside(old)
+            if not old.is_by_name:
+                continue
+            mine = _beside(new, found._locations, tensors=bare)
+            theirs = _beside(old, source._locations, tensors=bare)
+            if bare:
+                mine, theirs = (dict(sorted(each.items())) for each in (mine, theirs))
             self._refuse_if(difference(mine, theirs, f"beside the weights {new}".strip()))
 
     def _check_ties(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
@@ -212,7 +251,7 @@ class _Reread:
 
     def _check_entries(self, have: Any, want: Any, places: Sequence[Keys], keys: Keys) -> None:
         """Compare a part of a checkpoint: weights apart, and optimizers as they have become."""
-        place = ".".join(keys)
+        place = ".".join(map(str, keys))
         if keys in places:
             return
         self._refuse_if("" if type(have) is type(want) else f"{place} is a {type(have).__name__}")
@@ -225,10 +264,10 @@ class _Reread:
             mine, theirs = ([k for k in each if keys or k != RECORD_KEY] for each in (have, want))
             self._refuse_if(keys_difference(mine, theirs, place), place)
             for key in theirs:
-                self._check_entries(have[key], want[key], places, (*keys, str(key)))
+                self._check_entries(have[key], want[key], places, (*keys, key))
         elif type(want) in (list, tuple) and len(have) == len(want):
             for index, (one, other) in enumerate(zip(have, want, strict=True)):
-                self._check_entries(one, other, places, (*keys, str(index)))
+                self._check_entries(one, other, places, (*keys, index))
         else:
             self._refuse_if(difference(have, want, place, self._count), place)
 
@@ -271,11 +310,21 @@ def _places(source: Source) -> str:
     return ", ".join(repr(str(location)) for location in source._locations) or "no place"
 
 
-def _beside(location: Location) -> dict[str, object]:
-    """Return what a state_dict holds beside the tensors of the network."""
+def _beside(
+    location: Location, locations: Sequence[Location], *, tensors: bool
+) -> dict[str, object]:
+    """Return what a state_dict holds beside the tensors of the network.
+
+    Args:
+        location: the state_dict.
+        locations: all places with the network's tensors, some of which may be in it too.
+        tensors: leave out what is no tensor.
+    """
     stored: Any = location.stored
-    own = set(location.stored_names.values())
-    return {name: value for name, value in stored.items() if name not in own}
+    same = [each for each in locations if each.keys == location.keys]
+    own = {name for each in same for name in each.stored_names.values()}
+    kept = ((name, value) for name, value in stored.items() if name not in own)
+    return {name: value for name, value in kept if not tensors or isinstance(value, Tensor)}
 
 
 def _plain(tensor: Tensor) -> Tensor:

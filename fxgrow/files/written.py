@@ -26,12 +26,13 @@ from fxgrow.files.comparison import (
     tensor_difference,
 )
 from fxgrow.files.pretrained import keep_tensors_
-from fxgrow.modules.calling import Arguments, call, tensors_in
+from fxgrow.modules.calling import Arguments, call, results_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, keeping_modes
 from fxgrow.verification.judge import NATIVE_FACTOR
 
 _CLASSES = "architectures"
+_TIED = "tie_word_embeddings"
 
 
 def check_directory(
@@ -49,7 +50,7 @@ def check_directory(
         grown: the model that it should hold.
         inputs: what both are run on.
         config: what its ``config.json`` should say.
-        kept: a configuration of which it should say all that is no number.
+        kept: a configuration of which it should say all that is no number, but for a flag of ties.
         folder: the directory whose other files were copied; None if there is none.
 
     Raises:
@@ -58,6 +59,8 @@ def check_directory(
     if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
         raise _unlike(told)
     kept = screened(kept).used  # what asks for code is never written
+    if _TIED in kept:  # it says what has become of the model
+        kept = {**kept, _TIED: getattr(getattr(grown, "config", None), _TIED, kept[_TIED])}
     if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
         raise _unlike(told)
     if folder is not None:
@@ -79,7 +82,7 @@ def check_directory(
     keep_tensors_(found, held)  # from_pretrained casts all weights to one dtype
     _check_tensors(grown, found)
     if dtypes[0] == dtypes[1]:
-        _check_outputs(grown, found, inputs)
+        check_outputs(grown, found, inputs)
     # Sizes that nothing reads are out of date in the grown model.
     if told := structure_difference(found, grown, sizes=False):
         raise _unlike(told)
@@ -135,17 +138,17 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
         # What the computation does not need is in no program.
         if name in loaded and (told := tensor_difference(loaded[name].detach(), tensor, name)):
             raise _unlike(told, name)
-    _check_outputs(grown, found, inputs)
+    check_outputs(grown, found, inputs)
 
 
-def _check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
+def check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
     """Return if two networks give the same outputs, up to rounding; without inputs, at once."""
     if inputs is None:
         return
     with torch.no_grad(), keeping_modes(grown):
         if any(module.training for module in grown.modules()):
             grown.eval()
-        before, after = (tensors_in(call(model, inputs)) for model in (grown, found))
+        before, after = (results_in(call(model, inputs)) for model in (grown, found))
     for old, new in zip(before, after, strict=True):
         unit = torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
         if not torch.allclose(

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fxgrow.errors import TraceError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.decisions import Decision, Replay
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.shadows import record, values_of
-from fxgrow.modules.standin import stand_in
+from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
 
 Mode = Literal["eval", "train"]
@@ -43,6 +44,10 @@ class Decided:
         found = (tensor.device for tensor in named_tensors(self.model).values())
         return next((device for device in found if device.type != "meta"), _CPU)
 
+    @property
+    def _has_values(self) -> bool:
+        return not any(tensor.is_meta for tensor in named_tensors(self.model).values())
+
     def replay(self, mode: Mode, run: int = 0) -> Replay | None:
         """Return what decides in a run on shapes, None where nothing is to be decided."""
         runs = self.runs.get(mode, ())
@@ -56,22 +61,36 @@ class Decided:
         """Return the same without any runs: the inputs are others."""
         return replace(self, runs={})
 
-    def find_out(self, standin: nn.Module, mode: Mode, inputs: Arguments) -> None:
+    def find_out(self, standin: nn.Module, mode: Mode, inputs: Arguments, told: str) -> None:
         """Run the network on values beside its shapes, and keep what it decides.
 
         Args:
             standin: the network on the meta device, at its own sizes.
             mode: the mode that what is followed is in.
             inputs: on the meta device.
+            told: what to call them.
 
         Raises:
-            Exception: whatever the network raises.
+            TraceError: it does not run on its inputs, or nobody can follow what it does.
         """
-        run = self._recording(standin, inputs)
         try:
-            found = run()
-        except Exception:  # what goes on where there is nothing may not fit together
-            found = run(finds=False)
+            run = self._recording(standin, inputs)
+            try:
+                found = run()
+            except Exception:  # what goes on where there is nothing may not fit together
+                found = run(finds=False)
+        except Exception as error:  # a user's forward may raise anything
+            fault = self.fault(mode, inputs)
+            if fault is not None:
+                raise TraceError(
+                    f"the model does not run on {told}: {first_line(fault)}.",
+                    way_out="" if self.example is None else "Give inputs that it takes.",
+                ) from fault
+            known = f"the model runs on {told}, and " if self._has_values else ""
+            raise TraceError(
+                f"{known}what it decides by values there cannot be told beforehand: "
+                f"{first_line(error)}."
+            ) from error
         self.runs[mode] = [found]
 
     def explore(self, standin: nn.Module, mode: Mode, inputs: Arguments) -> None:
@@ -92,7 +111,7 @@ class Decided:
             mode: the mode to run it in.
             inputs: on the meta device.
         """
-        if any(tensor.is_meta for tensor in named_tensors(self.model).values()):
+        if not self._has_values:
             return None
         lent = {id(parameter): parameter for parameter in self.model.parameters()}
         model = stand_in(self.model, {}, shared=lent).train(mode == "train")

@@ -85,6 +85,8 @@ class GainFlow:
         with_eps: for each layer with a constant for its eps, the attribute and its value.
         statistics: for operations (tape indices) that average squares over channels, by what the
             result differs because there are more of these.
+        owed: for the weights of norms, what they take on account of what comes behind.
+        numbers: for operations (tape indices), by what they multiply more than they did.
         undone: sources of gains (weights, layers) that the next weight takes up, so that they go
             no further.
         vectors: scale that each bias-like parameter takes so as to keep in step.
@@ -97,6 +99,8 @@ class GainFlow:
     with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     statistics: Mapping[int, float] = field(default_factory=dict)
     undone: Set[str] = frozenset()
+    owed: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[int, float] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
     norms: dict[str, Gain] = field(default_factory=dict)
@@ -160,6 +164,9 @@ class GainFlow:
         """Record the gains of an operation's outputs; a single one is that of the first."""
         if isinstance(fact, Gain):
             fact = (fact,) * (len(op.outputs) if traits_of(op.target).is_movement else 1)
+        if op.index in self.numbers:
+            number = Gain(self.numbers[op.index], frozenset({op.module}))
+            fact = tuple(gain.times(number) for gain in fact)
         for value, gain in zip(op.outputs, fact, strict=False):
             self.set(value, gain)
 
@@ -196,13 +203,23 @@ class GainFlow:
     def undo(self, weight: object, gain: Gain) -> Gain:
         """Let a weight take the inverse of a gain that should go no further; return what goes on.
 
-        A weight that is used twice has taken one and the same factor in both places.
+        A weight that is used twice has taken one and the same factor in both places. What a norm's
+        weight took is for those behind it that have a factor; all others take it up.
         """
         if not (isinstance(weight, Value) and len(weight.origins) == 1):
             return gain
-        wanted = gain.scale != 1.0 and gain.sources & self.undone
+        undone = gain.sources & self.undone
+        if weight.origins[0] not in self.factors:
+            undone |= gain.sources & self.owed.keys()
+        wanted = gain.scale != 1.0 and undone
         taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
         return gain.times(Gain(taken, frozenset(weight.origins)))
+
+    def paid(self, weight: object) -> Gain:
+        """Return what a norm's weight takes for what comes behind it."""
+        if not (isinstance(weight, Value) and len(weight.origins) == 1):
+            return Gain()
+        return Gain(self.owed.get(weight.origins[0], 1.0), frozenset(weight.origins))
 
     def taken_by(self, vector: object) -> Gain:
         """Return the gain that a parameter has taken already; that of one if it is none."""

@@ -80,27 +80,46 @@ def movement(step: Step) -> tuple[Layers, ...]:
     operands = step.operands
     if step.traits.name in COPIES:
         return (step.layers(operands[0]),)
+    layers_of = [step.layers(tensor) for tensor in operands]
+    for cluster in clusters(layers_of):
+        _join_beside(step, cluster)
+    return tuple(_apart(step, layers) for layers in moved(step, layers_of))
+
+
+def moved(step: Step, layers_of: Sequence[Layers]) -> list[list[Layer]]:
+    """Return what an operation that moves data makes of layers of its operands, by output.
+
+    Args:
+        step: the operation.
+        layers_of: the layers of each operand.
+
+    Raises:
+        RuntimeError: it does not take integers.
+    """
+    if step.traits.name in COPIES:
+        return [[*layers_of[0]]]
     kwargs = {k: v for k, v in step.kwargs.items() if k not in ("dtype", "device")}
     move = _on_labels(step)
     out: list[list[Layer]] = [[] for _ in step.outputs]
-    for cluster in clusters([step.layers(tensor) for tensor in operands]):
+    for cluster in clusters([*layers_of]):
         blank = torch.zeros((), dtype=torch.int32)
         layers = [
             blank.expand(tensor.shape) if layer is None else layer
-            for tensor, layer in zip(operands, cluster, strict=True)
+            for tensor, layer in zip(step.operands, cluster, strict=True)
         ]
-        _join_beside(step, cluster)
+        most = max(len(support(layer)) for layer in layers)
         storages = {layer.untyped_storage().data_ptr() for layer in layers}
         queue = iter(layers)
 
         def next_layer(_: Tensor, queue: Iterator[Layer] = queue) -> Layer:
             return next(queue)
 
-        args, moved = map_tensors(next_layer, (step.args, kwargs))
-        for index, layer in enumerate(tensors_in(move(*args, **moved))):
+        args, named = map_tensors(next_layer, (step.args, kwargs))
+        for index, layer in enumerate(tensors_in(move(*args, **named))):
             copied = layer.untyped_storage().data_ptr() not in storages
-            out[index].append(compact(layer) if copied else layer)
-    return tuple(_apart(step, layers) for layers in out)
+            parted = len(support(layer)) > most  # one dim for all samples' heads may become two
+            out[index].append(compact(layer) if copied or parted else layer)
+    return out
 
 
 def _join_beside(step: Step, cluster: list[Layer | None]) -> None:
@@ -199,7 +218,7 @@ def _join_operands(
         if value.drawn and noise.meets(step, value, own) and any(not v.drawn for v in values):
             fixed |= noise.pin_met(step, merged, value)
         elif own is None and (value.is_uniform or value.drawn == "mask"):
-            value.taken.append(_as_small(merged, tensor))
+            continue  # one constant may have any width, and so may what is drawn alike
         elif own is None:
             fixed |= step.join_fixed(merged, tensor, merged.shape)
         elif value.is_weight and not all(value.is_weight for value in values):
@@ -224,15 +243,6 @@ def _fill_padding(
             if not bool(a.all()):
                 cluster[place] = torch.where(a == 0, b, a).expand(own.shape)
                 step.value(operands[place]).taken.append(other)
-
-
-def _as_small(layer: Layer, tensor: Tensor) -> Layer:
-    """Return a layer of the shape of a tensor that is broadcast to the layer's own."""
-    for _ in range(layer.ndim - tensor.ndim):
-        layer = layer.select(0, 0)
-    for dim, size in enumerate(tensor.shape):
-        layer = layer.narrow(dim, 0, size)
-    return layer
 
 
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:

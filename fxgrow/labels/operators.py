@@ -39,6 +39,7 @@ UNIFORM = aten(
     "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
     "new_empty zero"
 )
+_FILLED = (torch.ops.aten.fill.Scalar, torch.ops.aten.fill_.Scalar)
 COMMUTATIVE = aten("add mul maximum minimum")
 # Pointwise operations that torch, or a torch before 2.11, does not tag as such.
 UNTAGGED = aten(
@@ -105,7 +106,7 @@ def traits_of(target: OpOverload) -> Traits:
         is_layout=target.is_view or name in COPIES or name in LAYOUTS,
         is_commutative=name in COMMUTATIVE,
         is_factory=name in FACTORIES,
-        is_uniform=name in UNIFORM,
+        is_uniform=name in UNIFORM or target in _FILLED,
         is_likeness=name in LIKENESSES,
         is_padding=name == "aten.constant_pad_nd",
         is_product=name in PRODUCTS,

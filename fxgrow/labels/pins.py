@@ -24,8 +24,9 @@ class PinKind(Enum):
         'register a rule for the operation: see "Add an operation" in the README',
     )
     TIED = (
-        "{} both {} and reads them (tied weights)",
-        "a parameter of its own on either side: what is written and read by one cannot cancel",
+        "{} both {} and reads them, and {} (tied weights)",
+        "a parameter of its own on either side (--untie): what is written and read by one cannot "
+        "cancel, unless the weight of a norm before it silences what is new",
     )
     BROADCAST = (
         "a width of one is broadcast here",

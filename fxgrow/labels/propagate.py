@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic, noise
+from fxgrow.labels import generic, made, noise
 from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
@@ -21,7 +21,7 @@ from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
@@ -140,9 +140,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
+        numbers = self._made(step, inputs, layers)
         values = tuple([
             self._enter(
-                tensor, flow, producer=index, positions=told.get(place),
+                tensor, flow, producer=index, positions=told.get(place), made=numbers[place],
                 **(facts if place else own),
             )
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
@@ -165,10 +166,28 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
         drawn = noise.drawn_by(func)
+        of_any_width = is_uniform or drawn in ("mask", "uniform")
         values = [
-            self._enter(x, (), producer=index, is_uniform=is_uniform, drawn=drawn) for x in outputs
-        ]
+            self._enter(
+                x, (), producer=index, is_uniform=is_uniform, drawn=drawn,
+                made=made.numbered(self.space, x.shape) if of_any_width else (),
+            )
+            for x in outputs
+        ]  # fmt: skip
         self.tape.operations.append(Operation(index, func, *place, args, kwargs, (), tuple(values)))
+
+    def _made(
+        self, step: Step, inputs: tuple[Value, ...], labels: Sequence[Layers]
+    ) -> Sequence[Layers]:
+        """Return the numbers of positions of constants in each output."""
+        if step.traits.is_factory:
+            shapes = [output.shape for output in step.outputs]
+            return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
+        if step.traits.name == "aten.expand" and not inputs[0].layers:
+            return (made.expanded(self.space, step, inputs[0].made),)
+        if not any(value.made for value in inputs):
+            return ((),) * len(step.outputs)
+        return made.follow(step, [value.made for value in inputs], labels)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -339,7 +358,7 @@ def propagate(
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
-    for tensor in tensors_in(result):
+    for tensor in results_in(result):
         value = labeller.value(labeller.current(tensor))
         labeller._use(value)
         labeller.tape.outputs.append(value)

@@ -82,6 +82,7 @@ class LabelSpace:
         default_factory=dict
     )  # weight -> groups, 0 depthwise
     pins: list[tuple[IntArray, Pin]] = field(default_factory=list)
+    tied: list[tuple[IntArray, Pin]] = field(default_factory=list)  # axes that write and read
     mixers: list[tuple[IntArray, str, str]] = field(default_factory=list)
     fixed: list[tuple[IntArray, tuple[int, ...], Pin]] = field(default_factory=list)
     heads: list[tuple[IntArray, Pin]] = field(default_factory=list)
@@ -91,6 +92,8 @@ class LabelSpace:
     normed: dict[str, Normed] = field(default_factory=dict)  # by the names of both parts
     place: str = ""
     unions: list[Union] = field(default_factory=list)
+    numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
+    met: list[tuple[IntArray, IntArray]] = field(default_factory=list)  # such numbers, labels
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -176,8 +179,10 @@ class LabelSpace:
     def mark(self, labels: Tensor, role: Role, fill: Fill = "draw") -> None:
         """Record what the axes of ``labels`` are to their channels, and how new entries begin.
 
-        The first role an axis is given stays. An axis that reads its channels and writes or
-        accompanies them too (a tied embedding) is pinned: no new entry could cancel itself.
+        The first role an axis is given stays, but that an axis which reads its channels and writes
+        them too (a tied embedding) is a writer. No new entry of it could cancel itself, so it is
+        pinned unless :mod:`fxgrow.channels.tied` finds what silences it; one that accompanies them
+        is in any case.
         """
         if not labels.numel():
             return
@@ -195,8 +200,14 @@ class LabelSpace:
             if known != role and "reader" in (known, role):
                 axis = self.axes[owner]
                 tied = np.arange(axis.start, axis.start + axis.size)
-                other = "accompanies" if "carrier" in (known, role) else "writes"
-                self.pins.append((tied, Pin(PinKind.TIED, details=(axis.tensor, other))))
+                if "carrier" in (known, role):
+                    details = (axis.tensor, "accompanies", "no new entry of it can do both")
+                    self.pins.append((tied, Pin(PinKind.TIED, details=details)))
+                else:
+                    self.roles[owner] = "writer"
+                    if not any(pin.details[0] == axis.tensor for _, pin in self.tied):
+                        pin = Pin(PinKind.TIED, details=(axis.tensor, "writes", "nothing helps it"))
+                        self.tied.append((tied, pin))
             self.fills.setdefault(owner, fill)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
@@ -221,6 +232,18 @@ class LabelSpace:
         different = (first != second) & (first != 0) & (second != 0)
         if different.any():
             self.unions.append((first[different], second[different], self.place))
+
+    def meet(self, numbers: Tensor, labels: Tensor) -> None:
+        """Record that positions of constants lie where some channels do. Zeros say nothing.
+
+        Args:
+            numbers: of the positions, any shape.
+            labels: as many, in the same order.
+        """
+        first, second = numbers.numpy().ravel(), labels.numpy().ravel()
+        both = (first != 0) & (second != 0)
+        if both.any():
+            self.met.append((first[both], second[both]))
 
     def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
         """Record that the running operation lets the channels of ``labels`` not change, and why."""

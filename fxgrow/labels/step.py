@@ -126,11 +126,18 @@ class Step:
     def join_fixed(self, layer: Layer, tensor: Tensor, shape: Sequence[int]) -> set[int]:
         """Record that ``layer`` keeps its size along the dims in which ``tensor`` has entries.
 
-        Returns these dims. A layer with no other dim stands for no channels that could grow.
+        Returns these dims. A layer with no other dim stands for no channels that could grow. Along
+        dims in which the tensor is one constant, or was expanded, it has whatever size is needed.
         """
         offset = len(shape) - tensor.ndim
         dims = support(layer)
-        fixed = {dim for dim in dims if dim >= offset and tensor.shape[dim - offset] > 1}
+        free = {
+            dim + offset
+            for own in self.value(tensor).made
+            for dim in support(own)
+            if bool(core(own, support(own)).all())
+        }
+        fixed = {dim for dim in dims - free if dim >= offset and tensor.shape[dim - offset] > 1}
         if fixed:
             self.space.fix(core(layer, dims), sorted(fixed), "combined with a tensor")
         return fixed

@@ -45,7 +45,9 @@ class Value:
         runs: so many positions of dim 0 in a row are the same, by construction.
         positions: channels among which it tells positions (of the largest one), with the name of
             the operation: where it is used, they cannot change.
-        taken: for a uniform or a padded one, layers it met: they tell what its sizes stand for.
+        taken: for a padded one, layers it met: they tell what its sizes stand for.
+        made: numbers of the positions of constants in it, as layers
+            (:mod:`fxgrow.labels.made`).
     """
 
     index: int
@@ -66,6 +68,7 @@ class Value:
     runs: int = 1
     positions: tuple[tuple[Layer, str], ...] | None = None
     taken: list[Layer] = field(default_factory=list)
+    made: Layers = ()
 
 
 @dataclass(eq=False, slots=True)  # as above; nothing ever changes

@@ -6,8 +6,8 @@ module tree with every parameter and buffer on the meta device. The user's model
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
-from fxgrow.modules.tensors import named_tensors, zero_buffers
+from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -47,6 +47,7 @@ class Traced:
             of tensors and modules are those in the whole all the same.
         decided: what the network decides by values.
         zeros: buffers that no state_dict holds and that are zeros; they may change width.
+        scalars: the values of buffers without dims that no state_dict holds.
         begins: during a run, whether it is the first of the network at these sizes.
         exploring: whether what it decides is still to be found out.
         at: during a run, returns the fx node and the module that are running; after a failure,
@@ -61,6 +62,7 @@ class Traced:
     begins: bool = True
     exploring: bool = False
     zeros: frozenset[str] = frozenset()
+    scalars: Mapping[str, float] = field(default_factory=dict)
     at: Callable[[], Place] = lambda: ("", "")
     _differs: bool | None = None
 
@@ -115,6 +117,11 @@ class Traced:
     def target(self) -> nn.Module:
         """What is run: the stand-in, or the submodule of it that is followed."""
         return self.standin.get_submodule(self.module)
+
+    @property
+    def _named(self) -> frozenset[str]:
+        """The buffers that no state_dict holds and that are followed all the same."""
+        return self.zeros | self.scalars.keys()
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -188,20 +195,7 @@ class Traced:
         Raises:
             TraceError: it does not run on its inputs, or nobody can follow what it does.
         """
-        try:
-            self.decided.find_out(self.standin, mode, self.inputs)
-        except Exception as error:  # a user's forward may raise anything
-            fault = self.decided.fault(mode, self.inputs)
-            told = f"inputs of {self._told_shapes}"
-            if fault is not None:
-                raise TraceError(
-                    f"the model does not run on {told}: {first_line(fault)}.",
-                    way_out="" if self.inferred else "Give inputs that it takes.",
-                ) from fault
-            raise TraceError(
-                f"the model runs on {told}, and what it decides by values there cannot be told "
-                f"beforehand: {first_line(error)}."
-            ) from error
+        self.decided.find_out(self.standin, mode, self.inputs, f"inputs of {self._told_shapes}")
 
     def _get_graph(self) -> fx.Graph | None:
         return self.graph
@@ -265,11 +259,10 @@ class Traced:
 
     def _in_eval_mode(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and others that take other ways where it leaves parts out."""
-        self.begins = True
-        most = _MOST_INFERRED if self.inferred else MOST_ENTRIES
+        self.begins, most = True, _MOST_INFERRED if self.inferred else MOST_ENTRIES
         with keeping_buffers(self.standin):
             space, tape = propagate(
-                run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
+                run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
                 most=most, decider=self.decided.replay("eval"),
             )  # fmt: skip
         self.begins = False
@@ -278,7 +271,7 @@ class Traced:
         for decider in self.decided.further("eval"):
             with keeping_buffers(self.standin):
                 propagate(
-                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self.zeros,
+                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
                     most=most, space=space, decider=decider,
                 )  # fmt: skip
         return space, tape
@@ -291,7 +284,7 @@ class Traced:
             set_training(target, mode=True)
             with running_modules(self.standin, stack), keeping_buffers(self.standin):
                 propagate(
-                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self.zeros,
+                    target, self.standin, self.inputs, space=space, watch=watch, zeros=self._named,
                     place=lambda: ("", stack[-1] if stack else ""),
                     decider=self.decided.replay("train"),
                 )  # fmt: skip
@@ -371,8 +364,9 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
     inputs = () if inferred else _on_meta(example_inputs)
-    decided = Decided(model, module, example_inputs)
-    return Traced(standin, inputs, inferred, decided, module, zeros=zero_buffers(model))
+    decided, scalars = Decided(model, module, example_inputs), scalar_buffers(model)
+    zeros = zero_buffers(model) - scalars.keys()
+    return Traced(standin, inputs, inferred, decided, module, zeros=zeros, scalars=scalars)
 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:

@@ -95,6 +95,15 @@ class Architecture:
         """Whether the name is code outside of the libraries that fxgrow knows."""
         return self.name.partition(":")[0] not in _LIBRARIES
 
+    @property
+    def defaults(self) -> dict[str, int]:
+        """The builder's parameters whose defaults are whole numbers."""
+        try:
+            parameters = inspect.signature(_find_builder(self.name)).parameters.values()
+        except (TypeError, ValueError):  # written in C
+            return {}
+        return {p.name: p.default for p in parameters if type(p.default) is int}
+
     def build(self, device: str | torch.device = "meta", limit: Limit | None = None) -> nn.Module:
         """Build the network, in train mode and without any pretrained weights.
 
@@ -340,7 +349,7 @@ def _find_timm(name: str) -> Callable[..., object]:
 
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     way_out = (
         f"Did you mean {', '.join(close)}?"
         if close

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _DEPTH = 5  # of objects in objects
+# What transformers returns besides logits for further calls of the decoder, as it does a cache.
+_HANDED_ON = "encoder_last_hidden_state"
 # What a network is called with: positional arguments, or keyword arguments.
 Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 
@@ -57,6 +59,27 @@ def tensors_in(tree: object) -> list[Tensor]:
     return found
 
 
+def results_in(result: object) -> list[Tensor]:
+    """Return the tensors of what a network returns, but for what it returns for its own next call.
+
+    Such is the encoder's output beside the logits of an encoder-decoder: it is no result, and its
+    size may change.
+    """
+    if handed_on(result):
+        result = {key: item for key, item in _held_items(result) if key != _HANDED_ON}
+    return tensors_in(result)
+
+
+def handed_on(result: object) -> str:
+    """Return the name of what a network returns for its own next call, "" if there is nothing."""
+    named = dict(_held_items(result))
+    return _HANDED_ON if named.get(_HANDED_ON) is not None and "logits" in named else ""
+
+
+def _held_items(result: object) -> Iterable[tuple[object, object]]:
+    return result.items() if isinstance(result, Mapping) else ()
+
+
 def _gather(tree: object, found: list[Tensor]) -> None:
     if type(tree) in _PLAIN:
         return
@@ -95,7 +118,8 @@ def opaque_in(tree: object, depth: int = _DEPTH) -> set[str]:
         return set()
     inner = tree if isinstance(tree, (tuple, list)) else [*_held(tree)]
     if inner:
-        return set().union(*(opaque_in(item, depth - 1) for item in inner))
+        known = {name} if (name := handed_on(tree)) else set[str]()
+        return known.union(*(opaque_in(item, depth - 1) for item in inner))
     attributes = [*getattr(tree, "__dict__", {}).values()]
     nested = any(tensors_in(item) or opaque_in(item, depth - 1) for item in attributes)
     return {type(tree).__name__} if nested else set()

@@ -181,8 +181,12 @@ def batches_for(
 
     def fresh(tensor: Tensor) -> Tensor:
         made = tensor.is_meta and tensor.is_floating_point()  # of a size alone
-        return _drawn(tensor, generator).to(device, dtype if made else tensor.dtype)
+        drawn = _drawn(tensor, generator, rows if tensor is tokens else 2)
+        return drawn.to(device, dtype if made else tensor.dtype)
 
+    # Of whole numbers of which a size alone is known, the first are taken for token ids.
+    rows = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
+    tokens = next((t for t in tensors_in(example) if t.is_meta and not t.is_floating_point()), None)
     if example is not None:
         arguments = arguments_of(example)
         drawn = [pytree.tree_map_only(Tensor, fresh, arguments) for _ in range(2)]
@@ -213,11 +217,14 @@ def _sizes_to_draw(
     return [followed, *others[:1]] if whole else others
 
 
-def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return new values for a tensor: normal, or whole numbers of its range; a mask is turned."""
+def _drawn(tensor: Tensor, generator: torch.Generator, rows: int = 2) -> Tensor:
+    """Return new values for a tensor: normal, or whole numbers of its range; a mask is turned.
+
+    Of whole numbers of which a size alone is known, the range is up to ``rows``.
+    """
     if tensor.is_floating_point():
         return torch.randn(tensor.shape, generator=generator)
-    low, high = (0, 1) if tensor.is_meta else (int(tensor.min()), int(tensor.max()))
+    low, high = (0, rows - 1) if tensor.is_meta else (int(tensor.min()), int(tensor.max()))
     if not tensor.is_meta and high - low < 2:  # a mask
         return tensor.flip(-1) if tensor.ndim else tensor
     return torch.randint(low, high + 1, tensor.shape, generator=generator)

@@ -14,7 +14,9 @@ from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_i
 from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.draws import Draws, law_of
 from fxgrow.modules.meta_shapes import broadcast, run_on_meta
+from fxgrow.modules.one_device import OnOneDevice
 
+_ZEROS = torch.ops.aten.zeros.default
 _TO_COPY = torch.ops.aten._to_copy.default
 _SELECT = torch.ops.aten.masked_select.default
 _AT_POSITIONS = (
@@ -39,12 +41,14 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
         self.draws = Draws()
+        self._one_device = OnOneDevice(self._to_meta)
         self._as_if_real = None if decider is None else AsIfReal(decider, self.left)
 
     def __enter__(self) -> OnMeta:
         """Begin; tensors say from now on where those of the decider are."""
         super().__enter__()  # type: ignore[no-untyped-call]
-        if self._as_if_real is not None:
+        self._one_device.__enter__()  # type: ignore[no-untyped-call]
+        if self._as_if_real is not None:  # above the other, which needs to know where they are
             self._as_if_real.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -52,6 +56,7 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         """End."""
         if self._as_if_real is not None:
             self._as_if_real.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._one_device.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
@@ -84,8 +89,10 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
             tensors = tensors_in((args, kwargs))
             if changed is not None and tensors[0] is not changed:
                 self._stale.add(id(changed))
-        if not tensors and kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": self._device_of(func, args, kwargs)}
+        if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif func is _ZEROS and args[0] and _is_made_up(func, args, kwargs):
+            kwargs = {**kwargs, "device": torch.device("meta")}  # what is written there is, too
         elif func is _TO_COPY:
             kwargs = {key: item for key, item in kwargs.items() if key != "device"}
         if self._decider is not None and tensors and tensors[0].is_meta:
@@ -98,16 +105,6 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         result = self.computed(func, args, kwargs, tensors)
         self.ran(func, args, kwargs, tensors, result)
         return result
-
-    def _device_of(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.device:
-        """Return where to make a tensor of numbers alone, whatever device is asked for."""
-        given = torch.device(kwargs["device"])
-        if not _is_made_up(func, args, kwargs):
-            return torch.device("cpu")
-        asked_there = self._decider is not None and given == self._decider.device
-        return torch.device("meta") if asked_there and func._opname == "zeros" else given
 
     def computed(
         self,

@@ -17,12 +17,12 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from fxgrow.errors import FxgrowWarning, SourceError
+from fxgrow.errors import FxgrowWarning, SourceError, shown
 from fxgrow.modules.architectures import Architecture, torchvision_names
 
 Shape = tuple[int, ...]
@@ -31,11 +31,14 @@ INDEX_FILE = "architecture_index.json"
 _SKETCH_SIZE = 32
 _LIKELY = 0.25  # a network that differs only in its head shares far more than this
 _MAX_BUILT = 6
-_NEAREST = 3
 # Builders' default numbers of classes: heads have a multiple of them as outputs.
 _DEFAULT_CLASSES = (1000, 91, 21, 400, 2)
 _DEFAULT_KEYPOINTS = 17
 _DEFAULT_IMAGE_SIZE = 224
+_NAME_IT = (
+    "Name the architecture with --arch (and --arch-arg): torchvision:NAME, timm:NAME, or "
+    "package.module:callable for a class or function of your own."
+)
 _SHOWN = 3
 _HEADS = 16  # more tensors of another shape than heads have are no matter of arguments
 
@@ -98,22 +101,44 @@ def recognise(shapes: Mapping[str, Shape], hint: str = "") -> Architecture:
     wanted = _comparable({name: tuple(shape) for name, shape in shapes.items()})
     nearest: _Fit | None = None
     for name in _candidates(wanted, hint):
-        fit = _fit(name, wanted)
+        fit = _fit(Architecture(f"torchvision:{name}"), wanted)
         if not fit.differences:
             return _choose([fit, *_twins(name, wanted)], hint)
         if nearest is None or len(fit.differences) < len(nearest.differences):
             nearest = fit
-    if nearest is None:
+    if nearest is None or len(nearest.differences) > len(wanted) / 2:
+        first = next(iter(wanted), "")
         raise SourceError(
-            "no torchvision architecture has weights of these names.",
-            way_out="Name the architecture with --arch.",
+            f"no torchvision architecture has weights of such names as {shown(first, 80)}.",
+            way_out=_NAME_IT,
         )
     raise SourceError(
         f"no torchvision architecture has these weights. The nearest is {nearest.architecture}: "
         f"{nearest.differences}.",
         name=nearest.architecture.name,
-        way_out="Name the architecture with --arch (and --arch-arg).",
+        way_out=_NAME_IT,
     )
+
+
+def is_likely(shapes: Mapping[str, Shape]) -> bool:
+    """Return whether any torchvision architecture has much in common with names and shapes."""
+    mine = frozenset(sketch(_comparable(shapes)))
+    known = _index()
+    return any(_similarity(mine, one) >= _LIKELY for one in known.values()) or any(
+        name not in known for name in torchvision_names()
+    )
+
+
+def adjusted(architecture: Architecture, shapes: Mapping[str, Shape]) -> Architecture | None:
+    """Return an architecture with those arguments under which it has the given shapes, or None.
+
+    Args:
+        architecture: the arguments that it has are kept.
+        shapes: name -> shape of every tensor of the state_dict; there may be more.
+    """
+    wanted = _comparable({name: tuple(shape) for name, shape in shapes.items()})
+    fit = _fit(architecture, wanted)
+    return None if fit.differences.missing or fit.differences.mismatched else fit.architecture
 
 
 def sketch(shapes: Mapping[str, Shape]) -> list[str]:
@@ -129,7 +154,8 @@ def sketch(shapes: Mapping[str, Shape]) -> list[str]:
 
 def build_index() -> dict[str, str]:
     """Build every architecture of the installed torchvision and return name -> joined sketch."""
-    return {name: " ".join(sketch(_shapes_of(name)[0])) for name in torchvision_names()}
+    built = {name: Architecture(f"torchvision:{name}") for name in torchvision_names()}
+    return {name: " ".join(sketch(_shapes_of(one)[0])) for name, one in built.items()}
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +171,7 @@ def _similarity(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def _candidates(wanted: Mapping[str, Shape], hint: str) -> Iterator[str]:
-    """Yield names to try: likely ones, then those the index lacks, or else the nearest few."""
+    """Yield names to try: likely ones, then those the index lacks."""
     mine, index, names = frozenset(sketch(wanted)), _index(), torchvision_names()
     score = {name: _similarity(mine, index[name]) for name in names if name in index}
     hinted = _hinted(names, hint)
@@ -153,15 +179,14 @@ def _candidates(wanted: Mapping[str, Shape], hint: str) -> Iterator[str]:
     likely = [name for name in ranked if score[name] >= _LIKELY][:_MAX_BUILT]
     yield from likely
     yield from (name for name in names if name not in index)
-    if not likely:  # nothing can fit; these are for the error's text
-        yield from ranked[:_NEAREST]
 
 
 def _twins(name: str, wanted: Mapping[str, Shape]) -> list[_Fit]:
     """Return the exact fits among the other architectures with the same sketch."""
     index = _index()
     same = [n for n in torchvision_names() if n != name and index.get(n) == index.get(name, ())]
-    return [fit for fit in (_fit(n, wanted) for n in same) if not fit.differences]
+    fits = (_fit(Architecture(f"torchvision:{n}"), wanted) for n in same)
+    return [fit for fit in fits if not fit.differences]
 
 
 def _choose(fits: list[_Fit], hint: str) -> Architecture:
@@ -188,16 +213,19 @@ def _hinted(names: list[str], hint: str) -> str:
     return max((name for name in names if name in hint.lower()), key=len, default="")
 
 
-def _fit(name: str, wanted: Mapping[str, Shape]) -> _Fit:
-    """Build ``name`` and adjust its arguments as long as that brings it nearer to ``wanted``."""
-    best = _attempt(name, {}, wanted)
+def _fit(architecture: Architecture, wanted: Mapping[str, Shape]) -> _Fit:
+    """Build an architecture and adjust its arguments as long as that brings it nearer."""
+    given = architecture.arguments.keys()
+    best = _attempt(architecture, wanted)
     improved = True
     while best.differences and improved:
         improved = False
-        for proposal in _propose(best.differences):
+        for proposal in _propose(best.differences, architecture):
+            if not given.isdisjoint(proposal):
+                continue
             arguments = {**best.architecture.arguments, **proposal}
             try:
-                attempt = _attempt(name, arguments, wanted)
+                attempt = _attempt(replace(architecture, arguments=arguments), wanted)
             except SourceError:  # a builder without that argument
                 continue
             if len(attempt.differences) < len(best.differences):
@@ -206,21 +234,19 @@ def _fit(name: str, wanted: Mapping[str, Shape]) -> _Fit:
     return best
 
 
-def _attempt(name: str, arguments: Mapping[str, object], wanted: Mapping[str, Shape]) -> _Fit:
-    shapes, description = _shapes_of(name, arguments)
+def _attempt(architecture: Architecture, wanted: Mapping[str, Shape]) -> _Fit:
+    shapes, description = _shapes_of(architecture)
     built = _comparable(shapes)
     differences = _Differences(
         missing={n: s for n, s in built.items() if n not in wanted},
         unexpected={n: s for n, s in wanted.items() if n not in built},
         mismatched={n: (wanted[n], s) for n, s in built.items() if n in wanted and wanted[n] != s},
     )
-    return _Fit(Architecture(f"torchvision:{name}", arguments), differences, description)
+    return _Fit(architecture, differences, description)
 
 
-def _shapes_of(
-    name: str, arguments: Mapping[str, object] | None = None
-) -> tuple[dict[str, Shape], str]:
-    module = Architecture(f"torchvision:{name}", arguments or {}).build()
+def _shapes_of(architecture: Architecture) -> tuple[dict[str, Shape], str]:
+    module = architecture.build()
     return {n: tuple(t.shape) for n, t in module.state_dict().items()}, repr(module)
 
 
@@ -228,7 +254,7 @@ def _comparable(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     return {n: s for n, s in shapes.items() if not n.endswith("num_batches_tracked")}
 
 
-def _propose(differences: _Differences) -> Iterator[dict[str, object]]:
+def _propose(differences: _Differences, architecture: Architecture) -> Iterator[dict[str, object]]:
     """Yield arguments that may explain differences, most telling first."""
     if any(name.lower().startswith("aux") for name in differences.missing):
         yield {"aux_logits": False}
@@ -240,7 +266,11 @@ def _propose(differences: _Differences) -> Iterator[dict[str, object]]:
         dims = [d for d, (a, b) in enumerate(zip(have, expected, strict=False)) if a != b]
         if len(have) != len(expected) or len(dims) != 1:
             continue
-        for proposal in _explain(have[dims[0]], expected[dims[0]]):
+        sizes = (have[dims[0]], expected[dims[0]])
+        defaults = architecture.defaults.items()
+        explained = [*_explain(*sizes)]
+        explained += [{name: sizes[0]} for name, default in defaults if default == sizes[1]]
+        for proposal in explained:
             if proposal not in seen:
                 seen.append(proposal)
                 yield proposal
@@ -255,7 +285,9 @@ def _explain(have: int, expected: int) -> Iterator[dict[str, object]]:
             yield {"num_classes": have // (expected // classes)}
     side, default_side = math.isqrt(max(have - 1, 0)), math.isqrt(expected - 1)
     if side**2 == have - 1 and default_side**2 == expected - 1 and default_side:
-        yield {"image_size": _DEFAULT_IMAGE_SIZE * side // default_side}  # a token for each patch
+        pixels = _DEFAULT_IMAGE_SIZE * side // default_side  # a token for each patch
+        yield {"image_size": pixels}
+        yield {"img_size": pixels}
 
 
 def _text(shape: Shape) -> str:

@@ -81,6 +81,14 @@ def zero_buffers(model: nn.Module) -> frozenset[str]:
     return frozenset(n for n, x in held if not x.is_meta and x.is_floating_point() and not x.any())
 
 
+def scalar_buffers(model: nn.Module) -> dict[str, float]:
+    """Return the numbers in buffers without dims that no state_dict holds, by name."""
+    fleeting = list(_fleeting(model))
+    found = named_tensors(model) if fleeting else {}
+    held = ((name, found[name]) for name in fleeting if name in found)
+    return {n: x.item() for n, x in held if not (x.ndim or x.is_meta) and x.is_floating_point()}
+
+
 def _fleeting(model: nn.Module) -> Iterator[str]:
     """Yield the names of buffers that no state_dict holds."""
     for prefix, module in _prefixed_modules(model):

@@ -132,6 +132,9 @@ def check_tensor(edit: TensorEdit, dtype: torch.dtype, place: str) -> None:
     check_shape(edit.new_shape, f"{place}new_shape")
     if edit.fill != "constant":
         check_factor(edit.scale, f"{place}scale")
+    check_amount(abs(edit.offset), f"{place}offset")
+    if edit.offset and not dtype.is_floating_point:
+        refuse(f"{place}offset", f"{dtype} cannot hold what it is subtracted from")
     if edit.fan_in < 0:
         refuse(f"{place}fan_in", "it is negative")
     if edit.absorption is not None:
@@ -193,8 +196,13 @@ def _offered(run: Run, old: int, new: int) -> int:
     return new if run.kind in _DRAWN else run.start + run.length  # no more are drawn than are used
 
 
-def check_attribute(edit: ModuleEdit, place: str) -> None:
+def check_attribute(edit: ModuleEdit, place: str, *, unties: bool = False) -> None:
     """Check an attribute's name and its values.
+
+    Args:
+        edit: the edit.
+        place: what its fields are called before their names.
+        unties: whether the step unties tensors; only then a flag is cleared.
 
     Raises:
         PlanError: no planner would set it so.
@@ -205,6 +213,11 @@ def check_attribute(edit: ModuleEdit, place: str) -> None:
     plain = all(part.isidentifier() and not part.startswith("__") for part in parts)
     if not plain or len(parts) > 2:
         refuse(f"{place}attribute", f"{edit.attribute!r} is no name of a plain attribute")
+    if isinstance(edit.before, bool) or isinstance(edit.after, bool):
+        tells = parts[-1] == "tie_word_embeddings" and edit.before is True and edit.after is False
+        if not (unties and tells):
+            refuse(f"{place}after", "no planner sets this flag")
+        return
     if not _may_become(edit.before, edit.after):
         refuse(f"{place}after", f"{edit.before!r} cannot become {edit.after!r}")
 
@@ -235,7 +248,10 @@ def check_sizes(edit: SizeEdit, place: str) -> None:
     Raises:
         PlanError: it takes none, or the new ones do not go with the old ones.
     """
-    _check_node(edit.node, f"{place}node")
+    if not edit.at:
+        _check_node(edit.node, f"{place}node")
+    elif edit.node or not edit.at.endswith(f":{edit.function}"):
+        refuse(f"{place}at", f"{edit.at!r} is no line that makes such a call")
     if edit.function not in SIZED:
         refuse(f"{place}function", f"{edit.function!r} takes no sizes")
     if [size is None for size in edit.before] != [size is None for size in edit.after]:

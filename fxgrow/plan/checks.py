@@ -12,6 +12,8 @@ that modules have already. All that it can do is this, to a copy of a network:
 - ``modules``: give numbers, or tuples of them, that a module or its configuration holds as plain
   attributes other values; repeat texts that are in a tuple there; pad otherwise.
 - ``sizes``, ``multipliers``: put other sizes and factors into the graph of the network's own code.
+- ``untied``: give one name of a parameter with several names a copy of it, and clear the flag of
+  the configuration that would have the class tie it again.
 - ``aliases``, ``names``: say which tensors are one, and which of another architecture they become.
 
 ``scopes`` and ``prediction`` say on what and against what the result is measured, and ``request``
@@ -50,8 +52,8 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
-from fxgrow.plan.edits import Child, Multiplier, Rearrangement
-from fxgrow.plan.requests import Convert, Deepen, Request, Widen
+from fxgrow.plan.edits import Child, Multiplier, Rearrangement, TensorEdit
+from fxgrow.plan.requests import Convert, Deepen, Request, Untie, Widen
 from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
@@ -98,8 +100,9 @@ class _Checked:
         self._check_rearrangements()
         self._check_tensors()
         self._check_aliases()
+        self._check_untied()
         for index, edit in enumerate(step.modules):
-            check_attribute(edit, f"{at}modules.{index}.")
+            check_attribute(edit, f"{at}modules.{index}.", unties=bool(step.untied))
         for index, size in enumerate(step.sizes):
             self._check_module(size.module, f"{at}sizes.{index}.module")
             check_sizes(size, f"{at}sizes.{index}.")
@@ -110,7 +113,7 @@ class _Checked:
                 check_multiplier(multiplier, f"{at}{name}.{index}.")
         for index, block in enumerate(step.blocks):
             check_word(block.method, f"{at}blocks.{index}.method")
-        if not step.names and not step.changes:
+        if not (step.names or step.changes or step.untied):
             refuse(f"{at}groups", "nothing is said to grow")
 
     def _check_source(self) -> None:
@@ -241,6 +244,19 @@ class _Checked:
             first = step.aliases.get(name, name)
             if step.source[old] != step.source.get(after[first][0]):
                 refuse(f"{self.place}aliases.{name}", f"it is not like {first}")
+
+    def _check_untied(self) -> None:
+        """Check which tensors get a copy: each is made whole of the one that it was."""
+        step = self.step
+        if bool(step.untied) != isinstance(step.request, Untie):
+            refuse(f"{self.place}untied", "a step of its own unties, and does nothing else")
+        for name, first in step.untied.items():
+            place, edit = f"{self.place}untied.{name}", step.tensors.get(name)
+            same = step.source.get(name, step.source.get(first)) == step.source.get(first)
+            if first not in step.source or first in step.untied or first in step.aliases:
+                refuse(place, f"{first!r} is no tensor that keeps its name")
+            if edit is None or edit != TensorEdit(edit.shape, edit.shape, source=first) or not same:
+                refuse(place, f"it is no copy of {first!r}")
 
 
 def _check_request(request: Request, place: str) -> None:

@@ -91,6 +91,8 @@ class TensorEdit:
         groups: of the convolution whose weight this is, before and after. Where they differ, the
             old groups are first put into the new ones, in order and as few as will do in each,
             with zeros between them; ``axes`` are those of what this makes.
+        offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
+            above is done to the sum, from which it is subtracted again.
         normed: the weight that this is a part of, its direction or its length. ``axes`` of a
             direction are the weight's, and ``scale`` of a length is; the length takes besides what
             keeps the weight's old entries while new ones count in the norm.
@@ -105,6 +107,7 @@ class TensorEdit:
     source: str = ""
     fill: Fill = ""
     groups: tuple[int, int] = (1, 1)
+    offset: float = 0.0
     normed: Normed | None = None
 
 
@@ -151,8 +154,8 @@ class ModuleEdit:
 
     module: str
     attribute: str
-    before: int | float | str | tuple[int, ...] | tuple[str, ...]
-    after: int | float | str | tuple[int, ...] | tuple[str, ...]
+    before: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
+    after: bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,14 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class SizeEdit:
-    """Sizes in a call of the network's own code, rewritten in its graph.
+    """Sizes in a call of the network's own code, rewritten in its graph or where it is made.
 
     Attributes:
         node: name of the fx node.
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
+        at: the line of code that makes the call, where the module has no graph; ``node`` is "".
     """
 
     node: str
@@ -187,6 +191,7 @@ class SizeEdit:
     before: tuple[int | None, ...]
     after: tuple[int | None, ...]
     module: str = ""
+    at: str = ""
 
 
 @dataclass(frozen=True)

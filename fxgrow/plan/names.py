@@ -54,7 +54,8 @@ def names_after(names: Iterable[str], step: Plan) -> list[tuple[str, str, bool]]
         step: the step.
     """
     if not step.names:
-        return new_names(names, step.rearrangements)
+        moved = new_names(names, step.rearrangements)
+        return _with_untied(moved, step) if step.untied else moved
     known, found = set(names), []
     for after, before in step.names.items():
         edit = step.tensors.get(step.aliases.get(after, after))
@@ -62,6 +63,15 @@ def names_after(names: Iterable[str], step: Plan) -> list[tuple[str, str, bool]]
         if like in known:
             found.append((after, like, not before))
     return found
+
+
+def _with_untied(moved: list[tuple[str, str, bool]], step: Plan) -> list[tuple[str, str, bool]]:
+    """Return names with those of the copies that a step unties, as new; some files lack these."""
+    copies = dict(step.untied)
+    copies |= {n: step.untied[first] for n, first in step.aliases.items() if first in step.untied}
+    held = {name for name, _, _ in moved}
+    found = [(n, copies.get(n, old), new or n in copies) for n, old, new in moved]
+    return found + [(n, source, True) for n, source in copies.items() if n not in held]
 
 
 def carried_names(names: Iterable[str], plan: Plan) -> dict[str, str]:

@@ -39,3 +39,24 @@ def settings(
         for value, default, stand_in in zip(given, DEFAULTS, standing_in, strict=True)
     )
     return str(first), str(second)
+
+
+def check_preset(preset: str | None, rescaling: str | None, pairing: str | None) -> None:
+    """Return if a preset and what is asked for beside it do not contradict each other.
+
+    A default that is asked for by name is one of these; :func:`settings` cannot tell it from one
+    that is not.
+
+    Raises:
+        UsageError: they do.
+    """
+    for name, given, default, own in zip(
+        ("rescaling", "pairing"), (rescaling, pairing), DEFAULTS,
+        PRESETS.get(preset or "", DEFAULTS), strict=True,
+    ):  # fmt: skip
+        if given == default != own:
+            raise UsageError(
+                f"--preset {preset} means --{name} {own}, and --{name} {given} is asked for.",
+                name=name,
+                way_out="Leave out one of the two.",
+            )

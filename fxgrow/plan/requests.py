@@ -62,6 +62,7 @@ class Widen(_Request):
     compensate: bool = False
     split_noise: float = 0.1
     module: str = ""
+    untie: bool = False
     verb: Literal["widen"] = "widen"
 
 
@@ -100,4 +101,12 @@ class Convert(_Request):
     verb: Literal["convert"] = "convert"
 
 
-Request: TypeAlias = Widen | Deepen | MorphKernel | Convert
+@dataclass(frozen=True)
+class Untie(_Request):
+    """Copies for what reads tied parameters: ``untie`` of :func:`fxgrow.widen`, a step before."""
+
+    module: str = ""
+    verb: Literal["untie"] = "untie"
+
+
+Request: TypeAlias = Widen | Deepen | MorphKernel | Convert | Untie

@@ -153,6 +153,8 @@ class PlanStep:
             is predicted to compute; empty if that is the old function.
         rearrangements: modules that get new ones among those that they hold.
         aliases: tied tensors: other name -> the name under which the edit is listed.
+        untied: tied tensors that become two: the name of what gets a copy -> the name of what it
+            is a copy of.
         names: where the tensors become those of a given architecture: for each of its tensors, in
             order, the name before, "" for a new one. Such a plan makes tensors, and no module.
         warnings: what the user should know.
@@ -180,6 +182,7 @@ class PlanStep:
     prediction: tuple[Multiplier, ...] = ()
     rearrangements: tuple[Rearrangement, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -170,7 +170,7 @@ def _attributes_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]
 
     A forward may keep a state there, or a table.
     """
-    known = {id(tensor) for tensor in named_tensors(module).values()}
+    known = {id(buffer) for buffer in module.buffers()}  # parameters are no plain tensors
     found = []
     for inner in module.modules():
         own = {key: value for key, value in vars(inner).items() if key not in _OWN}

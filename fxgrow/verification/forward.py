@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, set_training, stand_in
@@ -50,7 +50,7 @@ def outputs_of(
     try:
         with torch.no_grad(), same_chance(), choosing or nullcontext(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
-            return [tensor.clone() for tensor in tensors_in(call(model, arguments))]
+            return [tensor.clone() for tensor in results_in(call(model, arguments))]
     except FAULTS as error:
         if grown:
             layer = _layer_at(model, error)

@@ -35,11 +35,13 @@ class _Held:
         tensor: its values.
         exact: whether they are as they were made, and not divided by a factor.
         free: new entries have other values than the plan says.
+        spread: the sizes of what later steps' shares add up to, of the shape of the tensor.
     """
 
     tensor: Tensor
     exact: bool = True
     free: bool = False
+    spread: Tensor | None = None
 
 
 def check_layout(
@@ -134,10 +136,15 @@ class _StepCheck:
 def _part(step: Plan, name: str, edit: TensorEdit | None, held: _Held) -> OldPart | None:
     """Return what of a tensor continues an old one; see :meth:`TensorCheck.old_part`."""
     if edit is None:
-        return OldPart(held.tensor)
+        return OldPart(held.tensor, held.spread)
     noise = step.request.drawing.noise != 0
-    check = TensorCheck(name, edit, noise=noise, free=held.free, exact=held.exact)
-    return check.old_part(held.tensor)
+    exact = held.exact and not edit.offset
+    check = TensorCheck(name, edit, noise=noise, free=held.free, exact=exact)
+    part = check.old_part(held.tensor + edit.offset if edit.offset else held.tensor)
+    if part is None or held.spread is None or part.spread is not None:
+        return part
+    same = held.spread.shape == part.tensor.shape
+    return replace(part, spread=held.spread if same else held.spread.max().expand_as(part.tensor))
 
 
 def _check_values(
@@ -158,13 +165,13 @@ def _check_values(
     base = old.tensor.detach()
     if held.tensor.dtype != base.dtype:
         refuse(name, f"it is {held.tensor.dtype}, and was {base.dtype}")
-    plain = edit is None or (edit.scale == 1 and edit.absorption is None)
+    plain = edit is None or (edit.scale == 1 and edit.absorption is None and not edit.offset)
     spread = part.spread
     if edit is not None:
         base = _fitting(base, edit, name)
         if not plain:
             base, sizes = _changed(base, edit, lookup)
-            spread = sizes if spread is None else spread
+            spread = sizes if spread is None or edit.offset else spread
         base = regrouped(base, edit.groups)
     for dim, places in part.kept:
         base = base.index_select(dim, torch.from_numpy(places).to(base.device))
@@ -214,7 +221,7 @@ def _changed(
     base: Tensor, edit: TensorEdit, lookup: Mapping[str, _Held | None]
 ) -> tuple[Tensor, Tensor | None]:
     """Return old values with their factors in float64, and the sizes of what was added up."""
-    value, sizes = base.double(), None
+    value, sizes = base.double() + edit.offset, None
     taken = edit.absorption
     if taken is not None:
         variance = lookup.get(taken.variance)
@@ -229,6 +236,8 @@ def _changed(
             else:
                 factor = taken.eps**0.5 / (taken.gain * shifted.sqrt())
                 value = torch.where(grown < 0, value * factor, value)
+    if edit.offset:  # it rounds by the size of what it was subtracted from
+        sizes = (value.abs() if sizes is None else sizes) + abs(edit.offset)
     return value * edit.scale, None if sizes is None else sizes * abs(edit.scale)
 
 
@@ -239,10 +248,15 @@ def _undone(edit: TensorEdit | None, held: _Held, part: OldPart) -> _Held | None
     if edit.absorption is not None or edit.scale == 0 or part.kept:
         return None
     tensor = _ungrouped(part.tensor, edit)
-    exact = held.exact and edit.scale == 1 and part.spread is None
-    if edit.scale != 1:
-        tensor = tensor.double() / edit.scale
-    return _Held(tensor.to(held.tensor.dtype), exact, held.free)
+    exact = held.exact and edit.scale == 1 and part.spread is None and not edit.offset
+    if edit.scale != 1 or edit.offset:
+        tensor = tensor.double() / edit.scale - edit.offset
+    spread = part.spread if part.tensor.shape == tensor.shape else None
+    if spread is None and edit.offset:
+        spread = part.tensor.abs()
+    if spread is not None:
+        spread = spread.double() / abs(edit.scale) + abs(edit.offset)
+    return _Held(tensor.to(held.tensor.dtype), exact, held.free, spread)
 
 
 def _ungrouped(tensor: Tensor, edit: TensorEdit) -> Tensor:

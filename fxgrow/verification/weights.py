@@ -137,6 +137,7 @@ def rounds(edit: TensorEdit | None, step: Plan) -> bool:
     drawing = step.request.drawing
     return bool(
         edit.scale != 1.0
+        or edit.offset
         or edit.absorption is not None
         or edit.normed is not None
         or not kinds <= _WITHOUT_ROUNDING

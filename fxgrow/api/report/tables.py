@@ -25,7 +25,7 @@ from fxgrow.api.report.changes import (
     target_line,
 )
 from fxgrow.api.report.elements import indented, new_table, reasons, some, verdict_text
-from fxgrow.plan.requests import Convert, Deepen, MorphKernel
+from fxgrow.plan.requests import Convert, Deepen, MorphKernel, Untie
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.findings import ExactResult, ModeResult, Verification
@@ -229,6 +229,8 @@ def _request_line(plan: Plan) -> Text:
             return kernels_line(request)
         case Convert():
             return target_line(request)
+        case Untie():
+            return Text("tied parameters become two")
     width = request.width
     shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
     settings = {
@@ -245,7 +247,8 @@ def _request_line(plan: Plan) -> Text:
         "seed": str(request.seed),
     }
     text = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
-    return Text(text + (", compensated" if request.compensate else ""))
+    done = (", compensated" if request.compensate else "", ", untied" if request.untie else "")
+    return Text(text + "".join(done))
 
 
 def _costs(plan: Plan) -> Table:

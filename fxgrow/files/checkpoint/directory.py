@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fxgrow.files.checkpoint.foreign import refuse_foreign
 from fxgrow.files.checkpoint.formats import FORMATS, Candidate, Contents, FileFormat, read_file
 from fxgrow.files.checkpoint.reading import (
     AGAIN,
@@ -53,6 +54,7 @@ class _Directory(FileFormat):
             pass
         weights = next((path / name for name in WEIGHTS if (path / name).exists()), None)
         if weights is None:
+            refuse_foreign(path, found.file)
             names = ", ".join(WEIGHTS)
             refuse_source(path, f"has a {CONFIG} but none of {names}", "Copy the weights too.")
         check_inside(path, weights)

@@ -8,6 +8,7 @@ their own: :mod:`.safetensors_files` (safetensors, in one file or in shards), :m
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,8 @@ import torch
 
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
+from fxgrow.files.checkpoint.foreign import STATE_DICT, refuse_foreign
+from fxgrow.files.checkpoint.kept import KeptError, save_keeping
 from fxgrow.files.checkpoint.reading import AGAIN, FileReader, NoBytes, Readable, refuse_source
 from fxgrow.files.checkpoint.unpickling import LEGACY_MAGIC, load_trusted, load_untrusted
 from fxgrow.modules.calling import Arguments
@@ -136,7 +139,11 @@ def opened(path: Path, opener: Opener = FileReader) -> Iterator[Candidate]:
         head = file.read(0, min(_HEAD, file.size))
         if not head and not is_directory:
             refuse_source(path, "is empty", AGAIN)
-        archive = read_archive(file) if head.startswith(MAGIC) else None
+        try:
+            archive = read_archive(file) if head.startswith(MAGIC) else None
+        except SourceError:
+            refuse_foreign(path, file)
+            raise
         yield Candidate(path, file, head, archive, opener)
 
 
@@ -172,6 +179,7 @@ def _format_of(found: Candidate) -> FileFormat:
     for name in FORMATS:
         if FORMATS[name].sniff(found):
             return FORMATS[name]
+    refuse_foreign(found.path, found.file)
     _refuse_unknown(found.path, found.head)
 
 
@@ -213,9 +221,16 @@ class _Torch(FileFormat):
         return Contents(load_untrusted(found.file, found.archive))
 
     def write(self, contents: Contents, path: Path) -> None:
+        try:
+            self._save(contents.data, path)
+        except KeptError:  # raised before anything large is written
+            path.unlink()
+            save_keeping(functools.partial(self._save, contents.data, path))
+
+    def _save(self, data: object, path: Path, **options: Any) -> None:
         # A file object, because torch would put a file's (temporary) name into the archive.
         with path.open("xb") as file:
-            torch.save(contents.data, file, _use_new_zipfile_serialization=self._zip)
+            torch.save(data, file, _use_new_zipfile_serialization=self._zip, **options)
 
 
 class _TorchLegacy(_Torch):
@@ -234,13 +249,16 @@ for _format in (_TorchScript(), _Torch(), _TorchLegacy()):
 def _refuse_unknown(path: Path, head: bytes) -> NoReturn:
     if os.path.isdir(path):
         refuse_source(path, "is a directory without weights", f"Name a file: {_KINDS}.")
-    save_again = "Save it with torch.save(model.state_dict(), 'model.pt')."
-    if head.startswith(b"version https://git-lfs"):
-        refuse_source(path, "is a Git LFS pointer, not the file itself", "Run: git lfs pull.")
+    save_again = f"Save it with {STATE_DICT}."
     if head.startswith(MAGIC):
         refuse_source(path, "is a zip archive that torch.save did not write", save_again)
     if head[:1] == b"\x80":
         refuse_source(path, "is a pickle that torch.save did not write", save_again)
     printable = all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head)
+    if head.lstrip().startswith(b"{") and printable:
+        way_out = (
+            "Name the file with the weights, or for a config.json the directory that it is in."
+        )
+        refuse_source(path, "is JSON text, not weights", way_out)
     what = "a text file" if printable else "of an unknown format"
     refuse_source(path, f"is {what}, not {_KINDS}", save_again)

@@ -9,6 +9,8 @@
 - A few pure functions that torch's own modules hold as attributes (activations). They are values:
   a pickle cannot call them.
 - Functions that a pickle may call: those of :mod:`fxgrow.files.checkpoint.rebuilding`.
+- Names of data of other libraries, which are neither imported nor called but passed on: those of
+  :mod:`fxgrow.files.checkpoint.kept`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from __future__ import annotations
 import _compat_pickle
 import functools
 import importlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.instances import check_parts, set_attributes
+from fxgrow.files.checkpoint.kept import Kept, Name, kept_name
 from fxgrow.files.checkpoint.pickles import Call, PickleError, UnknownNameError
-from fxgrow.files.checkpoint.rebuilding import CALLS, NumpyDtype, build_partial
+from fxgrow.files.checkpoint.rebuilding import CALLS, NumpyDtype, build_array, build_partial
 from fxgrow.files.checkpoint.storages import Storage
 
 _MODULE_PACKAGES = (
@@ -79,6 +83,8 @@ def resolve(module: str, name: str) -> object:
     found = _setting(module, name)
     if found is None:
         found = _listed(module, name)
+    if found is None:
+        found = kept_name(module, name)
     if found is None:
         raise UnknownNameError(full)
     return found
@@ -137,6 +143,10 @@ def build(instance: Any, state: object) -> None:
         build_partial(instance, state)
     elif isinstance(instance, NumpyDtype):
         instance.set_state(state)
+    elif type(instance) is np.ndarray:
+        build_array(instance, state)
+    elif isinstance(instance, Kept) and not instance.has_state:
+        instance.state = state
     elif type(instance) is OrderedDict or is_class(type(instance)):
         set_attributes(instance, state)
     else:
@@ -151,12 +161,14 @@ def children(item: Any) -> Iterator[object]:
             function that a pickle calls.
     """
     kind = type(item)
-    if kind in (dict, OrderedDict, Counter):
+    if kind in (dict, OrderedDict, defaultdict, Counter):
         yield from item.values()
         if kind is OrderedDict and vars(item):
             yield vars(item)
     elif kind in (list, tuple):
         yield from item
+    elif isinstance(item, Kept):
+        yield from item.parts
     elif isinstance(item, (Call, Storage)):
         raise PickleError(f"it holds {getattr(item, 'name', 'the memory of a tensor')}")
     elif is_class(kind):  # nothing else was made that has attributes
@@ -165,3 +177,16 @@ def children(item: Any) -> Iterator[object]:
         yield vars(item)
     elif isinstance(item, Tensor) and vars(item):
         yield vars(item)
+
+
+def holds_kept(data: object) -> bool:
+    """Return whether anything in what a pickle built is passed on and was not made."""
+    waiting, seen = [data], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (Kept, Name)):
+            return True
+        if id(item) not in seen:
+            seen.add(id(item))
+            waiting += children(item)
+    return False

@@ -7,8 +7,9 @@ out here as Python's own unpickler does; those that touch the world go through a
 - a name (GLOBAL, STACK_GLOBAL) becomes what the vocabulary makes of it, or an error;
 - REDUCE calls a :class:`Call`, and nothing else; each checks its arguments;
 - NEWOBJ makes an empty instance of a class that the vocabulary knows, without its constructor;
+- of a :class:`~fxgrow.files.checkpoint.kept.Name`, both only remember that they were asked for;
 - BUILD, APPENDS, SETITEMS and ADDITEMS change objects that this pickle made, and no others;
-- everything else (INST, OBJ, EXT, NEWOBJ with arguments) is an error.
+- everything else (INST, OBJ, EXT, NEWOBJ of a class with arguments) is an error.
 
 Keys of dicts and members of sets are plain, so that hashing them runs nothing and takes no time.
 What is built has a bounded number of objects; :mod:`fxgrow.files.checkpoint.extent` says whether
@@ -21,10 +22,12 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from fxgrow.files.checkpoint.kept import Kept, Name
 
 MOST_STEPS = 3_000_000  # opcodes; a torchvision module with all its settings has 50,000
 _NEWEST = 5
@@ -32,8 +35,8 @@ SCALARS = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _SIZED = (str, bytes, bytearray, list, tuple, dict)
 _SMALL = 1 << 16
 _LONGEST_NUMBER = 64  # bytes; states of random generators have 16
-_MAPPINGS: frozenset[type] = frozenset((dict, OrderedDict, Counter))
-_LISTS: frozenset[type] = frozenset((list,))
+_MAPPINGS: frozenset[type] = frozenset((dict, OrderedDict, defaultdict, Counter, Kept))
+_LISTS: frozenset[type] = frozenset((list, Kept))
 _SETS: frozenset[type] = frozenset((set,))
 
 
@@ -231,6 +234,9 @@ class Machine:
 
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
+        if isinstance(function, Name) and function.is_called and type(arguments) is tuple:
+            self._push_made(Kept(function, called=True, arguments=arguments))
+            return
         if not isinstance(function, Call):
             raise PickleError(f"it calls {_told(function)}, which is no function that it may call")
         if type(arguments) is not tuple:
@@ -246,6 +252,9 @@ class Machine:
 
     def _new(self) -> None:
         arguments, kind = self._stack.pop(), self._stack.pop()
+        if isinstance(kind, Name) and kind.is_made and type(arguments) is tuple:
+            self._push_made(Kept(kind, called=False, arguments=arguments))
+            return
         if arguments != () or not self._words.is_class(kind):
             raise PickleError(f"it makes {_told(kind)} with arguments, or of no known class")
         self._push_made(object.__new__(kind))
@@ -279,8 +288,8 @@ def plain_key(key: Any) -> Any:
 
 def _told(value: object) -> str:
     """Return what a value is called in messages."""
-    if isinstance(value, Call):
-        return value.name
+    if isinstance(value, (Call, Name)):
+        return value.name if isinstance(value, Call) else str(value)
     return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from fxgrow.errors import FxgrowError, SourceError, one_line
+from fxgrow.files.checkpoint.addresses import way_to
 
 AGAIN = "Copy or download it again."
 _MOST = 1 << 30  # bytes; one read of the system's returns at most 2 GB
@@ -121,7 +122,7 @@ class FileReader(Readable):
         try:
             descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
         except FileNotFoundError as error:
-            refuse_source(path, "does not exist", "Check the path.", error)
+            refuse_source(path, "does not exist", way_to(path), error)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             refuse_unreadable(path, error)
         self._first = os.fstat(descriptor)

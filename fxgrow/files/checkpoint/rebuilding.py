@@ -7,9 +7,10 @@ returns one of its arguments (such a function could be had to change what it ret
 from __future__ import annotations
 
 import functools
+import math
 import re
 import types
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.instances import PLAIN, set_attributes
+from fxgrow.files.checkpoint.kept import Kept, Name
 from fxgrow.files.checkpoint.pickles import Call, PickleError, plain_key
 from fxgrow.files.checkpoint.storages import Storage, make_tensor
 
@@ -29,7 +31,11 @@ class NumpyDtype:
     """
 
     def __init__(self, code: object, *_: object) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"[biufc][0-9]{1,2}|\?", code):
+        if isinstance(code, str) and code.startswith("O"):
+            raise PickleError("an array of Python objects")
+        if not isinstance(code, str) or not re.fullmatch(
+            r"[biufc][0-9]{1,2}|[SU][0-9]{1,4}|\?", code
+        ):
             raise PickleError(f"{code!r} is not the dtype of a plain number")
         self.dtype = np.dtype(code)
 
@@ -47,6 +53,37 @@ def _numpy_scalar(dtype: object, data: object) -> Any:
     if not isinstance(dtype, NumpyDtype) or not isinstance(data, bytes):
         raise PickleError("a numpy scalar that is not a plain number")
     return np.frombuffer(data, dtype.dtype, count=1)[0]
+
+
+def _array(kind: object, shape: object, code: object) -> Any:
+    """``numpy._core.multiarray._reconstruct``: an empty array, which is filled by its state."""
+    if kind != Name("numpy", "ndarray") or shape != (0,) or code not in (b"b", "b"):
+        raise PickleError("an array of another class than numpy's own")
+    return np.empty(0, dtype=np.int8)
+
+
+def build_array(array: Any, state: object) -> None:
+    """Give an array its shape and its numbers, which must be as many as it says.
+
+    Raises:
+        PickleError: they are not, or it has them already.
+    """
+    parts: Any = state if type(state) is tuple and len(state) == 5 else (None,) * 5
+    _, shape, dtype, by_columns, data = parts
+    plain = isinstance(dtype, NumpyDtype) and type(shape) is tuple and type(data) is bytes
+    if not plain or array.size or type(by_columns) is not bool:
+        raise PickleError("an array that is none of plain numbers")
+    sizes = all(type(size) is int and 0 <= size < 2**40 for size in shape) and len(shape) <= 32
+    if not sizes or math.prod(shape) * dtype.dtype.itemsize != len(data):
+        raise PickleError("an array of another size than its shape")
+    array.__setstate__((1, shape, dtype.dtype, by_columns, data))
+
+
+def _defaultdict(factory: object = None) -> defaultdict[Any, object]:
+    known = {f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str)}
+    if factory is not None and str(factory) not in known:
+        raise PickleError("a defaultdict of something else than plain data")
+    return defaultdict(known.get(str(factory)))
 
 
 def _ordered_dict(items: object = ()) -> OrderedDict[Any, object]:
@@ -230,8 +267,10 @@ def _quantized(
     return tensor
 
 
-def _partial(function: object) -> functools.partial[object]:
-    """``functools.partial``, of a class or function that is a value here."""
+def _partial(function: object) -> functools.partial[object] | Kept:
+    """``functools.partial``, of a class or function that is a value here, or is kept."""
+    if isinstance(function, Name):
+        return Kept(Name("functools", "partial"), called=True, arguments=(function,))
     if not (isinstance(function, (type, types.FunctionType, types.BuiltinFunctionType))):
         raise PickleError("a partial of something else than a class or a function")
     return functools.partial(function)
@@ -258,6 +297,7 @@ def _calls(**functions: Callable[..., object]) -> dict[str, Callable[..., object
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _counter,
+    "collections.defaultdict": _defaultdict,
     "builtins.set": _set,
     "builtins.frozenset": lambda items=(): frozenset(_set(items)),
     "builtins.bytes": _bytes,
@@ -266,6 +306,8 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
     "_codecs.encode": _encode,
     "functools.partial": _partial,
     "numpy.dtype": NumpyDtype,
+    "numpy._core.multiarray._reconstruct": _array,
+    "numpy.core.multiarray._reconstruct": _array,
     "numpy._core.multiarray.scalar": _numpy_scalar,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "torch.Size": _size,

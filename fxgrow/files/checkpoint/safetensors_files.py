@@ -29,8 +29,8 @@ from fxgrow.files.checkpoint.formats import (
     read_file,
 )
 from fxgrow.files.checkpoint.headers import read_tensors
+from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import AGAIN, parse_json, read_bytes, refuse_source
-from fxgrow.files.checkpoint.weights import RECORD_KEY
 
 _METADATA = "_metadata"
 _SUFFIX = ".safetensors"

@@ -7,6 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +15,14 @@ from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.directory import left_out
 from fxgrow.files.checkpoint.formats import FORMATS, Contents, Shards, format_of_name
+from fxgrow.files.checkpoint.location import RECORD_KEY, Keys, store
 from fxgrow.files.checkpoint.safetensors_files import INDEX_SUFFIX, packed
 from fxgrow.files.checkpoint.source import Source
 from fxgrow.files.checkpoint.weights import (
-    RECORD_KEY,
-    Keys,
     OptimizerChange,
     keep_ties,
     replaced,
     rewrap,
-    store,
     unshared,
     with_optimizers,
 )
@@ -92,7 +91,7 @@ def save_source(
         tied.append(kept)
         warnings.extend(f"{name} was tied to another tensor and no longer is." for name in parted)
     if file_format in TENSORS_ONLY:
-        contents = _tensors_only(source, tied[0], file_format, plain_record, config, warnings)
+        contents = _tensors_only(source, tied, file_format, plain_record, config, warnings)
     elif file_format == "pt2":
         if model is None:
             raise ValueError("a program is exported from a module, so one is needed")
@@ -149,7 +148,7 @@ def default_output(path: str | Path, label: str) -> Path:
 
 def _tensors_only(
     source: Source,
-    new: Mapping[str, Tensor],
+    new: Sequence[Mapping[str, Tensor]],
     file_format: str,
     record: dict[str, Any],
     config: Mapping[str, Any] | None,
@@ -169,11 +168,11 @@ def _tensors_only(
 
 
 def _plain_tensors(
-    source: Source, new: Mapping[str, Tensor], file_format: str, warnings: list[str]
+    source: Source, new: Sequence[Mapping[str, Tensor]], file_format: str, warnings: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the texts of a file that holds nothing else; warn of what is left."""
     bare = source.kind != "state_dict"
-    entries: Mapping[str, object] = new if bare else store(source._locations[0], new)
+    entries: Mapping[str, object] = new[0] if bare else _stored(source, new)[()]  # type: ignore[assignment]
     found = unshared({n: value for n, value in entries.items() if isinstance(value, Tensor)})
     if found.copied:
         warnings.append(f"{', '.join(found.copied)} shared memory and became copies.")
@@ -183,6 +182,23 @@ def _plain_tensors(
     return packed(found.tensors, found.ties, getattr(entries, "_metadata", None))
 
 
+def _stored(
+    source: Source, tied: Sequence[Mapping[str, Tensor]], model: nn.Module | None = None
+) -> dict[Keys, object]:
+    """Return what takes the place of each container of weights."""
+    replacements: dict[Keys, object] = {}
+    for location, new in zip(source._locations, tied, strict=True):
+        if not isinstance(location.stored, nn.Module):
+            # Several sets may lie in one mapping, under prefixes of their own.
+            before: Any = replacements.get(location.keys, location.stored)
+            replacements[location.keys] = store(replace(location, stored=before), new)
+        elif model is not None:
+            first = location is source._locations[0]
+            module = model if first else _with_weights(model, new)
+            replacements[location.keys] = rewrap(location.stored, module)
+    return replacements
+
+
 def _pickled(
     source: Source,
     tied: Sequence[Mapping[str, Tensor]],
@@ -190,25 +206,18 @@ def _pickled(
     model: nn.Module | None,
     optimizer: OptimizerChange | None,
 ) -> Contents:
-    replacements: dict[Keys, object] = {}
-    for location, new in zip(source._locations, tied, strict=True):
-        if not isinstance(location.stored, nn.Module):
-            replacements[location.keys] = store(location, new)
-        elif model is not None:
-            first = location is source._locations[0]
-            module = model if first else _with_weights(model, new)
-            replacements[location.keys] = rewrap(location.stored, module)
+    replacements = _stored(source, tied, model)
     if source.format == "pt2":
         return Contents(_with_record(tied[0], record))
     if source.kind == "module":
         return Contents(replacements[()])
     if source.kind == "state_dict":
-        weights = source._locations[0]
-        return Contents(_with_record(store(weights, tied[0]), record))
+        weights = cast("Mapping[str, object]", replacements[()])
+        return Contents(_with_record(weights, record))
     saved = replaced(source._contents.data, replacements)
     if optimizer is not None:
         saved = with_optimizers(saved, optimizer)
-    cast(dict[str, object], saved)[RECORD_KEY] = record
+    cast("dict[str, object]", saved)[RECORD_KEY] = record
     return Contents(saved)
 
 

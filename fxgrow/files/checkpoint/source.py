@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import Contents, Opener, read_file
+from fxgrow.files.checkpoint.location import RECORD_KEY, Location
+from fxgrow.files.checkpoint.matching import Wanted, copies_of, first_of, is_weight, nearest_of
 from fxgrow.files.checkpoint.reading import FileReader, reading
-from fxgrow.files.checkpoint.weights import RECORD_KEY, Location, bare_module, find_locations
+from fxgrow.files.checkpoint.weights import bare_module, find_locations
 from fxgrow.modules.calling import Arguments
 
 Kind = Literal["state_dict", "checkpoint", "module"]
@@ -35,6 +37,7 @@ class Source:
         record: what fxgrow wrote beside the weights earlier, else None. Not to be trusted more
             than the file is.
         warnings: what the user should know, one sentence each.
+        trusted: whether the file was let execute code.
     """
 
     path: Path
@@ -44,15 +47,17 @@ class Source:
     model: nn.Module | None = None
     record: Mapping[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    trusted: bool = False
     _contents: Contents = field(default_factory=lambda: Contents(None), repr=False)
     _locations: list[Location] = field(default_factory=list, repr=False)
+    _found: list[Location] = field(default_factory=list, repr=False)
 
     @property
     def state_dicts(self) -> list[OrderedDict[str, Tensor]]:
         """All sets of weights that :func:`save_source` replaces.
 
         The first is :attr:`state_dict`; the others have the same names and shapes and other values
-        (a moving average, for example).
+        (a moving average, for example). Those of :meth:`arranged` may lack some names.
         """
         return [location.state_dict for location in self._locations]
 
@@ -70,6 +75,43 @@ class Source:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the weights."""
         return self._locations[0].shapes
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of the weights in the file."""
+        return self._locations[0].prefix
+
+    @property
+    def places(self) -> list[Location]:
+        """All places with weights by name, those of the network and others."""
+        return self._found or self._locations
+
+    def arranged(self, wanted: Wanted) -> Source:
+        """Return the source with what fits a network as its weights, under the network's names.
+
+        These may lie under a prefix, beside others, and several times: see
+        :mod:`fxgrow.files.checkpoint.matching`. Where nothing fits, the part that has most of the
+        network's names is taken.
+
+        Args:
+            wanted: the network's tensors.
+        """
+        saved, places = self._contents.data, self.places
+        with reading(self.path):
+            if isinstance(places[0].stored, nn.Module):
+                first: Location = places[0]
+            else:
+                first = first_of(places, wanted) or nearest_of(places[0], wanted)
+            copies = copies_of(saved, first, places, wanted)
+        locations = [first, *copies]
+        for location in locations:
+            _check_tensors(self.path, location)
+        known = _other_weights(self.path, places, self._locations)
+        told = [text for text in self.warnings if text not in known]
+        told += _other_weights(self.path, places, locations)
+        return replace(
+            self, state_dict=first.state_dict, warnings=told, _locations=locations, _found=places
+        )
 
 
 def load_source(
@@ -112,16 +154,37 @@ def load_source(
         kind=kind,
         state_dict=first.state_dict,
         model=bare_module(first.stored) if isinstance(first.stored, nn.Module) else None,
+        trusted=trust_pickle,
         _contents=contents,
         _locations=copies,
     )
+    source._found = found
     source.record = _read_record(source)
-    source.warnings.extend(
-        f"{path} also holds other weights in {location}, which are left as they are."
-        for location in found
-        if location.is_of_layers and not any(location is copy for copy in copies)
-    )
+    source.warnings.extend(_other_weights(path, found, copies))
     return source
+
+
+def _other_weights(path: Path, found: Sequence[Location], taken: Sequence[Location]) -> list[str]:
+    """Return what to know of weights in a file that are none of the network's."""
+    told = []
+    for location in found:
+        own = [each for each in taken if each.keys == location.keys]
+        if not own and location.is_of_layers:
+            told.append(
+                f"{path} also holds other weights in {location}, which are left as they are."
+            )
+        elif own and location.is_by_name and not isinstance(location.stored, nn.Module):
+            names = {name for each in own for name in each.stored_names.values()}
+            stored = cast("Mapping[str, object]", location.stored)
+            layers = [n for n, v in stored.items() if n not in names and is_weight(v)]
+            if layers:
+                more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+                prefix = f" under {own[0].prefix!r}" if own[0].prefix else ""
+                told.append(
+                    f"{path} holds the network's weights{prefix}; beside them, {layers[0]}{more} "
+                    "are left as they are."
+                )
+    return told
 
 
 def with_weights(source: Source, weights: OrderedDict[str, Tensor]) -> Source:

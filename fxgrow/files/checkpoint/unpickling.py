@@ -9,6 +9,7 @@ given.
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import sys
 import warnings
@@ -24,6 +25,7 @@ from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import harmless
 from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
 from fxgrow.files.checkpoint.extent import check_shape
+from fxgrow.files.checkpoint.foreign import STATE_DICT
 from fxgrow.files.checkpoint.pickles import (
     MOST_STEPS,
     DamagedError,
@@ -92,11 +94,34 @@ def load_trusted(path: Path, *, mapped: bool = False) -> object:
         try:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
         except (ImportError, AttributeError) as error:
+            if name := _of_script(str(error)):
+                _refuse_script(path, name, error)
             raise SourceError(
                 f"{path} needs code that cannot be imported here: {error}.",
                 name=str(path),
                 way_out="Run fxgrow where that code is importable, or save the state_dict.",
             ) from error
+
+
+def _of_script(text: str) -> str:
+    """Return the class that Python says it did not find in the script that runs, or ""."""
+    found = re.search(r"attribute '(\w+)' on <module '(?:\w+\.)*__main__'", text)
+    return found[1] if found else ""
+
+
+def _refuse_script(path: Path, name: str, cause: Exception) -> NoReturn:
+    """Refuse a pickle of a class that was defined in the script that wrote it.
+
+    Raises:
+        SourceError: always.
+    """
+    raise SourceError(
+        f"{path} asks for {name} of __main__: a class that was defined in the script that wrote "
+        "the file, and that no other program finds.",
+        name=f"__main__.{name}",
+        way_out=f"In that script, save the weights: {STATE_DICT}. Then name the class by the "
+        f"script's file: --arch SCRIPT:{name} (for SCRIPT.py in this directory).",
+    ) from cause
 
 
 class _Words:
@@ -243,6 +268,8 @@ def _refuse(path: Path, error: PickleError) -> NoReturn:
     """
     if isinstance(error, DamagedError):
         refuse_damaged(path, str(error), error)
+    if isinstance(error, UnknownNameError) and error.name.startswith("__main__."):
+        _refuse_script(path, error.name.removeprefix("__main__."), error)
     if isinstance(error, UnknownNameError):
         raise SourceError(
             f"{path} asks for {error.name}, which is not on the list of harmless classes, so it "

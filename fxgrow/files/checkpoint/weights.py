@@ -10,14 +10,20 @@ from __future__ import annotations
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-RECORD_KEY = "_fxgrow"
-Keys = tuple[str, ...]
+from fxgrow.files.checkpoint.location import (
+    Keys,
+    Location,
+    like,
+    unwrapped,
+    versions,
+)
+
 OptimizerChange: TypeAlias = Callable[[dict[str, Any], str], dict[str, Any]]
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -42,38 +48,6 @@ _PREFERRED = (
 _DEPTH = 3
 _MOST_ENTRIES = 3_000_000
 _MOST_PLACES = 64  # with weights, optimizers among them
-
-
-@dataclass
-class Location:
-    """One place in a saved object that holds weights.
-
-    Attributes:
-        keys: the way from the outermost dict to it; () if the saved object is it.
-        stored: what lies there: a mapping of tensors, or a module.
-        state_dict: its tensors under the names of the bare model, with ``_metadata`` if it had one.
-        stored_names: bare name -> the name it is stored under.
-        prefix: what new names get in front when they are stored.
-    """
-
-    keys: Keys
-    stored: Mapping[str, object] | nn.Module
-    state_dict: OrderedDict[str, Tensor]
-    stored_names: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""
-
-    def __str__(self) -> str:
-        return ".".join(self.keys)
-
-    @property
-    def is_of_layers(self) -> bool:
-        """Whether the names are those of layers; tensors of random states are named otherwise."""
-        return any("." in name or name in ("weight", "bias") for name in self.state_dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of its tensors."""
-        return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
 
 
 def find_locations(saved: object) -> list[Location]:
@@ -107,7 +81,7 @@ def bare_names(names: Sequence[str]) -> list[str]:
         ['0.weight', '1.weight']
     """
     prefix = _prefix(list(names))
-    return [_unwrapped(name[len(prefix) :]) for name in names]
+    return [unwrapped(name[len(prefix) :]) for name in names]
 
 
 def bare_module(module: nn.Module) -> nn.Module:
@@ -122,36 +96,6 @@ def rewrap(stored: nn.Module, module: nn.Module) -> nn.Module:
     wrapper = object.__new__(type(stored))  # its constructor would look for GPUs
     wrapper.__dict__ = {**vars(stored), "_modules": {"module": module}}
     return wrapper
-
-
-def store(location: Location, new: Mapping[str, Tensor]) -> dict[str, object]:
-    """Lay out new weights as the old ones were: names, type, parameters, and other entries.
-
-    Args:
-        location: where the old weights lie; it holds a mapping.
-        new: the new tensors under the names of the bare model.
-
-    Returns:
-        A new dict, or an OrderedDict with the old one's ``_metadata`` where that is none.
-    """
-    old = cast(Mapping[str, object], location.stored)
-    names = {bare: location.stored_names.get(bare, location.prefix + bare) for bare in new}
-    weights = {names[bare]: _as(old.get(names[bare]), tensor) for bare, tensor in new.items()}
-    replaced_names = set(location.stored_names.values())
-    others = {n: v for n, v in old.items() if n not in weights and n not in replaced_names}
-    in_place = [name for name in old if name in weights] == list(weights)
-    entries: dict[str, object] = {}
-    for name in old if in_place else [*weights, *others]:
-        if name in weights:
-            entries[name] = weights[name]
-        elif name in others:
-            entries[name] = others[name]
-    if type(old) is dict:
-        return entries
-    ordered = OrderedDict(entries)
-    if hasattr(old, "_metadata"):
-        vars(ordered)["_metadata"] = OrderedDict(old._metadata)
-    return ordered
 
 
 def keep_ties(
@@ -225,13 +169,18 @@ def unshared(tensors: Mapping[str, Tensor]) -> Unshared:
 
 
 def replaced(saved: object, replacements: Mapping[Keys, object], keys: Keys = ()) -> object:
-    """Return a copy of nested dicts with some entries exchanged; the input is left alone."""
+    """Return a copy of nested dicts and lists with some entries exchanged; all else is shared."""
     if keys in replacements:
         return replacements[keys]
-    if not isinstance(saved, dict) or not any(at[: len(keys)] == keys for at in replacements):
+    if not any(at[: len(keys)] == keys for at in replacements):
         return saved
-    changed = {key: replaced(value, replacements, (*keys, key)) for key, value in saved.items()}
-    return _like(saved, changed)
+    if isinstance(saved, Mapping):
+        changed = {key: replaced(value, replacements, (*keys, key)) for key, value in saved.items()}
+        return like(saved, changed)
+    if type(saved) in (list, tuple):
+        items = cast("list[object] | tuple[object, ...]", saved)
+        return type(items)(replaced(v, replacements, (*keys, i)) for i, v in enumerate(items))
+    return saved
 
 
 def with_optimizers(saved: object, change: OptimizerChange) -> object:
@@ -257,11 +206,11 @@ def _exchanged(
     if place not in done:
         done[place] = saved
         if isinstance(saved, dict) and is_optimizer(saved):
-            done[place] = _like(saved, change(saved, ".".join(keys)))
+            done[place] = like(saved, change(saved, ".".join(map(str, keys))))
         elif isinstance(saved, dict):
             changed = {k: _exchanged(v, change, (*keys, str(k)), done) for k, v in saved.items()}
             if any(changed[k] is not saved[k] for k in saved):
-                done[place] = _like(saved, changed)
+                done[place] = like(saved, changed)
         elif type(saved) in (list, tuple):
             items = cast("list[object] | tuple[object, ...]", saved)
             new = [_exchanged(v, change, (*keys, str(i)), done) for i, v in enumerate(items)]
@@ -318,24 +267,12 @@ def _locate(keys: Keys, stored: Mapping[str, object]) -> Location:
     names = [name for name, value in stored.items() if isinstance(value, Tensor)]
     prefix = _prefix([name for name in names if name != _AVERAGED])
     bare_names = {
-        _unwrapped(name[len(prefix) :]): name for name in names if not prefix or name != _AVERAGED
+        unwrapped(name[len(prefix) :]): name for name in names if not prefix or name != _AVERAGED
     }
     state_dict = OrderedDict((bare, cast(Tensor, stored[n])) for bare, n in bare_names.items())
-    metadata = getattr(stored, "_metadata", None)
-    if isinstance(metadata, Mapping):
-        bare_metadata = OrderedDict(
-            (_unwrapped(f"{path}."[len(prefix) :]).rstrip("."), value)
-            for path, value in metadata.items()
-            if path != RECORD_KEY and f"{path}.".startswith(prefix) and _is_version(value)
-        )
-        vars(state_dict)["_metadata"] = bare_metadata
+    if (found := versions(stored, prefix)) is not None:
+        vars(state_dict)["_metadata"] = found
     return Location(keys, stored, state_dict, bare_names, prefix)
-
-
-def _is_version(value: object) -> bool:
-    """Return whether a part of a state_dict's metadata is as modules of torch write it."""
-    version = value.get("version") if isinstance(value, Mapping) else ""
-    return version is None or isinstance(version, int)
 
 
 def _prefix(names: list[str]) -> str:
@@ -347,27 +284,6 @@ def _prefix(names: list[str]) -> str:
             break
         prefix += wrapper
     return prefix
-
-
-def _unwrapped(name: str) -> str:
-    """Remove what ``torch.compile`` of a part of the model put in the middle of a name."""
-    return name.replace("_orig_mod.", "")
-
-
-def _like(old: dict[Any, object], new: dict[Any, object]) -> dict[Any, object]:
-    """Return ``new`` as an OrderedDict, with its attributes, where ``old`` is one."""
-    if not isinstance(old, OrderedDict):
-        return new
-    result = OrderedDict(new)
-    result.__dict__.update(vars(old))
-    return result
-
-
-def _as(before: object, tensor: Tensor) -> Tensor:
-    """Return ``tensor``, as a parameter where there was one before."""
-    if isinstance(before, nn.Parameter):
-        return nn.Parameter(tensor, requires_grad=before.requires_grad)
-    return tensor
 
 
 def _storage(tensor: Tensor) -> int:

@@ -48,7 +48,11 @@ def check_output(out: Path, source: Path | None = None, *, force: bool = False) 
     elif not stat.S_ISREG(found.st_mode):
         _refuse_output(out, "is a device, a pipe or a socket", _ANOTHER)
     if not force:
-        _refuse_output(out, "exists", "Pass --force to overwrite it, or another name with -o.")
+        _refuse_output(
+            out,
+            "exists",
+            "Pass --force (force=True) to overwrite it, or name another (-o).",
+        )
 
 
 def write_file(

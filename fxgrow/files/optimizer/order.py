@@ -53,7 +53,7 @@ def names_by_group(saved: Mapping[str, Any], parameters: Mapping[str, Shape]) ->
     if all(isinstance(name, str) for names in named for name in names):
         return _as_named(named, parameters)
     shapes = [[shape_of(states.get(key, {})) for key in group["params"]] for group in groups]
-    return _assigned(shapes, parameters)
+    return assigned(shapes, parameters)
 
 
 def _check_form(groups: Any, states: Mapping[object, object]) -> None:
@@ -99,7 +99,7 @@ def _as_named(named: Sequence[Sequence[str]], parameters: Mapping[str, Shape]) -
     return [[bare[name] for name in names] for names in named]
 
 
-def _assigned(
+def assigned(
     shapes: Sequence[Sequence[Shape | None]], parameters: Mapping[str, Shape]
 ) -> list[list[str]]:
     """Return the only assignment in which shapes fit and each group keeps the module's order.

@@ -119,7 +119,7 @@ def _power(factor: Tensor, degree: int, like: Tensor) -> Tensor:
 def _layout(edit: TensorEdit) -> TensorEdit:
     """Return the edit that lays a parameter's buffers out."""
     axes = tuple(replace(axis, runs=tuple(map(_continued, axis.runs))) for axis in edit.axes)
-    return replace(edit, scale=1.0, axes=axes, absorption=None, normed=None)
+    return replace(edit, scale=1.0, axes=axes, absorption=None, offset=0.0, normed=None)
 
 
 def _continued(run: Run) -> Run:

@@ -42,7 +42,8 @@ def grow_states(
         grown = {name: state for name, state in current.items() if name not in known}
         moved = names_after(names, step)
         for name, before, is_new in moved:
-            if is_new or before not in current:
+            copied = step.aliases.get(name, name) in step.untied
+            if (is_new and not copied) or before not in current:
                 continue
             edit = step.tensors.get(step.aliases.get(name, name))
             try:

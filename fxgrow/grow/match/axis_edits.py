@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
 from fxgrow.channels.channels import Channels
+from fxgrow.channels.tied import Silenced
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching
 from fxgrow.grow.norms.padding import Padding
@@ -28,6 +30,7 @@ def axis_edits(
     matching: Matching,
     padding: Collection[Padding] = (),
     zero_channels: Collection[frozenset[int]] = (),
+    silenced: Collection[Silenced] = (),
 ) -> dict[str, list[AxisEdit]]:
     """Return, for each tensor, the edits of the axes whose positions change; readers first.
 
@@ -37,6 +40,7 @@ def axis_edits(
         matching: which new channel continues which old one.
         padding: of the groups that have channels beyond whole copies.
         zero_channels: of the groups whose new channels are zeros.
+        silenced: what stands before tensors that both write and read channels.
 
     Raises:
         PlanError: a position of an old channel has no counterpart.
@@ -47,23 +51,46 @@ def axis_edits(
     filled = {axis: codes[found.holds] for found in padding for axis in found.filled}
     filled |= {axis: ZERO for found in zero_channels for axis in found}
     free = {axis for found in padding for axis in found.free}
+    splits = {name for found in silenced for name in (*found.weights, *found.biases)}
+    behind = {place for found in silenced for place in found.readers}
     for index, axis in enumerate(new.axes):
         before = index_of[axis.tensor, axis.dim]
         if axis.groups != old.axes[before].groups:
             continue  # whole convolution groups were added: their rows are new altogether
         if _is_unchanged(old, before, new, index, matching):
             continue
-        special = (filled.get(before), before in free)
+        role = new.roles[index]
+        if axis.tensor in splits:  # new channels are read by nobody, copies by all in parts
+            role = "reader"
+        elif (axis.tensor, axis.dim) in behind:  # what it reads has been split
+            role = "carrier"
+        special = _Special(role, filled.get(before), before in free, axis.tensor in splits)
         kind, start = _positions(old, before, new, index, matching, special)
         if len(kind) == old.axes[before].size and bool(
             (kind == OLD).all() and (start == np.arange(len(start))).all()
         ):
             continue
-        edit = AxisEdit(axis.dim, new.roles[index], axis.groups, as_runs(kind, start))
+        edit = AxisEdit(axis.dim, role, axis.groups, as_runs(kind, start))
         edits.setdefault(axis.tensor, []).append(edit)
     for axes in edits.values():
         axes.sort(key=lambda edit: (edit.role != "reader", edit.dim))
     return edits
+
+
+class _Special(NamedTuple):
+    """What sets an axis apart.
+
+    Attributes:
+        role: what it is to copies: a reader has shares of an old column, others have it whole.
+        filled: the kind that is asked for padding channels, if any.
+        is_free: it reads these where they are zero, so that a column without a twin need not be.
+        silences: its new entries are zero.
+    """
+
+    role: Role
+    filled: int | None
+    is_free: bool
+    silences: bool
 
 
 def _is_unchanged(
@@ -86,13 +113,9 @@ def _positions(
     new: Channels,
     new_axis: int,
     matching: Matching,
-    special: tuple[int | None, bool],
+    special: _Special,
 ) -> tuple[IntArray, IntArray]:
-    """Return the kind and the source of each position of a new axis.
-
-    For padding channels, ``special`` gives the kind that is asked for, and whether this axis reads
-    them where they are zero, so that a column without a twin need not be.
-    """
+    """Return the kind and the source of each position of a new axis."""
     rows = slice(int(new.start[new_axis]), int(new.start[new_axis + 1]))
     channel, rank = new.channel[rows], matching.new_rank[rows]
     origin = np.where(matching.old >= 0, matching.old, matching.copy)[channel]
@@ -106,23 +129,25 @@ def _positions(
     wanted = _keys(origin[~fresh], rank[~fresh])
     found = order[np.searchsorted(old_keys[order], wanted) % len(order)]
     unread = old_keys[found] != wanted
-    if bool(unread.any()) and new.roles[new_axis] == "writer":
+    if bool(unread.any()) and special.role == "writer":
         raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
     # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
-    reads = new.roles[new_axis] == "reader"
+    reads = special.role == "reader"
     shared = matching.is_copied[origin[~fresh]] & reads
     start[~fresh] = np.where(unread, 0, found)
     without = ZERO if reads else BORROWED
     kind[~fresh] = np.where(unread, without, np.where(shared, SHARE, OLD))
 
     padding = matching.padding[channel]
-    filling, is_free = special
-    if filling is not None:
-        kind[padding] = filling
+    if special.filled is not None:
+        kind[padding] = special.filled
         fresh &= ~padding
+    if special.silences:
+        kind[fresh & ~padding] = ZERO
+        fresh &= padding
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]
-    if is_free:
+    if special.is_free:
         sign = np.where(padding[fresh] & (sign == 0), 1, sign)
     kind[fresh], start[fresh] = _fresh(
         new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)

@@ -8,10 +8,11 @@ weight is multiplied by η, or that of the norm's readers where it has none.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from fxgrow.grow.norms.gains import propagate_gains
+from fxgrow.channels.tied import Silenced
+from fxgrow.grow.norms.gains import owed_for, propagate_gains
 from fxgrow.grow.norms.padding import Padding
 from fxgrow.labels.gains import GainFlow
 from fxgrow.labels.tape import Tape
@@ -25,20 +26,29 @@ class Eta:
         factors: factor by weight name: 1/η for writers, unless eps takes it.
         statistics: η² by operation.
         undone: sources of gains that the next weight takes up.
+        owed: factor by name of the weights of norms before tables that are writers, too.
     """
 
     factors: dict[str, float] = field(default_factory=dict)
     statistics: dict[int, float] = field(default_factory=dict)
     undone: frozenset[str] = frozenset()
+    owed: dict[str, float] = field(default_factory=dict)
 
 
-def eta_of(tape: Tape, padding: Mapping[str, Padding], *, scale_writers: bool) -> Eta:
+def eta_of(
+    tape: Tape,
+    padding: Mapping[str, Padding],
+    *,
+    scale_writers: bool,
+    silenced: Collection[Silenced] = (),
+) -> Eta:
     """Return what padding channels bring about.
 
     Args:
         tape: a run of the network at its old sizes.
         padding: by group name.
         scale_writers: multiply the groups' writers by 1/η.
+        silenced: the tables that are readers, too, and the norms before these.
     """
     scaled = {
         writer: 1.0 / math.sqrt(found.ratio)
@@ -48,7 +58,8 @@ def eta_of(tape: Tape, padding: Mapping[str, Padding], *, scale_writers: bool) -
     }
     statistics = {index: found.ratio for found in padding.values() for index in found.statistics}
     layers = {tape.operations[index].module for index in statistics}
-    return Eta(scaled, statistics, frozenset(layers | scaled.keys()))
+    undone = frozenset(layers | scaled.keys())
+    return Eta(scaled, statistics, undone, owed_for(silenced, scaled, {}))
 
 
 def settle(
@@ -57,6 +68,7 @@ def settle(
     with_eps: Mapping[str, Mapping[str, float]],
     *,
     scale_writers: bool,
+    silenced: Collection[Silenced] = (),
 ) -> tuple[Eta, dict[str, str]]:
     """Return how η is taken up, and for each group whose η cannot be, the reason.
 
@@ -65,15 +77,18 @@ def settle(
         padding: by group name.
         with_eps: for each layer the attributes that may be its eps.
         scale_writers: whether writers may be multiplied by 1/η: they are if that is exact.
+        silenced: the tables that are readers, too, and the norms before these.
     """
 
     def flow(eta: Eta) -> GainFlow:
-        return propagate_gains(tape, eta.factors, with_eps, eta.statistics, eta.undone)
+        return propagate_gains(
+            tape, eta.factors, with_eps, eta.statistics, eta.undone, owed=eta.owed
+        )
 
     if not padding:
         return Eta(), {}
     if scale_writers and all(found.sole for found in padding.values()):
-        eta = eta_of(tape, padding, scale_writers=True)
+        eta = eta_of(tape, padding, scale_writers=True, silenced=silenced)
         result = flow(eta)
         if not result.mismatches and not result.absorbed:
             return eta, {}

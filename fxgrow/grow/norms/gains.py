@@ -11,8 +11,10 @@ what ``compensate`` undoes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 
+from fxgrow.channels.tied import Silenced
 from fxgrow.labels.gains import GainFlow, Mismatch
 from fxgrow.labels.interpreter import interpret
 from fxgrow.labels.tape import Tape
@@ -24,14 +26,17 @@ def propagate_gains(
     with_eps: Mapping[str, Mapping[str, float]],
     statistics: Mapping[int, float],
     undone: Set[str],
+    *,
+    owed: Mapping[str, float] = MappingProxyType({}),
+    numbers: Mapping[int, float] = MappingProxyType({}),
 ) -> GainFlow:
     """Carry the factors of the weights through a run; see :class:`GainFlow` for the arguments.
 
     Factors and statistics equal to 1 have no effect.
     """
     acting = {name: factor for name, factor in factors.items() if factor != 1.0}
-    flow = GainFlow(acting, with_eps, statistics, undone)
-    if not acting and not statistics:
+    flow = GainFlow(acting, with_eps, statistics, undone, owed, numbers)
+    if not (acting or statistics or owed or numbers):
         return flow
     interpret(tape.operations, flow)
     for value in tape.outputs:
@@ -42,3 +47,22 @@ def propagate_gains(
                 Mismatch(value.producer, -1, gain.scale, "scaled", reason, gain.sources)
             )
     return flow
+
+
+def owed_for(
+    silenced: Iterable[Silenced], factors: Mapping[str, float], owed: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the factors of norms' weights, so that tables with a factor read what they did.
+
+    Args:
+        silenced: the tables that write and read, and the norms between.
+        factors: by weight.
+        owed: what such weights take besides.
+    """
+    found = dict(owed)
+    for each in silenced:
+        factor = factors.get(each.tensor, 1.0)
+        for weight in each.weights:
+            if factor != 1.0:
+                found[weight] = found.get(weight, 1.0) / factor
+    return found

@@ -161,6 +161,26 @@ def attribute_edits(
                 yield ModuleEdit(owner, attribute, before, after)
 
 
+def misfit(model: nn.Module, new_shapes: Shapes) -> tuple[str, str] | None:
+    """Return a layer whose own code cannot run at new sizes, whatever its attributes, and why.
+
+    Args:
+        model: the network, at its old sizes.
+        new_shapes: new shape by fully qualified name, of the tensors that change.
+    """
+    for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
+        packed = new_shapes.get(f"{owner}.in_proj_weight")
+        rows, width = packed or new_shapes.get(f"{owner}.q_proj_weight") or (0, 0)
+        if rows != (3 * width if packed else width):
+            reason = (
+                "all heads of an nn.MultiheadAttention are together as wide as what comes in "
+                "(embed_dim), so that both grow alike (--where all), or neither does"
+            )
+            if isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+                return owner, reason
+    return None
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Yield a module's tensors: what it calls them, their names below it, and themselves.
 

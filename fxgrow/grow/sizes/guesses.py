@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import nn
@@ -20,39 +20,73 @@ from fxgrow.plan.edits import ModuleEdit
 Candidate: TypeAlias = tuple[str, str]  # class, attribute
 
 
+@dataclass
+class Attributes:
+    """The attributes of a network's modules that are sizes.
+
+    Attributes:
+        model: the network.
+    """
+
+    model: nn.Module
+    _known: dict[str, dict[int | tuple[int, ...], list[tuple[Candidate, ModuleEdit]]]] = field(
+        default_factory=dict
+    )
+
+    def of(self, owner: str, size: int | tuple[int, ...]) -> list[tuple[Candidate, ModuleEdit]]:
+        """Return the attributes of a module, and of what it holds, that are a size or have it.
+
+        Each comes with an edit that leaves it as it is.
+        """
+        known = self._known.get(owner)
+        if known is None:
+            known = self._known[owner] = {}
+            for path, holder in _holders(self.model.get_submodule(owner)):
+                for attribute, value in _sizes_of(holder):
+                    key = (type(holder).__qualname__, attribute)
+                    found = (key, ModuleEdit(owner, path + attribute, value, value))
+                    for item in dict.fromkeys((value, *_items(value))):
+                        known.setdefault(item, []).append(found)
+        return known.get(size, [])
+
+
 def candidates(
-    model: nn.Module, repair: Repair, without: set[Candidate]
+    attributes: Attributes, repair: Repair, without: set[Candidate]
 ) -> Iterator[tuple[Candidate, ModuleEdit]]:
     """Yield attributes that a wrong size may come from, the most likely first.
 
-    The modules that were running are asked from the innermost outwards, then the innermost one's
-    children, whose methods it may have called: for an attribute that is all the sizes, for one that
-    is a size, then for one of which a size is a small multiple; their own attributes first, then
-    those of objects that they hold (``self.config``).
+    The modules that were running are asked from the innermost outwards, then all that the innermost
+    one holds, whose methods it may have called: for an attribute that is all the sizes, for one
+    that is a size, then for one of which a size is a small multiple; their own attributes before
+    those of objects that they hold (``self.config``). Where no call was wrong, what compares sizes
+    is the code of the modules that were running: an attribute of theirs is a size.
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
-    inner = model.get_submodule(repair.module)
-    owners += [".".join((*names, child)) for child, _ in inner.named_children()]
-    after_all = tuple(size for size in repair.wanted if size is not None)
+    inner = attributes.model.get_submodule(repair.module)
+    below = (
+        ()
+        if not repair.function
+        else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
+    )
+    owners += [".".join((*names, name)) for name in below]
+    given_all, after_all = (
+        tuple(size for size in sizes if size is not None) for sizes in (repair.given, repair.wanted)
+    )
     for owner in owners:
-        module = model.get_submodule(owner)
-        for attribute, before in _sizes_of(module):
-            key = (type(module).__qualname__, attribute)
-            if before == repair.given and key not in without:
-                yield key, ModuleEdit(owner, attribute, before, after_all)
+        for key, edit in attributes.of(owner, given_all):
+            if edit.before == repair.given and key not in without:
+                yield key, replace(edit, after=after_all)
     for given, wanted in _multiples(repair):
-        for owner, (path, holder) in _holders(model, owners):
-            for attribute, before in _sizes_of(holder):
-                key = (type(holder).__qualname__, attribute)
-                after = _replaced(before, given, wanted)
-                if after != before and key not in without:
-                    yield key, ModuleEdit(owner, path + attribute, before, after)
+        found = [item for owner in owners for item in attributes.of(owner, given)]
+        for key, edit in sorted(found, key=lambda item: "." in item[1].attribute):
+            if key not in without:
+                yield key, replace(edit, after=_replaced(edit.before, given, wanted))
 
 
 def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
     """Yield what each size that grows may be a small multiple of, as it is and as it should be."""
-    for multiple in (1, 2, 3, 4):
+    for multiple in (1, 2, 3, 4) if repair.function else (1,):
         for given, wanted in zip(repair.given, repair.wanted, strict=True):
             if given is None or wanted is None or wanted <= given:
                 continue
@@ -60,14 +94,16 @@ def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
                 yield given // multiple, wanted // multiple
 
 
-def _holders(model: nn.Module, owners: Sequence[str]) -> Iterator[tuple[str, tuple[str, object]]]:
-    """Yield modules, then what they hold, each with its owner and its path from there."""
-    modules = [(owner, model.get_submodule(owner)) for owner in owners]
-    yield from ((owner, ("", module)) for owner, module in modules)
-    for owner, module in modules:
-        for name, held in vars(module).items():
-            if not name.startswith("_") and hasattr(held, "__dict__") and not callable(held):
-                yield owner, (f"{name}.", held)
+def _holders(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield a module, then the objects that it holds, each with its path from there."""
+    yield "", module
+    for name, held in vars(module).items():
+        if not name.startswith("_") and hasattr(held, "__dict__") and not callable(held):
+            yield f"{name}.", held
+
+
+def _items(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
@@ -91,10 +127,10 @@ def _sizes_of(holder: object) -> Iterator[tuple[str, int | tuple[int, ...]]]:
             yield name, tuple(value)
 
 
-def _replaced(value: int | tuple[int, ...], given: int, wanted: int) -> int | tuple[int, ...]:
-    if isinstance(value, int):
-        return wanted if value == given else value
-    return tuple(wanted if item == given else item for item in value)
+def _replaced(value: object, given: int, wanted: int) -> int | tuple[int, ...]:
+    if isinstance(value, tuple):
+        return tuple(wanted if item == given else item for item in value)
+    return wanted
 
 
 @dataclass
@@ -119,12 +155,17 @@ class Guesses:
         chosen: what is set now.
         useless: attributes that did not help.
         wrong: the calls whose sizes were wrong last.
+        newest: what was chosen last, the likeliest first.
     """
 
     model: nn.Module
     chosen: dict[Candidate, Guess] = field(default_factory=dict)
     useless: set[Candidate] = field(default_factory=set)
     wrong: set[int] = field(default_factory=set)
+    newest: list[Candidate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._attributes = Attributes(self.model)
 
     @property
     def edits(self) -> tuple[ModuleEdit, ...]:
@@ -139,15 +180,35 @@ class Guesses:
         self.wrong = {repair.call for repair in repairs}
         self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= self.wrong}
         self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
+        return self._choose(repairs)
+
+    def take_back(self, repairs: Sequence[Repair]) -> bool:
+        """Return whether there is something more to try, now that the network does not run.
+
+        What was chosen last is to blame, the least likely first.
+
+        Args:
+            repairs: what the choice was made for.
+        """
+        if not self.newest:
+            return False
+        key = self.newest.pop()
+        self.useless.add(key)
+        self.chosen.pop(key, None)
+        return bool(self.newest) or self._choose(repairs)
+
+    def _choose(self, repairs: Sequence[Repair]) -> bool:
+        """Choose what most repairs have in common; return whether there is any choice."""
         offers = [(repair, self._offer(repair)) for repair in repairs]
         votes = Counter(key for _, offer in offers for key in offer)
-        for repair, offer in offers:
-            if offer:
-                best = max(offer, key=votes.__getitem__)
-                guess = self.chosen.setdefault(best, Guess())
-                guess.calls.add(repair.call)
-                if offer[best] not in guess.edits:
-                    guess.edits.append(offer[best])
+        chosen = [(max(offer, key=votes.__getitem__), repair, offer) for repair, offer in offers
+                  if offer]  # fmt: skip
+        self.newest = sorted(dict.fromkeys(key for key, *_ in chosen), key=lambda key: -votes[key])
+        for best, repair, offer in chosen:
+            guess = self.chosen.setdefault(best, Guess())
+            guess.calls.add(repair.call)
+            if offer[best] not in guess.edits:
+                guess.edits.append(offer[best])
         return bool(votes)
 
     def is_exhausted(self, repair: Repair) -> bool:
@@ -158,7 +219,7 @@ class Guesses:
     def _offer(self, repair: Repair) -> dict[Candidate, ModuleEdit]:
         """Return what a repair may come from and is not set yet, the most likely first."""
         found: dict[Candidate, ModuleEdit] = {}
-        for key, edit in candidates(self.model, repair, self.useless):
+        for key, edit in candidates(self._attributes, repair, self.useless):
             known = self.chosen.get(key)
             if known is None or not ("." in edit.attribute or edit in known.edits):
                 found.setdefault(key, edit)

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import TraceError
 from fxgrow.grow.sizes.growth import Growth
+from fxgrow.labels.forest import IntArray
+from fxgrow.labels.in_code import line_of_call
 from fxgrow.labels.layers import core, cover, support
 from fxgrow.labels.propagate import Place
 from fxgrow.labels.sizes import SIZED, SizedCall, function_name, map_sizes, sizes_in
@@ -50,9 +53,12 @@ class NewShapes:
         end = value.shape[dim] if stop is None else stop
         met = tuple(value.taken[:1])  # tells what padding stands for, too
         layer = cover(met if value.is_padded and met else value.layers or met, dim)
-        if layer is None:
+        if layer is not None:
+            channels = self.channels.channel_of_label[core(layer, support(layer)).numpy()]
+        elif (made := cover(value.made, dim)) is not None:
+            channels = self._met[core(made, support(made)).numpy()]
+        else:
             return end
-        channels = self.channels.channel_of_label[core(layer, support(layer)).numpy()]
         if not self.growth.grows(channels):
             return end
         varying = [d for d in range(channels.ndim) if (channels != channels.take([0], d)).any()]
@@ -60,6 +66,23 @@ class NewShapes:
             return end  # a head's positions, a shuffle's groups
         inside = np.moveaxis(channels, dim, 0)
         return self.growth.positions(inside.reshape(inside.shape[0], -1)[:end, 0])
+
+    def has_met(self, value: Value, dim: int) -> bool:
+        """Return whether a constant lies where channels do, along a dim."""
+        layer = cover(value.made, dim)
+        return layer is None or bool((self._met[core(layer, support(layer)).numpy()] >= 0).any())
+
+    @cached_property
+    def _met(self) -> IntArray:
+        """The channel that lies where each numbered position of a constant does, -1 if none does.
+
+        Of several, one that grows.
+        """
+        found = np.full(self.channels.numbered + 1, -1, dtype=np.int64)
+        for numbers, channels in self.channels.met:
+            better = (found[numbers] < 0) | (self.growth.parts[channels] > self.growth.whole)
+            found[numbers[better]] = channels[better]
+        return found
 
     def shape(self, value: Value) -> Shape:
         """Return the new shape of a value."""
@@ -71,9 +94,9 @@ class Repair:
     """Sizes in a call that were wrong at the new widths.
 
     Attributes:
-        call: which of the run's calls it was.
+        call: which of the run's calls it was; -1 for code that compares sizes and stops the run.
         node, module: the fx node and the module that made it.
-        function: what it called.
+        function: what it called; "" if nothing.
         given, wanted: the sizes in its arguments, as they were and as they should be; None
             where a slice has no bound.
     """
@@ -86,6 +109,18 @@ class Repair:
     wanted: tuple[int | None, ...]
 
 
+class CallSite(NamedTuple):
+    """Where a call was made.
+
+    Attributes:
+        module: the module that was running.
+        at: the line of code (:func:`fxgrow.labels.in_code.line_of_call`).
+    """
+
+    module: str
+    at: str
+
+
 # A function of an old call and the new shapes: the sizes that its arguments should hold, in order;
 # what is no whole number cannot be told beforehand.
 Sizes: TypeAlias = tuple[Count | None, ...]
@@ -94,10 +129,21 @@ WANTED: Registry[Wanted] = Registry("function with sizes")
 
 
 @WANTED.register("view", "reshape", "expand")
-@WANTED.register("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 def _shape(call: SizedCall, new: NewShapes) -> Sizes:
-    """Sizes for all dims; those of a constant are told by what it is combined with."""
+    """Sizes for all dims."""
     return new.shape(call.outputs[0])
+
+
+@WANTED.register("zeros", "ones", "full", "empty")
+@WANTED.register("new", "new_zeros", "new_ones", "new_full", "new_empty")
+def _made(call: SizedCall, new: NewShapes) -> Sizes:
+    """Sizes for all dims, told by what the constant meets; where it meets nothing, any will do."""
+    value = call.outputs[0]
+    if len(call.sizes) != len(value.shape):  # data, not sizes
+        return tuple(call.sizes)
+    return tuple(
+        new.size(value, dim) if new.has_met(value, dim) else None for dim in range(len(value.shape))
+    )
 
 
 @WANTED.register("unflatten")
@@ -190,6 +236,11 @@ class Repairer(TorchFunctionMode):
         shapes: what its values become.
         place: returns the fx node and the module that are running.
         stops: whether the run is to end with a repair.
+
+    Attributes:
+        repairs: what was repaired.
+        is_stopped: whether the run ended with a repair.
+        sites: where each call was made.
     """
 
     def __init__(
@@ -203,6 +254,7 @@ class Repairer(TorchFunctionMode):
         super().__init__()
         self.repairs: list[Repair] = []
         self.is_stopped = False
+        self.sites: list[CallSite] = []
         self._calls = iter(enumerate(calls, before))
         self._shapes = shapes
         self._place = place
@@ -221,6 +273,7 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
+        self.sites.append(CallSite(self._place()[1], line_of_call(name)))
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")

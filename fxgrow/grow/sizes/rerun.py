@@ -8,7 +8,7 @@ attributes, which are then set; where they come from none they are rewritten in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,18 +21,22 @@ from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.obstacle import Obstacle
-from fxgrow.grow.sizes.attributes import attribute_edits
+from fxgrow.grow.sizes.attributes import attribute_edits, misfit
 from fxgrow.grow.sizes.conventions import head_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
-from fxgrow.grow.sizes.literals import NewShapes, Repair, Repairer
+from fxgrow.grow.sizes.literals import NewShapes, Repair
+from fxgrow.grow.sizes.parts import edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.watching import Watching
+from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
 from fxgrow.labels.propagate import Watch, no_watch
 from fxgrow.labels.running import module_of
-from fxgrow.labels.sizes import SizedCall, called_by, why_fixed
+from fxgrow.labels.sizes import called_by, why_fixed
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.trace import Traced
+from fxgrow.modules.standin import first_line
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 
@@ -68,12 +72,32 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
         return Obstacle.of(error)
     rerun = _Rerun(analysis, sizes, follow)
     found = rerun.find()
-    if isinstance(found, Obstacle) or found.sizes:  # these were found with attributes as they are
+    if isinstance(found, Obstacle):
+        layer = misfit(analysis.traced.standin, sizes.shapes)
+        return found if layer is None else Obstacle(layer[1], layer[0])
+    if found.sizes:  # these were found with attributes as they are
         return found
     more = tuple(head_edits(analysis.traced.standin, analysis.groups, sizes.widths, found.modules))
     if more and not rerun.is_unread(found, more):
         more = tuple(edit for edit in more if rerun.is_unread(found, (edit,)))
     return replace(found, modules=(*found.modules, *more))
+
+
+def run_with(
+    analysis: Analysis, sizes: Sizes, found: Resized, more: tuple[ModuleEdit, ...]
+) -> Resized | None:
+    """Return a run with some more attributes changed, or None if it computes other sizes then.
+
+    Args:
+        analysis: of the network.
+        sizes: the new sizes.
+        found: the run so far, of the network's own code.
+        more: the attributes.
+    """
+    again = _Rerun(analysis, sizes, found.modules)._run((*found.modules, *more))
+    if isinstance(again, Obstacle) or _computed(again)[0] != _computed(found)[0]:
+        return None
+    return again
 
 
 @dataclass
@@ -97,10 +121,10 @@ class _Rerun:
 
     def find(self) -> Resized | Obstacle:
         """Run as it is, else with other attributes, else with another graph."""
-        watch = _Watch(self.analysis.traced, self.analysis.calls, self._shapes)
+        watch = Watching(self.analysis.traced, self.analysis.calls, self._shapes)
         found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
         if not watch.repairs:
-            return found if isinstance(found, Resized) else self._rewritten(()) or found
+            return found if isinstance(found, Resized) else self._checked(found)
         plain = self._run(self.follow)  # labels foretell what most code does, and not all
         if isinstance(plain, Resized) and self._is_sound(plain):
             return plain
@@ -109,7 +133,27 @@ class _Rerun:
             return explained
         enclosed = self._enclosed(watch.repairs)
         graph = None if enclosed else self._rewritten(watch.repairs)
+        graph = graph or self._in_code(watch)
         return graph or self._fixed([r for r in explained if r in enclosed] or explained)
+
+    def _checked(self, obstacle: Obstacle) -> Resized | Obstacle:
+        """Run another graph, or with other attributes where code may have compared sizes."""
+        if graph := self._rewritten(()):
+            return graph
+        explained = self._with_attributes([self._comparison(obstacle)])
+        return explained if isinstance(explained, Resized) else obstacle
+
+    def _comparison(self, obstacle: Obstacle) -> Repair:
+        """Return the sizes that a module may compare with attributes, which stopped the run."""
+        old = named_tensors(self.analysis.traced.standin)
+        pairs = dict.fromkeys(
+            pair
+            for name, shape in self.sizes.shapes.items()
+            for pair in zip(old[name].shape, shape, strict=True)
+            if pair[0] != pair[1]
+        )
+        given, wanted = zip(*pairs, strict=True) if pairs else ((), ())
+        return Repair(-1, "", obstacle.name, "", given, wanted)
 
     def is_unread(self, found: Resized, more: tuple[ModuleEdit, ...]) -> bool:
         """Return whether the network computes the same with some more attributes changed."""
@@ -117,19 +161,26 @@ class _Rerun:
         return isinstance(again, Resized) and _computed(again) == _computed(found)
 
     def _run(
-        self, edits: tuple[ModuleEdit, ...], watch: Watch = no_watch, opened: Opened | None = None
+        self,
+        edits: tuple[ModuleEdit, ...],
+        watch: Watch = no_watch,
+        opened: Opened | None = None,
+        sizes: tuple[SizeEdit, ...] = (),
     ) -> Resized | Obstacle:
         """Run the stand-in's own forward, or a graph of it, at new sizes."""
         traced = opened.traced if opened else self.analysis.traced
         try:
-            with _resized(traced.standin, self.sizes.shapes, edits):
+            with _resized(traced.standin, self.sizes.shapes, edits), _in_code(traced, sizes):
                 if opened:
                     space, tape = traced.label_graph(opened.graph, watch)
                 else:
                     space, tape = traced.label(watch)
         except TraceError as error:
-            return Obstacle.of(error)
-        return Resized(resolve(space), edits, tape)
+            if error.__cause__ is None:
+                return Obstacle.of(error)
+            where, why = error.name or "the model", first_line(error.__cause__)
+            return Obstacle(f"the code of {where} does not run at the new sizes: {why}", error.name)
+        return Resized(resolve(space), edits, tape, sizes)
 
     def _is_sound(self, found: Resized) -> bool:
         """Return whether what holds no channels has its old size, and norms their new groups.
@@ -157,23 +208,34 @@ class _Rerun:
         A call that is still wrong where the attribute is set that should explain it, and that
         nothing else could explain, ends the search: for all modules of its class.
         """
-        analysis, wrong = self.analysis, repairs
+        analysis, wrong, reached, compared = self.analysis, repairs, 0, False
         guesses = Guesses(analysis.traced.standin)
+        is_open = guesses.revise(wrong)
         for _ in range(_ROUNDS):
-            if not guesses.revise(wrong):
+            if not is_open:
                 break
-            watch = _Watch(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
+            watch = Watching(analysis.traced, analysis.calls, self._shapes, guesses.is_exhausted)
             found = self._run((*self.follow, *guesses.edits), watch)
-            if not watch.repairs:
-                if isinstance(found, Resized):
-                    return found
-                break  # it is of the guesses that it does not run, which nobody asked for
-            wrong = watch.repairs
+            if isinstance(found, Resized) and not watch.repairs:
+                return found
             if (last := watch.stopped) is not None:
                 modules = guesses.model.get_submodule
                 kind = type(modules(last.module))
                 wrong = [repair for repair in repairs if type(modules(repair.module)) is kind]
                 break
+            if watch.repairs and (isinstance(found, Resized) or watch.reached > reached):
+                wrong, reached = watch.repairs, watch.reached
+                is_open = guesses.revise(wrong)
+            elif (
+                isinstance(found, Obstacle)
+                and not watch.repairs
+                and wrong[0].function
+                and not compared
+            ):
+                compared, wrong = True, [self._comparison(found)]
+                is_open = guesses.revise(wrong)
+            else:  # it is of the guesses that it does not run, which nobody asked for
+                is_open = guesses.take_back(wrong)
         left = {repair.call for repair in wrong}
         return [repair for repair in repairs if repair.call in left] or repairs
 
@@ -212,21 +274,28 @@ class _Rerun:
             return None
         found: Resized | Obstacle | None = None
         if repairs:  # it may make the same calls as the network's own forward
-            watch = _Watch(opened.traced, self.analysis.calls, self._shapes)
+            watch = Watching(opened.traced, self.analysis.calls, self._shapes)
             found = self._run(self.follow, watch, opened)
         if not isinstance(found, Resized) and opened.run is not None:
             growth = self._shapes.growth.among(self.analysis.channels, opened.run.channels)
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
-            watch = _Watch(opened.traced, opened.run.calls, shapes)
+            watch = Watching(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
-        if not isinstance(found, Resized):
-            return None
+        if not isinstance(found, Resized) or not watch.repairs:
+            return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
-        if any(why_fixed(nodes[r.node], r.function, r.given) for r in watch.repairs):
+        needed = watch.repairs_in_eval  # the graph is the same in train mode
+        if any(why_fixed(nodes[r.node], r.function, r.given) for r in needed):
             return None
         module = opened.traced.module
-        edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in watch.repairs)
+        edits = (SizeEdit(r.node, r.function, r.given, r.wanted, module) for r in needed)
         return replace(found, sizes=tuple(edits))
+
+    def _in_code(self, watch: Watching) -> Resized | None:
+        """Rewrite the sizes that the code of modules fixes where it makes its calls."""
+        edits = edits_in_code(watch.repairs, watch.sites)
+        found = None if edits is None else self._run(self.follow, sizes=edits)
+        return found if isinstance(found, Resized) and self._is_sound(found) else None
 
 
 def _reason(repair: Repair) -> str:
@@ -241,51 +310,6 @@ def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:
     """Return the shapes of all that a run computed, and what it did with which numbers."""
     values = (value for op in run.tape.operations for value in op.outputs)
     return [value.shape for value in values], [done for done, _ in run.channels.noted]
-
-
-class _Watch:
-    """Repairs the sizes of each run of a network in step with an old one.
-
-    Args:
-        traced: the network.
-        calls: of the old runs.
-        shapes: what the values of these become.
-        stops: whether a run is to end with some repair.
-
-    Attributes:
-        stopped: the repair with which a run ended, if it did.
-    """
-
-    def __init__(
-        self,
-        traced: Traced,
-        calls: Sequence[Sequence[SizedCall]],
-        shapes: NewShapes,
-        stops: Callable[[Repair], bool] = lambda _: False,
-    ) -> None:
-        self._traced, self._calls, self._shapes = traced, calls, shapes
-        self._runs: list[Repairer] = []
-        self._stops = stops
-
-    def __call__(self, value: object) -> Repairer:
-        """Return what watches the next run."""
-        del value
-        run = min(len(self._runs), len(self._calls) - 1)
-        before = sum(len(calls) for calls in self._calls[:run])
-        self._runs.append(
-            Repairer(self._calls[run], before, self._shapes, self._traced.at, self._stops)
-        )
-        return self._runs[-1]
-
-    @property
-    def repairs(self) -> list[Repair]:
-        """The repairs of all runs."""
-        return [repair for run in self._runs for repair in run.repairs]
-
-    @property
-    def stopped(self) -> Repair | None:
-        """The repair with which a run ended, if it did."""
-        return next((run.repairs[-1] for run in self._runs if run.is_stopped), None)
 
 
 @contextlib.contextmanager
@@ -308,6 +332,23 @@ def _resized(
     finally:
         _swap(standin, {name: t for name, t in before.items() if id(t) in fresh})
         set_attributes(standin, edits, back=True)
+
+
+@contextlib.contextmanager
+def _in_code(traced: Traced, edits: Sequence[SizeEdit]) -> Iterator[None]:
+    """Let the code of modules use other sizes for a while."""
+    lines: dict[str, list[Sized]] = {}
+    for edit in edits:
+        lines.setdefault(edit.module, []).append(Sized(edit.at, edit.before, edit.after))
+    modules = [traced.standin.get_submodule(name) for name in lines]
+    for module, changed in zip(modules, lines.values(), strict=True):
+        change_sizes(module, changed)
+    try:
+        yield
+    finally:
+        for module in modules:
+            if (held := sizes_in_code(module)) is not None:
+                held.tables.pop()
 
 
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -18,10 +18,12 @@ from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
 from fxgrow.grow.norms.mixers import Mixed, mixed_groups
 from fxgrow.grow.norms.padding import Padding, follow_padding, padding_of
+from fxgrow.grow.norms.scales import Scales
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
 from fxgrow.modules.tensors import layer_of
@@ -43,6 +45,7 @@ class Feasible:
         eta: how the norms' η is taken up.
         refused: groups that have to stay as they are, and why.
         zero_channels: by group name, what is zero of groups whose new channels are.
+        scales: numbers that follow a width, and who takes that up.
     """
 
     sizes: Sizes
@@ -53,6 +56,7 @@ class Feasible:
     eta: Eta
     refused: tuple[Refusal, ...]
     zero_channels: dict[str, frozenset[int]] = field(default_factory=dict)
+    scales: Scales = field(default_factory=Scales)
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,9 @@ class Attempts:
             )  # fmt: skip
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             eta, unsettled = settle(
-                analysis.tape, mixed.padding, self.with_eps, scale_writers=self.scale_writers
-            )
+                analysis.tape, mixed.padding, self.with_eps, scale_writers=self.scale_writers,
+                silenced=analysis.silenced,
+            )  # fmt: skip
             zero_channels, stuck = self.zero_channels(widths, mixed)
             problems = stuck | mixed.problems | unsettled | self._copied_groups(sizes, mixed)
             problems |= {refusal.name: refusal.reason for refusal in sizes.refused}
@@ -168,6 +173,7 @@ class Attempts:
         resized = run_resized(analysis, sizes)
         if isinstance(resized, Obstacle):
             return resized
+        resized, scales = with_numbers(analysis, sizes, resized, eta, self.with_eps)
         copies = mixed.copies(analysis.groups)
         matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
         if isinstance(matching, Obstacle):
@@ -175,7 +181,7 @@ class Attempts:
             groups = dict.fromkeys((name for name in widths if name in together), matching.reason)
             return replace(matching, groups=groups, certain=bool(groups))
         return Feasible(
-            sizes, resized, matching, mixed.copied, mixed.padding, eta, found, zero_channels
+            sizes, resized, matching, mixed.copied, mixed.padding, eta, found, zero_channels, scales
         )
 
     def _read_together(self, writer: str) -> set[str]:
@@ -212,17 +218,26 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     """Return sizes at which the network runs; groups that stand in the way are refused.
 
     All are tried together. What an obstacle comes from is set aside until the rest works, and then
-    joins it again, kind by kind, unless it is certain that it cannot grow.
+    joins it again, kind by kind and then all at once, unless it is certain that it cannot grow.
 
     Raises:
         PlanError: nothing is left to grow; the first reason is told.
     """
     left, refused, aside = dict(widths), dict[str, str](), set[str]()
     made = _set_aside(attempts, left, refused, aside)
+    alone: list[str] = []
     for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
         more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
         made = more or made
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
+        alone += failing
+    if len(alone) > 1 and {*alone} < {*widths}:  # heads that only grow beside what comes in
+        joined = attempts.make(left | {name: widths[name] for name in alone})
+        if isinstance(joined, Feasible):
+            made, refused = (
+                joined,
+                {name: why for name, why in refused.items() if name not in alone},
+            )
     if made is None:
         name, reason = next(iter(refused.items()))
         raise PlanError(f"{name} cannot be widened: {reason}.", name=name)

@@ -13,13 +13,15 @@ from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
-from fxgrow.grow.norms.gains import propagate_gains
+from fxgrow.grow.norms.gains import owed_for, propagate_gains
+from fxgrow.grow.norms.scales import times
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
 from fxgrow.grow.widen.prediction import multipliers
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
-from fxgrow.labels.space import Normed, Role
+from fxgrow.labels.offsets import offsets_of
+from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
@@ -89,12 +91,16 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
         analysis.channels, resized.channels, found.matching, found.padding.values(),
-        found.zero_channels.values(),
+        found.zero_channels.values(), analysis.silenced,
     )  # fmt: skip
     roles = _weights(analysis, sizes)
     factors, warnings = _factors(request, roles, shapes, found, variance_of)
-    with_eps, eta = eps_attributes(traced.standin), found.eta
-    flow = propagate_gains(analysis.tape, factors, with_eps, eta.statistics, eta.undone)
+    with_eps, eta, scales = eps_attributes(traced.standin), found.eta, found.scales
+    owed = owed_for(analysis.silenced, factors, scales.owed)
+    flow = propagate_gains(
+        analysis.tape, factors, with_eps, eta.statistics, eta.undone | scales.factors.keys(),
+        owed=owed, numbers=scales.numbers,
+    )  # fmt: skip
     eps_edits = _eps_edits(flow)
     multiplied, predicted = _multiplied(analysis, request, found, flow)
     aliases = aliases_of(tensors)
@@ -104,16 +110,15 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         _group_plan(analysis, request, group, sizes, factors, flow, *layout)
         for group, layout in zip(growing, layouts, strict=True)
     )
-    tracer: Tracer = traced.tracer if not resized.sizes else "torch.fx"  # such a graph ran
+    in_graph = any(edit.node for edit in resized.sizes)
+    tracer: Tracer = "torch.fx" if in_graph else traced.tracer  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
     return Plan(
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(
-            shapes, sizes, edits, factors, flow, roles, aliases, analysis.channels.normed
-        ),
+        tensors=_tensor_edits(analysis, shapes, sizes, edits, factors, flow, roles, aliases),
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
@@ -155,7 +160,15 @@ def _warnings(
             f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold "
             "it, fxgrow.load sets it"
         )
-    rewritten = found.resized.sizes
+    rewritten = [edit for edit in found.resized.sizes if edit.node]
+    in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
+    if in_code:
+        first, *more = in_code
+        yield (
+            f"the code of {first or 'the model'}{f' and {len(more)} more' if more else ''} fixes "
+            "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
+            "state_dict does not hold them, fxgrow.load sets them"
+        )
     if rewritten:
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
@@ -209,10 +222,11 @@ def _factors(
         factors[name] = factor * found.eta.factors.get(name, 1.0)
         if warning:
             warnings.append(f"{layer_of(name)}: {warning}")
-    return factors, warnings
+    return times(factors, found.scales.factors), warnings
 
 
 def _tensor_edits(
+    analysis: Analysis,
     shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
     edits: Mapping[str, list[AxisEdit]],
@@ -220,20 +234,22 @@ def _tensor_edits(
     flow: GainFlow,
     weights: Mapping[str, Mapping[str, int]],
     aliases: Mapping[str, str],
-    normed: Mapping[str, Normed],
 ) -> dict[str, TensorEdit]:
     """Return the edit of every tensor that changes, in the order of the state_dict."""
     kept = [norm for norm in flow.absorbed.values() if norm.running_var]
     absorptions = dict(item for norm in kept for item in _absorptions(norm))
+    normed = analysis.channels.normed
     directions = {layer_of(parts.direction): parts.direction for parts in normed.values()}
     found: dict[str, TensorEdit] = {}
+    split = {name for silenced in analysis.silenced for name in silenced.weights}
+    offsets = offsets_of(analysis.tape)
     for name, shape in shapes.items():
         if name in aliases:
             continue
         new_shape = sizes.shapes.get(name, shape)
         parts = normed.get(name)
         whole = name if parts is None else parts.direction
-        scale = factors.get(whole, 1.0) * flow.vectors.get(whole, 1.0)
+        scale = math.prod(by.get(whole, 1.0) for by in (factors, flow.vectors, flow.owed))
         axes = tuple(edits.get(name, ()))
         if not axes and scale == 1.0 and name not in absorptions and not edits.get(whole):
             continue
@@ -242,9 +258,11 @@ def _tensor_edits(
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
         if parts is not None and name == parts.direction:
             scale = 1.0  # the length takes it
+        offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
         found[name] = TensorEdit(
-            shape, new_shape, scale, axes, fan_in, absorptions.get(name), normed=parts
-        )
+            shape, new_shape, scale, axes, fan_in, absorptions.get(name),
+            offset=offset, normed=parts,
+        )  # fmt: skip
     return found
 
 

@@ -65,7 +65,7 @@ def product_gain(flow: GainFlow, op: Operation, *, reads: bool | None = None) ->
     if len(weights) == 1 and (op.module in flow.undone if reads is None else reads):
         gain = flow.undo(weights[0], gain)
     for value in weights:
-        gain = gain.times(flow.of(value))
+        gain = gain.times(flow.of(value)).times(flow.paid(value))
     return gain
 
 

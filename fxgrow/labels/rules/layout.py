@@ -34,7 +34,7 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
             for tensor in empty:  # nothing joins, of a fixed width
                 step.join_fixed(out[-1], tensor, shape)
             continue
-        joined = compact(_side_by_side(tensors, members, dims, dim).expand(shape))
+        joined = compact(side_by_side(tensors, members, dims, dim).expand(shape))
         if support(joined) == {dim}:
             line = core(joined, (dim,)).reshape(-1)
             if step.space.is_twice(line):
@@ -44,7 +44,7 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
-def _side_by_side(
+def side_by_side(
     tensors: list[Tensor], members: list[Layer | None], dims: frozenset[int], dim: int
 ) -> Tensor:
     """Return layers joined along a dim, 0 standing in where a tensor has none."""

@@ -30,16 +30,26 @@ def batch_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     layer = layer_of(next(filter(None, names), "")) or op.module
     gain, eps = flow.of(op.args[0]), float(op.args[-1])
     _part_from_others(flow, op)
+    paid = _paid(flow, op, *op.args[1:3])
     if not _takes_up(flow, op, layer, gain):
-        return Gain()
+        return paid
     if all(names):
         flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, *names)
-        return Gain()
+        return paid
     if flow.eps_of(layer, eps):  # statistics without a weight: exact in both modes
         scales = zip(names[1:], (gain.scale, gain.scale**2), strict=True)
         flow.vectors |= {name: scale for name, scale in scales if name}
     _absorb_by_eps(flow, op, layer, eps, gain)
-    return Gain()
+    return paid
+
+
+def _paid(flow: GainFlow, op: Operation, weight: object, bias: object) -> Gain:
+    """Return the gain that a norm's weight takes for what comes behind; its bias follows."""
+    paid = flow.paid(weight)
+    if paid.scale != 1.0 and isinstance(bias, Value) and not flow.follow(bias, paid):
+        why = f"the bias of {op.module} cannot take a gain of {paid.scale:.6g}"
+        flow.part_ways(op, op.args[0], paid, "no", why)
+    return paid
 
 
 def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
@@ -53,7 +63,8 @@ def layer_norm_gain(flow: GainFlow, op: Operation) -> Gain:
     _part_from_others(flow, op)
     if _takes_up(flow, op, layer, gain):
         _absorb_by_eps(flow, op, layer, float(op.args[-1]), gain)
-    return flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+    rest = flow.undo(op.args[2], Gain(1.0 / eta.scale, eta.sources))
+    return rest.times(_paid(flow, op, op.args[2], op.args[3]))
 
 
 def _part_from_others(flow: GainFlow, op: Operation) -> None:

@@ -136,9 +136,17 @@ def _contract(step: Step, sides: Sequence[tuple[Tensor, int]], weights: Sequence
         step.space.unify(lines[0], lines[1])
     elif read is None or not step.value(other).is_uniform:
         # One constant (a first state of zeros) may have any width: what reads new ones cancels.
-        _pin_contracted(step, lines, weights)
+        _pin_contracted(step, [_unmade(step, other, line) for line in lines], weights)
     if read is not None:
         step.read(read, step.value(reader))
+
+
+def _unmade(step: Step, other: Tensor, line: Tensor | None) -> Tensor | None:
+    """Return the labels of a line that read no constant of some width, 0 in place of others."""
+    made = cover(step.value(other).made, 1) if other.ndim == 2 else None
+    if line is None or made is None or made.shape[1] != len(line):
+        return line
+    return torch.where(narrowed(made, {1}).reshape(-1) == 0, line, 0)
 
 
 def _pin_contracted(step: Step, lines: Sequence[Tensor | None], weights: Sequence[bool]) -> None:

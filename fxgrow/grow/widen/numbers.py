@@ -1,0 +1,83 @@
+"""Let the numbers that code makes of a width follow it, where the weights can take that up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.grow.norms.eta import Eta
+from fxgrow.grow.norms.scales import Scales, changed_numbers, compensated
+from fxgrow.grow.sizes.numbers import number_edits, scalar_factors
+from fxgrow.grow.sizes.rerun import Resized, run_with
+from fxgrow.grow.sizes.resize import Sizes
+
+
+def with_numbers(
+    analysis: Analysis,
+    sizes: Sizes,
+    found: Resized,
+    eta: Eta,
+    with_eps: Mapping[str, Mapping[str, float]],
+) -> tuple[Resized, Scales]:
+    """Return a run in which numbers follow the widths of streams, and who takes that up.
+
+    Those that nobody can take up stay as they are.
+
+    Args:
+        analysis: of the network.
+        sizes: the new sizes.
+        found: a run at these.
+        eta: what else has factors.
+        with_eps: for each layer the attributes that may be its eps.
+    """
+
+    def settled_by(found: Resized, scalars: Mapping[str, float]) -> Scales | None:
+        """Return who takes up what changes in a run, None if nobody can or it cannot be told."""
+        numbers = changed_numbers(analysis.tape, found.tape)
+        if numbers is None:
+            return None
+        return compensated(analysis, numbers, scalars, eta, with_eps)
+
+    scales = settled_by(found, {}) or Scales()
+    widths = {
+        group.width: sizes.widths[group.name]
+        for group in analysis.groups
+        if group.kind == "stream" and sizes.widths.get(group.name, group.width) != group.width
+    }
+    if not widths or found.sizes:
+        return _as_before(analysis, found, scales), scales
+    standin, tape = analysis.traced.standin, analysis.tape
+    for edits in number_edits(standin, tape, widths):
+        known = {(edit.module, edit.attribute) for edit in found.modules}
+        more = tuple(edit for edit in edits if (edit.module, edit.attribute) not in known)
+        again = run_with(analysis, sizes, found, more) if more else None
+        settled = None if again is None else settled_by(again, {})
+        if again is not None and settled is not None and settled.numbers != scales.numbers:
+            found, scales = again, settled
+    scalars = scalar_factors(analysis.traced.scalars, widths)
+    settled = settled_by(found, scalars) if scalars else None
+    if settled is not None:
+        scales = settled
+        told = tuple(
+            edit
+            for edits in number_edits(standin, tape, widths)
+            for edit in edits
+            if isinstance(edit.before, float) and _is_beside(edit.module, scalars)
+        )
+        found = replace(found, modules=tuple(dict.fromkeys((*found.modules, *told))))
+    return _as_before(analysis, found, scales), scales
+
+
+def _is_beside(module: str, scalars: Mapping[str, float]) -> bool:
+    """Return whether a module holds one of some tensors."""
+    return any(name.rpartition(".")[0] == module for name in scalars)
+
+
+def _as_before(analysis: Analysis, found: Resized, scales: Scales) -> Resized:
+    """Return a run in which operations are told as at the old sizes, where factors are taken up."""
+    old, new = analysis.channels.noted, found.channels.noted
+    if not scales.numbers or len(old) != len(new):
+        return found
+    noted = tuple((done, layer) for (done, _), (_, layer) in zip(old, new, strict=True))
+    return replace(found, channels=replace(found.channels, noted=noted))

@@ -1,0 +1,50 @@
+"""Recurrent layers ask where their first state is before an operation runs: let it be on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxgrow.modules.calling import map_tensors, tensors_in
+
+# What compares devices by itself, where a dispatch mode sees nothing yet.
+_RECURRENT = frozenset((
+    "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+))  # fmt: skip
+
+
+class OnOneDevice(TorchFunctionMode):
+    """A mode in which recurrent layers get all tensors on the meta device, if any is there.
+
+    Args:
+        to_meta: returns what stands in for a constant there.
+    """
+
+    def __init__(self, to_meta: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._to_meta = to_meta
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the call."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _RECURRENT:
+            devices = {tensor.is_meta for tensor in tensors_in((args, kwargs))}
+            if len(devices) > 1:
+                with _disable_current_modes():  # what makes a tensor here is no part of the run
+                    args, kwargs = map_tensors(self._moved, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on meta; lengths of packed sequences stay where code looks at them."""
+        return self._to_meta(tensor) if tensor.is_floating_point() else tensor

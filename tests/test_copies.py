@@ -1,0 +1,147 @@
+"""What a checkpoint holds of a network's weights a second time grows, or is told of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import max_rel, plain_mlp, trained_looking
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+import fxgrow
+from fxgrow.cli.app import app
+
+ARCH = ("--arch", "networks:plain_mlp")
+
+
+def widen(path: Path, *options: str) -> Result:
+    command = ["widen", str(path), "--width", "2x", *ARCH, "-o", str(path.with_name("o.pt"))]
+    return CliRunner().invoke(app, [*command, *options])
+
+
+def vector(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in values.values()])
+
+
+def named(model: nn.Module, values: Any) -> dict[str, Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    return {n: torch.as_tensor(value) for n, value in zip(names, values, strict=True)}
+
+
+def unflattened(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
+    parts = flat.split([p.numel() for p in model.parameters()])
+    return {
+        name: part.view_as(parameter)
+        for (name, parameter), part in zip(model.named_parameters(), parts, strict=True)
+    }
+
+
+def by_groups(model: nn.Module, groups: Any) -> dict[str, Tensor]:
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
+    vectors = [name for name, p in model.named_parameters() if p.ndim == 1]
+    return dict(zip([*matrices, *vectors], [*groups[0], *groups[1]], strict=True))
+
+
+Pack = Callable[[dict[str, Tensor]], Any]
+Unpack = Callable[[nn.Module, Any], dict[str, Tensor]]
+# How averages of the parameters are kept: what is saved for them, and what they are again.
+LAYOUTS: dict[str, tuple[Pack, Unpack]] = {
+    "list": (lambda v: {"shadow_params": list(v.values()), "decay": 0.9},
+             lambda m, s: named(m, s["shadow_params"])),
+    "tuple": (lambda v: tuple(v.values()), named),
+    "parameters": (lambda v: [nn.Parameter(t) for t in v.values()], named),
+    "arrays": (lambda v: [t.numpy() for t in v.values()], named),
+    "by name": (dict, lambda m, s: s),
+    "by name with a prefix": (lambda v: OrderedDict((f"module.{k}", t) for k, t in v.items()),
+                              lambda m, s: {k.removeprefix("module."): t for k, t in s.items()}),
+    "without dots": (lambda v: {f"ema.{k.replace('.', '')}": t for k, t in v.items()},
+                     lambda m, s: named(m, s.values())),
+    "arrays by name": (lambda v: {k: t.numpy() for k, t in v.items()},
+                       lambda m, s: {k: torch.as_tensor(t) for k, t in s.items()}),
+    "by number": (lambda v: dict(enumerate(v.values())), lambda m, s: named(m, s.values())),
+    "deep": (lambda v: {"a": [{"b": {"c": {"d": dict(v)}}}]},
+             lambda m, s: s["a"][0]["b"]["c"]["d"]),
+    "vector": (vector, unflattened),
+    "within an optimizer": (lambda v: {"optimizer_states": [{"opt": {}, "ema": tuple(v.values())}]},
+                            lambda m, s: named(m, s["optimizer_states"][0]["ema"])),
+    "groups": (lambda v: [[t for t in v.values() if t.ndim > 1],
+                          [t for t in v.values() if t.ndim == 1]], by_groups),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_averages_of_the_parameters_compute_what_they_did(tmp_path, layout):
+    pack, unpack = LAYOUTS[layout]
+    model = trained_looking(plain_mlp())
+    average = {name: p.detach() * 0.7 for name, p in model.named_parameters()}
+    torch.save({"model": model.state_dict(), "other": pack(average)}, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert "left as" not in done.output
+    saved = torch.load(tmp_path / "o.pt", weights_only=False)["other"]
+    grown = fxgrow.load(tmp_path / "o.pt", arch="networks:plain_mlp")
+    model.load_state_dict(average, strict=False)
+    grown.load_state_dict(unpack(grown, saved), strict=False)
+    x = torch.randn(5, 4)
+    assert max_rel(model.eval()(x), grown.eval()(x)) < 1e-5
+    assert type(saved) is type(pack(average))
+
+
+def test_an_average_beside_the_network_in_one_state_dict_grows_with_it(tmp_path):
+    model = trained_looking(plain_mlp())
+    state = {f"model.net.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"model_ema.{k.replace('.', '')}": p * 0.7 for k, p in model.named_parameters()}
+    state |= {"model_ema.decay": torch.tensor(0.9), "loss.weight": torch.ones(3)}
+    torch.save({"state_dict": OrderedDict(state)}, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert "beside them, loss.weight" in done.output
+    saved = torch.load(tmp_path / "o.pt", weights_only=True)["state_dict"]
+    assert list(saved) == list(state)
+    grown = fxgrow.load(tmp_path / "o.pt", arch="networks:plain_mlp")
+    for name, value in grown.state_dict().items():
+        assert torch.equal(saved[f"model.net.{name}"], value)
+    for name, _ in grown.named_parameters():
+        flat = f"model_ema.{name.replace('.', '')}"
+        average = torch.equal(saved[flat][: len(state[flat])][..., :4], state[flat][..., :4])
+        assert saved[flat].shape == grown.get_parameter(name).shape, name
+        assert average, name
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"fisher": {"0.weight": torch.ones(8, 4)}},
+        {"grads": [torch.ones(8, 4)]},
+        {"stats": [{"deep": (np.ones((8, 4)),)}]},
+        {"loose": torch.ones(2, 8)},
+        {"optimizer": {"m": [torch.ones(8, 4), torch.ones(8)], "step": 3}},
+        {"exp_avg": [p.detach() for p in plain_mlp().parameters()]},
+        {0: {"model": torch.ones(8, 4)}},
+    ],
+    ids=lambda other: str(next(iter(other))),
+)
+def test_what_has_the_old_shape_of_a_grown_weight_is_told_of(tmp_path, other):
+    torch.save({"model": plain_mlp().state_dict(), **other}, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert f"{next(iter(other))}" in done.output
+    assert "left as" in done.output
+    saved = torch.load(tmp_path / "o.pt", weights_only=False)
+    key = next(iter(other))
+    assert str(saved[key]) == str(other[key])
+
+
+def test_what_has_no_shape_of_the_network_is_passed_on_in_silence(tmp_path):
+    others = {"rng": torch.get_rng_state(), "history": [0.1, 0.2], "table": torch.ones(3, 5)}
+    counts = defaultdict(list, {"a": [1]})
+    torch.save({"model": plain_mlp().state_dict(), **others, "counts": counts}, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.output
