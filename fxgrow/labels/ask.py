@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxgrow.labels.operators import on_numbers
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.calling import map_kind, tensors_in
 
@@ -190,7 +191,7 @@ def run_on(call: Asked, number: Callable[[Value], Tensor]) -> list[Tensor]:
 
     args, kwargs = map_kind(Value, number, (call.args, call.kwargs))
     named = {key: in_float64(item) for key, item in kwargs.items() if key != "device"}
-    return tensors_in(call.target(*map(in_float64, args), **named))
+    return tensors_in(on_numbers(call.target)(*map(in_float64, args), **named))
 
 
 def _degrees(numbers: _Numbers) -> tuple[float | None, ...] | None:

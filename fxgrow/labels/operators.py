@@ -6,9 +6,12 @@ Worked out once for each operator, and looked up for each operation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 
@@ -119,3 +122,24 @@ def operator_name(target: OpOverload) -> str:
 def place_of(target: OpOverload, node: str, module: str) -> str:
     """Return where an operation ran, as reasons and chains name it: ``"aten.add at layer1.0"``."""
     return f"{traits_of(target).name} at {module or node or 'the top level'}"
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    norm = v.norm(2, [d for d in range(v.ndim) if d != dim], keepdim=True)
+    return v * (g / norm), norm
+
+
+# One operation for weight norm, whichever dim has the lengths and whatever the dtype is: torch
+# composes some of others, in which a norm of all columns is taken by itself.
+_LIBRARY = torch.library.Library("fxgrow", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("_weight_norm_interface(Tensor v, Tensor g, int dim=0) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("_weight_norm_interface", _weight_norm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def on_numbers(target: OpOverload) -> Callable[..., Any]:
+    """Return what computes an operation of any operands.
+
+    The kernel of weight norm takes those for granted that torch gives it: contiguous ones, with
+    lengths along the first dim or the last.
+    """
+    return _weight_norm if target is torch.ops.aten._weight_norm_interface.default else target

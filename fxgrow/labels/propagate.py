@@ -289,7 +289,7 @@ class _WholeNorms(TorchFunctionMode):
     ) -> Any:
         """Run the call."""
         if func is torch._weight_norm:
-            return torch.ops.aten._weight_norm_interface(*args, **(kwargs or {}))[0]
+            return torch.ops.fxgrow._weight_norm_interface(*args, **(kwargs or {}))[0]
         return func(*args, **(kwargs or {}))
 
 

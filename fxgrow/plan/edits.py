@@ -93,9 +93,9 @@ class TensorEdit:
             with zeros between them; ``axes`` are those of what this makes.
         offset: what the network adds to it before it is used (a norm's 1 + weight). All of the
             above is done to the sum, from which it is subtracted again.
-        normed: the weight that this is a part of, its direction or its length. ``scale`` and
-            ``axes`` of a direction are the weight's; the length takes the factor, and what keeps
-            the weight's old entries while new ones count in the norm.
+        normed: the weight that this is a part of, its direction or its length. ``axes`` of a
+            direction are the weight's, and ``scale`` of a length is; the length takes besides what
+            keeps the weight's old entries while new ones count in the norm.
     """
 
     shape: tuple[int, ...]

@@ -128,6 +128,8 @@ class _StepCheck:
         """Return how a tensor was to change; None if not, or if it is not made of what there is."""
         first = self.step.aliases.get(name, name)
         edit = self.step.tensors.get(first)
+        if edit is not None and edit.normed is not None:  # the weight is in its direction's place
+            edit = replace(edit, scale=self.step.tensors[edit.normed.length].scale)
         return edit if edit is not None and (edit.source or first) in known else None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fxgrow.errors import PlanError
 from fxgrow.grow.identity.stages import LISTS, child_of
@@ -87,7 +88,7 @@ def _pair(
     fresh: list[str],
 ) -> PlanError | None:
     """Pair two modules and all in them; return what stands in the way, if anything does."""
-    if type(source) is not type(target):
+    if type_before_parametrizations(source) is not type_before_parametrizations(target):
         kinds = type(source).__name__, type(target).__name__
         return _difference(before, after, f"is a {kinds[0]} in the source, a {kinds[1]} there")
     for setting in _SETTINGS:

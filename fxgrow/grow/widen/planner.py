@@ -256,6 +256,8 @@ def _tensor_edits(
         layer = layer_of(name)
         owner = name if name in weights else directions.get(layer, f"{layer}.weight")
         fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
+        if parts is not None and name == parts.direction:
+            scale = 1.0  # the length takes it
         offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
         found[name] = TensorEdit(
             shape, new_shape, scale, axes, fan_in, absorptions.get(name),

@@ -166,7 +166,12 @@ def batch_norm(step: Step) -> tuple[Layers, ...]:
     return (step.layers(step.args[0]), *(own if x.numel() else () for x in step.outputs[1:]))
 
 
-@rule("aten._weight_norm_interface", gain=weight_norm_gain, padding=weight_norm_padding)
+@rule(
+    "aten._weight_norm_interface",
+    "fxgrow._weight_norm_interface",
+    gain=weight_norm_gain,
+    padding=weight_norm_padding,
+)
 def weight_norm(step: Step) -> tuple[Layers, ...]:
     """A direction and a length for each row: what reads and writes is the direction.
 
