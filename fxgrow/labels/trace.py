@@ -259,8 +259,7 @@ class Traced:
 
     def _in_eval_mode(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and others that take other ways where it leaves parts out."""
-        self.begins = True
-        most = _MOST_INFERRED if self.inferred else MOST_ENTRIES
+        self.begins, most = True, _MOST_INFERRED if self.inferred else MOST_ENTRIES
         with keeping_buffers(self.standin):
             space, tape = propagate(
                 run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
