@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import types
 import uuid
 import zipfile
@@ -28,7 +29,7 @@ from torch import nn
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.harmless import resolve
-from fxgrow.files.checkpoint.kept import Kept, Name
+from fxgrow.files.checkpoint.kept import Kept, Name, save_keeping
 from fxgrow.files.checkpoint.pickles import Machine, PickleError
 from fxgrow.files.checkpoint.unpickling import _Words
 from fxgrow.files.comparison import difference
@@ -299,6 +300,27 @@ def test_an_array_of_another_size_than_it_says_is_refused(tmp_path, state):
 def test_what_is_no_class_of_data_is_not_kept(module, name):
     with pytest.raises(PickleError):
         resolve(module, name)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"comegaconf.dictconfig\nDictConfig\n)\x81}X\x08\x00\x00\x00_contentK\x01sb.",
+        b"clightning.fabric.utilities.data\nAttributeDict\n)\x81X\x02\x00\x00\x00lrK\x01s.",
+        b"ceasydict\nEasyDict\n)\x81(X\x01\x00\x00\x00aK\x01u}X\x02\x00\x00\x00bbK\x01sb.",
+    ],
+)
+def test_settings_of_libraries_that_are_not_there_are_written_again_as_they_were(code):
+    loaded = Machine(b"\x80\x02" + code, _Words()).load()
+    assert type(loaded) is Kept
+    file = io.BytesIO()
+    save_keeping(lambda pickle_module: pickle_module.dump(loaded, file, protocol=2))
+    again = [(op.name, arg) for op, arg, _ in pickletools.genops(file.getvalue())]
+    first = [(op.name, arg) for op, arg, _ in pickletools.genops(b"\x80\x02" + code)]
+    own = ("PUT", "MARK", "SETITEM", "GET")  # how much is written at once is the writer's affair
+    assert [x for x in again if not any(word in x[0] for word in own)] == [
+        x for x in first if not any(word in x[0] for word in own)
+    ]
 
 
 def test_what_is_kept_by_name_is_not_called_unless_it_makes_a_value(tmp_path):

@@ -141,6 +141,8 @@ def grown_config(
         fields = ", ".join(".".join(map(str, place)) for place, _ in search.unlike)
         reason = f"its sizes are those of another {fields}, with which it computes something else"
         raise _refusal(reason, "", plan)
+    if changes is None and not search.first:
+        raise _refusal("a network of its sizes computes something else", "", plan)
     if changes is None:
         raise _in_the_way(search.first, search.nearest, plan)
     full, found = changed(full, changes), changed(old, changes)
