@@ -7,6 +7,7 @@ writes that takes the inverse: a table, a layer, or the weight of a norm.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.norms.eta import Eta
 from fxgrow.grow.norms.gains import owed_for, propagate_gains
-from fxgrow.grow.norms.payers import Payers, Payment, joined
+from fxgrow.grow.norms.payers import Payers, Payment, depending, joined
 from fxgrow.labels.operators import operator_name
 from fxgrow.labels.tape import Operation, Tape, Value
 
@@ -80,21 +81,21 @@ def changed_numbers(old: Tape, new: Tape) -> list[Number] | None:
     Returns:
         In order; None where the runs differ in operations.
     """
-    if [op.target for op in old.operations] != [op.target for op in new.operations]:
+    runs = _on_data(old), _on_data(new)
+    if len({tuple(op.target for op in run) for run in runs}) > 1:
         return None
-    changed = [
-        (before, *pair)
-        for before, after in zip(old.operations, new.operations, strict=True)
-        if (pair := (_numbers(before), _numbers(after))) and pair[0] != pair[1]
-    ]
-    if not changed:
-        return []
     payers = Payers(old)
     return [
-        Number(op, was, becomes, _factor(op, was, becomes, len(payers.data(op))))
-        for op, was, becomes in changed
-        if payers.data(op) or any(value.origins for value in op.inputs)
+        Number(before, was, becomes, _factor(old, before, was, becomes, len(payers.data(before))))
+        for before, after in zip(*runs, strict=True)
+        if (was := _numbers(before)) != (becomes := _numbers(after))
     ]
+
+
+def _on_data(tape: Tape) -> list[Operation]:
+    """Return the operations on data or parameters; what else a graph computes may be left out."""
+    known = depending(tape)
+    return [op for op in tape.operations if any(value.index in known for value in op.inputs)]
 
 
 def _numbers(op: Operation) -> tuple[float, ...]:
@@ -105,7 +106,7 @@ def _numbers(op: Operation) -> tuple[float, ...]:
 
 
 def _factor(
-    op: Operation, was: Sequence[float], becomes: Sequence[float], data: int
+    tape: Tape, op: Operation, was: Sequence[float], becomes: Sequence[float], data: int
 ) -> float | None:
     """Return by what an operation multiplies more than it did, None if it does something else."""
     name = operator_name(op.target)
@@ -118,12 +119,23 @@ def _factor(
     if op.kwargs.get("rounding_mode"):
         return None
     ratio = becomes[0] / was[0]
-    if not any(isinstance(x, (int, float)) for x in op.args):
+    if any(_is_rounded(tape, value) for value in op.inputs):
         ratio = _unrounded(ratio)
     if name == "aten.mul":
         return ratio
     divided = isinstance(op.args[0], Value) and op.args[0] is not _constant(op)
     return 1.0 / ratio if divided else None
+
+
+def _is_rounded(tape: Tape, value: Value) -> bool:
+    """Return whether a constant is a number in float32, in a run in which data has other dtypes."""
+    while value.producer is not None and not (value.origins or value.is_input or value.layers):
+        inputs = tape.operations[value.producer].inputs
+        if not inputs:
+            break
+        value = inputs[0]
+    known = value.origins or value.is_input or value.layers
+    return not known and value.dtype.is_floating_point
 
 
 def _unrounded(ratio: float) -> float:
