@@ -86,7 +86,7 @@ def changed_numbers(old: Tape, new: Tape) -> list[Number] | None:
         return None
     payers = Payers(old)
     return [
-        Number(before, was, becomes, _factor(old, before, was, becomes, len(payers.data(before))))
+        Number(before, was, becomes, _factor(old, before, was, becomes, payers.data(before)))
         for before, after in zip(*runs, strict=True)
         if (was := _numbers(before)) != (becomes := _numbers(after))
     ]
@@ -106,14 +106,14 @@ def _numbers(op: Operation) -> tuple[float, ...]:
 
 
 def _factor(
-    tape: Tape, op: Operation, was: Sequence[float], becomes: Sequence[float], data: int
+    tape: Tape, op: Operation, was: Sequence[float], becomes: Sequence[float], data: Sequence[Value]
 ) -> float | None:
     """Return by what an operation multiplies more than it did, None if it does something else."""
     name = operator_name(op.target)
     if name in _WITH_ALPHA:
         only_product = was[1] == becomes[1] == 0
         return becomes[0] / was[0] if only_product and was[0] and becomes[0] else None
-    whole = len(was) == len(becomes) == 1 and data <= 1
+    whole = len(was) == len(becomes) == 1 and len(data) <= 1
     if not whole or name not in ("aten.mul", "aten.div") or 0 in (*was, *becomes):
         return None
     if op.kwargs.get("rounding_mode"):
@@ -121,10 +121,9 @@ def _factor(
     ratio = becomes[0] / was[0]
     if any(_is_rounded(tape, value) for value in op.inputs):
         ratio = _unrounded(ratio)
-    if name == "aten.mul":
-        return ratio
-    divided = isinstance(op.args[0], Value) and op.args[0] is not _constant(op)
-    return 1.0 / ratio if divided else None
+    first = op.args[0]
+    divides = first not in data and not (isinstance(first, Value) and first.origins)
+    return ratio if name == "aten.mul" or divides else 1.0 / ratio
 
 
 def _is_rounded(tape: Tape, value: Value) -> bool:
@@ -146,12 +145,6 @@ def _unrounded(ratio: float) -> float:
 
 def _is_near(first: float, second: float) -> bool:
     return math.isclose(first, second, rel_tol=_FLOAT32)
-
-
-def _constant(op: Operation) -> Value | None:
-    """Return the operand that is a number, where two tensors meet."""
-    found = [x for x in op.inputs if not (x.origins or x.layers or x.is_input)]
-    return found[0] if len(op.inputs) == 2 and len(found) == 1 and not found[0].shape else None
 
 
 def compensated(
