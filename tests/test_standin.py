@@ -85,7 +85,7 @@ def test_a_stand_in_on_meta_keeps_dtypes_and_strides() -> None:
     assert not model.weight.is_meta
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", ["", "0"])
 def test_compiled_code_is_refused_by_name(name: str) -> None:
     program = torch.jit.trace(nn.Linear(4, 8), torch.randn(3, 4))
