@@ -208,6 +208,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             return
         known, written = self.value(view._base), self.value(view)
         if not written.layers:
+            if not (known.layers or written.is_weight):  # it holds data from now on
+                self._enter(view._base, (), producer=index, made=known.made)
             return
         layers = written_back(
             self.space, view._base, known.layers, view, written.layers, step.place
