@@ -23,7 +23,7 @@ from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
-from fxgrow.modules.draws import same_chance
+from fxgrow.modules.draws import Chance, law_of, same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
 
@@ -43,6 +43,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
         most: entries that a tensor may have.
         decider: answers where the network looks at values.
+        chance: what masks with values are made of.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
+        chance: Chance = "mean",
     ) -> None:
-        super().__init__(decider)
+        super().__init__(decider, chance)
         self._most = most
         self.space = space
         self._zeros = zeros
@@ -334,6 +336,7 @@ def propagate(
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
     decider: Decider | None = None,
+    chance: Chance = "mean",
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -349,6 +352,7 @@ def propagate(
             :func:`zero_buffers`.
         most: entries that a tensor may have.
         decider: answers where the network looks at values; without one, that fails.
+        chance: what masks with values are made of.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -359,13 +363,15 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most, decider)
-    with torch.no_grad(), same_chance(), labeller, _WholeNorms():
+    labeller = Labeller(named, space, place, zeros, most, decider, chance)
+    with torch.no_grad(), same_chance(chance) as common, labeller, _WholeNorms():
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
+    masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
+    labeller.tape.by_chance = common.drew or masks
     for tensor in results_in(result):
         value = labeller.value(labeller.current(tensor))
         labeller._use(value)

@@ -126,11 +126,12 @@ class Operation:
 
 @dataclass
 class Tape:
-    """The operations of one run in order, its values and outputs."""
+    """The operations of one run in order, its values and outputs; and whether it drew masks."""
 
     operations: list[Operation] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    by_chance: bool = False
 
     @property
     def flops(self) -> int:

@@ -86,6 +86,11 @@ class ModeResult:
     grown_rounding: Errors | None = None
     ratio: float | None = None
 
+    @classmethod
+    def of(cls, exact: ExactResult) -> ModeResult:
+        """Return what was measured in float64 alone."""
+        return cls(exact.float64, predicted=exact.predicted, residual=exact.residual)
+
     def worst(self, other: ModeResult) -> ModeResult:
         """Return the larger of each figure."""
         both = (self.grown_rounding, other.grown_rounding)
