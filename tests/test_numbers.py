@@ -30,7 +30,8 @@ class Attention(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Linear(3, width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * HEAD) if fused else None
-        self.q, self.k, self.v = (nn.Linear(width, HEAD) for _ in range(3))
+        if not fused:
+            self.q, self.k, self.v = (nn.Linear(width, HEAD) for _ in range(3))
         self.proj, self.head = nn.Linear(HEAD, width), nn.Linear(width, 2)
         self.mix, self.n_embd = mix, width
 
