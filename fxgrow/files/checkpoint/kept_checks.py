@@ -257,7 +257,8 @@ def _box(kept: Kept) -> bool:
     """Entries or items, and options, of which none is called but the class of boxes itself."""
     free = all(_is_free(key, value) for key, value in kept.entries.items())
     state = kept.state if kept.has_state else {}
-    if kept.arguments or not free or not _has_names(state):
+    listed = str(kept.name) == names.BOX_LIST or not kept.items
+    if kept.arguments or not free or not listed or not _has_names(state):
         return False
     options = [pair for table in _values(state) for pair in _items(table)]
     return all(

@@ -71,7 +71,8 @@ ADDICTS = _full(
         "mmengine.config.config": "ConfigDict",
     }
 )
-BOXES = _full({"box.box": "Box", "box.box_list": "BoxList"})
+BOX_LIST = "box.box_list.BoxList"
+BOXES = frozenset({"box.box.Box", BOX_LIST})
 MAPPINGS = YACS | _full(
     {
         "easydict": "EasyDict",
@@ -150,6 +151,8 @@ VALUES = BOXES | _full(
         "numpy": "ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 "
         "uint32 uint64",
         "typing": "Any",
+        "torch.optim": "Adadelta Adafactor Adagrad Adam AdamW Adamax ASGD LBFGS Muon NAdam RAdam "
+        "RMSprop Rprop SGD SparseAdam",
         "torch.optim._adafactor": "Adafactor",
         "torch.optim._muon": "Muon",
         "torch.optim.adadelta": "Adadelta",
