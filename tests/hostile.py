@@ -276,7 +276,7 @@ def laundered() -> Iterator[tuple[str, bytes]]:
                          "tests.test_extending.spec_from_file_location",
                          "mtrand.seed", "_pickle.BitGenerator", "RandomState", "bit_generator.abc"),
         "torch.optim": ("optimizer.deepcopy", "optimizer.register_optimizer_step_pre_hook",
-                        "lr_scheduler.partial", "optimizer.functools", "swa_utils.update_bn", "SGD",
+                        "lr_scheduler.partial", "optimizer.functools", "swa_utils.update_bn", "sgd",
                         "adam._single_tensor_adam", "lr_scheduler.warnings",
                         "_multi_tensor.reduce"),
         "torchvision.transforms": ("transforms.Lambda", "functional.Image", "v2._misc.Lambda",
