@@ -73,7 +73,8 @@ NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
 }
 
 
-ANYWHERE = [kind for kind in PinKind if kind is not PinKind.OUTSIDE]
+# Others are of a whole, of which a part is followed, or of parametrizations (test_weight_norm.py).
+ANYWHERE = [kind for kind in PinKind if kind not in (PinKind.OUTSIDE, PinKind.COMPUTED)]
 
 
 @pytest.mark.parametrize("kind", ANYWHERE, ids=lambda kind: kind.name)
@@ -105,3 +106,17 @@ def test_a_parameter_that_others_use_is_pinned_where_only_a_part_is_followed() -
 def test_a_pin_without_what_fills_its_sentence_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 1 details, not 0"):
         Pin(PinKind.MIXED, "aten.cumsum at 0")
+
+
+def test_memory_that_is_read_as_another_dtype_is_pinned() -> None:
+    class Bits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bits = self.first(x).view(torch.int32).bitwise_and(-65536)
+            return self.last(bits.view(torch.float32))
+
+    with pytest.raises(fxgrow.FxgrowError, match=r"first: no rule for aten\.view\.dtype"):
+        fxgrow.widen(Bits(), "2x", torch.randn(2, 6))

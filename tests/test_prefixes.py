@@ -63,7 +63,7 @@ def test_a_prefix_in_a_bare_state_dict_is_kept_beside_what_is_none_of_it(tmp_pat
     (save_file if suffix == ".safetensors" else torch.save)(held, path)
     done = widen(path, "--arch", MLP)
     assert done.exit_code == 0, done.output
-    assert "'model.'; beside them, metric.count are left as they are" in done.stderr
+    assert "'model.'; beside them, metric.count is left as it is" in done.stderr
     out = tmp_path / f"o{suffix}"
     written = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
     assert set(written) == set(held)
@@ -90,7 +90,7 @@ def test_a_network_is_recognised_under_a_prefix_whatever_stands_beside_it(tmp_pa
         done = widen(tmp_path / "c.ckpt", *options, *named, "--force")
         assert done.exit_code == 0, done.output
         assert "torchvision:resnet18(num_classes=5)" in done.stdout
-        assert "loss_fn.weight are left as they are" in done.stderr
+        assert "loss_fn.weight is left as it is" in done.stderr
     grown = fxgrow.load(tmp_path / "o.ckpt")
     assert grown.layer1[0].conv1.out_channels == 128
     x = torch.randn(2, 3, 64, 64)

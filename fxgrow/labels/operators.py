@@ -97,13 +97,14 @@ def traits_of(target: OpOverload) -> Traits:
     """Return what an operator is, whatever it is applied to."""
     name = f"{target.namespace}.{target._opname.rstrip('_')}"
     tagged = torch.Tag.pointwise in target.tags
+    is_view = target.is_view and target._overloadname != "dtype"  # not of labels, by their bits
     return Traits(
         name=name,
-        is_view=target.is_view,
+        is_view=is_view,
         is_mutable=target._schema.is_mutable,
-        is_movement=target.is_view or name in MOVEMENTS,
+        is_movement=is_view or name in MOVEMENTS,
         is_pointwise=tagged or name in LIKENESSES or name in UNTAGGED,
-        is_layout=target.is_view or name in COPIES or name in LAYOUTS,
+        is_layout=is_view or name in COPIES or name in LAYOUTS,
         is_commutative=name in COMMUTATIVE,
         is_factory=name in FACTORIES,
         is_uniform=name in UNIFORM or target in _FILLED,

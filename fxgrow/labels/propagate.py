@@ -65,10 +65,13 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
+        self._numbers: dict[int, float] = {}  # in constants of one entry, by the id of their twin
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
+        if tensor.numel() == 1 and not tensor.is_complex():
+            self._numbers[id(twin)] = float(tensor.item())
 
     def left(self, tensor: Tensor, name: str) -> None:
         """Pin channels that Python reads: nobody sees what it does with them."""
@@ -142,18 +145,21 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
-        numbers = self._made(step, inputs, layers)
+        positions = self._made(step, inputs, layers)
         values = tuple([
             self._enter(
-                tensor, flow, producer=index, positions=told.get(place), made=numbers[place],
+                tensor, flow, producer=index, positions=told.get(place), made=positions[place],
                 **(facts if place else own),
             )
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
+        pointwise = traits.is_pointwise and not traits.is_layout
+        numbers = generic.numbers_of(step, self._numbers) if pointwise else ()
         if traits.is_mutable:
             self._write_back(step, index)
+            self._numbers.pop(id(operands[0]), None)
         self.tape.operations.append(
-            Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
+            Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values, numbers)
         )
 
     def _enter_made(
@@ -204,6 +210,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             return
         known, written = self.value(view._base), self.value(view)
         if not written.layers:
+            if not (known.layers or written.is_weight):  # it holds data from now on
+                self._enter(view._base, (), producer=index, made=known.made)
             return
         layers = written_back(
             self.space, view._base, known.layers, view, written.layers, step.place

@@ -350,10 +350,11 @@ def _find_timm(name: str) -> Callable[..., object]:
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    module, _, own = name.rpartition(".")
     way_out = (
         f"Did you mean {', '.join(close)}?"
         if close
-        else "Or name your own: package.module:callable."
+        else f"Name your own as {module or 'package.module'}:{own if module else 'callable'}."
     )
     return SourceError(f"{library} has no model {name!r}.", name=name, way_out=way_out)
 

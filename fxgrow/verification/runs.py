@@ -135,7 +135,8 @@ class Runs:
         if not any(tensor.numel() for outputs in found[0].values() for tensor in outputs):
             raise VerificationError(
                 f"{type(self._case.before.module).__name__} returns nothing that can be compared.",
-                way_out="Give inputs for which it returns tensors, in any nest of objects.",
+                way_out="Give inputs for which it returns tensors, or tuples, lists, mappings or "
+                "dataclasses of them.",
             )
         self.notes.append(
             "where nothing is returned with the given weights, what was compared is what that is "

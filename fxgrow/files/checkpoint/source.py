@@ -178,11 +178,12 @@ def _other_weights(path: Path, found: Sequence[Location], taken: Sequence[Locati
             stored = cast("Mapping[str, object]", location.stored)
             layers = [n for n, v in stored.items() if n not in names and is_weight(v)]
             if layers:
-                more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+                more = f" and {len(layers) - 1} more are" if len(layers) > 1 else " is"
+                as_it = "they are" if len(layers) > 1 else "it is"
                 prefix = f" under {own[0].prefix!r}" if own[0].prefix else ""
                 told.append(
                     f"{path} holds the network's weights{prefix}; beside them, {layers[0]}{more} "
-                    "are left as they are."
+                    f"left as {as_it}."
                 )
     return told
 

@@ -146,6 +146,8 @@ def _refuse_failed(out: Path, error: Exception) -> NoReturn:
         reason = os.strerror(number)
     full = number in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     way_out = "Make room there, or name a file elsewhere with -o." if full else _ANOTHER
+    if number is None:  # no other file could hold it either
+        way_out = "Write its weights alone: its state_dict, and the plan."
     raise SourceError(
         f"{out} cannot be written: {reason.rstrip('.')}.", name=str(out), way_out=way_out
     ) from error

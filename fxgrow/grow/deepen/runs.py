@@ -220,5 +220,9 @@ def _unknown(traced: Traced, key: str, problem: str) -> PlanError:
     near = difflib.get_close_matches(key, [name for name in modules if name], n=3, cutoff=0.4)
     hints = [f"Near it: {', '.join(near)}."] if near and key not in modules else []
     shown = ", ".join(name or "the network itself" for name in known[:8])
-    hints += [f"Stages: {shown}{' and others' if len(known) > 8 else ''}."] if known else []
+    hints += (
+        [f"Stages: {shown}{' and others' if len(known) > 8 else ''}."]
+        if known
+        else ["It has none: a stage is a run of blocks, each of which could follow itself."]
+    )
     return PlanError(f"{problem}.", name=key, way_out=" ".join(hints))
