@@ -82,6 +82,10 @@ class Payers:
         values = dict.fromkeys(op.inputs)
         return [v for v in values if not v.is_weight and v.index in self._depending]
 
+    def is_constant(self, value: Value) -> bool:
+        """Return whether a value depends on neither inputs nor parameters."""
+        return value.index not in self._depending
+
     def ways(self, op: Operation, factor: float) -> Ways:
         """Yield ways in which the output of an operation takes a factor, the simplest first.
 

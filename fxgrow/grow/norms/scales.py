@@ -31,7 +31,7 @@ class Number(NamedTuple):
 
     Attributes:
         op: the operation, at the old sizes.
-        before, after: its numbers.
+        before, after: its numbers, as many; not all of them are equal.
         factor: by what it multiplies more than it did; None if it is no factor.
     """
 
@@ -41,17 +41,13 @@ class Number(NamedTuple):
     factor: float | None
 
     def __str__(self) -> str:
-        pairs = zip(self.before, self.after, strict=False)
-        old, new = next(((a, b) for a, b in pairs if a != b), (self.before, self.after))
+        pairs = zip(self.before, self.after, strict=True)
+        old, new = next(pair for pair in pairs if pair[0] != pair[1])
         return (
-            f"{self.op.place} computes with {_told(old)} at the present widths and with "
-            f"{_told(new)} at the new ones: the code makes a number of a width, and no weight "
+            f"{self.op.place} computes with {old:.6g} at the present widths and with "
+            f"{new:.6g} at the new ones: the code makes a number of a width, and no weight "
             "takes that up"
         )
-
-
-def _told(number: object) -> str:
-    return f"{number:.6g}" if isinstance(number, (int, float)) else str(number)
 
 
 @dataclass(frozen=True)
@@ -86,9 +82,9 @@ def changed_numbers(old: Tape, new: Tape) -> list[Number] | None:
         return None
     payers = Payers(old)
     return [
-        Number(before, was, becomes, _factor(old, before, was, becomes, payers.data(before)))
+        Number(before, was, becomes, _factor(payers, before, was, becomes))
         for before, after in zip(*runs, strict=True)
-        if (was := _numbers(before)) != (becomes := _numbers(after))
+        if (was := _numbers(before)) != (becomes := _numbers(after)) and len(was) == len(becomes)
     ]
 
 
@@ -106,20 +102,20 @@ def _numbers(op: Operation) -> tuple[float, ...]:
 
 
 def _factor(
-    tape: Tape, op: Operation, was: Sequence[float], becomes: Sequence[float], data: Sequence[Value]
+    payers: Payers, op: Operation, was: Sequence[float], becomes: Sequence[float]
 ) -> float | None:
     """Return by what an operation multiplies more than it did, None if it does something else."""
-    name = operator_name(op.target)
+    name, data = operator_name(op.target), payers.data(op)
     if name in _WITH_ALPHA:
         only_product = was[1] == becomes[1] == 0
         return becomes[0] / was[0] if only_product and was[0] and becomes[0] else None
-    whole = len(was) == len(becomes) == 1 and len(data) <= 1
+    whole = len(was) == 1 and len(data) <= 1
     if not whole or name not in ("aten.mul", "aten.div") or 0 in (*was, *becomes):
         return None
     if op.kwargs.get("rounding_mode"):
         return None
     ratio = becomes[0] / was[0]
-    if any(_is_rounded(tape, value) for value in op.inputs):
+    if any(payers.is_constant(x) and _is_rounded(payers.tape, x) for x in op.inputs):
         ratio = _unrounded(ratio)
     first = op.args[0]
     divides = first not in data and not (isinstance(first, Value) and first.origins)
@@ -127,14 +123,10 @@ def _factor(
 
 
 def _is_rounded(tape: Tape, value: Value) -> bool:
-    """Return whether a constant is a number in float32, in a run in which data has other dtypes."""
-    while value.producer is not None and not (value.origins or value.is_input or value.layers):
-        inputs = tape.operations[value.producer].inputs
-        if not inputs:
-            break
+    """Return whether a constant is made of a number in float32, that may be one in float64."""
+    while value.producer is not None and (inputs := tape.operations[value.producer].inputs):
         value = inputs[0]
-    known = value.origins or value.is_input or value.layers
-    return not known and value.dtype.is_floating_point
+    return value.dtype.is_floating_point
 
 
 def _unrounded(ratio: float) -> float:

@@ -78,7 +78,7 @@ def with_numbers(
 
 def _obstacle(analysis: Analysis, sizes: Sizes, number: Number) -> Obstacle:
     """Return what stands in the way: the groups of whose width the number is a power, or any."""
-    told = [(a, b) for a, b in zip(number.before, number.after, strict=False) if a != b]
+    told = [(a, b) for a, b in zip(number.before, number.after, strict=True) if a != b]
     groups = [
         group.name
         for group in analysis.groups
