@@ -360,3 +360,26 @@ def test_tracing_leaves_models_with_constants_alone() -> None:
 
 def test_torchvision_classes_are_what_the_tests_think() -> None:
     assert isinstance(quick("resnet18"), torchvision.models.ResNet)
+
+
+@pytest.mark.parametrize("how", ["copied", "set"])
+def test_what_is_written_into_a_new_tensor_is_data(how: str) -> None:
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+            self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch = x.new_full((len(x), 3, 12, 12), 0)
+            if how == "set":
+                batch[:, :, :8, :8] = x
+            else:
+                for one, image in zip(batch, x, strict=True):
+                    one[:, :8, :8].copy_(image)
+            x = self.first(batch)
+            return self.last(x + self.b(self.a(x).relu()))
+
+    found = fxgrow.inspect(Batched(), torch.randn(2, 3, 8, 8))
+    kinds = {group["name"]: group["kind"] for group in found.to_dict()["groups"]}
+    assert kinds == {"first": "stream", "a": "hidden", "last": "pinned"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import types
 from collections import UserDict
 from collections.abc import Callable
@@ -288,6 +289,7 @@ def test_networks_that_refuse_drawn_weights_are_judged_on_their_own() -> None:
     assert any("drawn weights gave no finite output" in note for note in found.notes)
 
 
+@pytest.mark.filterwarnings("ignore:.*no part in the run")
 def test_an_expert_that_no_input_reaches_is_named() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -554,3 +556,22 @@ def test_a_block_that_is_not_there_excuses_no_change_in_training() -> None:
     block = BlockPlan("0", "0", "net2deeper", (), "exact", "", 0, in_training="no")
     with pytest.raises(fxgrow.VerificationError):
         carry_out(replace(made, tensors=tensors, blocks=(block,)), net, x)
+
+
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min, -math.inf])
+def test_what_masks_are_filled_with_does_not_hide_the_rest(fill):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu()).masked_fill(x[:, :5] > 0, fill)
+
+    torch.manual_seed(0)
+    net, x = Masked(), torch.randn(4, 6)
+    grown = fxgrow.widen(net, "2x", x)
+    assert grown.report.verification.verdict == "preserved"
+    with torch.no_grad():
+        grown.model.last.bias[0] += 1
+    assert fxgrow.verify(net, grown.model, x).verdict == "failed"

@@ -298,6 +298,53 @@ def test_a_new_block_does_not_cancel_channels_that_noise_joins(method: str) -> N
     assert grown.report.verification.train.float64.max_rel < 1e-12
 
 
+def kept(change: Callable[[Tensor], Tensor]) -> Between:
+    """Return a forward with a residual branch that is left out by chance, as ``change`` does it."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.cat([part * (i + 1) for i, part in enumerate(net.encode(x).split(6, 1))], 1)
+        return x + change(net.decode(net.m(h)))
+
+    return forward
+
+
+def chance(h: Tensor) -> Tensor:
+    return torch.rand(len(h), 1, dtype=h.dtype)
+
+
+def rows(h: Tensor) -> Tensor:
+    chosen = (chance(h)[:, 0] < 0.4).nonzero()[:, 0]
+    return torch.zeros_like(h).index_add(0, chosen, h[chosen])
+
+
+BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rand < keep": lambda h: h * (chance(h) < 0.3) / 0.3,
+    "rand > drop": lambda h: h * (chance(h) > 0.7) / 0.3,
+    "where": lambda h: torch.where(chance(h) < 0.3, h / 0.3, 0.0),
+    "masked_fill": lambda h: h.masked_fill(chance(h) < 0.7, 0.0),
+    "floor": lambda h: h * (0.3 + chance(h)).floor(),
+    "uniform_": lambda h: h * (h.new_empty(len(h), 1).uniform_(-1, 1) > 0.4),
+    "bernoulli": lambda h: torch.where(chance(h).bernoulli_(0.7).bool(), 0.0, h),
+    "item": lambda h: 0 * h if torch.rand(1).item() < 0.7 else h,
+    "python": lambda h: 0 * h if random.random() > 0.2 else h,
+    "numpy": lambda h: 0 * h if np.random.rand() > 0.3 else h,
+    "rows": rows,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_both_sides_of_a_random_branch_are_judged(name: str) -> None:
+    net = Net(kept(BRANCHES[name])).eval()
+    with pytest.raises(fxgrow.VerificationError):  # parts of a fixed width are more of them
+        fxgrow.widen(net, {"e": "2x"}, X)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.m.weight += 0.5
+    assert fxgrow.verify(net, other, X).verdict == "failed"
+    grown = fxgrow.widen(net, {"d": "2x"}, X)
+    assert grown.report.verification.verdict == "preserved"
+
+
 # ── draws by themselves ───────────────────────────────────────────────────────────────────────
 
 

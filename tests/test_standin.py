@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
+import fxgrow
 from fxgrow.modules.standin import stand_in
 
 
@@ -81,3 +83,13 @@ def test_a_stand_in_on_meta_keeps_dtypes_and_strides() -> None:
     assert meta.weight.stride() == model.weight.stride()
     assert isinstance(meta.weight, nn.Parameter)
     assert not model.weight.is_meta
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("name", ["", "0"])
+def test_compiled_code_is_refused_by_name(name: str) -> None:
+    program = torch.jit.trace(nn.Linear(4, 8), torch.randn(3, 4))
+    model = nn.Sequential(program, nn.Linear(8, 2)) if name else program
+    for grow in (fxgrow.inspect, lambda net, x: fxgrow.widen(net, "2x", x)):
+        with pytest.raises(fxgrow.TraceError, match=f"{name or 'the model'} is a TorchScript"):
+            grow(model, torch.randn(3, 4))

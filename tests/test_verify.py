@@ -14,7 +14,6 @@ from torch import nn
 
 import fxgrow
 from fxgrow.api import widen as api
-from fxgrow.errors import FxgrowError
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +70,10 @@ def test_networks_with_other_outputs_fail_and_are_measured_as_infinite() -> None
     assert found.eval.float64.max_rel == float("inf")
 
 
-def test_networks_that_take_other_inputs_cannot_be_compared() -> None:
-    with pytest.raises(FxgrowError, match="Linear does not run in eval mode"):
-        fxgrow.verify(nn.Linear(3, 4), nn.Linear(5, 4))
+def test_a_network_that_does_not_run_where_the_other_does_is_another() -> None:
+    found = fxgrow.verify(nn.Linear(3, 4), nn.Linear(5, 4))
+    assert found.verdict == "failed"
+    assert "does not run where the first does: mat1 and mat2" in found.notes[0]
 
 
 def test_nan_in_the_grown_network_fails() -> None:

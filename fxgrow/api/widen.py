@@ -12,6 +12,7 @@ from typing import TypeAlias
 from torch import nn
 
 from fxgrow.api.arguments import check_tensors, effort_of, globs, one_of
+from fxgrow.api.left_out import left_out
 from fxgrow.api.report.data import Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
@@ -146,7 +147,8 @@ def plan(
     make = functools.partial(init.plan, source()) if isinstance(init, DataDriven) else plan_parts
     parted = {name: p for part in analyses for name, p in part.channels.normed.items()}
     made = make(analyses, request, lambda name: variance(weight_at(name, weights(), parted)))
-    return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
+    told = (*parts, *made.warnings, *left_out(made, analyses), *notes)
+    return following(after, replace(made, warnings=told))
 
 
 @exclusive

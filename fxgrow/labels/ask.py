@@ -169,12 +169,12 @@ def _random(
     Integers are positions but for operations entry by entry, to which they are numbers.
     """
     if dtype is torch.bool:
-        return (torch.arange(math.prod(shape)) % 2 == 0).view(*shape)
+        return (torch.arange(math.prod(shape)) % 2 == 0).view(tuple(shape))
     if not (dtype.is_floating_point or dtype.is_complex):
-        counted = torch.arange(math.prod(shape)).view(*shape) % 4 + 1
-        return (counted if are_numbers else torch.zeros(*shape)).to(dtype)
-    drawn = torch.rand(*shape, dtype=torch.float64, generator=generator) + 0.5
-    signs = torch.rand(*shape, dtype=torch.float64, generator=generator) - 0.5
+        counted = torch.arange(math.prod(shape)).view(tuple(shape)) % 4 + 1
+        return (counted if are_numbers else torch.zeros(tuple(shape))).to(dtype)
+    drawn = torch.rand(tuple(shape), dtype=torch.float64, generator=generator) + 0.5
+    signs = torch.rand(tuple(shape), dtype=torch.float64, generator=generator) - 0.5
     return drawn * signs.sign() + (0j if dtype.is_complex else 0)
 
 

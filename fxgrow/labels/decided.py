@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,29 @@ from torch import Tensor, nn
 from fxgrow.errors import TraceError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.decisions import Decision, Replay
+from fxgrow.modules.draws import OTHERS, Chance
 from fxgrow.modules.inputs import batches_for
-from fxgrow.modules.shadows import record, values_of
+from fxgrow.modules.shadows import Shadows, record, values_of
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.tensors import named_tensors
 
 Mode = Literal["eval", "train"]
 _CPU = torch.device("cpu")
+
+
+_MOST_NUMBERS, _PATIENCE = 64, 4  # that are tried, and how many in a row that show nothing new
+
+
+class Way(NamedTuple):
+    """A further way through a network.
+
+    Attributes:
+        decisions: what it decides there; None where shapes are enough.
+        chance: what masks are made of.
+    """
+
+    decisions: Sequence[Decision] | None
+    chance: Chance = "mean"
 
 
 @dataclass(frozen=True)
@@ -29,14 +45,15 @@ class Decided:
         model: the user's network; only read.
         module: the submodule of it that is followed, "" for the whole.
         example: the user's inputs; None where they are inferred.
-        runs: for each mode, the decisions of each run on values, the plainest first; none where
-            shapes are enough.
+        runs: for each mode, the decisions of a run on values; none where shapes are enough.
+        ways: for each mode, further ways, on which it may use other parts.
     """
 
     model: nn.Module
     module: str = ""
     example: object = None
-    runs: dict[Mode, list[Sequence[Decision]]] = field(default_factory=dict)
+    runs: dict[Mode, Sequence[Decision]] = field(default_factory=dict)
+    ways: dict[Mode, list[Way]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -48,18 +65,26 @@ class Decided:
     def _has_values(self) -> bool:
         return not any(tensor.is_meta for tensor in named_tensors(self.model).values())
 
-    def replay(self, mode: Mode, run: int = 0) -> Replay | None:
+    def replay(self, mode: Mode) -> Replay | None:
         """Return what decides in a run on shapes, None where nothing is to be decided."""
-        runs = self.runs.get(mode, ())
-        return Replay(runs[run], self.device) if runs else None
+        return self._replayed(self.runs.get(mode))
 
-    def further(self, mode: Mode) -> list[Replay]:
-        """Return what decides in further runs, which take other ways."""
-        return [Replay(run, self.device) for run in self.runs.get(mode, ())[1:]]
+    def _replayed(self, decisions: Sequence[Decision] | None) -> Replay | None:
+        return None if decisions is None else Replay(decisions, self.device)
+
+    def further(self, mode: Mode, *, by_chance: bool) -> list[tuple[Replay | None, Chance]]:
+        """Return what decides in further runs, and what their masks are made of.
+
+        Args:
+            mode: the mode.
+            by_chance: those with other masks, or those with other decisions alone.
+        """
+        ways = (w for w in self.ways.get(mode, ()) if (w.chance != "mean") == by_chance)
+        return [(self._replayed(way.decisions), way.chance) for way in ways]
 
     def forgotten(self) -> Decided:
         """Return the same without any runs: the inputs are others."""
-        return replace(self, runs={})
+        return replace(self, runs={}, ways={})
 
     def find_out(self, standin: nn.Module, mode: Mode, inputs: Arguments, told: str) -> None:
         """Run the network on values beside its shapes, and keep what it decides.
@@ -89,20 +114,47 @@ class Decided:
             known = f"the model runs on {told}, and " if self._has_values else ""
             raise TraceError(
                 f"{known}what it decides by values there cannot be told beforehand: "
-                f"{first_line(error)}."
+                f"{_reason(error)}."
             ) from error
-        self.runs[mode] = [found]
+        self.runs[mode] = found.decisions
 
-    def explore(self, standin: nn.Module, mode: Mode, inputs: Arguments) -> None:
-        """Find out what the network decides where truth values are all true, or all false."""
+    def explore(
+        self, standin: nn.Module, mode: Mode, inputs: Arguments, left: set[int], *, by_chance: bool
+    ) -> None:
+        """Find further ways through the network, on which it uses what it has left out so far.
+
+        Args:
+            standin: the network on the meta device, at its own sizes, in the mode.
+            mode: the mode.
+            inputs: on the meta device.
+            left: ids of the tensors of ``standin`` that have taken no part.
+            by_chance: try other masks; else other truth values and numbers that Python looks at.
+        """
         run = self._recording(standin, inputs)
+        if by_chance:
+            for chance in OTHERS:
+                self._try(run, mode, left, chance=chance)
+            return
         for answer in (True, False):
-            try:
-                found = run(yes=answer)
-            except Exception:  # checks of arguments, loops without an end
-                continue
-            if found not in self.runs[mode]:
-                self.runs[mode].append(found)
+            self._try(run, mode, left, yes=answer)
+        idle = 0
+        for number in range(_MOST_NUMBERS):
+            if not left or idle == _PATIENCE:
+                break
+            idle = 0 if self._try(run, mode, left, number=number) else idle + 1
+
+    def _try(self, run: Callable[..., Shadows], mode: Mode, left: set[int], **how: Any) -> bool:
+        """Keep a way that can be gone and shows something new; return whether it does."""
+        try:
+            found = run(**how)
+        except Exception:  # checks of arguments, loops without an end
+            return False
+        shows = bool(left & found.met)
+        left -= found.met
+        decisions = found.decisions if found.decisions or mode in self.runs else None
+        if shows or "yes" in how:
+            self.ways.setdefault(mode, []).append(Way(decisions, how.get("chance", "mean")))
+        return shows
 
     def fault(self, mode: Mode, inputs: Arguments) -> Exception | None:
         """Return what the network itself raises on its inputs; None if it runs, or has no values.
@@ -123,13 +175,11 @@ class Decided:
             return error
         return None
 
-    def _recording(
-        self, standin: nn.Module, inputs: Arguments
-    ) -> Callable[..., tuple[Decision, ...]]:
+    def _recording(self, standin: nn.Module, inputs: Arguments) -> Callable[..., Shadows]:
         target = standin.get_submodule(self.module)
         values, real = values_of(standin, self.model), self.real_inputs(inputs)
 
-        def run(**how: Any) -> tuple[Decision, ...]:
+        def run(**how: Any) -> Shadows:
             return record(target, values, inputs, real, self.device, **how)
 
         return run
@@ -139,3 +189,10 @@ class Decided:
         target = self.model.get_submodule(self.module)
         shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
         return batches_for(target, shapes, False, self.example)[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return why decisions cannot be told, in words that are no numbers of Python's own."""
+    if isinstance(error, KeyError) or "truth value of an array" in str(error):
+        return "the values leave torch (tolist, numpy), and what becomes of them cannot be replayed"
+    return first_line(error)

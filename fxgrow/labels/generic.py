@@ -8,7 +8,8 @@ of its operands where they broadcast together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,14 +52,24 @@ def alters(step: Step) -> str:
         return ""
     if not traits.is_pointwise:
         return traits.name
+    return " ".join((traits.name, *(f"{x:.12g}" for x in numbers_of(step))))
+
+
+def numbers_of(step: Step, known: Mapping[int, float] = MappingProxyType({})) -> tuple[float, ...]:
+    """Return the numbers that an operation computes with, in the order of its arguments.
+
+    Args:
+        step: the operation.
+        known: what is told of constants that have no values of their own, by the id of a tensor.
+    """
     given = (*step.args, *step.kwargs.values())
-    numbers = [x.item() if isinstance(x, Tensor) and _is_number(x) else x for x in given]
-    told = [f"{x:.12g}" for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool)]
-    return " ".join((traits.name, *told))
+    numbers = [_number(x, known) if isinstance(x, Tensor) else x for x in given]
+    return tuple(x for x in numbers if isinstance(x, (int, float)) and not isinstance(x, bool))
 
 
-def _is_number(tensor: Tensor) -> bool:
-    return not tensor.ndim and not tensor.is_meta
+def _number(tensor: Tensor, known: Mapping[int, float]) -> object:
+    """Return the one number in a constant without dims, None if it is none."""
+    return tensor.item() if not tensor.ndim and not tensor.is_meta else known.get(id(tensor))
 
 
 def is_curved(step: Step, weights: Sequence[Value]) -> bool:

@@ -23,7 +23,7 @@ from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
-from fxgrow.modules.draws import same_chance
+from fxgrow.modules.draws import Chance, law_of, same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.tensors import lasting_tensors
 
@@ -43,6 +43,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         zeros: names of those that are zeros by definition, and so are new entries of theirs.
         most: entries that a tensor may have.
         decider: answers where the network looks at values.
+        chance: what masks with values are made of.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
+        chance: Chance = "mean",
     ) -> None:
-        super().__init__(decider)
+        super().__init__(decider, chance)
         self._most = most
         self.space = space
         self._zeros = zeros
@@ -63,10 +65,13 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
+        self._numbers: dict[int, float] = {}  # in constants of one entry, by the id of their twin
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
         """Know the twin of a constant for the same value."""
         self._values[id(twin)] = self.value(tensor)
+        if tensor.numel() == 1 and not tensor.is_complex():
+            self._numbers[id(twin)] = float(tensor.item())
 
     def left(self, tensor: Tensor, name: str) -> None:
         """Pin channels that Python reads: nobody sees what it does with them."""
@@ -140,18 +145,21 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         own = facts | _own_facts(step)
         index = len(self.tape.operations)
         told = step.positions
-        numbers = self._made(step, inputs, layers)
+        positions = self._made(step, inputs, layers)
         values = tuple([
             self._enter(
-                tensor, flow, producer=index, positions=told.get(place), made=numbers[place],
+                tensor, flow, producer=index, positions=told.get(place), made=positions[place],
                 **(facts if place else own),
             )
             for place, (tensor, flow) in enumerate(zip(outputs, layers, strict=True))
         ])  # fmt: skip
+        pointwise = traits.is_pointwise and not traits.is_layout
+        numbers = generic.numbers_of(step, self._numbers) if pointwise else ()
         if traits.is_mutable:
             self._write_back(step, index)
+            self._numbers.pop(id(operands[0]), None)
         self.tape.operations.append(
-            Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values)
+            Operation(index, func, node, module, seen_args, seen_kwargs, inputs, values, numbers)
         )
 
     def _enter_made(
@@ -202,6 +210,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             return
         known, written = self.value(view._base), self.value(view)
         if not written.layers:
+            if not (known.layers or written.is_weight):  # it holds data from now on
+                self._enter(view._base, (), producer=index, made=known.made)
             return
         layers = written_back(
             self.space, view._base, known.layers, view, written.layers, step.place
@@ -326,6 +336,7 @@ def propagate(
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
     decider: Decider | None = None,
+    chance: Chance = "mean",
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 
@@ -341,6 +352,7 @@ def propagate(
             :func:`zero_buffers`.
         most: entries that a tensor may have.
         decider: answers where the network looks at values; without one, that fails.
+        chance: what masks with values are made of.
 
     Returns:
         The label space (to be resolved with ``roots()``) and the tape of operations.
@@ -351,13 +363,15 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most, decider)
-    with torch.no_grad(), same_chance(), labeller, _WholeNorms():
+    labeller = Labeller(named, space, place, zeros, most, decider, chance)
+    with torch.no_grad(), same_chance(chance) as common, labeller, _WholeNorms():
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
     space.place = ""
+    masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
+    labeller.tape.by_chance = common.drew or masks
     for tensor in results_in(result):
         value = labeller.value(labeller.current(tensor))
         labeller._use(value)

@@ -83,6 +83,7 @@ class Operation:
         args, kwargs: its arguments, every tensor replaced by its :class:`Value`.
         inputs: the values among the arguments, in order.
         outputs: the values it computed (an in-place operation computes a new value).
+        numbers: those among its arguments, and in constants of one entry, if it is pointwise.
     """
 
     index: int
@@ -93,6 +94,7 @@ class Operation:
     kwargs: dict[str, Any]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    numbers: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -124,11 +126,12 @@ class Operation:
 
 @dataclass
 class Tape:
-    """The operations of one run in order, its values and outputs."""
+    """The operations of one run in order, its values and outputs; and whether it drew masks."""
 
     operations: list[Operation] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    by_chance: bool = False
 
     @property
     def flops(self) -> int:

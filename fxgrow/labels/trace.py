@@ -18,17 +18,18 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.decided import Decided, Mode
 from fxgrow.labels.graphs import symbolic_trace
-from fxgrow.labels.pins import PinKind
+from fxgrow.labels.parts import pin_shared, unused
 from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propagate
 from fxgrow.labels.running import Interpreter, Listing, running_modules
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.training import differs_in_training
 from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
-from fxgrow.modules.draws import same_chance
+from fxgrow.modules.decisions import Decider
+from fxgrow.modules.draws import Chance, same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
 from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
-from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
+from fxgrow.modules.tensors import scalar_buffers, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
 _MOST_INFERRED = 2**26  # entries of a tensor on small inputs of our own
@@ -52,6 +53,7 @@ class Traced:
         exploring: whether what it decides is still to be found out.
         at: during a run, returns the fx node and the module that are running; after a failure,
             those that failed.
+        unused: parameters that took part in no run that was labelled.
     """
 
     standin: nn.Module
@@ -64,6 +66,8 @@ class Traced:
     zeros: frozenset[str] = frozenset()
     scalars: Mapping[str, float] = field(default_factory=dict)
     at: Callable[[], Place] = lambda: ("", "")
+    unused: tuple[str, ...] = ()
+    _by_chance: set[Mode] = field(default_factory=set)
     _differs: bool | None = None
 
     @cached_property
@@ -130,7 +134,6 @@ class Traced:
 
     @property
     def _told_shapes(self) -> str:
-        """The shapes of the input tensors as messages tell them."""
         return ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
 
     def follow(self, watch: Watch = no_watch) -> tuple[LabelSpace, Tape]:
@@ -239,6 +242,8 @@ class Traced:
             complete = not more or self._label_training(space, watch)
             if not complete:
                 return self._run(run, watch)
+            self._label_by_chance(run, space, watch)
+            self.unused = tuple(self._unused(space))
         except TraceError:
             raise
         except Exception as error:  # a user's forward may raise anything
@@ -257,27 +262,52 @@ class Traced:
             ) from error
         finally:
             in_eval_mode(self.standin)
-        self._pin_shared(space)
+        pin_shared(space, self.standin, self.module)
         return space, tape
 
     def _in_eval_mode(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and others that take other ways where it leaves parts out."""
-        self.begins, most = True, _MOST_INFERRED if self.inferred else MOST_ENTRIES
-        with keeping_buffers(self.standin):
-            space, tape = propagate(
-                run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
-                most=most, decider=self.decided.replay("eval"),
-            )  # fmt: skip
+        self.begins = True
+        space, tape = self._labelled(run, None, watch, self.decided.replay("eval"))
         self.begins = False
-        if self.exploring and "eval" in self.decided.runs and self._unused(space):
-            self.decided.explore(self.standin, "eval", self.inputs)
-        for decider in self.decided.further("eval"):
-            with keeping_buffers(self.standin):
-                propagate(
-                    run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
-                    most=most, space=space, decider=decider,
-                )  # fmt: skip
+        if tape.by_chance:
+            self._by_chance.add("eval")
+        if self.exploring and "eval" in self.decided.runs:
+            self._explore("eval", space, by_chance=False)
+        for decider, chance in self.decided.further("eval", by_chance=False):
+            self._labelled(run, space, watch, decider, chance)
         return space, tape
+
+    def _explore(self, mode: Mode, space: LabelSpace, *, by_chance: bool) -> None:
+        """Find ways on which the network uses what it has left out so far, if that is anything."""
+        if left := {*self._unused(space).values()}:
+            self.decided.explore(self.standin, mode, self.inputs, left, by_chance=by_chance)
+
+    def _label_by_chance(self, run: Callable[..., Any], space: LabelSpace, watch: Watch) -> None:
+        """Label runs with other masks, which use other parts of the network."""
+        modes: dict[Mode, Callable[..., Any]] = {"eval": run, "train": self.target}
+        for mode, called in modes.items():
+            set_training(self.target, mode=mode == "train")
+            if self.exploring and mode in self._by_chance:
+                self._explore(mode, space, by_chance=True)
+            for decider, chance in self.decided.further(mode, by_chance=True):
+                self._labelled(called, space, watch, decider, chance)
+
+    def _labelled(
+        self,
+        run: Callable[..., Any],
+        space: LabelSpace | None,
+        watch: Watch,
+        decider: Decider | None,
+        chance: Chance = "mean",
+    ) -> tuple[LabelSpace, Tape]:
+        """Label a run of the network in the mode that it is in."""
+        most = _MOST_INFERRED if self.inferred else MOST_ENTRIES
+        with keeping_buffers(self.standin):
+            return propagate(
+                run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
+                most=most, space=space, decider=decider, chance=chance,
+            )  # fmt: skip
 
     def _label_training(self, space: LabelSpace, watch: Watch) -> bool:
         """Label what train mode adds, or find inputs for it and return False to begin again."""
@@ -286,11 +316,13 @@ class Traced:
             target = self.target
             set_training(target, mode=True)
             with running_modules(self.standin, stack), keeping_buffers(self.standin):
-                propagate(
+                _, tape = propagate(
                     target, self.standin, self.inputs, space=space, watch=watch, zeros=self._named,
                     place=lambda: ("", stack[-1] if stack else ""),
                     decider=self.decided.replay("train"),
                 )  # fmt: skip
+            if tape.by_chance:
+                self._by_chance.add("train")
         except Exception as error:
             if self._decides_in_training(error):
                 return False
@@ -322,30 +354,8 @@ class Traced:
                 self._differs = False
         return self._differs
 
-    def _unused(self, space: LabelSpace) -> bool:
-        """Return whether some parameter with an axis to label took no part in the run."""
-        tensors = named_tensors(self.standin)
-        own = named_tensors(self.target) if self.module else tensors
-        used = {id(tensors[axis.tensor]) for axis in space.axes if axis.tensor}
-        return any(
-            id(tensor) not in used
-            and isinstance(tensor, nn.Parameter)
-            and max(tensor.shape, default=1) > 1
-            for tensor in own.values()
-        )
-
-    def _pin_shared(self, space: LabelSpace) -> None:
-        """Pin what the rest of the network uses too: nobody sees what it does there."""
-        if not self.module:
-            return
-        tensors = named_tensors(self.standin)
-        inside = f"{self.module}."
-        outside = {id(t): name for name, t in tensors.items() if not name.startswith(inside)}
-        for axis in space.axes:
-            other = outside.get(id(tensors[axis.tensor])) if axis.tensor else None
-            if other is not None:
-                labels = torch.arange(axis.start, axis.start + axis.size)
-                space.pin(labels, PinKind.OUTSIDE, other, self.module)
+    def _unused(self, space: LabelSpace) -> dict[str, int]:
+        return unused(space, self.standin, self.module)
 
 
 def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> Traced:

@@ -4,6 +4,11 @@ Two networks that are compared must draw the same noise. What an operation draws
 operation, the sizes that it is given and how many such draws there were before in the run: not on
 weights, a dtype, a device, or on draws of other sizes. So nothing needs to be kept of one run for
 the next one, and a draw that only one of the networks makes does not shift those after it.
+
+What is drawn for a mask is its mean, under which a dropout does nothing. A comparison with a mean
+is true everywhere or nowhere, so that one side of a random branch would never be seen: in further
+runs each such draw gives a single number for all entries, small, large or drawn. That is one of the
+masks that may be drawn, for tensors of any width.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -27,10 +33,19 @@ from fxgrow.modules.calling import map_tensors, tensors_in
 # "mask": what takes its mean in the place of a draw, so that a mask that keeps the mean of what it
 # is multiplied by does nothing; "noise": another draw; "": none, or one that a layer makes inside.
 Law: TypeAlias = Literal["", "mask", "noise"]
+# What masks are in a run: their mean; or made of numbers that are all small, all large, or drawn,
+# one for each mask.
+Chance: TypeAlias = Literal["mean", "low", "high", "drawn"]
+OTHERS: tuple[Chance, ...] = ("low", "high", "drawn")
 
 _MASKS = frozenset(
     ("bernoulli", "rand", "rand_like", "uniform", "rrelu_with_noise", "native_dropout")
 )
+_CONSTANT = {"mean": 0.5, "low": 0.02, "high": 0.98}
+_MANY = 1 << 12  # masks of one kind; a loop may draw until the number is another one
+# Seeds after which the first uniform numbers of Python and NumPy are small, and large.
+_SEEDS = {"mean": 0, "low": 39608, "high": 1470, "drawn": 1}
+_DRAWN = _MASKS - {"rrelu_with_noise", "native_dropout"}
 _UNTAGGED = frozenset(("aten::_sample_dirichlet", "aten::binomial"))
 # Layers that drop numbers by chance inside, and say how many.
 _LAYERS = re.compile("attention|dropout|rnn|lstm|gru")
@@ -48,9 +63,18 @@ def law_of(func: OpOverload) -> Law:
 
 
 class Draws:
-    """The draws of one run of a network: masks give their mean, and other noise is drawn."""
+    """The draws of one run of a network: masks are what ``chance`` says, and other noise is drawn.
 
-    def __init__(self) -> None:
+    Args:
+        chance: what masks are made of.
+
+    Attributes:
+        masks: how many masks were drawn, by operation and number of dims.
+    """
+
+    def __init__(self, chance: Chance = "mean") -> None:
+        self.masks: Counter[str] = Counter()
+        self._chance = chance
         self._counts: Counter[str] = Counter()
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,10 +95,30 @@ class Draws:
         if func._opname.rstrip("_") == "rrelu_with_noise":
             args = _with_mean_slope(args)
         result = func(*args, **kwargs)
-        mean = _mean(func, args, kwargs)
-        if isinstance(mean, Tensor):
-            return result.copy_(mean)
-        return result if mean is None else result.fill_(mean)
+        found = self._filling(func, args, kwargs, result.ndim)
+        if isinstance(found, Tensor):
+            return result.copy_(found)
+        return result if found is None else result.fill_(found)
+
+    def _filling(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int
+    ) -> Tensor | float | None:
+        """Return what a mask holds, or None if it draws nothing."""
+        name = func._opname.rstrip("_")
+        if name not in _DRAWN:
+            return None
+        kind = f"{func._name} {ndim}"  # its sizes may be those of channels
+        self.masks[kind] += 1
+        number = _CONSTANT.get(self._chance)
+        if number is None or self.masks[kind] > _MANY:
+            number = random.Random(f"{kind} {self.masks[kind]}").random()
+        if name == "bernoulli":
+            chances = _probability(func, args)
+            if self._chance == "mean":
+                return chances
+            return (chances > number).double() if isinstance(chances, Tensor) else chances > number
+        low, high = _range(func, args, kwargs)
+        return low + number * (high - low)
 
     def draw(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an operation draws.
@@ -107,23 +151,41 @@ class Draws:
         return map_tensors(functools.partial(_as_it_was, dtype=dtype, device=device), found)
 
 
+@dataclass
+class Common:
+    """What was seen of draws that no operation shows.
+
+    Attributes:
+        drew: whether Python's or NumPy's common generator was drawn from; known at the end.
+    """
+
+    drew: bool = False
+
+
 @contextlib.contextmanager
-def same_chance() -> Iterator[None]:
+def same_chance(chance: Chance = "mean") -> Iterator[Common]:
     """Let all that draws by Python's, NumPy's or torch's common generator draw the same.
 
     These are draws that no operation shows, as where a layer is left out if ``random.random()`` is
     small. The generators go on afterwards from where they were.
+
+    Args:
+        chance: which of several draws these are.
     """
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     state = random.getstate()
     arrays = None if numpy is None else numpy.get_state()
-    random.seed(0)
+    found, seed = Common(), _SEEDS[chance]
+    random.seed(seed)
     if numpy is not None:
-        numpy.seed(0)
+        numpy.seed(seed)
+    begun = random.getstate(), None if numpy is None else numpy.get_state()[2]
     try:
         with _seeded(0):
-            yield
+            yield found
     finally:
+        ended = random.getstate(), None if numpy is None else numpy.get_state()[2]
+        found.drew = begun != ended
         random.setstate(state)
         if numpy is not None:
             numpy.set_state(arrays)
@@ -193,14 +255,20 @@ def _with_mean_slope(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args[:2], slope, slope, *args[4:])
 
 
-def _mean(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
-    """Return what is drawn for a mask on average, or None if that is none."""
-    name = func._opname
-    if name in ("bernoulli", "bernoulli_"):  # the probability 0.5 is left out of the arguments
-        mean: Tensor | float = args[1] if len(args) > 1 else args[0] if name == "bernoulli" else 0.5
-        return mean
-    if name in ("uniform", "uniform_"):
-        low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
-        high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
-        return float(low + high) / 2
-    return 0.5 if name in ("rand", "rand_like") else None
+def _probability(func: OpOverload, args: tuple[Any, ...]) -> Tensor | float:
+    """Return how likely a one is among what is drawn; 0.5 is left out of the arguments."""
+    chances: Tensor | float = 0.5
+    if len(args) > 1:
+        chances = args[1]
+    elif func._opname == "bernoulli":
+        chances = args[0]
+    return chances
+
+
+def _range(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Return between which numbers others are drawn."""
+    if func._opname.rstrip("_") != "uniform":
+        return 0.0, 1.0
+    low = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+    high = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+    return float(low), float(high)

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.draws import Draws
+from fxgrow.modules.draws import Chance, Draws
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,17 +33,23 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         casts: whether there was such a thing.
+        chance: what masks are made of, from the next time on that the mode is entered; their mean
+            at first.
+        draws: those since it was entered.
+        common: whether besides a common generator was drawn from, as far as whoever runs it says.
     """
 
     def __init__(self, *, exact: bool = False) -> None:
         super().__init__()
         self.casts = False
+        self.chance: Chance = "mean"
+        self.draws = Draws()
+        self.common = False
         self._exact = exact
-        self._draws = Draws()
 
     def __enter__(self) -> Expectation:
         """Begin to draw anew."""
-        self._draws = Draws()
+        self.draws = Draws(self.chance)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -58,7 +64,7 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._exact:
             args, kwargs = self._in_double(func, args, kwargs)
-        result = self._draws.run(func, args, kwargs)
+        result = self.draws.run(func, args, kwargs)
         if self._exact and _is_made_lower(func, args, result):
             self.casts = True
             result = result.double()

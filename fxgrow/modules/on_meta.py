@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_in, positions_of
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.draws import Draws, law_of
+from fxgrow.modules.draws import Chance, Draws, law_of
 from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 from fxgrow.modules.one_device import OnOneDevice
 
@@ -33,14 +33,15 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         decider: answers where the model looks at values; without one, that fails.
+        chance: what masks with values are made of.
     """
 
-    def __init__(self, decider: Decider | None = None) -> None:
+    def __init__(self, decider: Decider | None = None, chance: Chance = "mean") -> None:
         super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
-        self.draws = Draws()
+        self.draws = Draws(chance)
         self._one_device = OnOneDevice(self._to_meta)
         self._as_if_real = None if decider is None else AsIfReal(decider, self.left)
 

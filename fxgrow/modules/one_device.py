@@ -1,10 +1,11 @@
-"""Recurrent layers ask where their first state is before an operation runs: let it be on meta."""
+"""What asks for a device before an operation runs: recurrent layers, numbers made into tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,10 +17,13 @@ _RECURRENT = frozenset((
     "lstm", "gru", "rnn_tanh", "rnn_relu",
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
 ))  # fmt: skip
+_MAKERS = (torch.tensor, torch.as_tensor)
 
 
 class OnOneDevice(TorchFunctionMode):
     """A mode in which recurrent layers get all tensors on the meta device, if any is there.
+
+    A number that becomes a tensor there keeps its value, on the CPU: no dispatch mode sees it.
 
     Args:
         to_meta: returns what stands in for a constant there.
@@ -43,8 +47,21 @@ class OnOneDevice(TorchFunctionMode):
             if len(devices) > 1:
                 with _disable_current_modes():  # what makes a tensor here is no part of the run
                     args, kwargs = map_tensors(self._moved, (args, kwargs))
+        elif func in _MAKERS and _is_number_on_meta(args, kwargs):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """Return a tensor on meta; lengths of packed sequences stay where code looks at them."""
         return self._to_meta(tensor) if tensor.is_floating_point() else tensor
+
+
+def _is_number_on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a tensor without values is to be made of one number."""
+    device = kwargs.get("device")
+    return (
+        len(args) == 1
+        and isinstance(args[0], (int, float))
+        and device is not None
+        and torch.device(device).type == "meta"
+    )

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxgrow.errors import TraceError
 from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.decisions import Decision, extents
-from fxgrow.modules.draws import same_chance
+from fxgrow.modules.draws import Chance, same_chance
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import keeping_buffers
 from fxgrow.modules.tensors import named_tensors
@@ -34,9 +34,12 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         finds: where an operation finds no positions at all, it says that it found the first one,
             so that what would be computed of them is.
         yes: what truth values that leave the tensors are taken for, if not for what they are.
+        number: the same for other numbers, which may be positions in a list of modules.
+        chance: what masks are made of.
 
     Attributes:
         decisions: what was decided, in order.
+        met: ids of the tensors of the network that took part.
     """
 
     def __init__(
@@ -46,15 +49,18 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         *,
         finds: bool = True,
         yes: bool | None = None,
+        number: int | None = None,
+        chance: Chance = "mean",
     ) -> None:
         self.device = device
         self.decisions: list[Decision] = []
-        super().__init__(self)
+        self.met: set[int] = set()
+        super().__init__(self, chance)
         self._lasting = real
         self._real = WeakTensorKeyDictionary()
         lent = (tensor for tensor in real.values() if isinstance(tensor, nn.Parameter))
         self._lent = {tensor.untyped_storage().data_ptr() for tensor in lent}
-        self._finds, self._yes = finds, yes
+        self._finds, self._yes, self._number = finds, yes, number
         self._found = 0
 
     def decide(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,12 +70,19 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
             real = self._at_least_one(real, args[0])
         if self._yes is not None and isinstance(real, bool):
             real = self._yes
-        return self._decided(func._name, real)
+        return self._decided(func._name, self._forced(real))
 
     def read(self, tensor: Tensor, name: str, reading: Callable[[Tensor], Any]) -> Any:
         """Return all values of a tensor."""
         with torch._C.DisableTorchFunction():
-            return self._decided(name, reading(self._values(tensor)))
+            return self._decided(name, self._forced(reading(self._values(tensor))))
+
+    def _forced(self, real: Any) -> Any:
+        """Return what left the tensors, with other numbers if it is to be others."""
+        if isinstance(real, list):
+            return [self._forced(item) for item in real]
+        plain = isinstance(real, (int, float)) and not isinstance(real, bool)
+        return type(real)(self._number) if plain and self._number is not None else real
 
     def ran(
         self,
@@ -80,6 +93,7 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         result: object,
     ) -> None:
         """Do the same to the values."""
+        self.met.update(id(tensor) for tensor in operands if id(tensor) in self._lasting)
         made = tensors_in(result)
         known = not func._schema.is_mutable and all(tensor in self._real for tensor in made)
         if any(tensor.is_meta for tensor in made) and not known:
@@ -198,11 +212,9 @@ def record(
     inputs: Arguments,
     real_inputs: Arguments,
     device: torch.device,
-    *,
-    finds: bool = True,
-    yes: bool | None = None,
-) -> tuple[Decision, ...]:
-    """Return what a network decides by values on inputs.
+    **how: Any,
+) -> Shadows:
+    """Return a run of a network on inputs, in which it has decided by values.
 
     Args:
         target: the network on the meta device, in the mode in which it is to run.
@@ -210,15 +222,15 @@ def record(
         inputs: on the meta device, others with values.
         real_inputs: the same with values.
         device: where its tensors say that they are.
-        finds: as for :class:`Shadows`.
-        yes: likewise.
+        how: as for :class:`Shadows`.
 
     Raises:
         Exception: whatever the forward raises.
     """
     pairs = zip(tensors_in(inputs), tensors_in(real_inputs), strict=True)
     real = {id(meta): x.detach().clone() for meta, x in pairs if meta.is_meta}
-    shadows = Shadows({**values, **real}, device, finds=finds, yes=yes)
-    with torch.no_grad(), same_chance(), keeping_buffers(target), shadows:
+    shadows = Shadows({**values, **real}, device, **how)
+    chance = same_chance(how.get("chance", "mean"))
+    with torch.no_grad(), chance, keeping_buffers(target), shadows:
         call(target, inputs)
-    return tuple(shadows.decisions)
+    return shadows

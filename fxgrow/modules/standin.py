@@ -41,8 +41,15 @@ def stand_in(
         shared: objects by their ids that are not copied.
 
     Raises:
-        TraceError: some attribute cannot be copied.
+        TraceError: some attribute cannot be copied, or a module is compiled code.
     """
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{name or 'the model'} is a TorchScript program, which is compiled code.",
+                name=name,
+                way_out="Give the module that it was compiled from, and compile the grown one.",
+            )
     memo: dict[int, Any] = dict(shared)
     for name, tensor in named_tensors(model).items():
         if id(tensor) in memo or (replacements is not None and name not in replacements):

@@ -33,6 +33,10 @@ class Network:
     drawn: tuple[Weights, ...] = ()
     finish: Callable[[nn.Module], object] | None = None
 
+    def weights(self, level: int | None) -> Weights:
+        """Return drawn weights, or for None the given ones."""
+        return self.given if level is None else self.drawn[level]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -48,7 +52,6 @@ class Case:
         notes: to be passed on.
         judged: the modes in which the result must be what is predicted; the other is measured.
         effort: ``full`` or ``quick``.
-        made: the one network was made of the other.
     """
 
     before: Network
@@ -61,7 +64,6 @@ class Case:
     notes: tuple[str, ...] = ()
     judged: tuple[Mode, ...] = ("eval", "train")
     effort: Effort = "full"
-    made: bool = True
 
     def is_inside(self, name: str) -> bool:
         """Return whether a name is one in the part that runs."""

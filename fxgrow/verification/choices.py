@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from fxgrow.modules import in_double
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
+from fxgrow.verification.findings import scale_of
 
 Key: TypeAlias = tuple[str, tuple[tuple[int, ...], ...]]
 _MOST = 1 << 22  # entries that a choice is noted of, and …
@@ -143,8 +144,7 @@ def _near(own: Tensor, other: Tensor, tolerance: float) -> bool:
     mine, theirs = own.double(), other.double()
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
     gap = torch.where(same, 0.0, (mine - theirs).abs())
-    scale = torch.where(theirs.isfinite(), theirs.abs(), 0.0)
-    return not gap.numel() or bool(gap.max() <= tolerance * scale.max())
+    return not gap.numel() or float(gap.max()) <= tolerance * scale_of(theirs, gap)
 
 
 def _taken(own: Any, other: Any, *, rounds: bool) -> Any:

@@ -14,6 +14,9 @@ from torch import Tensor
 Judgement = Literal["preserved", "as predicted", "changed", "failed", "skipped"]
 Effort = Literal["full", "quick", "none"]
 
+_MOST_FILLS = 4  # different values that masks are filled with
+_FILL = 1e6  # times the largest of all that differs: no part of one computation with it
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -83,6 +86,11 @@ class ModeResult:
     grown_rounding: Errors | None = None
     ratio: float | None = None
 
+    @classmethod
+    def of(cls, exact: ExactResult) -> ModeResult:
+        """Return what was measured in float64 alone."""
+        return cls(exact.float64, predicted=exact.predicted, residual=exact.residual)
+
     def worst(self, other: ModeResult) -> ModeResult:
         """Return the larger of each figure."""
         both = (self.grown_rounding, other.grown_rounding)
@@ -129,6 +137,28 @@ def ratio_of(grown: Errors, own: Errors) -> float | None:
     return grown.max_rel / own.max_rel if 0 < own.max_rel < math.inf else None
 
 
+def scale_of(old: Tensor, gap: Tensor) -> float:
+    """Return the largest magnitude of finite numbers, but for what masks are filled with.
+
+    A few values that lie far beyond all that differs, and do not differ themselves (-1e9, the least
+    number of a dtype), say nothing of how large the rest may be off.
+
+    Args:
+        old: the numbers.
+        gap: how far each is from what it is in the other network; 0 where they are the same.
+    """
+    sizes = torch.where(old.isfinite(), old.abs(), 0.0)
+    largest = float(sizes.max())
+    differing = float(torch.where(gap == 0.0, 0.0, torch.maximum(sizes, gap)).max())
+    for _ in range(_MOST_FILLS):
+        is_fill = sizes == largest
+        if largest <= _FILL * differing or not differing or bool(gap[is_fill].any()):
+            break
+        sizes = torch.where(is_fill, 0.0, sizes)
+        largest = float(sizes.max())
+    return largest
+
+
 def errors_of(
     before: Sequence[Tensor], after: Sequence[Tensor], *, whole_numbers: bool = False
 ) -> Errors:
@@ -159,6 +189,6 @@ def errors_of(
         largest = float(gap.max())
         if math.isnan(largest):
             return Errors(math.inf, math.inf)
-        scale = float(torch.where(old.isfinite(), old.abs(), 0.0).max())
+        scale = scale_of(old, gap)
         worst = worst.worst(Errors(largest, largest / scale if scale else largest))
     return worst

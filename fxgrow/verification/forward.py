@@ -41,30 +41,59 @@ def outputs_of(
         mode: the mode.
         without_chance: the run that it is a part of.
         choosing: notes its choices, or makes those of another run.
-        grown: it was made of a network that runs on these arguments.
+        grown: another network runs on these arguments, and this one must.
 
     Raises:
+        NoLongerRuns: it does not run, and must.
         VerificationError: it does not run; a batch norm in train mode needs more than one value.
     """
     set_mode(model, mode)
+    chance = same_chance(without_chance.chance)
     try:
-        with torch.no_grad(), same_chance(), choosing or nullcontext(), without_chance:
+        with torch.no_grad(), chance as common, choosing or nullcontext(), without_chance:
             arguments = map_tensors(Tensor.clone, arguments)  # forwards may write into them
-            return [tensor.clone() for tensor in results_in(call(model, arguments))]
+            found = [tensor.clone() for tensor in results_in(call(model, arguments))]
     except FAULTS as error:
         if grown:
-            layer = _layer_at(model, error)
-            where = f" (at {layer})" if layer else ""
-            raise VerificationError(
-                f"the grown {type(model).__name__} does not run in {mode} mode, where the original "
-                f"does: {first_line(error)}{where}. What was done to it does not fit together.",
-                name=layer,
-            ) from error
+            raise no_longer_runs(model, f"in {mode} mode", error) from error
         raise VerificationError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "
             "(verify=False, --no-verify).",
         ) from error
+    without_chance.common = common.drew
+    return found
+
+
+class NoLongerRuns(VerificationError):  # noqa: N818 - what became of a network
+    """A network does not run where the one that it was made of, or is compared with, does.
+
+    Attributes:
+        cause: what it raised, and where.
+    """
+
+    cause: str = ""
+
+
+def no_longer_runs(model: nn.Module, how: str, error: BaseException) -> NoLongerRuns:
+    """Return the error for a grown network that fails where the original does not.
+
+    Args:
+        model: the grown network.
+        how: in which way it was run.
+        error: what it raised.
+    """
+    layer = _layer_at(model, error)
+    where = f" (at {layer})" if layer else ""
+    found = NoLongerRuns(
+        f"the grown {type(model).__name__} does not run {how}, where the original does: "
+        f"{first_line(error)}{where}. What was done to it does not fit together.",
+        name=layer,
+        way_out="Leave out what it reads (--exclude), or give inputs on which every part of the "
+        "network that they can reach takes part.",
+    )
+    found.cause = f"{first_line(error)}{where}"
+    return found
 
 
 def _layer_at(model: nn.Module, error: BaseException) -> str:

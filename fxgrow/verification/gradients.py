@@ -20,7 +20,7 @@ from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.verification.forward import FAULTS, set_mode, shown
+from fxgrow.verification.forward import FAULTS, no_longer_runs, set_mode, shown
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Gradients:
 
 
 def check_gradients(
-    model: nn.Module, edits: Mapping[str, TensorEdit], batch: Arguments
+    model: nn.Module,
+    edits: Mapping[str, TensorEdit],
+    batch: Arguments,
+    original: nn.Module | None = None,
 ) -> Gradients:
     """Return which tensors' new entries receive no gradient within two steps of descent.
 
@@ -45,18 +48,27 @@ def check_gradients(
         model: the grown network as it is; only read.
         edits: grown tensors by name; none, no check.
         batch: what it is called with.
+        original: the old network; what it does, the grown one must do.
+
+    Raises:
+        NoLongerRuns: the grown network fails, and the original does not.
     """
     # Where nothing begins as zero one step mostly tells all, and no parameter needs to move for it.
     dead = any(p.requires_grad and not p.any() for p in model.parameters())
     if not dead and not any(map(_has_zeros, edits.values())):
-        found = _descended(model, edits, batch, steps=1)
+        found = _descended(model, edits, batch, original, steps=1)
         if not found.missing:
             return found
-    return _descended(model, edits, batch, steps=2)
+    return _descended(model, edits, batch, original, steps=2)
 
 
 def _descended(
-    model: nn.Module, edits: Mapping[str, TensorEdit], batch: Arguments, steps: int
+    model: nn.Module,
+    edits: Mapping[str, TensorEdit],
+    batch: Arguments,
+    original: nn.Module | None,
+    *,
+    steps: int,
 ) -> Gradients:
     """Return what some steps of descent find."""
     copied = _copy(model)
@@ -91,10 +103,23 @@ def _descended(
             if not waiting or not _backward(copied, arguments):
                 break
     except (*FAULTS, UserWarning) as error:
+        if original is not None and _learns(original, batch):
+            raise no_longer_runs(copied, "in train mode with gradients", error) from error
         reason = first_line(error).partition(". ")[0]
         note = f"gradients of {shown(unchecked)} were not checked: {reason}"
         return Gradients(notes=(note,))
     return Gradients(tuple(waiting))
+
+
+def _learns(original: nn.Module, batch: Arguments) -> bool:
+    """Return whether the old network runs where the grown one, on its gradients, did not."""
+    copied = _copy(original)
+    set_mode(copied, "train")
+    try:
+        _backward(copied, map_tensors(Tensor.clone, _typed(batch, original)))
+    except (*FAULTS, UserWarning):
+        return False
+    return True
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ from fxgrow.verification.findings import (
     ModeResult,
     Verification,
 )
-from fxgrow.verification.forward import Mode, lent_copy, shown
+from fxgrow.verification.forward import Mode, NoLongerRuns, lent_copy, shown
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
@@ -339,10 +339,10 @@ def verify(
 
     Returns:
         The measurements. ``verdict`` is ``preserved`` if they agree within what their own dtype
-        rounds (1e-10 in float64), else ``failed``.
+        rounds (1e-10 in float64), else ``failed``, also where the second does not run.
 
     Raises:
-        VerificationError: one of the networks does not run.
+        VerificationError: the first network does not run, or nothing can be compared.
         TraceError: no input could be inferred, or there is no such submodule.
     """
     if example_inputs is None:
@@ -359,8 +359,14 @@ def verify(
             old, new = (network.get_submodule(name) for network in (before, after))
             batches = batches_for(old, shapes, inferred, example_inputs)
             inputs, notes = judged_inputs(old, new, batches, "full", draw=False)
-            case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes), made=False)
-            judged = judge(case, inputs)
+            case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes))
+            try:
+                judged = judge(case, inputs)
+            except NoLongerRuns as error:
+                told = tuple("x".join(map(str, t.shape)) for t in tensors_in(batches[0]))
+                note = f"the second network does not run where the first does: {error.cause}"
+                found.append(Verification("failed", effort="full", inputs=told, notes=(note,)))
+                continue
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, after) for result in results)
             found.append(replace(judged, verdict="preserved" if same else "failed"))

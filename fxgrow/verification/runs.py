@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from fxgrow.verification.exact import Exact, Weights
 from fxgrow.verification.findings import ExactResult, ModeResult, errors_of, ratio_of
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
-from fxgrow.verification.ran import Job, Outputs, Ran, absorbing, keeping_values
+from fxgrow.verification.ran import Job, Outputs, Ran, absorbing, further, keeping_values, tells
 
+Compared: TypeAlias = tuple[Job, ExactResult, float]  # … and what is no more than rounding
 _NUDGE = 2e-15  # relative change of weights, to find how much a network magnifies rounding
 # Choices are made alike where the numbers that they are made by differ by this much of the largest,
 # or, in a network's own dtype, by so many rounding units, and never more than the last.
@@ -77,7 +79,7 @@ class Runs:
         self._note_parted(after, new)
         before, predicted, after, old, new = self._decided_on(runs)
         if case.effort == "full":
-            self._note_constant(before[0, "eval"], batches[0])
+            self._note_constant(before[Job(0, "eval")], batches[0])
         found = []
         for job in jobs:
             own = errors_of(before[job], old[job])
@@ -92,10 +94,15 @@ class Runs:
                 ratio=ratio_of(grown, own) if case.predictable else None,
             )
             if not result.residual.within(tolerance):
-                excuse = self._magnified(case.before.given, batches, job, before)
-                self.excused[job[1]] = max(excuse, self.excused.get(job[1], 0.0))
-            found.append((job[1], result))
+                self._excuse(job.mode, self._magnified(None, batches, job, before))
+            found.append((job.mode, result))
+        for job, exact, rounding in self._by_chance(None, batches, before, tolerance):
+            self._excuse(job.mode, rounding)
+            found.append((job.mode, ModeResult.of(exact)))
         return found
+
+    def _excuse(self, mode: Mode, deviation: float) -> None:
+        self.excused[mode] = max(deviation, self.excused.get(mode, 0.0))
 
     def _first(self, batches: Sequence[Arguments], jobs: Sequence[Job]) -> Ran:
         """Return what the old network computes, in the modes in which it runs."""
@@ -160,26 +167,43 @@ class Runs:
                 before = self._exact(case.before, weights, batches, jobs)
             except VerificationError:
                 continue  # its code refuses such weights: told below if it refuses all
-            if all(map(_tells, before.values())):
-                return self._drawn(level, batches, jobs, before, tolerance)
+            if all(map(tells, before.values())):
+                results = (
+                    *self._compared(level, batches, jobs, before, tolerance),
+                    *self._by_chance(level, batches, before, tolerance),
+                )
+                self._note_unused()
+                return [Drawn(job.mode, result, rounding) for job, result, rounding in results]
         if jobs:
             self.notes.append("drawn weights gave no finite output, so they were not judged on")
         return []
 
-    def _drawn(
+    def _by_chance(
+        self, level: int | None, batches: Sequence[Arguments], before: Ran, tolerance: float
+    ) -> list[Compared]:
+        """Return what other masks show, where the old network draws any and runs on them."""
+        jobs, old = further([*before], before), self._case.before
+        ran = self._exact(old, old.weights(level), batches, jobs, must=False) if jobs else Ran()
+        told = [job for job, outputs in ran.items() if tells(outputs)]
+        return self._compared(level, batches, told, ran, tolerance) if told else []
+
+    def _compared(
         self,
-        level: int,
+        level: int | None,
         batches: Sequence[Arguments],
         jobs: Sequence[Job],
         before: Ran,
         tolerance: float,
-    ) -> list[Drawn]:
+    ) -> list[Compared]:
+        """Return what the grown network shows in float64, where the old one has run."""
         case = self._case
         predicted = self._predicted(level, batches, jobs, before)
-        weights = case.after.drawn[level]
+        weights = case.after.weights(level)
         after = self._exact(case.after, weights, batches, jobs, grown=True, like=predicted)
-        found = []
+        found: list[Compared] = []
         for job in jobs:
+            if job.chance == "drawn" and before.masks.get(job) != after.masks.get(job):
+                continue  # they draw from one sequence, and not as much of it
             result = ExactResult(
                 float64=errors_of(before[job], after[job], whole_numbers=True),
                 predicted=errors_of(before[job], predicted[job]),
@@ -187,24 +211,19 @@ class Runs:
             )
             rounding = 0.0
             if not result.residual.within(tolerance):
-                weights = case.before.drawn[level]
-                rounding = self._magnified(weights, batches, job, before)
-            found.append(Drawn(job[1], result, rounding))
-        self._note_unused()
+                rounding = self._magnified(level, batches, job, before)
+            found.append((job, result, rounding))
         return found
 
     def _magnified(
-        self,
-        weights: Weights,
-        batches: Sequence[Arguments],
-        job: Job,
-        before: Ran,
+        self, level: int | None, batches: Sequence[Arguments], job: Job, before: Ran
     ) -> float:
         """Return the relative deviation that is no more than rounding, in float64.
 
         Outputs may be nothing but rounding (a constant less its mean), or magnify it.
         """
-        moved = self._exact(self._case.before, nudged(weights), batches, [job], like=before)
+        old = self._case.before
+        moved = self._exact(old, nudged(old.weights(level)), batches, [job], like=before)
         found = errors_of(before[job], moved[job]).max_rel
         return _TIMES * found if math.isfinite(found) else 0.0
 
@@ -225,24 +244,30 @@ class Runs:
         grown: bool = False,
         norms: Sequence[NormGain] = (),
         like: Ran | None = None,
+        must: bool = True,
     ) -> Ran:
-        """Return what a network computes in float64."""
+        """Return what a network computes in float64, without jobs that fail unless it must run."""
         exact = Exact(network.module, weights)
         if network.finish is not None:
             network.finish(exact.module)
             exact.settle()
         part = exact.module.get_submodule(self._case.part)
         found = Ran()
-        for index, mode in jobs:
+        for job in jobs:
             exact.reset()
-            batch = in_double(batches[index])
-            choosing = Choosing(like.choices[index, mode] if like else (), _SAME)
-            with absorbing(exact.module, norms if mode == "train" else ()):
-                outputs = outputs_of(
-                    part, batch, mode, self._exactly, choosing=choosing,
-                    grown=grown and self._case.made,
-                )  # fmt: skip
-            found.enter((index, mode), outputs, choosing)
+            self._exactly.chance = job.chance
+            choosing = Choosing(like.choices[job] if like else (), _SAME)
+            try:
+                with absorbing(exact.module, norms if job.mode == "train" else ()):
+                    outputs = outputs_of(
+                        part, in_double(batches[job.batch]), job.mode, self._exactly,
+                        choosing=choosing, grown=grown,
+                    )  # fmt: skip
+            except VerificationError:
+                if must:
+                    raise
+                continue
+            found.enter(job, outputs, choosing, self._exactly)
             self._advance()
         if grown:
             self._used |= exact.used
@@ -261,7 +286,7 @@ class Runs:
         if not changed:
             return before
         network = case.reference or case.before
-        weights = network.given if level is None else network.drawn[level]
+        weights = network.weights(level)
         return before.updated(self._exact(network, weights, batches, changed, norms=case.norms))
 
     def _native(
@@ -278,14 +303,14 @@ class Runs:
         units = (torch.finfo(t.dtype).eps for t in part.parameters() if t.is_floating_point())
         tolerance = min(_TIMES_NATIVE * max(units, default=0.0), _MOST)
         found = Ran()
-        for index, mode in jobs:
-            choosing = Choosing(like.choices[index, mode] if like else (), max(tolerance, _SAME))
+        for job in jobs:
+            choosing = Choosing(like.choices[job] if like else (), max(tolerance, _SAME))
+            run = Expectation()
             with keeping_values(part):
                 outputs = outputs_of(
-                    part, batches[index], mode, Expectation(), choosing=choosing,
-                    grown=grown and self._case.made,
-                )  # fmt: skip
-            found.enter((index, mode), outputs, choosing)
+                    part, batches[job.batch], job.mode, run, choosing=choosing, grown=grown
+                )
+            found.enter(job, outputs, choosing, run)
             self._advance()
         return found
 
@@ -298,7 +323,8 @@ class Runs:
         start = len(f"{case.part}.") if case.part else 0
         edits = {name[start:]: edit for name, edit in case.edits.items() if case.is_inside(name)}
         model = self._copy(case.after.module) if self._inputs.writes else case.after.module
-        found = check_gradients(model.get_submodule(case.part), edits, batch)
+        old, new = (m.get_submodule(case.part) for m in (case.before.module, model))
+        found = check_gradients(new, edits, batch, old)
         missing = tuple(f"{case.part}.{n}" if case.part else n for n in found.missing)
         return Gradients(missing, found.notes)
 
@@ -310,10 +336,11 @@ class Runs:
         case = self._case
         other: Arguments = pytree.tree_map_only(Tensor, _turned, batch)
         try:
-            found = self._native(case.before.module, [batch, other], [(0, "eval"), (1, "eval")])
+            jobs = [Job(0, "eval"), Job(1, "eval")]
+            found = self._native(case.before.module, [batch, other], jobs)
         except VerificationError:
             return  # it takes no such inputs
-        if errors_of(found[0, "eval"], found[1, "eval"]).max_abs == 0.0:
+        if errors_of(*(found[job] for job in jobs)).max_abs == 0.0:
             self.notes.append(
                 "with the given weights the output does not depend on the input (a head that is "
                 "still zero?): only drawn weights tell anything of the rest"
@@ -341,20 +368,13 @@ class Runs:
 
 def _jobs(batches: Sequence[tuple[Arguments, Modes]]) -> tuple[list[Arguments], list[Job]]:
     """Return batches, and what is to be run of them."""
-    jobs: list[Job] = [(i, mode) for i, (_, modes) in enumerate(batches) for mode in modes]
+    jobs = [Job(i, mode) for i, (_, modes) in enumerate(batches) for mode in modes]
     return [batch for batch, _ in batches], jobs
 
 
 def entries(batch: Arguments) -> int:
     """Return how many numbers there are in a batch."""
     return sum(tensor.numel() for tensor in tensors_in(batch))
-
-
-def _tells(outputs: Outputs) -> bool:
-    """Return whether outputs are numbers; logits that are masked may be infinite."""
-    floating = [t for t in outputs if t.is_floating_point() and t.numel()]
-    some = not floating or any(bool(t.isfinite().any()) for t in floating)
-    return some and not any(bool(t.isnan().any()) for t in outputs)
 
 
 def _sample(batch: Arguments) -> list[tuple[int, ...]]:

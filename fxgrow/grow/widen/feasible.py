@@ -173,13 +173,15 @@ class Attempts:
         resized = run_resized(analysis, sizes)
         if isinstance(resized, Obstacle):
             return resized
-        resized, scales = with_numbers(analysis, sizes, resized, eta, self.with_eps)
+        resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
         copies = mixed.copies(analysis.groups)
         matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
         if isinstance(matching, Obstacle):
             together = self._read_together(matching.name)
             groups = dict.fromkeys((name for name in widths if name in together), matching.reason)
             return replace(matching, groups=groups, certain=bool(groups))
+        if changed is not None:
+            return changed
         return Feasible(
             sizes, resized, matching, mixed.copied, mixed.padding, eta, found, zero_channels, scales
         )

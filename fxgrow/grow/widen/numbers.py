@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.norms.eta import Eta
-from fxgrow.grow.norms.scales import Scales, changed_numbers, compensated
+from fxgrow.grow.norms.scales import Number, Scales, changed_numbers, compensated
+from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.numbers import number_edits, scalar_factors
 from fxgrow.grow.sizes.rerun import Resized, run_with
 from fxgrow.grow.sizes.resize import Sizes
@@ -19,10 +21,11 @@ def with_numbers(
     found: Resized,
     eta: Eta,
     with_eps: Mapping[str, Mapping[str, float]],
-) -> tuple[Resized, Scales]:
+) -> tuple[Resized, Scales, Obstacle | None]:
     """Return a run in which numbers follow the widths of streams, and who takes that up.
 
-    Those that nobody can take up stay as they are.
+    Those that nobody can take up stay as they are, if attributes hold them; what stands in the way
+    is a number that code makes of a width anew.
 
     Args:
         analysis: of the network.
@@ -32,32 +35,36 @@ def with_numbers(
         with_eps: for each layer the attributes that may be its eps.
     """
 
-    def settled_by(found: Resized, scalars: Mapping[str, float]) -> Scales | None:
-        """Return who takes up what changes in a run, None if nobody can or it cannot be told."""
+    def settled_by(
+        found: Resized, scalars: Mapping[str, float], apart: Collection[int] = ()
+    ) -> Scales | Number | None:
+        """Return who takes up what changes in a run, or what nobody can; None where it is open."""
         numbers = changed_numbers(analysis.tape, found.tape)
         if numbers is None:
             return None
-        return compensated(analysis, numbers, scalars, eta, with_eps)
+        return compensated(analysis, numbers, scalars, eta, with_eps, apart)
 
-    scales = settled_by(found, {}) or Scales()
+    first = settled_by(found, {})
+    obstacle = _obstacle(analysis, sizes, first) if isinstance(first, Number) else None
+    scales = first if isinstance(first, Scales) else Scales()
     widths = {
         group.width: sizes.widths[group.name]
         for group in analysis.groups
         if group.kind == "stream" and sizes.widths.get(group.name, group.width) != group.width
     }
-    if not widths or found.sizes:
-        return _as_before(analysis, found, scales), scales
+    if not widths or found.sizes or obstacle:
+        return _as_before(analysis, found, scales), scales, obstacle
     standin, tape = analysis.traced.standin, analysis.tape
     for edits in number_edits(standin, tape, widths):
         known = {(edit.module, edit.attribute) for edit in found.modules}
         more = tuple(edit for edit in edits if (edit.module, edit.attribute) not in known)
         again = run_with(analysis, sizes, found, more) if more else None
-        settled = None if again is None else settled_by(again, {})
-        if again is not None and settled is not None and settled.numbers != scales.numbers:
+        settled = None if again is None else settled_by(again, {}, widths)  # of heads' widths, too
+        if again and isinstance(settled, Scales) and settled.numbers != scales.numbers:
             found, scales = again, settled
     scalars = scalar_factors(analysis.traced.scalars, widths)
-    settled = settled_by(found, scalars) if scalars else None
-    if settled is not None:
+    settled = settled_by(found, scalars, widths) if scalars else None
+    if isinstance(settled, Scales):
         scales = settled
         told = tuple(
             edit
@@ -66,7 +73,26 @@ def with_numbers(
             if isinstance(edit.before, float) and _is_beside(edit.module, scalars)
         )
         found = replace(found, modules=tuple(dict.fromkeys((*found.modules, *told))))
-    return _as_before(analysis, found, scales), scales
+    return _as_before(analysis, found, scales), scales, None
+
+
+def _obstacle(analysis: Analysis, sizes: Sizes, number: Number) -> Obstacle:
+    """Return what stands in the way: the groups of whose width the number is a power, or any."""
+    told = [(a, b) for a, b in zip(number.before, number.after, strict=True) if a != b]
+    groups = [
+        group.name
+        for group in analysis.groups
+        if (width := sizes.widths.get(group.name, group.width)) != group.width
+        and any(_is_made_of(group.width, width, *pair) for pair in told)
+    ]
+    return Obstacle(str(number), number.op.module, dict.fromkeys(groups, str(number)))
+
+
+def _is_made_of(width: int, new: int, before: float, after: float) -> bool:
+    """Return whether two numbers grow as a power of a width does."""
+    ratio = new / width
+    grown = after / before if before else math.nan
+    return any(math.isclose(grown, ratio**power, rel_tol=1e-5) for power in (0.5, -0.5, 1, -1))
 
 
 def _is_beside(module: str, scalars: Mapping[str, float]) -> bool:

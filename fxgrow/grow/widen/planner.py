@@ -98,7 +98,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     with_eps, eta, scales = eps_attributes(traced.standin), found.eta, found.scales
     owed = owed_for(analysis.silenced, factors, scales.owed)
     flow = propagate_gains(
-        analysis.tape, factors, with_eps, eta.statistics, eta.undone | scales.factors.keys(),
+        analysis.tape, factors, with_eps, eta.statistics, eta.undone | scales.undone,
         owed=owed, numbers=scales.numbers,
     )  # fmt: skip
     eps_edits = _eps_edits(flow)

@@ -28,7 +28,8 @@ def gain_with_bias(
     flow: GainFlow, op: Operation, *, x: int = 1, weight: int = 2, bias: int = 0
 ) -> Gain:
     """The product of input and weight gains; the bias follows. Arguments are given by position."""
-    return with_bias(flow, op, op.args[x], op.args[weight], op.args[bias])
+    added = None if op.kwargs.get("beta") == 0 else op.args[bias]
+    return with_bias(flow, op, op.args[x], op.args[weight], added)
 
 
 def with_bias(flow: GainFlow, op: Operation, x: Value, weight: Value, bias: object) -> Gain:

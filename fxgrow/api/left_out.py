@@ -1,0 +1,47 @@
+"""Parameters that no run of a network reached, where they could meet what grew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.modules.tensors import layer_of, named_tensors
+from fxgrow.plan.schema import Plan
+
+_SHOWN = 4
+
+
+def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
+    """Return a warning that names layers which took no part, as many as the plan may break.
+
+    They were not followed, so that none of their axes is one of a channel group. Those that have
+    an axis as wide as what grows may meet it on other inputs.
+
+    Args:
+        made: the plan.
+        analyses: of the network, or of each part of it that was followed.
+    """
+    grown = {
+        old
+        for edit in made.tensors.values()
+        for old, new in zip(edit.shape, edit.new_shape, strict=True)
+        if old != new
+    }
+    names: dict[str, None] = {}
+    for traced in (analysis.traced for analysis in analyses):
+        tensors = named_tensors(traced.standin)
+        for name in traced.unused:
+            if grown.intersection(tensors[name].shape):
+                names.setdefault(layer_of(name) or name)
+    if not names:
+        return ()
+    shown = ", ".join([*names][:_SHOWN]) + (
+        f" and {n} more" if (n := len(names) - _SHOWN) > 0 else ""
+    )
+    took, they, use = ("take", "they are", "them") if len(names) > 1 else ("takes", "it is", "it")
+    return (
+        f"{shown} {took} no part in the run on these inputs, in eval mode or in train mode, so "
+        f"that {they} not followed and not widened: where the network uses {use} on channels that "
+        f"grew, sizes no longer fit. Give example inputs that use {use}, or leave these channels "
+        "out (--exclude)",
+    )
