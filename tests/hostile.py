@@ -235,6 +235,229 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     )
 
 
+# ── objects that would be passed on ─────────────────────────────────────────────────────────────
+
+STEP = ("torch.optim.lr_scheduler", "StepLR")
+NUMPY = "numpy.random._pickle"
+BITS = named(NUMPY, "__bit_generator_ctor")
+
+
+def full(name: str) -> bytes:
+    """Return the opcode of a name, of which the last part is no module."""
+    return named(*name.rsplit(".", 1))
+
+
+def filled(name: str, state: bytes = b"", entries: bytes = b"", items: bytes = b"") -> bytes:
+    """Return the opcodes of an empty instance that is filled in the order of pickles."""
+    more = (b"(" + items + b"e" if items else b"") + (b"(" + entries + b"u" if entries else b"")
+    return full(name) + b")\x81" + more + (state + b"b" if state else b"")
+
+
+def built(function: str, *arguments: bytes, state: bytes = b"") -> bytes:
+    return called(full(function), *arguments) + (state + b"b" if state else b"")
+
+
+def partial_of(function: bytes, state: bytes | None = None) -> bytes:
+    own = many(function, b")", table(("init", b"\x89")), b"N") if state is None else state
+    return called(named("functools", "partial"), function) + own + b"b"
+
+
+def seeds(*state: bytes, kind: str = "numpy.random.bit_generator.SeedSequence") -> bytes:
+    make = "numpy.random.bit_generator.__pyx_unpickle_SeedSequence"
+    return built(make, full(kind), plain(65708578), b"N", state=many(*state))
+
+
+def laundered() -> Iterator[tuple[str, bytes]]:
+    """Yield objects of other libraries with more than data, which whoever loads them would run."""
+    step, lists = named(*STEP), named("builtins", "list")
+    evil = partial_of(step)
+    for package, modules in {
+        "numpy.random": ("tests.test_smoke.dataclass", "tests.test_smoke.partial",
+                         "tests.test_extending.spec_from_file_location",
+                         "mtrand.seed", "_pickle.BitGenerator", "RandomState", "bit_generator.abc"),
+        "torch.optim": ("optimizer.deepcopy", "optimizer.register_optimizer_step_pre_hook",
+                        "lr_scheduler.partial", "optimizer.functools", "swa_utils.update_bn", "sgd",
+                        "adam._single_tensor_adam", "lr_scheduler.warnings",
+                        "_multi_tensor.reduce"),
+        "torchvision.transforms": ("transforms.Lambda", "functional.Image", "v2._misc.Lambda",
+                                   "transforms.F", "functional.to_pil_image", "v2._utils.Callable"),
+        "sklearn.preprocessing": ("_function_transformer.FunctionTransformer", "_data.warnings",
+                                  "_data.check_array", "_encoders.numbers", "FunctionTransformer"),
+        "omegaconf": ("omegaconf.OmegaConf", "base.copy", "nodes.Node", "_utils.yaml",
+                      "resolvers.oc",
+                      "omegaconf.register_default_resolvers", "base.import_module"),
+        "": ("builtins.eval", "builtins.type", "builtins.getattr", "types.FunctionType",
+             "types.CodeType", "types.MethodType", "types.new_class", "copyreg.__newobj__",
+             "copyreg.__newobj_ex__", "copyreg._reconstructor", "enum.Enum",
+             "operator.methodcaller",
+             "functools.reduce", "functools.partialmethod", "collections.UserDict", "uuid.os",
+             "pathlib.os", "pathlib.Path.unlink", "datetime.sys", "decimal.getcontext",
+             "zoneinfo.ZoneInfo",
+             "numpy.load", "numpy.memmap", "box.box.open_file", "yacs.config.load_cfg",
+             "munch.DefaultMunch", "easydict.sys", "collections.namedtuple"),
+    }.items():  # fmt: skip
+        for name in modules:
+            name = f"{package}.{name}".removeprefix(".")
+            yield f"{name} by name", full(name)
+            yield f"{name} called", built(name, plain("a"))
+            yield f"{name} made", filled(name, table(("a", plain(1))))
+            yield (
+                f"{name} for a generator",
+                built(f"{NUMPY}.__generator_ctor", plain("a"), full(name)),
+            )
+    for make in ("__generator_ctor", "__randomstate_ctor"):
+        make = f"{NUMPY}.{make}"
+        for what, function in {
+            "a partial": evil, "a scheduler": step, "a type": lists, "itself": full(make),
+            "a module": named(*LINEAR), "a function": GELU, "a text": text("builtins.eval"),
+            "a path": built("pathlib.Path", text("a")), "a path's class": named("pathlib", "Path"),
+        }.items():  # fmt: skip
+            yield f"{make} that calls {what}", built(make, text("MT19937"), function)
+            yield f"{make} of {what}", built(make, function)
+        yield f"{make} of an odd name", built(make, text("os"), BITS)
+        yield f"{make} of three", built(make, text("MT19937"), BITS, BITS)
+        yield f"{make} with items", built(make) + b"(" + plain(1) + b"e"
+        yield f"{make} with an odd state", built(make, state=table(("state", evil)))
+        for key, value in {"pos": 625, "buffer_pos": -1}.items():
+            state = table(("state", table((key, plain(value)))), (key, plain(value)))
+            yield f"{make} whose {key} is {value}", built(make, state=state)
+    for what, kind in {"a partial": evil, "a type": lists, "a name": text("os.system")}.items():
+        yield f"a bit generator of {what}", called(BITS, kind)
+    bits = called(BITS, full("numpy.random._pcg64.PCG64"))
+    yield "a bit generator with seeds of its own", bits + many(b"}", evil) + b"b"
+    yield "a bit generator with a function", bits + many(table(("state", step)), b"N") + b"b"
+    numbers = (plain(3), plain(0), b"N", plain(4), b")")
+    yield "seeds without a pool", seeds(*numbers)
+    yield "seeds of a text", seeds(text("a"), *numbers[1:])
+    yield "seeds with attributes", seeds(*numbers, table(("spawn", evil)))
+    yield "seeds of another class", seeds(*numbers, kind="builtins.list")
+    yield "seeds of a partial", seeds(evil, *numbers[1:])
+    for what, state in {
+        "another function": many(lists, b")", b"}", b"N"),
+        "a function of another library": many(named("numpy", "ndarray"), b")", b"}", b"N"),
+        "attributes": many(step, b")", b"}", table(("__reduce__", lists))),
+        "numbers for keywords": many(step, b")", plain([1]), b"N"),
+        "keywords of a class": many(step, b")", table(("__class__", lists)), b"N"),
+        "a list": plain([1]),
+    }.items():
+        yield f"a partial with {what}", partial_of(step, state)
+    yield "a partial of a partial", partial_of(evil)
+    yield "a partial of a constructor", partial_of(full(f"{NUMPY}.__generator_ctor"))
+    yield "a partial of a class that is filled", partial_of(full("omegaconf.dictconfig.DictConfig"))
+    for factory in (step, evil, full(f"{NUMPY}.__generator_ctor"), BITS, full("pathlib.Path"), GELU,
+                    text("builtins.list"), named(*LINEAR), full("collections.deque")):  # fmt: skip
+        yield "a dict with a default of something else", built("collections.defaultdict", factory)
+    hidden = ("__class__", "__reduce__", "__reduce_ex__", "__setstate__", "__deepcopy__",
+              "__dict__", "__getstate__", "__call__", "__len__", "__copy__")  # fmt: skip
+    for name in ("easydict.EasyDict", "munch.Munch", "yacs.config.CfgNode", "box.box.Box",
+                 "lightning.fabric.utilities.data.AttributeDict", "addict.addict.Dict",
+                 "mmengine.config.config.ConfigDict", "fvcore.common.config.CfgNode"):  # fmt: skip
+        for key in hidden:
+            yield f"{name} with an entry {key}", filled(name, b"}", text(key) + evil)
+            yield f"{name} with an attribute {key}", filled(name, table((key, lists)))
+        yield f"{name} whose update is called", filled(name, b"}", text("update") + evil)
+        yield f"{name} with slots", filled(name, many(b"N", table(("a", evil))))
+        yield f"{name} with items", filled(name, items=plain(1))
+        yield f"{name} made of a function", full(name) + many(evil) + b"\x81"
+        yield f"{name} called", built(name, plain({"a": 1}))
+    for name in ("types.SimpleNamespace", "pathlib.Path", "collections.deque", "decimal.Decimal"):
+        for key in hidden:
+            yield f"{name} whose {key} is set", built(name, state=table((key, evil)))
+        yield f"{name} of a partial", built(name, evil)
+        yield f"{name} of a type", built(name, lists)
+        yield f"{name} with slots", built(name, state=many(b"N", table(("a", evil))))
+        yield f"{name} with entries", built(name) + b"(" + text("a") + evil + b"u"
+    for key in hidden:
+        yield (
+            f"a namespace of arguments whose {key} is set",
+            instance(("argparse", "Namespace"), (key, evil)),
+        )
+        yield (
+            f"a recipe for scaling whose {key} is set",
+            filled("sklearn.preprocessing._data.StandardScaler", table((key, evil))),
+        )
+    options = table(("box_recast", table(("a", lists))))
+    yield "a box that calls", filled("box.box.Box", table(("_box_config", options)))
+    options = table(("default_box_attr", evil))
+    yield "a box with a default", filled("box.box.Box", table(("_box_config", options)))
+    options = table(("box_class", step))
+    yield (
+        "a list of boxes of a class",
+        filled("box.box_list.BoxList", table(("box_options", options))),
+    )
+    frozen = "ml_collections.config_dict.config_dict.FrozenConfigDict"
+    yield "a frozen configuration of something else", filled(frozen, table(("_configdict", evil)))
+    fields = table(("_fields", table(("__deepcopy__", evil))))
+    yield "a configuration with a method", filled(frozen.replace("Frozen", ""), fields)
+    tree = "omegaconf.dictconfig.DictConfig"
+    metadata = filled(
+        "omegaconf.base.ContainerMetadata", table(("ref_type", named("typing", "Any")))
+    )
+    yield "a tree without metadata", filled(tree, table(("_content", b"}")))
+    for key, value in {"_parent": evil, "_metadata": evil, "__setstate__": evil}.items():
+        held = {"_metadata": metadata, "_content": b"}", key: value}
+        yield f"a tree whose {key} is a partial", filled(tree, table(*held.items()))
+    node = ("_metadata", metadata)
+    other = partial_of(step, many(lists, b")", b"N", b"N"))
+    for what, content in {
+        "another program": table(("a", full("os.system"))),
+        "a constructor": table(("a", full(tree))),
+        "a partial of another function": table(("a", other)),
+        "a path of a partial": table(("a", built("pathlib.Path", evil))),
+    }.items():  # fmt: skip
+        above = filled(tree, table(node, ("_content", content)))
+        yield f"a part of a tree with {what}", filled(tree, table(node, ("_parent", above)))
+        top = filled(tree, table(node, ("_content", b"}")))
+        above = filled(tree, table(node, ("_content", content), ("_parent", top)))
+        yield f"a part of a part with {what}", filled(tree, table(node, ("_parent", above)))
+    above = filled(tree, table(node, ("_parent", b"h\x05")))
+    yield (
+        "two trees that are parts of one another",
+        full(tree) + b")\x81q\x05" + table(node, ("_parent", above)) + b"b",
+    )
+    resize = "torchvision.transforms.transforms.Resize"
+    for key in ("forward", "__call__", "__class__"):
+        yield f"a transform whose {key} is a partial", filled(resize, table((key, evil)))
+    for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks"):
+        yield f"a transform with {key}", filled(resize, table((key, table(("a", evil)))))
+    yield "a transform made with arguments", full(resize) + many(plain(1)) + b"\x81"
+    yield "a date in a zone of its own", built("datetime.datetime", plain(b"a" * 10), evil)
+    yield "a date of a function", built("datetime.date", GELU)
+    yield "a zone without a difference", built("datetime.timezone", plain(3), step)
+    yield "a path of a number", built("pathlib.PosixPath", plain(1))
+    yield "a path of a path", built("pathlib.PosixPath", built("pathlib.Path", text("a")))
+    yield "a huge fraction", built("fractions.Fraction", text("1e999999999"))
+    yield "a range of texts", built("builtins.range", text("a"))
+    yield "a slice of functions", built("builtins.slice", lists, step)
+    yield "a UUID that is safe by a function", filled("uuid.UUID", table(("is_safe", evil)))
+    yield "a UUID of a text", filled("uuid.UUID", table(("int", text("a"))))
+    yield (
+        "an interpolation of a function",
+        built("torchvision.transforms.functional.InterpolationMode", lists),
+    )
+    array = built(
+        "numpy._core.multiarray._reconstruct", full("numpy.ndarray"), many(plain(0)), plain(b"b")
+    )
+    objects = built("numpy.dtype", text("O8"), b"\x89", b"\x88")
+    yield (
+        "an array of objects",
+        array + many(plain(1), plain((1,)), objects, b"\x89", b"](" + evil + b"e") + b"b",
+    )
+    memory = "numpy.float64"
+    yield (
+        "an array of another class",
+        built("numpy._core.multiarray._reconstruct", full(memory), many(plain(0)), plain(b"b")),
+    )
+    yield "a constructor that stands for itself", BITS
+    yield "a class that stands for itself", full(tree)
+
+
+def beside_weights(code: bytes) -> bytes:
+    """Return a checkpoint of a small network that holds an object besides."""
+    state = table(("0.weight", tensor((2, 2), (2, 1))), ("1.weight", tensor((2, 2), (2, 1))))
+    return saved(table(("state_dict", state), ("other", code)))
+
+
 def saved(pickled: bytes, memory: bytes = bytes(16), **members: bytes) -> bytes:
     """Return a file of torch's format around a pickle, whose one tensor may have four numbers."""
     parts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 
 import pytest
@@ -336,3 +337,91 @@ def test_a_detector_is_followed_as_a_whole_and_judged_in_the_mode_that_runs():
     assert found.verdict == "preserved"
     assert found.train is None
     assert any("train mode was not judged" in note for note in found.notes)
+
+
+class Experts(nn.Module):
+    """Four experts between two layers, of which Python chooses some by values."""
+
+    def __init__(self, choose: Callable[[Experts, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.choose(self, torch.relu(self.a(x))))
+
+
+def _routed(net: Experts, h: Tensor) -> Tensor:
+    chosen, found = net.r(h).argmax(-1), torch.zeros_like(h)
+    for expert in chosen.unique().tolist():
+        mask = chosen == expert
+        found[mask] = net.experts[expert](h[mask])
+    return found
+
+
+def _deep(net: Experts, h: Tensor) -> Tensor:
+    for expert in net.experts[: 1 + int(net.r(h).abs().sum() * 3) % 4]:
+        h = h + torch.relu(expert(h))
+    return h
+
+
+def _picked(net: Experts, h: Tensor) -> Tensor:
+    return net.experts[int(net.r(h).mean(0).argmax())](h)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("choose", [_routed, _deep, _picked])
+def test_experts_that_the_inputs_do_not_choose_grow_as_well(choose, seed: int) -> None:
+    torch.manual_seed(seed)
+    net, x = Experts(choose).eval(), torch.randn(6, 6)
+    grown = fxgrow.widen(net, "2x", x, where="all")
+    assert grown.report.verification.verdict == "preserved"
+    assert all(expert.in_features == 16 for expert in grown.model.experts)
+    with torch.no_grad():
+        for other in torch.randn(20, 5, 6) * 3:
+            assert torch.allclose(net(other), grown.model(other), atol=1e-4)
+
+
+class Heads(nn.Module):
+    """Two heads, of which one is used by a flag or by chance."""
+
+    def __init__(self, use: Callable[[bool], bool]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.use = use
+
+    def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.c(h) if self.use(flag) else self.b(h)
+
+
+def test_a_head_that_no_run_reaches_is_named() -> None:
+    net = Heads(bool).eval()
+    with pytest.warns(fxgrow.FxgrowWarning, match="c takes no part in the run"):
+        grown = fxgrow.widen(net, "2x", torch.randn(3, 6))
+    assert any(text.startswith("c takes no part") for text in grown.report.to_dict()["warnings"])
+    narrow = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    narrow[0].idle = nn.Linear(7, 9)  # it meets nothing that grows
+    assert not fxgrow.widen(narrow, "2x", torch.randn(3, 6)).plan.warnings
+
+
+@pytest.mark.parametrize(
+    "use", [lambda _: torch.rand(1).item() > 0.6, lambda _: random.random() < 0.6]
+)
+def test_heads_that_are_used_by_chance_grow(use) -> None:
+    grown = fxgrow.widen(Heads(use).eval(), "2x", torch.randn(3, 6))
+    assert (grown.model.b.in_features, grown.model.c.in_features) == (16, 16)
+    assert not grown.plan.warnings
+
+
+def test_a_grown_network_that_fails_where_the_original_runs_is_another() -> None:
+    net = Experts(_picked).eval()
+    broken = copy.deepcopy(net)
+    broken.experts[2] = nn.Linear(9, 8)
+    with torch.no_grad():
+        for model in (net, broken):
+            model.r.bias[2] = 100.0
+    found = fxgrow.verify(net, broken, torch.randn(3, 6))
+    assert found.verdict == "failed"
+    assert "(at experts.2)" in found.notes[-1]

@@ -324,7 +324,7 @@ def test_settings_of_libraries_that_are_not_there_are_written_again_as_they_were
 
 
 def test_what_is_kept_by_name_is_not_called_unless_it_makes_a_value(tmp_path):
-    for code in (b"comegaconf.base\nevil\n(K\x01tR.", b"cdatetime\ndate\n)\x81."):
+    for code in (b"comegaconf.base\nMetadata\n(K\x01tR.", b"cdatetime\ndate\n)\x81."):
         with pytest.raises(PickleError, match=r"it (calls|makes)"):
             Machine(b"\x80\x02" + code, _Words()).load()
 

@@ -114,7 +114,7 @@ class Decided:
             known = f"the model runs on {told}, and " if self._has_values else ""
             raise TraceError(
                 f"{known}what it decides by values there cannot be told beforehand: "
-                f"{first_line(error)}."
+                f"{_reason(error)}."
             ) from error
         self.runs[mode] = found.decisions
 
@@ -189,3 +189,10 @@ class Decided:
         target = self.model.get_submodule(self.module)
         shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
         return batches_for(target, shapes, False, self.example)[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return why decisions cannot be told, in words that are no numbers of Python's own."""
+    if isinstance(error, KeyError) or "truth value of an array" in str(error):
+        return "the values leave torch (tolist, numpy), and what becomes of them cannot be replayed"
+    return first_line(error)

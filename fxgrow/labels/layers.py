@@ -101,7 +101,7 @@ def without_repeats(layers: Layers) -> Layers:
 
     Example:
         >>> row = torch.tensor(7, dtype=torch.int32).expand(2, 3)
-        >>> len(without_repeats((row, row.clone(), along(torch.arange(3), 1, (2, 3)))))
+        >>> len(without_repeats((row, row.expand(2, 3), along(torch.arange(3), 1, (2, 3)))))
         2
     """
     if len(layers) < 2:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.instances import check_parts, set_attributes
 from fxgrow.files.checkpoint.kept import Kept, Name, kept_name
+from fxgrow.files.checkpoint.kept_checks import check_kept, parts
 from fxgrow.files.checkpoint.pickles import Call, PickleError, UnknownNameError
 from fxgrow.files.checkpoint.rebuilding import CALLS, NumpyDtype, build_array, build_partial
 from fxgrow.files.checkpoint.storages import Storage
@@ -158,7 +159,8 @@ def children(item: Any) -> Iterator[object]:
 
     Raises:
         PickleError: a module's parts are no modules or tensors by name, or what it holds is a
-            function that a pickle calls.
+            function that a pickle calls; or an object that is passed on is made of other things
+            than those are.
     """
     kind = type(item)
     if kind in (dict, OrderedDict, defaultdict, Counter):
@@ -168,7 +170,10 @@ def children(item: Any) -> Iterator[object]:
     elif kind in (list, tuple):
         yield from item
     elif isinstance(item, Kept):
-        yield from item.parts
+        check_kept(item)
+        yield from parts(item)
+    elif isinstance(item, Name) and not item.is_value:
+        raise PickleError(f"it holds {item}")
     elif isinstance(item, (Call, Storage)):
         raise PickleError(f"it holds {getattr(item, 'name', 'the memory of a tensor')}")
     elif is_class(kind):  # nothing else was made that has attributes

@@ -3,8 +3,9 @@
 Training checkpoints hold settings and states of other libraries: paths, dates, configurations. None
 of it is needed to grow weights, so its classes are neither imported nor called. A :class:`Kept`
 remembers how a pickle makes an object, and :func:`save_keeping` writes the same again. Only names
-on the list are kept, all of them of classes that hold data: what a file asks for beyond that is
-not handed on under fxgrow's name.
+that :mod:`fxgrow.files.checkpoint.kept_names` lists are kept, and only what
+:mod:`fxgrow.files.checkpoint.kept_checks` lets pass: what a file asks for beyond that is not handed
+on under fxgrow's name.
 """
 
 from __future__ import annotations
@@ -15,63 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from fxgrow.files.checkpoint.kept_names import ARGUMENTS, CALLED, MADE, VALUES
+
 _NOTHING = object()
-_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
-# What a pickle calls with plain arguments to make a value.
-_CALLED = frozenset(
-    {
-        *(f"{home}.{name}" for home in ("pathlib", "pathlib._local") for name in _PATHS),
-        *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-        *(
-            f"numpy.random._pickle.__{name}_ctor"
-            for name in ("randomstate", "generator", "bit_generator")
-        ),
-        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
-        "builtins.range",
-        "builtins.slice",
-        "collections.deque",
-        "decimal.Decimal",
-        "fractions.Fraction",
-        "types.SimpleNamespace",
-        "uuid.UUID",
-    }
-)
-# Classes of which a pickle makes empty instances, which it then fills.
-_MADE = frozenset(
-    {
-        "addict.addict.Dict",
-        "box.box.Box",
-        "detectron2.config.config.CfgNode",
-        "easydict.EasyDict",
-        "fvcore.common.config.CfgNode",
-        "lightning.fabric.utilities.data.AttributeDict",
-        "lightning.pytorch.utilities.parsing.AttributeDict",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "ml_collections.config_dict.config_dict.ConfigDict",
-        "ml_collections.config_dict.config_dict.FrozenConfigDict",
-        "mmcv.utils.config.ConfigDict",
-        "mmengine.config.config.ConfigDict",
-        "munch.Munch",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-        "torch.amp.grad_scaler.GradScaler",
-        "torch.cuda.amp.grad_scaler.GradScaler",
-        "uuid.UUID",
-        "yacs.config.CfgNode",
-    }
-)
-_MADE_IN = ("omegaconf.", "torchvision.transforms.", "sklearn.preprocessing.")
-# Names that stand for themselves.
-_VALUES = frozenset(
-    {
-        *(
-            f"builtins.{name}"
-            for name in ("bool", "dict", "float", "int", "list", "object", "str", "tuple")
-        ),
-        "numpy.ndarray",
-        "typing.Any",
-    }
-)
-_VALUES_IN = ("numpy.random.", "torch.optim.")
+_LISTED = CALLED | MADE | VALUES | ARGUMENTS
 
 
 class KeptError(pickle.PicklingError):
@@ -103,12 +51,20 @@ class Name:
     @property
     def is_called(self) -> bool:
         """Whether a pickle may make an object by calling it."""
-        return str(self) in _CALLED
+        return str(self) in CALLED
 
     @property
     def is_made(self) -> bool:
         """Whether a pickle may make empty instances of it."""
-        return str(self) in _MADE or str(self).startswith(_MADE_IN)
+        return str(self) in MADE
+
+    @property
+    def is_value(self) -> bool:
+        """Whether it may stand for itself."""
+        return str(self) in VALUES
+
+    def __deepcopy__(self, memo: object) -> Name:
+        return self
 
 
 @dataclass(eq=False)
@@ -129,7 +85,7 @@ class Kept:
     arguments: tuple[object, ...]
     items: list[object] = field(default_factory=list)
     entries: dict[object, object] = field(default_factory=dict)
-    state: object = _NOTHING
+    state: Any = _NOTHING
 
     __reduce_ex__ = _refuse
 
@@ -148,20 +104,11 @@ class Kept:
         """Whether attributes are set."""
         return self.state is not _NOTHING
 
-    @property
-    def parts(self) -> list[object]:
-        """What it holds."""
-        held: list[object] = [self.arguments, self.items, self.entries]
-        return [*held, self.state] if self.has_state else held
-
 
 def kept_name(module: str, name: str) -> Name | None:
     """Return a name that is kept, or None if it is not on the list."""
     found = Name(module, name)
-    is_value = str(found) in _VALUES or module.startswith(_VALUES_IN)
-    listed = found.is_called or found.is_made or is_value
-    plain = all(map(str.isidentifier, (*module.split("."), name)))  # no attribute of anything
-    return found if listed and plain else None
+    return found if str(found) in _LISTED and "." not in name else None  # no attribute
 
 
 _PythonPickler: Any = vars(pickle)["_Pickler"]  # the one in C cannot be extended in this way

@@ -23,6 +23,8 @@ from fxgrow.files.checkpoint.kept import Kept, Name
 from fxgrow.files.checkpoint.pickles import Call, PickleError, plain_key
 from fxgrow.files.checkpoint.storages import Storage, make_tensor
 
+_FACTORIES: tuple[type, ...] = (bool, dict, float, int, list, set, str, tuple)
+
 
 class NumpyDtype:
     """Stands in for ``numpy.dtype`` while unpickling: a plain number's type, and nothing else.
@@ -80,10 +82,12 @@ def build_array(array: Any, state: object) -> None:
 
 
 def _defaultdict(factory: object = None) -> defaultdict[Any, object]:
-    known = {f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, str)}
-    if factory is not None and str(factory) not in known:
+    """Of an own list of factories, by the names of which a pickle's are known."""
+    known = {f"builtins.{kind.__name__}": kind for kind in _FACTORIES}
+    name = str(factory) if isinstance(factory, Name) else getattr(factory, "name", None)
+    if factory is not None and (not isinstance(factory, (Name, Call)) or name not in known):
         raise PickleError("a defaultdict of something else than plain data")
-    return defaultdict(known.get(str(factory)))
+    return defaultdict(known[str(name)] if factory is not None else None)
 
 
 def _ordered_dict(items: object = ()) -> OrderedDict[Any, object]:

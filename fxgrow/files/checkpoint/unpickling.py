@@ -14,7 +14,7 @@ import struct
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import harmless
 from fxgrow.files.checkpoint.archive import MAGIC, Archive, read_archive
-from fxgrow.files.checkpoint.extent import check_shape
+from fxgrow.files.checkpoint.extent import MOST_LEVELS, check_shape
 from fxgrow.files.checkpoint.foreign import STATE_DICT
+from fxgrow.files.checkpoint.kept import Kept
+from fxgrow.files.checkpoint.kept_checks import parent
 from fxgrow.files.checkpoint.pickles import (
     MOST_STEPS,
     DamagedError,
@@ -244,7 +246,19 @@ def _check(loaded: object, held: int) -> None:
     Raises:
         PickleError: it is not.
     """
+    above = _walk(loaded, held)
+    if above and _walk([loaded, *above], held):
+        raise PickleError("it holds a part of something that does not hold it")
+
+
+def _walk(loaded: object, held: int) -> list[Kept]:
+    """Check what a pickle built, and return the tops of trees that it holds only parts of.
+
+    Raises:
+        PickleError: something is no data.
+    """
     left = _ALIASED * held + _SMALL
+    met: dict[int, Kept] = {}
 
     def children(item: object) -> Iterator[object]:
         nonlocal left
@@ -252,12 +266,32 @@ def _check(loaded: object, held: int) -> None:
             left -= item.nbytes
             if left < 0:
                 raise PickleError("its tensors are many times larger than what it holds of them")
+        if isinstance(item, Kept):
+            met[id(item)] = item
         return harmless.children(item)
 
     def weight(item: object) -> int:
         return MOST_STEPS // _MOST_MODULES if isinstance(item, nn.Module) else 1
 
     check_shape(loaded, children, weight)
+    tops = {id(top): top for item in list(met.values()) for top in _missing(item, met)}
+    return list(tops.values())
+
+
+def _missing(item: Kept, met: Mapping[int, Kept]) -> list[Kept]:
+    """Return the top of the tree that an object is part of, or none if what holds it was met.
+
+    Raises:
+        PickleError: there is no top.
+    """
+    above, levels = parent(item), 0
+    if above is None or id(above) in met:
+        return []
+    while (higher := parent(above)) is not None:
+        above, levels = higher, levels + 1
+        if levels > MOST_LEVELS:
+            raise PickleError(f"it is nested more than {MOST_LEVELS} levels deep")
+    return [above]
 
 
 def _refuse(path: Path, error: PickleError) -> NoReturn:
