@@ -170,7 +170,10 @@ def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 def _mention(model: nn.Module, graph: fx.Graph) -> None:
     """Let a graph look up what it does not use, in place: torch.fx drops, and copies, by that."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    named = dict(model.named_modules(remove_duplicate=False))
+    used = {id(named.get(target)) for target in targets}
+    called = {name for name, module in named.items() if id(module) in used}  # whatever it is called
     looked_up = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     last = next(n for n in reversed(graph.nodes) if n.op == "placeholder" or n.prev.op == "root")
     with graph.inserting_after(last):
