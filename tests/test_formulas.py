@@ -256,3 +256,28 @@ def test_layers_tell_their_new_sizes(name: str) -> None:
     grown = fxgrow.widen(model, "2x", torch.randn(batch, 3, *space), verify=False).model
     want = nn.Sequential(ends(3, 16), make(16), ends(16, 2))
     assert repr(grown) == repr(want)
+
+
+class ByTable(nn.Module):
+    """A stream times the root of the table's own width, with readers before and behind no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.h = nn.Embedding(11, 8), nn.Linear(8, 5)
+        self.l = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.l(self.e(x) * self.e.embedding_dim**0.5))
+
+
+def test_a_number_of_the_tables_own_width_is_taken_up_beside_eta() -> None:
+    grown = fxgrow.widen(ByTable().eval(), "1.5x", torch.randint(0, 11, (2, 5)), where="all")
+    assert grown.model.e.embedding_dim == 12
+    assert grown.report.verification.verdict == "preserved"
+
+
+def test_what_keeps_heads_from_growing_is_told_of_what_comes_in() -> None:
+    grown = fxgrow.widen(ByTable().eval(), "+2", torch.randint(0, 11, (2, 5)), where="all")
+    (reason,) = (r["reason"] for r in grown.report.to_dict()["refused"] if r["name"] == "e")
+    assert "does not divide among its" in reason

@@ -225,10 +225,10 @@ def _join_operands(
     """Mark what accompanies channels; return the dims that keep their size for other tensors."""
     fixed: set[int] = set()
     values = [step.value(tensor) for tensor in operands]
-    for tensor, value, own in zip(operands, values, cluster, strict=True):
-        if value.drawn and noise.meets(step, value, own) and any(not v.drawn for v in values):
+    for place, (tensor, value, own) in enumerate(zip(operands, values, cluster, strict=True)):
+        if value.drawn and noise.meets(step, place, values, cluster):
             fixed |= noise.pin_met(step, merged, value)
-        elif own is None and (value.is_uniform or value.drawn == "mask"):
+        elif own is None and (value.is_uniform or value.drawn not in ("", "noise")):
             continue  # one constant may have any width, and so may what is drawn alike
         elif own is None:
             fixed |= step.join_fixed(merged, tensor, merged.shape)

@@ -6,7 +6,7 @@ Worked out once for each operator, and looked up for each operation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,19 @@ def traits_of(target: OpOverload) -> Traits:
 def operator_name(target: OpOverload) -> str:
     """Return the namespace and the name without overload and in-place mark: ``"aten.relu"``."""
     return traits_of(target).name
+
+
+def constant_of(target: OpOverload, args: Sequence[Any]) -> float | None:
+    """Return the number that a tensor is everywhere that an operation makes, None if not known."""
+    name = operator_name(target).removesuffix("_like").replace("new_", "")
+    if name in ("aten.zeros", "aten.zero"):
+        return 0.0
+    if name == "aten.ones":
+        return 1.0
+    place = {"aten.scalar_tensor": 0, "aten.full": 1}.get(name, len(args))
+    place += operator_name(target) == "aten.new_full"
+    number = args[place] if place < len(args) else None
+    return float(number) if isinstance(number, (bool, int, float)) else None
 
 
 def place_of(target: OpOverload, node: str, module: str) -> str:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic, made, noise
 from fxgrow.labels.layers import Layers, support, without_repeats
-from fxgrow.labels.operators import operator_name, place_of, traits_of
+from fxgrow.labels.operators import constant_of, operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
@@ -174,10 +174,11 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         index = len(self.tape.operations)
         is_uniform = traits_of(func).is_uniform
         drawn = noise.drawn_by(func)
-        of_any_width = is_uniform or drawn in ("mask", "uniform")
+        of_any_width = is_uniform or drawn in ("truth", "uniform")
         values = [
             self._enter(
                 x, (), producer=index, is_uniform=is_uniform, drawn=drawn,
+                number=constant_of(func, args),
                 made=made.numbered(self.space, x.shape) if of_any_width else (),
             )
             for x in outputs
@@ -241,7 +242,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
         if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
-        noise.pin_drawn(step)
+        noise.pin_drawn(step, inputs)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
             return rule.labels(step)
@@ -262,15 +263,20 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
     """Return what all outputs of an operation have in common, as attributes of their values."""
     traits = step.traits
     weight = bool(inputs) and all(value.is_weight for value in inputs)
-    moved = traits.is_movement and bool(inputs) and all(value.is_uniform for value in inputs)
+    kept = traits.is_movement or (traits.is_pointwise and not law_of(step.target))
+    even = [value.is_uniform for value in inputs if value.shape]
+    moved = kept and bool(even) and all(even)
     lone = len(inputs) == 1 and bool(step.outputs)
+    same = traits.is_movement
     return {
         "is_weight": weight,
         "origins": tuple(dict.fromkeys(n for v in inputs for n in v.origins)) if weight else (),
         "is_view": traits.is_view,
         "is_uniform": traits.is_uniform or moved,
+        "number": inputs[0].number if lone and same else constant_of(step.target, step.args),
         "is_padded": traits.is_padding,
         "drawn": noise.drawn_in(step, inputs),
+        "is_masked": noise.is_masked(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
         "runs": generic.runs(step, inputs[0]) if lone else 1,

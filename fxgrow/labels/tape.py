@@ -17,7 +17,7 @@ from fxgrow.labels.layers import Layer, Layers
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.modules.calling import map_kind
 
-Drawn: TypeAlias = Literal["", "mask", "uniform", "noise"]
+Drawn: TypeAlias = Literal["", "truth", "mask", "choice", "uniform", "noise"]
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that takes as long as all else in making one
@@ -36,9 +36,12 @@ class Value:
         origins: the parameters and buffers it depends on, where ``is_weight``.
         is_view: it is a view of another value.
         is_uniform: one constant everywhere (zeros, ones), of whatever size.
+        number: the constant that it is everywhere, where that is known, else None.
         is_padded: one constant at some positions of a dim with channels, beside these.
-        drawn: what is drawn by chance, and made of numbers and weights besides: a mask that is
-            compared or rounded, uniform numbers that are to be, or other noise.
+        drawn: what is drawn by chance, and made of numbers and weights besides: truth values of
+            fixed probability, a mask of zeros and one other number, a choice of two others, uniform
+            numbers that are to be compared, or other noise.
+        is_masked: data that a mask was multiplied by.
         is_curved: computed from weights by something that is not linear in each of them, so that
             columns that cancel in a parameter do not cancel here.
         repeated: dims along which it is the same by construction: it had one entry there.
@@ -61,8 +64,10 @@ class Value:
     origins: tuple[str, ...] = ()
     is_view: bool = False
     is_uniform: bool = False
+    number: float | None = None
     is_padded: bool = False
     drawn: Drawn = ""
+    is_masked: bool = False
     is_curved: bool = False
     repeated: frozenset[int] = frozenset()
     runs: int = 1

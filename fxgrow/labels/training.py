@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 
-from fxgrow.labels.noise import drawn_by
+from fxgrow.labels.noise import by_given_chance, drawn_by
 from fxgrow.labels.tape import Tape
 from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.decisions import Decider
@@ -43,7 +43,7 @@ def differs_in_training(
 
 
 def _is_noise(target: OpOverload) -> bool:
-    return drawn_by(target) in ("noise", "uniform")
+    return drawn_by(target) in ("noise", "uniform") or by_given_chance(target)
 
 
 class _Draws(OnMeta):  # type: ignore[no-untyped-call]

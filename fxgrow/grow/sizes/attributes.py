@@ -23,6 +23,11 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Attributes: TypeAlias = dict[str, int | tuple[int, ...]]
 Follow: TypeAlias = Callable[[nn.Module, Shapes, "int | None"], Attributes]
 
+TOGETHER = (
+    "all heads of an nn.MultiheadAttention are together as wide as what comes in (embed_dim), so "
+    "that both grow alike (--where all), or neither does"
+)
+
 _FOLLOWS: dict[type[nn.Module], Follow] = {}
 
 
@@ -171,13 +176,9 @@ def misfit(model: nn.Module, new_shapes: Shapes) -> tuple[str, str] | None:
     for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
         packed = new_shapes.get(f"{owner}.in_proj_weight")
         rows, width = packed or new_shapes.get(f"{owner}.q_proj_weight") or (0, 0)
-        if rows != (3 * width if packed else width):
-            reason = (
-                "all heads of an nn.MultiheadAttention are together as wide as what comes in "
-                "(embed_dim), so that both grow alike (--where all), or neither does"
-            )
-            if isinstance(model.get_submodule(owner), nn.MultiheadAttention):
-                return owner, reason
+        uneven = rows != (3 * width if packed else width)
+        if uneven and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+            return owner, TOGETHER
     return None
 
 

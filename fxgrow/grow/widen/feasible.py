@@ -21,6 +21,7 @@ from fxgrow.grow.norms.padding import Padding, follow_padding, padding_of
 from fxgrow.grow.norms.scales import Scales
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
+from fxgrow.grow.sizes.attributes import TOGETHER
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.grow.widen.numbers import with_numbers
@@ -241,11 +242,33 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
                 {name: why for name, why in refused.items() if name not in alone},
             )
     if made is None:
+        _tell_first(attempts, widths, left, refused)
         name, reason = next(iter(refused.items()))
         raise PlanError(f"{name} cannot be widened: {reason}.", name=name)
     refused |= {refusal.name: refusal.reason for refusal in made.refused}
+    _tell_first(attempts, widths, left, refused)
     told = tuple(Refusal(name, refused[name]) for name in widths if name in refused)
     return replace(made, refused=told)
+
+
+def _tell_first(
+    attempts: Attempts, widths: Mapping[str, int], left: Mapping[str, int], refused: dict[str, str]
+) -> None:
+    """Say why groups that only grow together do not, where each was told of the other, in place."""
+    lone = [name for name, reason in refused.items() if reason == TOGETHER and name in widths]
+    if not lone:
+        return
+    joined = attempts.make({**left, **{name: widths[name] for name in refused if name in widths}})
+    if isinstance(joined, Obstacle) and joined.reason != TOGETHER:
+        refused |= {name: joined.reason_for(name) for name in lone}
+        return
+    axes, held = attempts.analysis.channels.axes, dict[str, set[str]]()
+    for group in attempts.analysis.groups:
+        held[group.name] = {layer_of(axes[axis].tensor) for axis in group.axes}
+    for name in lone:
+        beside = [x for x in refused if x not in lone and held.get(x, set()) & held[name]]
+        if beside:
+            refused[name] = f"{TOGETHER}; {beside[0]} cannot: {refused[beside[0]]}"
 
 
 def _set_aside(
