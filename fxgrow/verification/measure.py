@@ -35,7 +35,7 @@ from fxgrow.verification.findings import (
     ModeResult,
     Verification,
 )
-from fxgrow.verification.forward import Mode, lent_copy, shown
+from fxgrow.verification.forward import Mode, lent_copy, shown, told_which
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
@@ -360,7 +360,10 @@ def verify(
             batches = batches_for(old, shapes, inferred, example_inputs)
             inputs, notes = judged_inputs(old, new, batches, "full", draw=False)
             case = Case(*networks, part=name, notes=(*_notes_on(broken), *notes), made=False)
-            judged = judge(case, inputs)
+            try:
+                judged = judge(case, inputs)
+            except VerificationError as error:
+                raise told_which(old, new, batches[0], error) from error
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, after) for result in results)
             found.append(replace(judged, verdict="preserved" if same else "failed"))
