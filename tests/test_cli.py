@@ -476,6 +476,26 @@ def test_verify_ends_with_3_where_a_weight_was_changed(source):
     assert "failed" in result.stdout
 
 
+def test_verify_of_unlike_networks_names_the_file_that_does_not_run(tmp_path):
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    torch.save(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), one)
+    torch.save(plain(), other)
+    text = refused(run("verify", one, other), code=3)
+    assert text.startswith(f"error: {other}, compared with {one}: the second network")
+    assert "--input-shape" in text
+    assert "verify=False" not in text
+    text = refused(run("verify", one, other, *SHAPE), code=3)
+    assert "the first network, a Sequential, does not run on 2x3x16x16" in text
+
+
+def test_two_reports_are_both_written(source):
+    reports = source.with_name("r.json"), source.with_name("r.html")
+    both = [part for path in reports for part in ("--report", path)]
+    assert run("widen", source, "--width", "2x", "--no-verify", *SHAPE, *both).exit_code == 0
+    assert json.loads(reports[0].read_text())["schema"] == 1
+    assert "<html" in reports[1].read_text().lower()
+
+
 # ── the process ───────────────────────────────────────────────────────────────────────────────
 
 

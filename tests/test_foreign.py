@@ -117,6 +117,7 @@ def test_a_class_of_the_script_that_wrote_the_file_is_told_how_to_come_by(tmp_pa
     for options in ((), ("--trust-pickle",)):
         text = told(tmp_path / "a.pt", *options)
         assert "Own of __main__" in text
+        assert "trust_pickle=True" in text
         assert "--arch SCRIPT:Own" in text
 
 

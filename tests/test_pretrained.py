@@ -300,7 +300,8 @@ def test_heads_that_the_configuration_forbids_are_refused(tmp_path):
 MOST: dict[str, tuple[str, str, dict[str, object], str]] = {
     "bert": ("bert", "2x", {"intermediate_size": 48}, "encoder.layer.*.attention.self.query"),
     "gpt2": ("gpt2", "1.5x", {"n_inner": 96}, "transformer.h.*.attn.c_attn"),
-    "vit": ("vit", "2x", {"intermediate_size": 48}, "vit.layers.*.attention.q_proj"),
+    "a field that is left out": (
+        "vit", "2x", {"intermediate_size": 48, "num_attention_heads": 8, "head_dim": 4}, ""),
     "heads that divide nothing": (
         "llama", "1.5x", {"intermediate_size": 36}, "model.layers.*.self_attn.q_proj"),
     "heads of the same size": (
@@ -323,6 +324,38 @@ def test_the_command_line_grows_what_the_configuration_can_say(tmp_path, case):
     found = getattr(transformers, CORE[name][0]).from_pretrained(out)
     outputs = (first_output(model, opened.inputs) for model in (opened.model, found))
     assert max_rel(*outputs) < 1e-5
+
+
+@pytest.mark.parametrize("keys", [2, 4])
+def test_fields_that_only_together_leave_all_sizes_are_found(tmp_path, keys):
+    path = directory(tmp_path, "qwen2", num_key_value_heads=keys)
+    opened, grown = widened(path, "1.5x", where="all", verify=False)
+    write_grown(opened, grown, out := tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    found = [config[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")]
+    assert found == [24, 6, 3 * keys // 2]
+    after = transformers.Qwen2ForCausalLM.from_pretrained(out)
+    assert max_rel(*(first_output(m, opened.inputs) for m in (opened.model, after))) < 1e-5
+
+
+def test_what_the_class_refuses_is_told_with_what_it_would_take(tmp_path):
+    opened, grown = widened(directory(tmp_path, "llama"), "1.5x", verify=False)
+    told = r"refuses num_attention_heads 6: The hidden size \(16\) is not a multiple"
+    with pytest.raises(SourceError, match=told) as caught:
+        write_grown(opened, grown, tmp_path / "out")
+    assert "--where all" in caught.value.way_out
+
+
+def test_where_no_kind_is_in_the_way_alone_kinds_are_tried_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("fxgrow.files.fitting._otherwise", lambda *_: "")
+    path, out = directory(tmp_path, "llama"), tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["widen", str(path), "--width", "1.5x", "--verify", "none", "-o", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "left as they are: model.layers.*.self_attn.q_proj, because" in done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_attention_heads"]) == (36, 4)
 
 
 def test_what_no_field_governs_at_all_is_refused_on_the_command_line_too(tmp_path):

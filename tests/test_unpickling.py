@@ -9,9 +9,11 @@ import decimal
 import fractions
 import functools
 import io
+import itertools
 import os
 import pickle
 import pickletools
+import struct
 import types
 import uuid
 import zipfile
@@ -334,6 +336,39 @@ def test_numpy_objects_that_are_no_plain_numbers_are_refused(tmp_path):
     for value in (np.array([{}]), np.zeros(2, pairs), np.dtype("O"), pairs):
         with pytest.raises(SourceError):
             load_pickled(save({"a": value}, tmp_path / "a.pt"))
+
+
+def of_python_2(value: object) -> bytes:
+    """Return a pickle whose texts are bytes without a name of their encoding."""
+    pickled, found = pickle.dumps(value, protocol=2), b""
+    steps = list(pickletools.genops(pickled))
+    for (code, text, start), (_, _, end) in itertools.pairwise(
+        [*steps, (None, None, len(pickled))]
+    ):
+        data = str(text).encode()
+        short = bytes([len(data) % 256])
+        old = b"U" + short + data if len(data) < 256 else b"T" + struct.pack("<i", len(data)) + data
+        found += old if code.name == "BINUNICODE" else pickled[start:end]  # type: ignore[union-attr]
+    return found
+
+
+def test_texts_of_python_2_are_read():
+    value = {"conv1.weight": ["a", "é" * 300, 3], "x" * 300: OrderedDict([("b", None)])}
+    data = of_python_2(value)
+    assert b"U" in data
+    assert b"T" in data
+    assert Machine(data, _Words()).load() == value
+    assert Machine(b"\x80\x02U\x02\xff\x00.", _Words()).load() == "\xff\x00"  # an array's bytes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"T\xff\xff\xff\xff", b"T\xff\xff\xff\x7fab", b"U\x05ab", b"U\x02os\x94U\x06system\x94\x93)R"],
+    ids=["negative", "too long", "cut off", "a name"],
+)
+def test_texts_of_python_2_that_lie_are_refused(body):
+    with pytest.raises(PickleError):
+        Machine(b"\x80\x02" + body + b".", _Words()).load()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

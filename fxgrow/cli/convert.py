@@ -10,7 +10,7 @@ from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
 from fxgrow.cli.growing import effort_of
-from fxgrow.cli.outputs import check_outputs, check_report_name
+from fxgrow.cli.outputs import check_outputs, check_report_names
 from fxgrow.cli.run import CommandRun, Outputs, move, show, tell_plan
 from fxgrow.cli.terminal import print_table
 from fxgrow.errors import SourceError, UsageError
@@ -92,7 +92,8 @@ def convert(
     into the larger architecture as it is.
     """
     shapes = parse_shapes(input_shape or ())
-    check_report_name(report)
+    reports = tuple(report or ())
+    check_report_names(reports)
     effort = effort_of(verify, no_verify=no_verify)
     if (to is None) != list_targets:
         raise UsageError(
@@ -110,8 +111,8 @@ def convert(
             _list(run, run.open(source, arch, arch_arg, trust_pickle=trust_pickle))
             return
         label = to.removesuffix("/config.json").rpartition(":")[2].rpartition("/")[2]
-        files = Outputs(output or default_output(source, label), plan, report)
-        wanted = (plan,) if dry_run else (files.out, plan, report)
+        files = Outputs(output or default_output(source, label), plan, reports)
+        wanted = (plan,) if dry_run else (files.out, plan, *reports)
         check_outputs(wanted, [source], force=force)
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         architecture = target_architecture(to, opened.architecture, parse_arguments(to_arg or ()))

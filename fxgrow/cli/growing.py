@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
-from fxgrow.cli.outputs import check_outputs, check_report_name
+from fxgrow.cli.outputs import check_outputs, check_report_names
 from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
 from fxgrow.errors import UsageError
 
@@ -41,7 +41,7 @@ class Settings:
     device: str
     dry_run: bool
     plan: Path | None
-    report: Path | None
+    report: Sequence[Path] | None
     force: bool
 
 
@@ -80,8 +80,9 @@ def grow(
         FxgrowError: it cannot be done; nothing was written.
     """
     shapes = parse_shapes(settings.input_shape or ())
-    check_report_name(settings.report)
-    if settings.dry_run and (settings.output or settings.report):
+    reports = tuple(settings.report or ())
+    check_report_names(reports)
+    if settings.dry_run and (settings.output or reports):
         raise UsageError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
     source, after = settings.source, settings.after
     with CommandRun() as run:
@@ -92,10 +93,8 @@ def grow(
         first = None if after is None else read_plan(after)
         if first is not None:
             label = label or plan_label(first)
-        files = Outputs(
-            settings.output or default_output(source, label), settings.plan, settings.report
-        )
-        wanted = (files.plan,) if settings.dry_run else (files.out, files.plan, files.report)
+        files = Outputs(settings.output or default_output(source, label), settings.plan, reports)
+        wanted = (files.plan,) if settings.dry_run else (files.out, files.plan, *reports)
         read = [path for path in (source, after) if path is not None]
         check_outputs(wanted, read, force=settings.force)
         opened = run.open(

@@ -92,7 +92,13 @@ def verify(
         run.steps("comparing")
         inputs = inputs_of(shapes, opened)
         with about(before):
-            found = verify_models(opened.model, other.model, inputs, module)
+            try:
+                found = verify_models(opened.model, other.model, inputs, module)
+            except VerificationError as error:
+                if error.name != "after":
+                    raise
+                told = f"{after}, compared with {before}: {error.message}"
+                raise VerificationError(told, name=str(after), way_out=error.way_out) from error
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:

@@ -310,11 +310,11 @@ PlanOutput = Annotated[
     output("--plan", metavar="PLAN.json", help="Write the plan, which fxgrow apply carries out."),
 ]
 ReportOutput = Annotated[
-    Path | None,
+    list[Path] | None,
     output(
         "--report",
         metavar="FILE.json|.html",
-        help="Write what was done and measured, as data or as a page.",
+        help="Write what was done and measured, as data or as a page; give it twice for both.",
     ),
 ]
 Why = Annotated[

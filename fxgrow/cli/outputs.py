@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from fxgrow.api.report.data import Report
 
 
-def check_report_name(path: Path | None) -> None:
-    """Check that the name of a report says which kind it is.
+def check_report_names(paths: Iterable[Path]) -> None:
+    """Check that the names of reports say which kind they are.
 
     Raises:
-        UsageError: it does not end in .json or .html.
+        UsageError: one does not end in .json or .html.
     """
-    if path is not None and path.suffix.lower() not in REPORT_SUFFIXES:
-        raise UsageError(
-            f"the report {path} is of no known kind.",
-            name=str(path),
-            way_out=f"Name it {' or '.join(path.stem + suffix for suffix in REPORT_SUFFIXES)}.",
-        )
+    for path in paths:
+        if path.suffix.lower() not in REPORT_SUFFIXES:
+            raise UsageError(
+                f"the report {path} is of no known kind.",
+                name=str(path),
+                way_out=f"Name it {' or '.join(path.stem + suffix for suffix in REPORT_SUFFIXES)}.",
+            )
 
 
 def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:

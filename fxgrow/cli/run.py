@@ -73,7 +73,7 @@ class Outputs:
 
     out: Path
     plan: Path | None = None
-    report: Path | None = None
+    reports: Sequence[Path] = ()
 
     def write(
         self, run: CommandRun, opened: OpenedModel, grown: Grown, inputs: object, *, force: bool
@@ -86,9 +86,9 @@ class Outputs:
             run.notices.warn(text)
         if self.plan is not None:
             write_text(self.plan, grown.plan.to_json(), force=force)
-        if self.report is not None:
-            title = f"{opened.source.path} → {self.out}"
-            write_text(self.report, report_text(grown.report, self.report, title), force=force)
+        title = f"{opened.source.path} → {self.out}"
+        for path in self.reports:
+            write_text(path, report_text(grown.report, path, title), force=force)
 
     def tell(self, opened: OpenedModel) -> None:
         """Say what was written and how to load it."""
@@ -99,7 +99,8 @@ class Outputs:
         kind = "directory" if self.out.is_dir() else written
         named = f" of {opened.architecture}" if opened.architecture is not None else ""
         typer.echo(f"\nwrote {self.out} (a {kind}{named})")
-        for path, what in ((self.plan, "the plan"), (self.report, "the report")):
+        reports = ((path, "the report") for path in self.reports)
+        for path, what in ((self.plan, "the plan"), *reports):
             if path is not None:
                 typer.echo(f"wrote {path} ({what})")
         # A record never makes fxgrow import code of the user's: that is named anew.

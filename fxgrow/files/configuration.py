@@ -5,14 +5,16 @@ any number in the configuration; the value proposed is the old one times the rat
 size has to grow. Fields that bring sizes nearer to what they should be are set together until every
 tensor is as it is in the grown model. Several sets of fields may do that (twice the heads, or heads
 of twice the size): that one is taken under which most of the modules' other numbers stay as they
-are. Nothing is known of names of fields.
+are. A network of the right sizes may still compute something else; two more fields that only
+together leave all sizes (heads, and heads of keys) are then set. Nothing is known of names of
+fields, but that some modules keep a number under the name of the field that it came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +32,7 @@ from fxgrow.files.fields import (
     is_number,
     proposals,
 )
+from fxgrow.files.ungoverned import in_the_way, refusal
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.huggingface import quiet, screened
 from fxgrow.modules.uninitialised import Limit
@@ -88,6 +91,16 @@ class _Wanted:
                 found.append(Difference(name, have, want, is_tensor=False))
         return found
 
+    def attributes(self) -> Iterator[tuple[str, int]]:
+        """Yield the names of modules' attributes that are the same whole number in all of them."""
+        values: dict[str, set[tuple[Number, ...]]] = {}
+        for path, numbers in self._other.items():
+            values.setdefault(path.rpartition(".")[2], set()).add(numbers)
+        for name, found in values.items():
+            only = found.pop()
+            if not found and len(only) == 1 and isinstance(only[0], int) and only[0] > 0:
+                yield name, only[0]
+
     def changed(self, model: nn.Module) -> int:
         """Return how many other numbers of the modules are not as in the grown model.
 
@@ -96,16 +109,6 @@ class _Wanted:
         mine = dict(_numbers_of(model))
         names = [name for name in self._other if name not in self._edited]
         return sum(mine.get(name) != self._other[name] for name in names)
-
-
-class UngovernedError(SourceError):
-    """What has grown in a way that no configuration describes.
-
-    Attributes:
-        groups: a glob of the names of the groups in the way; "" if these are not known.
-    """
-
-    groups = ""
 
 
 def grown_config(
@@ -130,21 +133,25 @@ def grown_config(
         UngovernedError: no fields give these widths; the first tensor in the way is named.
     """
     if any(step.makes_graphs for step in plan.steps):
-        raise _refusal("the grown model's code differs from that of its class", "", plan)
+        raise refusal("the grown model's code differs from that of its class", "", plan)
     config: Any = architecture.arguments["config"]  # in a record, it may say anything
     old = {**screened(config).written, **_flags(plan)}
     limit = Limit.of(grown.state_dict())
     search = _FieldSearch(architecture, _Wanted(grown, plan), limit, is_same)
     full = search.complete(old)
     changes = search.run(full)
+    if changes is None and (unsaid := search.unsaid(full)):
+        said = changed(full, unsaid)
+        changes = search.run(said)
+        full, old = (said, changed(old, unsaid)) if changes is not None else (full, old)
     if changes is None and search.unlike:
         fields = ", ".join(".".join(map(str, place)) for place, _ in search.unlike)
         reason = f"its sizes are those of another {fields}, with which it computes something else"
-        raise _refusal(reason, "", plan)
+        raise refusal(reason, "", plan, search.forbidden())
     if changes is None and not search.first:
-        raise _refusal("a network of its sizes computes something else", "", plan)
+        raise refusal("a network of its sizes computes something else", "", plan)
     if changes is None:
-        raise _in_the_way(search.first, search.nearest, plan)
+        raise in_the_way(search.first, search.nearest, plan)
     full, found = changed(full, changes), changed(old, changes)
     # A field that was left out may have followed from others; then all fields are needed.
     return found if search.complete(found) == full else {**old, **full}
@@ -186,6 +193,8 @@ class _FieldSearch:
         self._wanted = wanted
         self._limit = limit
         self._built = 0
+        self._refused: dict[Place, tuple[object, str]] = {}
+        self._config: Config = {}
 
     def complete(self, config: Config) -> Config:
         """Return a configuration with all fields that it leaves at their defaults."""
@@ -203,6 +212,7 @@ class _FieldSearch:
         Args:
             config: a complete configuration, of the old model.
         """
+        self._config, self._built = config, 0
         first = self._try(config)
         if first is None:
             return None
@@ -237,11 +247,77 @@ class _FieldSearch:
                 more, _ = self._helpful(now, present.changes, present.left, others, inert)
             waiting += [attempt for attempt in more if attempt.places not in seen]
             seen.update(attempt.places for attempt in more)
-        for found in sorted(complete, key=lambda found: (found.others, len(found.changes))):
+        complete.sort(key=lambda found: (found.others, len(found.changes)))
+        pairs = (self._pairs(config, found, left, every) for found in complete)
+        for found in itertools.chain(complete, *pairs):
             if self._is_same(changed(config, found.changes)):
                 return found.changes
             self.unlike = self.unlike or found.changes
         return None
+
+    def _pairs(
+        self, config: Config, found: _Attempt, left: list[Difference], every: bool
+    ) -> Iterator[_Attempt]:
+        """Yield attempts of one or two more fields that leave all sizes as they should be.
+
+        Args:
+            config: a complete configuration, of the old model.
+            found: what gives all sizes, of a network that computes something else.
+            left: what is different under ``config``.
+            every: see :func:`~fxgrow.files.fields.proposals`.
+        """
+        now, growing = changed(config, found.changes), {each.name for each in left}
+        fields: list[tuple[Place, object]] = []
+        for place, value in proposals(config, left, every):
+            if place in found.places or self._built >= _MOST_BUILT:
+                continue
+            result = self._try(changed(now, ((place, value),)))
+            if result == ([], found.others):
+                continue
+            if result is not None and not result[0]:
+                yield _Attempt((*found.changes, (place, value)), *result)
+            # What touches others, such as the number of layers, is made good by no other field.
+            elif result is None or {each.name for each in result[0]} <= growing:
+                fields.append((place, value))
+        for pair in itertools.combinations(fields, 2):
+            if pair[0][0] != pair[1][0] and self._built < _MOST_BUILT:
+                result = self._try(changed(now, pair))
+                if result is not None and not result[0]:
+                    yield _Attempt((*found.changes, *pair), *result)
+
+    def unsaid(self, config: Config) -> Change:
+        """Return fields that a configuration leaves out and its class reads, as they should be.
+
+        A class may take the size of heads from a field or, without one, from two others.
+        """
+        names = dict(self._wanted.attributes())
+        places = [()] + [(key,) for key, value in config.items() if isinstance(value, dict)]
+        before, found = self._try(config), []
+        for place, (name, value) in itertools.product(places, names.items()):
+            inside = config[place[0]] if place else config
+            if name in inside:
+                continue
+            at: Place = (*place, name)
+            if self._try(changed(config, ((at, 2 * value),))) not in (before, None):
+                found.append((at, value))
+        return tuple(found)
+
+    def forbidden(self) -> str:
+        """Return what the class says against a field's value that sizes ask for, or ""."""
+        growing = {each.name for each in self.first}
+        for place, (value, told) in self._refused.items():
+            old: Any = self._config
+            for key in place:
+                old = old[key]
+            if not isinstance(old, int):
+                continue
+            for other in (2 * old, old // 2):
+                result = self._try(changed(self._config, ((place, other),)))
+                names = {each.name for each in result[0]} if result is not None else set()
+                if result is not None and result[0] != self.first and names <= growing:
+                    field, cause = ".".join(map(str, place)), told.rpartition("Error: ")[2]
+                    return f"its class refuses {field} {value}: {cause}"
+        return ""
 
     def _helpful(
         self,
@@ -282,9 +358,16 @@ class _FieldSearch:
         try:
             with quiet():
                 built = self._build(config)
-        except SourceError:  # 30 channels in 4 heads, say
+        except SourceError as error:  # 30 channels in 4 heads, say
+            self._note(config, error)
             return None
         return self._wanted.differences(built), self._wanted.changed(built)
+
+    def _note(self, config: Config, error: SourceError) -> None:
+        """Remember what a class says against one field that was set alone."""
+        set_ = [(key,) for key in config if config[key] != self._config.get(key)]
+        if len(set_) == 1:
+            self._refused.setdefault(set_[0], (config[set_[0][0]], error.reason))
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -313,44 +396,3 @@ def _attribute(model: object, path: str) -> tuple[Number, ...]:
 def _numbers(value: object) -> tuple[Number, ...]:
     items = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(item for item in items if is_number(item))
-
-
-def _in_the_way(first: list[Difference], nearest: list[Difference], plan: Plan) -> UngovernedError:
-    """Return the refusal that names a tensor whose size no field governs.
-
-    Args:
-        first: what is different under the old configuration.
-        nearest: what is under the one that comes nearest.
-        plan: how the model grew.
-    """
-    still = [difference for difference in first if difference in nearest]
-    shown = (still or first or nearest)[0]
-    have, want = ("x".join(map(str, sizes)) or "none" for sizes in (shown.have, shown.want))
-    what = "" if shown.is_tensor else " (an attribute)"
-    rest = f"it stays {have}" if still else "and all else what it should be"
-    reason = f"no field of config.json makes {shown.name}{what} {want}, {rest}"
-    return _refusal(reason, shown.name, plan)
-
-
-def glob_of(name: str) -> str:
-    """Return a glob of the groups that are the same in other layers.
-
-    Example:
-        >>> glob_of("bert.encoder.layer.0.output.dense")
-        'bert.encoder.layer.*.output.dense'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _refusal(reason: str, name: str, plan: Plan) -> UngovernedError:
-    layers = {name.rpartition(".")[0], name}
-    guilty = next((g.name for g in plan.groups if layers & {*g.writers, *g.readers, g.name}), "")
-    glob = glob_of(guilty)
-    leave = f"Leave it out (--exclude '{glob}'), or write" if guilty else "Write"
-    error = UngovernedError(
-        f"a directory cannot hold this model: {reason}.",
-        name=name,
-        way_out=f"{leave} the weights alone, which fxgrow.load reads: -o model.safetensors.",
-    )
-    error.groups = glob
-    return error

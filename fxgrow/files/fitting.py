@@ -19,8 +19,9 @@ from fxgrow.api.widen import carry_out
 from fxgrow.errors import FxgrowWarning, PlanError, SourceError
 from fxgrow.files.checkpoint import Source
 from fxgrow.files.checkpoint.saving import output_format
-from fxgrow.files.configuration import UngovernedError, glob_of, grown_config
+from fxgrow.files.configuration import grown_config
 from fxgrow.files.pretrained import is_pretrained
+from fxgrow.files.ungoverned import UngovernedError, glob_of
 from fxgrow.files.written import check_outputs
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import Arguments
@@ -95,14 +96,14 @@ def fitted_plan(
         SourceError: no part of the plan can be described.
         PlanError: there is no plan.
     """
-    plan = make(())
+    plan = made = make(())
     problem = _problem(architecture, model, plan, inputs)
     first, left = problem, dict[str, str]()
     while problem is not None and len(left) < _MOST_KINDS:
         found = problem.groups or _otherwise(architecture, model, make, inputs, [*left], plan)
         if not found or found in left:
-            raise first or problem
-        left[found] = problem.reason.partition(": ")[2]
+            return _one_by_one(architecture, model, make, inputs, made, first or problem)
+        left[found] = f"{problem.reason.partition(': ')[2]}. {problem.wider}"
         try:
             plan = make([*left])
         except PlanError:
@@ -110,12 +111,47 @@ def fitted_plan(
         problem = _problem(architecture, model, plan, inputs)
     if problem is not None:
         raise problem
+    return _noted(plan, left)
+
+
+def _noted(plan: Plan, left: Mapping[str, str]) -> Plan:
+    """Return a plan that tells what it leaves, and why."""
     notes = [
-        f"left as they are: {groups}, because {reason}. Write the weights alone to grow them too: "
-        "-o model.safetensors."
+        f"left as they are: {groups}, because {reason.rstrip()} Write the weights alone to grow "
+        "them too: -o model.safetensors."
         for groups, reason in left.items()
     ]
     return replace(plan, warnings=(*plan.warnings, *notes))
+
+
+def _one_by_one(
+    architecture: Architecture,
+    model: nn.Module,
+    make: MakeWithout,
+    inputs: Arguments | None,
+    plan: Plan,
+    first: UngovernedError,
+) -> Plan:
+    """Return the plan for those kinds of groups that a configuration describes, found one by one.
+
+    Raises:
+        UngovernedError: it is ``first``, why there is no configuration for all of ``plan``: there
+            is none for any of its groups.
+    """
+    kinds = list(dict.fromkeys(glob_of(group.name) for group in plan.groups))
+    best, kept = None, list[str]()
+    for kind in kinds[:_MOST_KINDS]:
+        try:
+            tried = make([other for other in kinds if other not in (*kept, kind)])
+            problem = _problem(architecture, model, tried, inputs)
+        except (PlanError, SourceError):
+            continue
+        if problem is None:
+            best, kept = tried, [*kept, kind]
+    if best is None:
+        raise first
+    reason = f"{first.reason.partition(': ')[2]}. {first.wider}"
+    return _noted(best, {", ".join(kind for kind in kinds if kind not in kept): reason})
 
 
 def _problem(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import VerificationError
-from fxgrow.modules.calling import Arguments, call, map_tensors, results_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.modules.standin import first_line, set_training, stand_in
@@ -94,6 +94,38 @@ def no_longer_runs(model: nn.Module, how: str, error: BaseException) -> NoLonger
     )
     found.cause = f"{first_line(error)}{where}"
     return found
+
+
+def told_which(
+    old: nn.Module, new: nn.Module, batch: Arguments, error: VerificationError
+) -> VerificationError:
+    """Return the error of a comparison, which says which of two networks does not run.
+
+    Its ``name`` is ``before`` or ``after`` where that is one of them.
+    """
+    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(batch))
+    for which, network in (("before", old), ("after", new)):
+        try:
+            outputs_of(lent_copy(network), batch, "eval", Expectation())
+        except VerificationError as problem:
+            told = problem.reason.partition(": ")[2]
+            if which == "before":
+                return VerificationError(
+                    f"the first network, a {type(old).__name__}, does not run on {shapes}: {told}.",
+                    name=which,
+                    way_out="Give example inputs that it takes (--input-shape).",
+                )
+            return VerificationError(
+                f"the second network, a {type(new).__name__}, does not run on what the first one, "
+                f"a {type(old).__name__}, takes ({shapes}): {told}.",
+                name=which,
+                way_out="Is it the same network, grown? Else give example inputs that both take "
+                "(--input-shape).",
+            )
+    if "--no-verify" not in error.way_out:
+        return error
+    way_out = "Give larger example inputs or a larger batch (--input-shape)."
+    return VerificationError(error.message, name=error.name, way_out=way_out)
 
 
 def _layer_at(model: nn.Module, error: BaseException) -> str:

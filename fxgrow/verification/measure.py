@@ -35,7 +35,7 @@ from fxgrow.verification.findings import (
     ModeResult,
     Verification,
 )
-from fxgrow.verification.forward import Mode, NoLongerRuns, lent_copy, shown
+from fxgrow.verification.forward import Mode, NoLongerRuns, lent_copy, shown, told_which
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
@@ -367,6 +367,8 @@ def verify(
                 note = f"the second network does not run where the first does: {error.cause}"
                 found.append(Verification("failed", effort="full", inputs=told, notes=(note,)))
                 continue
+            except VerificationError as error:
+                raise told_which(old, new, batches[0], error) from error
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, after) for result in results)
             found.append(replace(judged, verdict="preserved" if same else "failed"))

@@ -159,6 +159,17 @@ class Machine:
         text = str(self._take(self._number(form)), "utf-8", "surrogatepass")
         self._stack.append(text)
 
+    def _old_text(self, form: str) -> None:
+        """Push a text of Python 2, which are bytes; torch too takes them for UTF-8."""
+        length = self._number(form)
+        if length < 0:
+            raise DamagedError("a text of negative length")
+        data = self._take(length)
+        try:
+            self._stack.append(str(data, "utf-8"))
+        except UnicodeDecodeError:  # the bytes of an array, which Latin-1 gives back one by one
+            self._stack.append(str(data, "latin-1"))
+
     def _bytes(self, form: str) -> None:
         self._stack.append(self._take(self._number(form)))
 
@@ -312,6 +323,8 @@ _STEPS: dict[int, Callable[[Machine], object]] = {
         "X": lambda m: m._text("<I"),  # BINUNICODE
         "\x8c": lambda m: m._text("<B"),  # SHORT_BINUNICODE
         "\x8d": lambda m: m._text("<Q"),  # BINUNICODE8
+        "U": lambda m: m._old_text("<B"),  # SHORT_BINSTRING
+        "T": lambda m: m._old_text("<i"),  # BINSTRING
         "B": lambda m: m._bytes("<I"),  # BINBYTES
         "C": lambda m: m._bytes("<B"),  # SHORT_BINBYTES
         "\x8e": lambda m: m._bytes("<Q"),  # BINBYTES8

@@ -121,8 +121,10 @@ def _refuse_script(path: Path, name: str, cause: Exception) -> NoReturn:
         f"{path} asks for {name} of __main__: a class that was defined in the script that wrote "
         "the file, and that no other program finds.",
         name=f"__main__.{name}",
-        way_out=f"In that script, save the weights: {STATE_DICT}. Then name the class by the "
-        f"script's file: --arch SCRIPT:{name} (for SCRIPT.py in this directory).",
+        way_out="In that script itself, fxgrow.load(path, trust_pickle=True) reads it. Elsewhere, "
+        "put the class into a module of its own before saving; or save the weights there: "
+        f"{STATE_DICT}; and name the class by the script's file: --arch SCRIPT:{name} (for "
+        "SCRIPT.py in this directory).",
     ) from cause
 
 
