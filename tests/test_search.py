@@ -35,13 +35,15 @@ class Fixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the hidden layer in the shape that the code says."""
         h = self.first(x)
-        h = _shaped(h) if self.helper else h.view(h.shape[0], self.hidden or 6)
+        h = _shaped(h, x) if self.helper else h.view(h.shape[0], self.hidden or 6)
         return self.second(torch.relu(h))
 
 
-def _shaped(h: Tensor) -> Tensor:
-    """Add a number made of the width, which no weight can take up."""
-    return h + h.shape[1]
+@torch.fx.wrap
+def _shaped(h: Tensor, x: Tensor) -> Tensor:
+    """Fix one size for channels and for what holds none, in one line of code."""
+    shaped, _ = (part.view(-1, 6) for part in (h, x.repeat(1, 3)))
+    return shaped
 
 
 def chain(*blocks: nn.Module) -> nn.Sequential:
@@ -115,7 +117,7 @@ def test_what_code_fixes_names_the_group_that_it_comes_from():
     assert [group.name for group in found.groups] == ["1.first"]
     assert [refusal.name for refusal in found.refused] == ["0.first", "2.first"]
     for refusal in found.refused:
-        assert "computes with 6 at the present widths" in refusal.reason
+        assert "fixes sizes [-1, 6] in view, where [-1, 12] are needed" in refusal.reason
 
 
 def test_the_search_raises_nothing():
@@ -128,5 +130,5 @@ def test_the_search_raises_nothing():
 
 
 def test_a_request_of_which_nothing_can_grow_tells_the_first_reason():
-    with pytest.raises(PlanError, match=r"^0.first cannot be widened: aten.add computes with 6"):
+    with pytest.raises(PlanError, match=r"^0.first cannot be widened: the code of 0 fixes sizes"):
         plan(chain(Fixed(told=False, helper=True)), "2x", torch.randn(2, 4))

@@ -195,7 +195,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-_POINTWISE = torch.Tag.pointwise
+_POINTWISE = (torch.Tag.pointwise,)
 _custom = torch.library.custom_op("fxgrow_tests::custom", _double, mutates_args=(), tags=_POINTWISE)
 _custom.register_fake(torch.empty_like)
 _taught = torch.library.custom_op("fxgrow_tests::taught", _double, mutates_args=(), tags=_POINTWISE)
