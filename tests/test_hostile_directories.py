@@ -648,7 +648,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "lines": ("a\nb", "needs a\\nb"),
     "no weights": ("tokenizer.json", NO_WEIGHTS),
     "a configuration": ("config.json", NO_WEIGHTS),
-    "code": ("modeling_evil.py", NO_WEIGHTS),
+    "code": ("modeling_evil.py", "not a torch.save file"),
     "a folder": ("sub", "is a directory, not a file"),
     "a pipe": ("pipe", "a pipe or a socket"),
     "out": ("out.safetensors", "is a link out of it"),
