@@ -20,6 +20,9 @@ from fxgrow.modules.expectation import Expectation
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.weights import drawn
 
+# Few of the networks here use the layer for deviations.
+pytestmark = pytest.mark.filterwarnings("ignore:v takes no part in the run")
+
 Between = Callable[["Net", Tensor], Any]
 
 
