@@ -154,7 +154,8 @@ def grown_config(
         raise in_the_way(search.first, search.nearest, plan)
     full, found = changed(full, changes), changed(old, changes)
     # A field that was left out may have followed from others; then all fields are needed.
-    return found if search.complete(found) == full else {**old, **full}
+    same = search.complete(found) == search.complete(full)
+    return found if same else {**old, **full}
 
 
 def _flags(plan: Plan) -> Config:
