@@ -334,6 +334,7 @@ def test_fields_that_only_together_leave_all_sizes_are_found(tmp_path, keys):
     config = json.loads((out / "config.json").read_text())
     found = [config[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")]
     assert found == [24, 6, 3 * keys // 2]
+    assert "head_dim" not in config
     after = transformers.Qwen2ForCausalLM.from_pretrained(out)
     assert max_rel(*(first_output(m, opened.inputs) for m in (opened.model, after))) < 1e-5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,36 @@ def test_a_module_of_the_users_own_is_read_again(tmp_path, monkeypatch):
     assert torch.equal(
         fxgrow.load(tmp_path / "out.pt", trust_pickle=True).stem.weight, grown.model.stem.weight
     )
+
+
+@pytest.mark.filterwarnings("ignore:the result is a torch.fx.GraphModule")
+def test_what_became_a_graph_is_kept_by_its_weights_and_its_plan(tmp_path):
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    grown = fxgrow.widen(net, "2x", x, rescaling="default_vt", compensate=True, verify=False)
+    with pytest.raises(fxgrow.SourceError, match="became a GraphModule") as caught:
+        fxgrow.save(grown, tmp_path / "out.pt")
+    assert "net = fxgrow.Plan.from_json(text).apply(old_network)" in caught.value.way_out
+    torch.save(grown.model.state_dict(), tmp_path / "weights.pt")
+    again = fxgrow.Plan.from_json(grown.plan.to_json()).apply(net)  # as the way out says
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(again(x), grown.model(x))
+
+
+class Own(nn.Sequential):
+    """Saved as if it were of the script that runs."""
+
+
+def test_saving_a_class_of_the_script_tells_how_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Own", Own, raising=False)
+    net = Own(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    grown = fxgrow.widen(net, "2x", torch.randn(3, 4), verify=False)
+    with pytest.warns(fxgrow.FxgrowWarning, match=r"Own of __main__.*trust_pickle=True\) reads it"):
+        fxgrow.save(grown, tmp_path / "out.pt")
+    with pytest.raises(fxgrow.SourceError, match="trust_pickle=True"):
+        fxgrow.load(tmp_path / "out.pt")
+    loaded = fxgrow.load(tmp_path / "out.pt", trust_pickle=True)  # as both say
+    assert torch.equal(loaded[0].weight, grown.model[0].weight)
 
 
 def test_a_network_that_only_looks_like_a_known_one_is_pickled_whole(tmp_path):

@@ -85,6 +85,7 @@ def verify(
         from fxgrow.api.report.data import plain
         from fxgrow.api.report.tables import verification_table
         from fxgrow.files.checkpoint.reading import about
+        from fxgrow.verification.measure import UNRUN
         from fxgrow.verification.measure import verify as verify_models
 
         opened = run.open(before, arch, arch_arg, trust_pickle=trust_pickle)
@@ -92,17 +93,19 @@ def verify(
         run.steps("comparing")
         inputs = inputs_of(shapes, opened)
         with about(before):
-            try:
-                found = verify_models(opened.model, other.model, inputs, module)
-            except VerificationError as error:
-                if error.name != "after":
-                    raise
-                told = f"{after}, compared with {before}: {error.message}"
-                raise VerificationError(told, name=str(after), way_out=error.way_out) from error
+            found = verify_models(opened.model, other.model, inputs, module)
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:
         print_table(verification_table(found))
+    unrun = next((note for note in found.notes if note.startswith(UNRUN)), "")
+    if unrun:
+        raise VerificationError(
+            f"{after}, compared with {before}: {unrun.rstrip('.')}.",
+            name=str(after),
+            way_out="Is it the same network, grown? Else give inputs that both take "
+            "(--input-shape).",
+        )
     if found.verdict == "failed":
         raise VerificationError(
             f"{before} and {after} compute different functions.",

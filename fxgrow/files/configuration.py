@@ -154,7 +154,8 @@ def grown_config(
         raise in_the_way(search.first, search.nearest, plan)
     full, found = changed(full, changes), changed(old, changes)
     # A field that was left out may have followed from others; then all fields are needed.
-    return found if search.complete(found) == full else {**old, **full}
+    same = search.complete(found) == search.complete(full)
+    return found if same else {**old, **full}
 
 
 def _flags(plan: Plan) -> Config:
@@ -292,13 +293,13 @@ class _FieldSearch:
         """
         names = dict(self._wanted.attributes())
         places = [()] + [(key,) for key, value in config.items() if isinstance(value, dict)]
-        before, found = self._try(config), []
+        before, found, growing = self._try(config), [], {each.name for each in self.first}
         for place, (name, value) in itertools.product(places, names.items()):
-            inside = config[place[0]] if place else config
-            if name in inside:
+            if name in (config[place[0]] if place else config):
                 continue
             at: Place = (*place, name)
-            if self._try(changed(config, ((at, 2 * value),))) not in (before, None):
+            result = self._try(changed(config, ((at, 2 * value),)))
+            if result not in (before, None) and {each.name for each in result[0]} <= growing:
                 found.append((at, value))
         return tuple(found)
 

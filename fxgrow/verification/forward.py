@@ -96,32 +96,23 @@ def no_longer_runs(model: nn.Module, how: str, error: BaseException) -> NoLonger
     return found
 
 
-def told_which(
-    old: nn.Module, new: nn.Module, batch: Arguments, error: VerificationError
-) -> VerificationError:
-    """Return the error of a comparison, which says which of two networks does not run.
+def told_of_first(old: nn.Module, batch: Arguments, error: VerificationError) -> VerificationError:
+    """Return the error of a comparison that makes no network, and cannot be left out.
 
-    Its ``name`` is ``before`` or ``after`` where that is one of them.
+    Args:
+        old: the first network, which may not run.
+        batch: what it was called with.
+        error: what came of comparing it with another.
     """
     shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(batch))
-    for which, network in (("before", old), ("after", new)):
-        try:
-            outputs_of(lent_copy(network), batch, "eval", Expectation())
-        except VerificationError as problem:
-            told = problem.reason.partition(": ")[2]
-            if which == "before":
-                return VerificationError(
-                    f"the first network, a {type(old).__name__}, does not run on {shapes}: {told}.",
-                    name=which,
-                    way_out="Give example inputs that it takes (--input-shape).",
-                )
-            return VerificationError(
-                f"the second network, a {type(new).__name__}, does not run on what the first one, "
-                f"a {type(old).__name__}, takes ({shapes}): {told}.",
-                name=which,
-                way_out="Is it the same network, grown? Else give example inputs that both take "
-                "(--input-shape).",
-            )
+    try:
+        outputs_of(lent_copy(old), batch, "eval", Expectation())
+    except VerificationError as problem:
+        told = problem.reason.partition(": ")[2]
+        return VerificationError(
+            f"the first network, a {type(old).__name__}, does not run on {shapes}: {told}.",
+            way_out="Give example inputs that it takes (--input-shape).",
+        )
     if "--no-verify" not in error.way_out:
         return error
     way_out = "Give larger example inputs or a larger batch (--input-shape)."

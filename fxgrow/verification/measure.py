@@ -35,12 +35,13 @@ from fxgrow.verification.findings import (
     ModeResult,
     Verification,
 )
-from fxgrow.verification.forward import Mode, NoLongerRuns, lent_copy, shown, told_which
+from fxgrow.verification.forward import Mode, NoLongerRuns, lent_copy, shown, told_of_first
 from fxgrow.verification.judge import agree, judge
 from fxgrow.verification.layout import check_layout
 from fxgrow.verification.rounding import MOST, told_rounding
 from fxgrow.verification.sizes import judged_inputs
 
+UNRUN = "the second network does not run where the first does"  # how a note begins
 _WORST_FIRST: tuple[Judgement, ...] = (
     "failed", "changed", "as predicted", "skipped", "preserved",
 )  # fmt: skip
@@ -364,11 +365,11 @@ def verify(
                 judged = judge(case, inputs)
             except NoLongerRuns as error:
                 told = tuple("x".join(map(str, t.shape)) for t in tensors_in(batches[0]))
-                note = f"the second network does not run where the first does: {error.cause}"
+                note = f"{UNRUN}: {error.cause}"
                 found.append(Verification("failed", effort="full", inputs=told, notes=(note,)))
                 continue
             except VerificationError as error:
-                raise told_which(old, new, batches[0], error) from error
+                raise told_of_first(old, batches[0], error) from error
             results = [r for r in (judged.eval, judged.train) if r is not None]
             same = all(agree(result, after) for result in results)
             found.append(replace(judged, verdict="preserved" if same else "failed"))
