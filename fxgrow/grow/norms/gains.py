@@ -35,7 +35,8 @@ def propagate_gains(
     Factors and statistics equal to 1 have no effect.
     """
     acting = {name: factor for name, factor in factors.items() if factor != 1.0}
-    if statistics:  # where a number's factor and η cancel in a writer, its readers still take η
+    cancelled = any(factors.get(name) == 1.0 for name in undone)
+    if statistics and cancelled:  # where a number's factor and η cancel, readers still take η
         undone = undone | {tape.operations[index].module for index in numbers}
     flow = GainFlow(acting, with_eps, statistics, undone, owed, numbers)
     if not (acting or statistics or owed or numbers):
