@@ -627,7 +627,7 @@ def write_index(path: Path, places: object, **more: object) -> None:
     (path / INDEX).write_text(json.dumps({"weight_map": places, **more}))
 
 
-NO_NAME, NO_WEIGHTS = "which is no file's name", "not a torch.save file"
+NO_NAME, NO_WEIGHTS = "which is no file's name", "is JSON text, not weights"
 PLACES: dict[str, tuple[object, str]] = {
     "itself": (INDEX, "which is an index itself"),
     "another index": ("other.index.json", "which is an index itself"),
@@ -648,7 +648,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "lines": ("a\nb", "needs a\\nb"),
     "no weights": ("tokenizer.json", NO_WEIGHTS),
     "a configuration": ("config.json", NO_WEIGHTS),
-    "code": ("modeling_evil.py", NO_WEIGHTS),
+    "code": ("modeling_evil.py", "not a torch.save file"),
     "a folder": ("sub", "is a directory, not a file"),
     "a pipe": ("pipe", "a pipe or a socket"),
     "out": ("out.safetensors", "is a link out of it"),
