@@ -289,7 +289,6 @@ def test_networks_that_refuse_drawn_weights_are_judged_on_their_own() -> None:
     assert any("drawn weights gave no finite output" in note for note in found.notes)
 
 
-@pytest.mark.filterwarnings("ignore:.*no part in the run")
 def test_an_expert_that_no_input_reaches_is_named() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
