@@ -407,12 +407,36 @@ def test_a_head_that_no_run_reaches_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "use", [lambda _: torch.rand(1).item() > 0.6, lambda _: random.random() < 0.6]
+    "use",
+    [
+        lambda _: torch.rand(1).item() > 0.6,
+        lambda _: random.random() < 0.6,
+        lambda _: random.sample(range(4), 2)[0] > 1 and random.sample(range(4), 2)[0] > 1,
+    ],
 )
 def test_heads_that_are_used_by_chance_grow(use) -> None:
     grown = fxgrow.widen(Heads(use).eval(), "2x", torch.randn(3, 6))
     assert (grown.model.b.in_features, grown.model.c.in_features) == (16, 16)
     assert not grown.plan.warnings
+
+
+def _any(net: Experts, h: Tensor) -> Tensor:
+    return random.choice(net.experts)(h)
+
+
+def _some_rows(net: Experts, h: Tensor) -> Tensor:
+    if net.training:
+        kept = (torch.rand(len(h), device=h.device) < 0.4).nonzero()[:, 0]
+        return h.index_add(0, kept, net.experts[0](h[kept]))
+    return sum(expert(h) for expert in net.experts)
+
+
+@pytest.mark.filterwarnings("ignore:r takes no part in the run")
+@pytest.mark.parametrize("choose", [_any, _some_rows])
+def test_parts_that_are_used_by_chance_grow(choose) -> None:
+    grown = fxgrow.widen(Experts(choose).eval(), "2x", torch.randn(6, 6), where="all")
+    assert [expert.in_features for expert in grown.model.experts] == [16] * 4
+    assert not [text for text in grown.plan.warnings if "experts" in text]
 
 
 def test_a_grown_network_that_fails_where_the_original_runs_is_another() -> None:

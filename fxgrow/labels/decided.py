@@ -22,7 +22,8 @@ Mode = Literal["eval", "train"]
 _CPU = torch.device("cpu")
 
 
-_MOST_NUMBERS, _PATIENCE = 64, 4  # that are tried, and how many in a row that show nothing new
+_MOST_NUMBERS = 64  # that are tried, and how many in a row that show nothing new
+_PATIENCE = {"number": 4, "chance": 8}
 
 
 class Way(NamedTuple):
@@ -34,7 +35,7 @@ class Way(NamedTuple):
     """
 
     decisions: Sequence[Decision] | None
-    chance: Chance = "mean"
+    chance: Chance = "spread"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Decided:
             mode: the mode.
             by_chance: those with other masks, or those with other decisions alone.
         """
-        ways = (w for w in self.ways.get(mode, ()) if (w.chance != "mean") == by_chance)
+        ways = (w for w in self.ways.get(mode, ()) if (w.chance != "spread") == by_chance)
         return [(self._replayed(way.decisions), way.chance) for way in ways]
 
     def forgotten(self) -> Decided:
@@ -131,17 +132,16 @@ class Decided:
             by_chance: try other masks; else other truth values and numbers that Python looks at.
         """
         run = self._recording(standin, inputs)
+        first: list[dict[str, Any]] = [{"yes": True}, {"yes": False}]
         if by_chance:
-            for chance in OTHERS:
-                self._try(run, mode, left, chance=chance)
-            return
-        for answer in (True, False):
-            self._try(run, mode, left, yes=answer)
-        idle = 0
+            first = [{"chance": chance} for chance in OTHERS]
+        for how in first:
+            self._try(run, mode, left, **how)
+        idle, kind = 0, "chance" if by_chance else "number"
         for number in range(_MOST_NUMBERS):
-            if not left or idle == _PATIENCE:
+            if not left or idle == _PATIENCE[kind]:
                 break
-            idle = 0 if self._try(run, mode, left, number=number) else idle + 1
+            idle = 0 if self._try(run, mode, left, **{kind: number}) else idle + 1
 
     def _try(self, run: Callable[..., Shadows], mode: Mode, left: set[int], **how: Any) -> bool:
         """Keep a way that can be gone and shows something new; return whether it does."""
@@ -153,7 +153,7 @@ class Decided:
         left -= found.met
         decisions = found.decisions if found.decisions or mode in self.runs else None
         if shows or "yes" in how:
-            self.ways.setdefault(mode, []).append(Way(decisions, how.get("chance", "mean")))
+            self.ways.setdefault(mode, []).append(Way(decisions, how.get("chance", "spread")))
         return shows
 
     def fault(self, mode: Mode, inputs: Arguments) -> Exception | None:

@@ -54,7 +54,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         zeros: Collection[str] = (),
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
-        chance: Chance = "mean",
+        chance: Chance = "spread",
     ) -> None:
         super().__init__(decider, chance)
         self._most = most
@@ -342,7 +342,7 @@ def propagate(
     zeros: Collection[str] = (),
     most: int = MOST_ENTRIES,
     decider: Decider | None = None,
-    chance: Chance = "mean",
+    chance: Chance = "spread",
 ) -> tuple[LabelSpace, Tape]:
     """Run ``run`` on meta tensors and return its labels and its tape.
 

@@ -78,7 +78,7 @@ class Listing(OnMeta):  # type: ignore[no-untyped-call]
     """Lists the operations that run by name, and the nodes that run them."""
 
     def __init__(self, place: Callable[[], Place], decider: Decider | None = None) -> None:
-        super().__init__(decider)
+        super().__init__(decider, "spread")
         self.found: list[tuple[str, str]] = []
         self._place = place
 

@@ -299,7 +299,7 @@ class Traced:
         space: LabelSpace | None,
         watch: Watch,
         decider: Decider | None,
-        chance: Chance = "mean",
+        chance: Chance = "spread",
     ) -> tuple[LabelSpace, Tape]:
         """Label a run of the network in the mode that it is in."""
         most = _MOST_INFERRED if self.inferred else MOST_ENTRIES

@@ -50,7 +50,7 @@ class _Draws(OnMeta):  # type: ignore[no-untyped-call]
     """Counts the operations that draw noise."""
 
     def __init__(self, decider: Decider | None) -> None:
-        super().__init__(decider)
+        super().__init__(decider, "spread")
         self.found: Counter[OpOverload] = Counter()
 
     def ran(

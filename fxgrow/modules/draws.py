@@ -33,18 +33,18 @@ from fxgrow.modules.calling import map_tensors, tensors_in
 # "mask": what takes its mean in the place of a draw, so that a mask that keeps the mean of what it
 # is multiplied by does nothing; "noise": another draw; "": none, or one that a layer makes inside.
 Law: TypeAlias = Literal["", "mask", "noise"]
-# What masks are in a run: their mean; or made of numbers that are all small, all large, or drawn,
-# one for each mask.
-Chance: TypeAlias = Literal["mean", "low", "high", "drawn"]
-OTHERS: tuple[Chance, ...] = ("low", "high", "drawn")
+# What masks are in a run: their mean; or made of numbers that are all small, all large, or drawn by
+# a seed, one for each mask. Where only sizes matter, numbers may be spread over each mask.
+Chance: TypeAlias = Literal["mean", "spread", "low", "high"] | int
+OTHERS: tuple[Chance, ...] = ("low", "high", 1)
 
 _MASKS = frozenset(
     ("bernoulli", "rand", "rand_like", "uniform", "rrelu_with_noise", "native_dropout")
 )
-_CONSTANT = {"mean": 0.5, "low": 0.02, "high": 0.98}
+_CONSTANT: dict[Chance, float] = {"mean": 0.5, "low": 0.02, "high": 0.98}
 _MANY = 1 << 12  # masks of one kind; a loop may draw until the number is another one
 # Seeds after which the first uniform numbers of Python and NumPy are small, and large.
-_SEEDS = {"mean": 0, "low": 39608, "high": 1470, "drawn": 1}
+_SEEDS: dict[Chance, int] = {"mean": 0, "spread": 0, "low": 39608, "high": 1470}
 _DRAWN = _MASKS - {"rrelu_with_noise", "native_dropout"}
 _UNTAGGED = frozenset(("aten::_sample_dirichlet", "aten::binomial"))
 # Layers that drop numbers by chance inside, and say how many.
@@ -95,27 +95,30 @@ class Draws:
         if func._opname.rstrip("_") == "rrelu_with_noise":
             args = _with_mean_slope(args)
         result = func(*args, **kwargs)
-        found = self._filling(func, args, kwargs, result.ndim)
+        found = self._filling(func, args, kwargs, result)
         if isinstance(found, Tensor):
             return result.copy_(found)
         return result if found is None else result.fill_(found)
 
     def _filling(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor
     ) -> Tensor | float | None:
         """Return what a mask holds, or None if it draws nothing."""
         name = func._opname.rstrip("_")
         if name not in _DRAWN:
             return None
-        kind = f"{func._name} {ndim}"  # its sizes may be those of channels
+        kind = f"{func._name} {like.ndim}"  # its sizes may be those of channels
         self.masks[kind] += 1
-        number = _CONSTANT.get(self._chance)
+        chances = _probability(func, args)
+        if name == "bernoulli" and self._chance in ("mean", "spread"):
+            return chances
+        number: Tensor | float | None = _CONSTANT.get(self._chance)
+        if self._chance == "spread":
+            places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
+            number = ((places + 0.5) / max(1, like.numel())).view(like.shape)
         if number is None or self.masks[kind] > _MANY:
-            number = random.Random(f"{kind} {self.masks[kind]}").random()
+            number = random.Random(f"{self._chance} {kind} {self.masks[kind]}").random()
         if name == "bernoulli":
-            chances = _probability(func, args)
-            if self._chance == "mean":
-                return chances
             return (chances > number).double() if isinstance(chances, Tensor) else chances > number
         low, high = _range(func, args, kwargs)
         return low + number * (high - low)
@@ -175,7 +178,7 @@ def same_chance(chance: Chance = "mean") -> Iterator[Common]:
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     state = random.getstate()
     arrays = None if numpy is None else numpy.get_state()
-    found, seed = Common(), _SEEDS[chance]
+    found, seed = Common(), chance if isinstance(chance, int) else _SEEDS[chance]
     random.seed(seed)
     if numpy is not None:
         numpy.seed(seed)

@@ -50,7 +50,7 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
         finds: bool = True,
         yes: bool | None = None,
         number: int | None = None,
-        chance: Chance = "mean",
+        chance: Chance = "spread",
     ) -> None:
         self.device = device
         self.decisions: list[Decision] = []
@@ -230,7 +230,7 @@ def record(
     pairs = zip(tensors_in(inputs), tensors_in(real_inputs), strict=True)
     real = {id(meta): x.detach().clone() for meta, x in pairs if meta.is_meta}
     shadows = Shadows({**values, **real}, device, **how)
-    chance = same_chance(how.get("chance", "mean"))
+    chance = same_chance(how.get("chance", "spread"))
     with torch.no_grad(), chance, keeping_buffers(target), shadows:
         call(target, inputs)
     return shadows

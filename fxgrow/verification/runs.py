@@ -202,7 +202,7 @@ class Runs:
         after = self._exact(case.after, weights, batches, jobs, grown=True, like=predicted)
         found: list[Compared] = []
         for job in jobs:
-            if job.chance == "drawn" and before.masks.get(job) != after.masks.get(job):
+            if isinstance(job.chance, int) and before.masks.get(job) != after.masks.get(job):
                 continue  # they draw from one sequence, and not as much of it
             result = ExactResult(
                 float64=errors_of(before[job], after[job], whole_numbers=True),
