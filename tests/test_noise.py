@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
 from fxgrow.labels.pins import PinKind
-from fxgrow.modules.draws import Draws, law_of, same_chance
+from fxgrow.modules.draws import RunDraws, law_of, same_chance
 from fxgrow.modules.expectation import Expectation
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.weights import drawn
@@ -447,7 +447,7 @@ def test_weights_that_are_drawn_when_a_forward_asks_for_them_are_those_that_were
 
 def test_draws_into_a_view_reach_what_it_shows() -> None:
     x = torch.zeros(4, 6)
-    drawn = Draws().draw(torch.ops.aten.normal_.default, (x[:, :3],), {})
+    drawn = RunDraws().draw(torch.ops.aten.normal_.default, (x[:, :3],), {})
     assert torch.equal(x[:, :3], drawn)
     assert bool((x[:, :3] != 0).all())
     assert not bool(x[:, 3:].any())

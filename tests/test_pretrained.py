@@ -348,7 +348,7 @@ def test_what_the_class_refuses_is_told_with_what_it_would_take(tmp_path):
 
 
 def test_where_no_kind_is_in_the_way_alone_kinds_are_tried_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("fxgrow.files.fitting._otherwise", lambda *_: "")
+    monkeypatch.setattr("fxgrow.files.fitting._Tries.otherwise", lambda *_: "")
     path, out = directory(tmp_path, "llama"), tmp_path / "out"
     done = CliRunner().invoke(
         app, ["widen", str(path), "--width", "1.5x", "--verify", "none", "-o", str(out)]

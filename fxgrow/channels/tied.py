@@ -54,7 +54,7 @@ class Silenced:
 
 
 @dataclass
-class _Search:
+class _SilencedSearch:
     """The search for what silences the channels that one tensor reads."""
 
     channels: Channels
@@ -226,7 +226,7 @@ def find_silenced(channels: Channels, tape: Tape) -> tuple[tuple[Silenced, ...],
         members = members[members >= 0]
         if not len(members):
             continue
-        search = _Search(channels, tape, pin.details[0], members)
+        search = _SilencedSearch(channels, tape, pin.details[0], members)
         reading = [value for op in tape.operations if search.reads(op) for value in search.data(op)]
         why = search.backward(reading)
         why = why or search.forward() or ("" if search.found else "nothing is read on these inputs")

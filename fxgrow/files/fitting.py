@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -96,22 +96,26 @@ def fitted_plan(
         SourceError: no part of the plan can be described.
         PlanError: there is no plan.
     """
-    plan = made = make(())
-    problem = _problem(architecture, model, plan, inputs)
-    first, left = problem, dict[str, str]()
+    tries = _Tries(architecture, model, make, inputs)
+    problem = first = tries.problem(())
+    left: dict[str, str] = {}
     while problem is not None and len(left) < _MOST_KINDS:
-        found = problem.groups or _otherwise(architecture, model, make, inputs, [*left], plan)
+        found = problem.groups or tries.otherwise(tuple(left))
         if not found or found in left:
-            return _one_by_one(architecture, model, make, inputs, made, first or problem)
-        left[found] = f"{problem.reason.partition(': ')[2]}. {problem.wider}"
+            return tries.one_by_one(first or problem)
+        left[found] = _told(problem)
         try:
-            plan = make([*left])
+            tries.plan(tuple(left))
         except PlanError:
             raise first or problem from None
-        problem = _problem(architecture, model, plan, inputs)
+        problem = tries.problem(tuple(left))
     if problem is not None:
         raise problem
-    return _noted(plan, left)
+    return _noted(tries.plan(tuple(left)), left)
+
+
+def _told(problem: UngovernedError) -> str:
+    return f"{problem.because}. {problem.wider}"
 
 
 def _noted(plan: Plan, left: Mapping[str, str]) -> Plan:
@@ -124,64 +128,67 @@ def _noted(plan: Plan, left: Mapping[str, str]) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *notes))
 
 
-def _one_by_one(
-    architecture: Architecture,
-    model: nn.Module,
-    make: MakeWithout,
-    inputs: Arguments | None,
-    plan: Plan,
-    first: UngovernedError,
-) -> Plan:
-    """Return the plan for those kinds of groups that a configuration describes, found one by one.
+@dataclass
+class _Tries:
+    """Plans that leave some groups out, each made and tried once; see :func:`fitted_plan`."""
 
-    Raises:
-        UngovernedError: it is ``first``, why there is no configuration for all of ``plan``: there
-            is none for any of its groups.
-    """
-    kinds = list(dict.fromkeys(glob_of(group.name) for group in plan.groups))
-    best, kept = None, list[str]()
-    for kind in kinds[:_MOST_KINDS]:
+    architecture: Architecture
+    model: nn.Module
+    make: MakeWithout
+    inputs: Arguments | None
+    _plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
+    _problems: dict[tuple[str, ...], UngovernedError | None] = field(default_factory=dict)
+
+    def plan(self, left: tuple[str, ...]) -> Plan:
+        """Return the plan without groups whose names match some globs."""
+        if left not in self._plans:
+            self._plans[left] = self.make(left)
+        return self._plans[left]
+
+    def problem(self, left: tuple[str, ...]) -> UngovernedError | None:
+        """Return why no configuration describes what a plan makes, or None if one does."""
+        if left not in self._problems:
+            self._problems[left] = self._problem(self.plan(left))
+        return self._problems[left]
+
+    def _problem(self, plan: Plan) -> UngovernedError | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FxgrowWarning)
+            grown = carry_out(plan, self.model, self.inputs, verify="none").model.to("cpu")
         try:
-            tried = make([other for other in kinds if other not in (*kept, kind)])
-            problem = _problem(architecture, model, tried, inputs)
-        except (PlanError, SourceError):
-            continue
-        if problem is None:
-            best, kept = tried, [*kept, kind]
-    if best is None:
-        raise first
-    reason = f"{first.reason.partition(': ')[2]}. {first.wider}"
-    return _noted(best, {", ".join(kind for kind in kinds if kind not in kept): reason})
+            config_of(self.architecture, plan, grown, self.inputs)
+        except UngovernedError as error:
+            return error
+        return None
 
+    def otherwise(self, left: tuple[str, ...]) -> str:
+        """Return groups without which a configuration computes the same, or ""."""
+        for groups in dict.fromkeys(glob_of(group.name) for group in self.plan(left).groups):
+            try:
+                problem = self.problem((*left, groups))
+            except (PlanError, SourceError):
+                continue
+            if problem is None or problem.groups not in ("", groups):
+                return groups
+        return ""
 
-def _problem(
-    architecture: Architecture, model: nn.Module, plan: Plan, inputs: Arguments | None
-) -> UngovernedError | None:
-    """Return why no configuration describes what a plan makes of a model, or None if one does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FxgrowWarning)
-        grown = carry_out(plan, model, inputs, verify="none").model.to("cpu")
-    try:
-        config_of(architecture, plan, grown, inputs)
-    except UngovernedError as error:
-        return error
-    return None
+    def one_by_one(self, first: UngovernedError) -> Plan:
+        """Return the plan for those kinds of groups that a configuration describes, one by one.
 
-
-def _otherwise(
-    architecture: Architecture,
-    model: nn.Module,
-    make: MakeWithout,
-    inputs: Arguments | None,
-    left: Sequence[str],
-    plan: Plan,
-) -> str:
-    """Return groups without which a configuration computes the same, or ""."""
-    for groups in dict.fromkeys(glob_of(group.name) for group in plan.groups):
-        try:
-            problem = _problem(architecture, model, make([*left, groups]), inputs)
-        except (PlanError, SourceError):
-            continue
-        if problem is None or problem.groups not in ("", groups):
-            return groups
-    return ""
+        Raises:
+            UngovernedError: it is ``first``, why there is no configuration for the whole plan:
+                there is none for any of its groups.
+        """
+        kinds = list(dict.fromkeys(glob_of(group.name) for group in self.plan(()).groups))
+        best, kept = None, list[str]()
+        for kind in kinds[:_MOST_KINDS]:
+            left = tuple(other for other in kinds if other not in (*kept, kind))
+            try:
+                problem = self.problem(left)
+            except (PlanError, SourceError):
+                continue
+            if problem is None:
+                best, kept = self.plan(left), [*kept, kind]
+        if best is None:
+            raise first
+        return _noted(best, {", ".join(kind for kind in kinds if kind not in kept): _told(first)})

@@ -13,10 +13,12 @@ class UngovernedError(SourceError):
     """What has grown in a way that no configuration describes.
 
     Attributes:
+        because: the reason alone, as a part of a sentence.
         groups: a glob of the names of the groups in the way; "" if these are not known.
         wider: what else to ask for, so that a configuration describes it; "" if nothing is known.
     """
 
+    because = ""
     groups = ""
     wider = ""
 
@@ -71,5 +73,5 @@ def refusal(reason: str, name: str, plan: Plan, forbidden: str = "") -> Ungovern
         name=name,
         way_out=f"{wider}{leave} the weights alone, which fxgrow.load reads: -o model.safetensors.",
     )
-    error.groups, error.wider = glob, wider
+    error.because, error.groups, error.wider = reason, glob, wider
     return error

@@ -62,7 +62,7 @@ def law_of(func: OpOverload) -> Law:
     return "" if _LAYERS.search(func._opname) else "noise"
 
 
-class Draws:
+class RunDraws:
     """The draws of one run of a network: masks are what ``chance`` says, and other noise is drawn.
 
     Args:

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.draws import Chance, Draws
+from fxgrow.modules.draws import Chance, RunDraws
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,7 +25,7 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
     Dropout and stochastic depth draw a mask and divide it by its mean: with the mean in place of
     the draw they are the identity, whether a module, a function or an attention kernel does them.
     Other noise is drawn, the same each time that the mode is entered
-    (:class:`fxgrow.modules.draws.Draws`).
+    (:class:`fxgrow.modules.draws.RunDraws`).
 
     Args:
         exact: whatever a forward computes in a lower precision than float64 is in float64: after
@@ -43,13 +43,13 @@ class Expectation(DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self.casts = False
         self.chance: Chance = "mean"
-        self.draws = Draws()
+        self.draws = RunDraws()
         self.common = False
         self._exact = exact
 
     def __enter__(self) -> Expectation:
         """Begin to draw anew."""
-        self.draws = Draws(self.chance)
+        self.draws = RunDraws(self.chance)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.decisions import AsIfReal, Decider, looks_at_values, masks_in, positions_of
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.modules.draws import Chance, Draws, law_of
+from fxgrow.modules.draws import Chance, RunDraws, law_of
 from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 from fxgrow.modules.one_device import OnOneDevice
 
@@ -41,7 +41,7 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
-        self.draws = Draws(chance)
+        self.draws = RunDraws(chance)
         self._one_device = OnOneDevice(self._to_meta)
         self._as_if_real = None if decider is None else AsIfReal(decider, self.left)
 
@@ -90,12 +90,8 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
             tensors = tensors_in((args, kwargs))
             if changed is not None and tensors[0] is not changed:
                 self._stale.add(id(changed))
-        if not tensors and kwargs.get("device") is not None and not _is_made_up(func, args, kwargs):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        elif func is _ZEROS and args[0] and _is_made_up(func, args, kwargs):
-            kwargs = {**kwargs, "device": torch.device("meta")}  # what is written there is, too
-        elif func is _TO_COPY:
-            kwargs = {key: item for key, item in kwargs.items() if key != "device"}
+        if not tensors or func is _TO_COPY:
+            kwargs = _placed(func, args, kwargs)
         if self._decider is not None and tensors and tensors[0].is_meta:
             if func in _AT_POSITIONS and (func is _SELECT or masks_in(args[1])):
                 return self._at_positions(func, args, kwargs)
@@ -179,6 +175,18 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
             self._twins[id(tensor)] = (tensor, twin)
             self.joined(*self._twins[id(tensor)])
         return self._twins[id(tensor)][1]
+
+
+def _placed(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments by which what is made, or copied, lies where it should here."""
+    if func is _TO_COPY:
+        return {key: item for key, item in kwargs.items() if key != "device"}
+    if not _is_made_up(func, args, kwargs):
+        asks = kwargs.get("device") is not None
+        return {**kwargs, "device": torch.device("cpu")} if asks else kwargs
+    if func is _ZEROS and args[0]:
+        return {**kwargs, "device": torch.device("meta")}  # what is written there is, too
+    return kwargs
 
 
 def _is_made_up(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -45,7 +45,7 @@ def outputs_of(
 
     Raises:
         NoLongerRuns: it does not run, and must.
-        VerificationError: it does not run; a batch norm in train mode needs more than one value.
+        DoesNotRunError: it does not run; a batch norm in train mode needs more than one value.
     """
     set_mode(model, mode)
     chance = same_chance(without_chance.chance)
@@ -56,13 +56,17 @@ def outputs_of(
     except FAULTS as error:
         if grown:
             raise no_longer_runs(model, f"in {mode} mode", error) from error
-        raise VerificationError(
+        raise DoesNotRunError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "
             "(verify=False, --no-verify).",
         ) from error
     without_chance.common = common.drew
     return found
+
+
+class DoesNotRunError(VerificationError):
+    """A network does not run on what it was to be compared on."""
 
 
 class NoLongerRuns(VerificationError):  # noqa: N818 - what became of a network
@@ -113,7 +117,7 @@ def told_of_first(old: nn.Module, batch: Arguments, error: VerificationError) ->
             f"the first network, a {type(old).__name__}, does not run on {shapes}: {told}.",
             way_out="Give example inputs that it takes (--input-shape).",
         )
-    if "--no-verify" not in error.way_out:
+    if not isinstance(error, DoesNotRunError):
         return error
     way_out = "Give larger example inputs or a larger batch (--input-shape)."
     return VerificationError(error.message, name=error.name, way_out=way_out)

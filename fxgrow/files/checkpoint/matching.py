@@ -220,26 +220,40 @@ def _by_name(
             break  # of those that follow, no more names begin with any
         if _NO_WEIGHTS.search(prefix):
             continue
+        stored = {bare: left[n] for bare, n in inside.items()}
         for flat, known in ((False, {name: name for name in wanted.shapes}), (True, undotted)):
-            names = {
-                known[bare]: left[n]
-                for bare, n in inside.items()
-                if bare in known and _shape(item[left[n]]) == wanted.shapes[known[bare]]
-            }
-            rest = [n for n in inside.values() if left[n] not in names.values()]
-            whole = all(name in names for name in wanted.needed)
-            parameters = sum(name in names for name in wanted.parameters)
-            if whole or (
-                parameters >= half and not any(is_weight(item[left[name]]) for name in rest)
-            ):
-                ordered = {name: names[name] for name in wanted.shapes if name in names}
-                stored = left[next(iter(inside.values()))]
-                bare = next(iter(inside))
-                found = stored.removesuffix(bare) if stored.endswith(bare) else prefix
-                yield by_name(keys, item, ordered, found, undotted=flat)
+            names = _fitting(item, stored, known, wanted)
+            if names is not None:
+                bare, first = next(iter(stored.items()))
+                found = first.removesuffix(bare) if first.endswith(bare) else prefix
+                yield by_name(keys, item, names, found, undotted=flat)
                 for name in inside.values():
                     left.pop(name, None)
                 break
+
+
+def _fitting(
+    item: Mapping[Any, object], stored: Mapping[str, str], known: Mapping[str, str], wanted: Wanted
+) -> dict[str, str] | None:
+    """Return the network's names with those in a mapping, or None where they are no set of weights.
+
+    Args:
+        item: the mapping.
+        stored: its names, by what they are without a prefix.
+        known: the network's names, by what a mapping may call them.
+        wanted: the network's tensors.
+    """
+    names = {
+        known[bare]: name
+        for bare, name in stored.items()
+        if bare in known and _shape(item[name]) == wanted.shapes[known[bare]]
+    }
+    if not all(name in names for name in wanted.needed):
+        parameters = sum(name in names for name in wanted.parameters)
+        rest = {*stored.values()} - {*names.values()}
+        if 2 * parameters < len(wanted.parameters) or any(is_weight(item[n]) for n in rest):
+            return None
+    return {name: names[name] for name in wanted.shapes if name in names}
 
 
 def _by_order(keys: Keys, item: Any, wanted: Wanted) -> Location | None:

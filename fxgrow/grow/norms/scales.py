@@ -160,7 +160,7 @@ def compensated(
     Returns:
         None stands for a scalar.
     """
-    search = _Search(analysis, eta, with_eps, Payers(analysis.tape, apart))
+    search = _PayerSearch(analysis, eta, with_eps, Payers(analysis.tape, apart))
     scaled: dict[int, float] = {}
     for number in numbers:
         if number.factor is None:
@@ -202,7 +202,7 @@ def _uses(tape: Tape, scalars: Mapping[str, float]) -> Iterator[tuple[int, str]]
 
 
 @dataclass(frozen=True)
-class _Search:
+class _PayerSearch:
     """Tries who takes factors up, by following gains."""
 
     analysis: Analysis

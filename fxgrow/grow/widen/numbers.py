@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.norms.eta import Eta
@@ -34,17 +34,8 @@ def with_numbers(
         eta: what else has factors.
         with_eps: for each layer the attributes that may be its eps.
     """
-
-    def settled_by(
-        found: Resized, scalars: Mapping[str, float], apart: Collection[int] = ()
-    ) -> Scales | Number | None:
-        """Return who takes up what changes in a run, or what nobody can; None where it is open."""
-        numbers = changed_numbers(analysis.tape, found.tape)
-        if numbers is None:
-            return None
-        return compensated(analysis, numbers, scalars, eta, with_eps, apart)
-
-    first = settled_by(found, {})
+    settling = _Settling(analysis, eta, with_eps)
+    first = settling.by(found, {})
     obstacle = _obstacle(analysis, sizes, first) if isinstance(first, Number) else None
     scales = first if isinstance(first, Scales) else Scales()
     widths = {
@@ -52,28 +43,66 @@ def with_numbers(
         for group in analysis.groups
         if group.kind == "stream" and sizes.widths.get(group.name, group.width) != group.width
     }
-    if not widths or found.sizes or obstacle:
-        return _as_before(analysis, found, scales), scales, obstacle
-    standin, tape = analysis.traced.standin, analysis.tape
-    for edits in number_edits(standin, tape, widths):
+    if widths and not (found.sizes or obstacle):
+        found, scales = _with_attributes(settling, sizes, found, scales, widths)
+        found, scales = _with_scalars(settling, found, scales, widths)
+        obstacle = None
+    return _as_before(analysis, found, scales), scales, obstacle
+
+
+@dataclass(frozen=True)
+class _Settling:
+    """Finds who takes up the numbers that change in a run; see :func:`with_numbers`."""
+
+    analysis: Analysis
+    eta: Eta
+    with_eps: Mapping[str, Mapping[str, float]]
+
+    def by(
+        self, found: Resized, scalars: Mapping[str, float], apart: Collection[int] = ()
+    ) -> Scales | Number | None:
+        """Return who takes up what changes in a run, or what nobody can; None where it is open."""
+        numbers = changed_numbers(self.analysis.tape, found.tape)
+        if numbers is None:
+            return None
+        return compensated(self.analysis, numbers, scalars, self.eta, self.with_eps, apart)
+
+
+def _with_attributes(
+    settling: _Settling,
+    sizes: Sizes,
+    found: Resized,
+    scales: Scales,
+    widths: Mapping[int, int],
+) -> tuple[Resized, Scales]:
+    """Return a run in which numbers that attributes hold follow, where that can be taken up."""
+    analysis = settling.analysis
+    for edits in number_edits(analysis.traced.standin, analysis.tape, widths):
         known = {(edit.module, edit.attribute) for edit in found.modules}
         more = tuple(edit for edit in edits if (edit.module, edit.attribute) not in known)
         again = run_with(analysis, sizes, found, more) if more else None
-        settled = None if again is None else settled_by(again, {}, widths)  # of heads' widths, too
+        settled = None if again is None else settling.by(again, {}, widths)  # heads' widths, too
         if again and isinstance(settled, Scales) and settled.numbers != scales.numbers:
             found, scales = again, settled
+    return found, scales
+
+
+def _with_scalars(
+    settling: _Settling, found: Resized, scales: Scales, widths: Mapping[int, int]
+) -> tuple[Resized, Scales]:
+    """Return a run in which tensors without dims follow, and the attributes beside them."""
+    analysis = settling.analysis
     scalars = scalar_factors(analysis.traced.scalars, widths)
-    settled = settled_by(found, scalars, widths) if scalars else None
-    if isinstance(settled, Scales):
-        scales = settled
-        told = tuple(
-            edit
-            for edits in number_edits(standin, tape, widths)
-            for edit in edits
-            if isinstance(edit.before, float) and _is_beside(edit.module, scalars)
-        )
-        found = replace(found, modules=tuple(dict.fromkeys((*found.modules, *told))))
-    return _as_before(analysis, found, scales), scales, None
+    settled = settling.by(found, scalars, widths) if scalars else None
+    if not isinstance(settled, Scales):
+        return found, scales
+    told = tuple(
+        edit
+        for edits in number_edits(analysis.traced.standin, analysis.tape, widths)
+        for edit in edits
+        if isinstance(edit.before, float) and _is_beside(edit.module, scalars)
+    )
+    return replace(found, modules=tuple(dict.fromkeys((*found.modules, *told)))), settled
 
 
 def _obstacle(analysis: Analysis, sizes: Sizes, number: Number) -> Obstacle:
