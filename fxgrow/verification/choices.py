@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from fxgrow.modules import in_double
 from fxgrow.modules.calling import map_tensors, tensors_in
 from fxgrow.modules.dispatch import DispatchMode
-from fxgrow.verification.findings import scale_of
+from fxgrow.verification.findings import gap_between, scale_of
 
 Key: TypeAlias = tuple[str, tuple[tuple[int, ...], ...]]
 _MOST = 1 << 22  # entries that a choice is noted of, and …
@@ -142,8 +141,7 @@ def _same(own: Any, other: Any, *, rounds: bool) -> bool:
 def _near(own: Tensor, other: Tensor, tolerance: float) -> bool:
     """Return whether numbers are the same but for rounding."""
     mine, theirs = own.double(), other.double()
-    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    gap = torch.where(same, 0.0, (mine - theirs).abs())
+    gap = gap_between(theirs, mine)
     return not gap.numel() or float(gap.max()) <= tolerance * scale_of(theirs, gap)
 
 

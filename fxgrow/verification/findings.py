@@ -137,6 +137,12 @@ def ratio_of(grown: Errors, own: Errors) -> float | None:
     return grown.max_rel / own.max_rel if 0 < own.max_rel < math.inf else None
 
 
+def gap_between(old: Tensor, new: Tensor) -> Tensor:
+    """Return how far numbers are apart; those that are NaN in both are the same, and infinities."""
+    same = (old == new) | (old.isnan() & new.isnan())
+    return torch.where(same, 0.0, (new - old).abs())
+
+
 def scale_of(old: Tensor, gap: Tensor) -> float:
     """Return the largest magnitude of finite numbers, but for what masks are filled with.
 
@@ -184,8 +190,7 @@ def errors_of(
         if not old.numel():
             continue
         old, new = old.double(), new.double()
-        same = (old == new) | (old.isnan() & new.isnan())
-        gap = torch.where(same, 0.0, (new - old).abs())
+        gap = gap_between(old, new)
         largest = float(gap.max())
         if math.isnan(largest):
             return Errors(math.inf, math.inf)
