@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic, made, noise
@@ -20,6 +19,7 @@ from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.labels.whole import WholeCalls
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
@@ -290,25 +290,6 @@ def _own_facts(step: Step) -> dict[str, Any]:
     return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
-class _WholeNorms(TorchFunctionMode):
-    """Weight norm is one operation, whichever dim has the lengths and whatever the dtype is.
-
-    torch itself composes some of them of others, in which a norm of all columns is taken by itself.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the call."""
-        if func is torch._weight_norm:
-            return torch.ops.fxgrow._weight_norm_interface(*args, **(kwargs or {}))[0]
-        return func(*args, **(kwargs or {}))
-
-
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
     """Watch nothing."""
     del value
@@ -370,7 +351,7 @@ def propagate(
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
     labeller = Labeller(named, space, place, zeros, most, decider, chance)
-    with torch.no_grad(), same_chance(chance) as common, labeller, _WholeNorms():
+    with torch.no_grad(), same_chance(chance) as common, labeller, WholeCalls(labeller):
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):

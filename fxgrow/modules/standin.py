@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType, NoneType
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import modules_of, named_tensors
 
+_NONE = object()
 _PLAIN = frozenset((bool, int, float, str, NoneType))
 _STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
@@ -170,15 +171,42 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
-    every = (module._buffers for module in modules_of(model))
+    """Restore, at the end, what a forward replaced: buffers, and tensors in plain attributes.
+
+    Such are a table made for another size, a mask made where none fits, a state for the next call.
+    """
+    modules = list(modules_of(model))
+    every = (module._buffers for module in modules)
     held = [(buffers, dict(buffers)) for buffers in every if buffers]
     try:
-        yield
+        with keeping_attributes(modules, Tensor):
+            yield
     finally:
         for buffers, before in held:
             if any(tensor is not buffers.get(name) for name, tensor in before.items()):
                 buffers.update(before)
+
+
+@contextlib.contextmanager
+def keeping_attributes(modules: Iterable[nn.Module], kind: type) -> Iterator[None]:
+    """Restore, at the end, the plain attributes in which objects of a kind were put."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for attributes, known in before:
+            changed = [key for key, x in attributes.items() if known.get(key, _NONE) is not x]
+            for key in changed:
+                if _holds(kind, attributes[key]) and key in known:
+                    attributes[key] = known[key]
+                elif _holds(kind, attributes[key]):
+                    del attributes[key]
+
+
+def _holds(kind: type, value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds(kind, item) for item in value)
+    return isinstance(value, kind)
 
 
 def first_line(error: BaseException) -> str:

@@ -162,14 +162,14 @@ def _differing(
         entry = (entries(changed), size, mode)
         if key not in smallest or entry[0] < smallest[key][0]:
             smallest[key] = entry
-    told = (f"larger kernels no longer run on {', '.join(lost)}",) if lost else ()
+    told = [f"larger kernels no longer run on {', '.join(lost)}"] if lost else []
     if cut:
-        told += (
+        told.append(
             f"on {', '.join(cut)} a flatten of a fixed size makes other rows than there are "
-            "samples, which was not judged",
+            "samples, which was not judged"
         )
     judged, notes = _chosen(batch, [*smallest.values()])
-    return judged, told + notes
+    return judged, (*told, *notes)
 
 
 def _keeps(size: Size, batch: Arguments) -> bool:
