@@ -163,6 +163,32 @@ def test_an_attribute_that_code_compares_follows() -> None:
     assert (grown.model.width, grown.model.first.out_features) == (16, 16)
 
 
+class Beside(nn.Module):
+    """Attention whose weights are returned for each head, and layers that nothing uses."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True)
+        if unused:
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stream = self.first(x)
+        mixed, weights = self.att(stream, stream, stream, average_attn_weights=False)
+        return self.out(stream + mixed), weights
+
+
+@pytest.mark.filterwarnings("ignore::fxgrow.FxgrowWarning")
+@pytest.mark.parametrize("width", ["2x", "1.5x"])
+@pytest.mark.parametrize("unused", [False, True])
+def test_heads_that_are_returned_keep_their_number_beside_unused_layers(
+    unused: bool, width: str
+) -> None:
+    with pytest.raises(fxgrow.PlanError, match=f"first cannot be widened: {TOGETHER}"):
+        fxgrow.widen(Beside(unused), width, sequences()[0].float(), where="all")
+
+
 class Padded(nn.Module):
     """Token ids into an encoder of torch's as it comes: it nests tensors in eval mode."""
 

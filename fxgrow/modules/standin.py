@@ -63,8 +63,9 @@ def stand_in(
         memo[id(tensor)] = fresh
     for module in modules_of(model):
         for value in vars(module).values():  # what a forward computed of others cannot be copied
-            if type(value) is Tensor and not value.is_leaf:
-                memo[id(value)] = value.detach()
+            for held in value if type(value) in (list, tuple) else (value,):
+                if type(held) is Tensor and not held.is_leaf:
+                    memo[id(held)] = held.detach()
     try:
         return _deep_copy(model, memo)
     except (RuntimeError, TypeError, NotImplementedError) as error:

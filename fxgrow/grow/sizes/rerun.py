@@ -281,7 +281,7 @@ class _Rerun:
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
             watch = Watching(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
-        if not isinstance(found, Resized) or not watch.repairs:
+        if not isinstance(found, Resized) or not watch.repairs_in_eval:
             return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
         needed = watch.repairs_in_eval  # the graph is the same in train mode
