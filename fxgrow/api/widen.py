@@ -21,6 +21,7 @@ from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
+from fxgrow.grow.sizes.narrow import at_other_widths
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
@@ -76,7 +77,8 @@ def inspect(model: nn.Module, example_inputs: object = None, *, module: str = ""
     Raises:
         TraceError: the network cannot be followed on these inputs.
     """
-    return Inspection(*follow(model, example_inputs, module))
+    analyses, notes = follow(model, example_inputs, module)
+    return Inspection(tuple(map(at_other_widths, analyses)), notes)
 
 
 @exclusive
@@ -141,6 +143,7 @@ def plan(
         first = plan_untied(grown_by(after, model), example_inputs, module, analyses)
         after = following(after, first)
         analyses, parts = follow(grown_by(after, model), example_inputs, module)
+    analyses = tuple(map(at_other_widths, analyses))
     progress("planning")
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))

@@ -115,12 +115,14 @@ def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str
 
     Returns:
         The factor, and a warning ("" if there is none): a variance that is zero, of one element,
-        or not finite leaves the weights alone.
+        or not finite leaves the weights alone, and so does a layer that reads nothing yet.
 
     Raises:
         PlanError: no rescaling of that name.
     """
     rule = RESCALINGS[rescaling]
+    if rescaling != "none" and not layer.fan_in:
+        return 1.0, "it has read no channel so far, so there is nothing to rescale"
     if rescaling in USES_VARIANCE and not (layer.variance > 0 and math.isfinite(layer.variance)):
         return 1.0, f"its weights have variance {layer.variance:g}, so they are not rescaled"
     return rule(layer), ""

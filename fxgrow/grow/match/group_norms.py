@@ -57,7 +57,7 @@ def new_norm_groups(
         mixing = bool((members != members[:, :1]).any())
         touched = [groups[i] for i in np.unique(group_of[members]).tolist() if i >= 0]
         if mixing and grouped == "width":
-            ratios = {Fraction(widths.get(g.name, g.width), g.width) for g in touched}
+            ratios = {group.ratio(widths) for group in touched}
             whole = len(ratios) == 1 and next(iter(ratios)).denominator == 1
             if count == 1 or (copying and whole):
                 continue

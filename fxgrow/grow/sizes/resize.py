@@ -138,8 +138,8 @@ class _Count:
                 continue
             several = Counter(np.unique(group.rows, return_counts=True)[1].tolist())
             for rows, count in sorted(several.items()):
-                if count * wanted % group.width:
-                    step = group.width // gcd(group.width, count)
+                if count * wanted % group.followed:
+                    step = group.followed // gcd(group.followed, count)
                     near = nearest_widths(step, wanted, group.width)
                     self.problems[group.name] = (
                         f"width {wanted} is not a whole number of its channels, which have {rows} "
@@ -159,7 +159,7 @@ class _Count:
             in_groups = axis.tensor in channels.convolution_groups
             if in_groups and (axis.groups > 1 or axis.dim == 0):
                 sides[axis.tensor, "in" if axis.groups > 1 else "out"] = size
-            if axis.groups == 1 and size != axis.size:
+            if axis.groups == 1 and size != self.old[axis.tensor][axis.dim]:
                 self._set(axis.tensor, axis.dim, size)
         return sides
 
@@ -170,10 +170,10 @@ class _Count:
         for member, count in sorted(positions.items()):
             group = self.groups[member]
             wanted = self.widths.get(group.name, group.width)
-            if member >= 0 and count * wanted % group.width:
+            if member >= 0 and count * wanted % group.followed:
                 self.problems[group.name] = (
                     f"width {wanted} does not divide among its {count} positions in {axis.tensor}; "
-                    f"a multiple of {group.width // gcd(group.width, count)} would"
+                    f"a multiple of {group.followed // gcd(group.followed, count)} would"
                 )
 
     def _growing(self, weight: str) -> list[ChannelGroup]:

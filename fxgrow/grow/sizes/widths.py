@@ -15,6 +15,7 @@ from fxgrow.plan.requests import Widen
 from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
+_FROM_NONE = 'ask for a number ("8", "+8")'
 _SHOWN = 3  # groups that a message names
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
@@ -88,6 +89,11 @@ def select(
         if width is None:
             continue
         if group.kind != "pinned" and request.where in ("all", group.kind):
+            if not group.width and not new_width(width, 0):
+                refused.append(
+                    Refusal(group.name, f"{width!r} of no channel is none: {_FROM_NONE}")
+                )
+                continue
             chosen[group.name] = new_width(
                 width, group.width, multiple_of=request.multiple_of, name=group.name
             )
@@ -97,6 +103,11 @@ def select(
             reason = group.reason or f"a {group.kind} group; ask for --where all"
             refused.append(Refusal(group.name, reason))
     if not chosen:
+        empty = [refusal for refusal in refused if refusal.reason.endswith(_FROM_NONE)]
+        if empty:
+            raise PlanError(
+                f"{empty[0].name} cannot be widened: {empty[0].reason}.", name=empty[0].name
+            )
         raise _nothing_selected(len(groups), passed)
     return chosen, tuple(refused)
 

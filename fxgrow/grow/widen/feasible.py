@@ -175,8 +175,10 @@ class Attempts:
         if isinstance(resized, Obstacle):
             return resized
         resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
-        copies = mixed.copies(analysis.groups)
-        matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
+        there = analysis.present
+        copies = {int(there.number[c]): n for c, n in mixed.copies(analysis.groups).items()}
+        copied = there.numbers(mixed.copied)
+        matching = match(there.channels, resized.channels, self.pairing, copied, copies)
         if isinstance(matching, Obstacle):
             together = self._read_together(matching.name)
             groups = dict.fromkeys((name for name in widths if name in together), matching.reason)

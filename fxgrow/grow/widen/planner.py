@@ -17,8 +17,9 @@ from fxgrow.grow.norms.gains import owed_for, propagate_gains
 from fxgrow.grow.norms.scales import times
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
-from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
+from fxgrow.grow.widen.feasible import Attempts, Feasible
 from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.grow.widen.single import worked_out
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.offsets import offsets_of
 from fxgrow.labels.space import Role
@@ -54,7 +55,7 @@ def make_plan(analysis: Analysis, request: Widen, variance_of: VarianceOf) -> Pl
     RESCALINGS[request.rescaling]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
     with uncollected():
-        found = feasible(attempts_for(analysis, request), widths)
+        analysis, found = worked_out(analysis, lambda some: attempts_for(some, request), widths)
         found = replace(found, refused=refused + found.refused)
         return plan_of(analysis, request, found, variance_of)
 
@@ -90,7 +91,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
-        analysis.channels, resized.channels, found.matching, found.padding.values(),
+        analysis.present.channels, resized.channels, found.matching, found.padding.values(),
         found.zero_channels.values(), analysis.silenced,
     )  # fmt: skip
     roles = _weights(analysis, sizes)
@@ -126,7 +127,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         source=fingerprint(tensors),
         scopes=(scope,),
         parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
-        flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
+        flops=(analysis.flops // batch, resized.tape.flops // batch),
         warnings=(*warnings, *_warnings(analysis, found, eps_edits)),
         fxgrow=__version__,
         sizes=resized.sizes,
@@ -195,9 +196,9 @@ def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:
 
 
 def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
-    """Return the number of inputs of one output: all elements over the rows."""
-    rows = shape[dims.get("writer", 0)]
-    return math.prod(shape) // max(rows, 1)
+    """Return the number of inputs of one output: the product of all dims but that of the rows."""
+    rows = dims.get("writer", 0)
+    return math.prod(shape[:rows]) * math.prod(shape[rows + 1 :])
 
 
 def _factors(
