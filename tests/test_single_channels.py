@@ -390,3 +390,25 @@ def test_random_networks_with_narrow_layers(draw: st.DataObject) -> None:
     grown = fxgrow.widen(model, f"+{more}", x, pairing=pairing, verify="quick")
     assert [g.width for g in grown.plan.groups] == [(width, width + more) for width in widths]
     assert same(model, grown, x)
+
+
+def test_layers_of_one_kind_that_fail_are_not_all_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try is a run of the whole network, and a deep one has many gates."""
+    gates = nn.ModuleList(nn.Linear(6, 1) for _ in range(8))
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = m.a(x)  # type: ignore[operator]
+        for gate in m.gates:  # type: ignore[union-attr]
+            x = x * torch.softmax(gate(x), 1)
+        return m.out(x)  # type: ignore[no-any-return, operator]
+
+    model = in_double(Calls(forward, a=nn.Linear(8, 6), gates=gates, out=nn.Linear(6, 2)))
+    (plain,), _ = follow(model, data(2, 5, 8), "")
+    runs: list[object] = []
+    label = type(plain.traced).label
+    monkeypatch.setattr(
+        type(plain.traced), "label", lambda self, watch: runs.append(0) or label(self, watch)
+    )
+    found = [group for group in at_other_widths(plain).groups if group.width == 1]
+    assert [group.name for group in found] == [f"gates.{i}" for i in range(8)]
+    assert len(runs) == 2

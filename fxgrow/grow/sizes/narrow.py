@@ -10,6 +10,7 @@ network does not have (:mod:`fxgrow.channels.present`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -57,8 +58,8 @@ def at_other_widths(plain: Analysis, leaving: Collection[str] = ()) -> Analysis:
     pins = {x.layer: x.pin for x in found if x.pin is not None}
     open_ones = [x for x in found if x.pin is None]
     analysis, pinned = _followed(plain, flow, open_ones)
-    widths = {x.layer: x.width for x in found}
-    lone = [_pinned(name, widths[name], pin) for name, pin in (pins | pinned).items()]
+    pins |= pinned
+    lone = [_pinned(x.layer, x.width, pins[x.layer]) for x in found if x.layer in pins]
     return replace(analysis, groups=(*analysis.groups, *lone)) if lone else analysis
 
 
@@ -75,7 +76,7 @@ def _followed(
             break
         with search.at(search.shapes):
             analysis = analyse_resized(plain.traced, plain)
-        groups, fixed = _own_groups(analysis, joined, search.width)
+        groups, fixed = _own_groups(analysis, joined, search)
         if not fixed:
             return replace(analysis, groups=groups), pinned
         pinned |= fixed
@@ -90,7 +91,7 @@ def _pinned(name: str, width: int, pin: Pin) -> ChannelGroup:
 
 
 def _own_groups(
-    analysis: Analysis, some: Sequence[Single], width: int
+    analysis: Analysis, some: Sequence[Single], search: _Search
 ) -> tuple[tuple[ChannelGroup, ...], dict[str, Pin]]:
     """Return all groups with their own widths, and why those of some layers stay as they are."""
     channels, groups = analysis.channels, list(analysis.groups)
@@ -101,7 +102,7 @@ def _own_groups(
         axis = places.get((single.weight, single.dim))
         owners = [-1] if axis is None else np.unique(group_of[channels.of_axis(axis)]).tolist()
         group = groups[owners[0]] if owners[0] >= 0 else None
-        if len(owners) > 1 or group is None or len(group.channels) != width:
+        if len(owners) > 1 or group is None or len(group.channels) != search.width:
             fixed[single.layer] = _cannot("its channels are written by what has more of them")
         elif group.pin is not None:
             fixed[single.layer] = group.pin
@@ -109,8 +110,27 @@ def _own_groups(
             place = analysis.mixers_of(group)[0]
             fixed[single.layer] = _cannot("a norm over all of them makes it a constant", place)
         else:
-            groups[owners[0]] = replace(group, width=single.width, followed_at=width)
+            groups[owners[0]] = replace(group, width=single.width, followed_at=search.width)
+    if not fixed and _others(analysis, groups, search.shapes):
+        fixed |= {x.layer: _cannot("layers that write other channels would follow") for x in some}
     return tuple(groups), fixed
+
+
+def _others(analysis: Analysis, groups: Sequence[ChannelGroup], shapes: Shapes) -> bool:
+    """Return whether rows of another number belong to groups that are at their own widths."""
+    tensors, group_of = (
+        named_tensors(analysis.traced.standin), group_of_channel(analysis.channels, groups),
+    )  # fmt: skip
+    for index, (axis, role) in enumerate(
+        zip(analysis.channels.axes, analysis.channels.roles, strict=True)
+    ):
+        if role != "writer" or axis.tensor not in shapes:
+            continue
+        if tensors[axis.tensor].shape[axis.dim] != shapes[axis.tensor][axis.dim]:
+            owners = np.unique(group_of[analysis.channels.of_axis(index)]).tolist()
+            if any(owner < 0 or groups[owner].followed_at is None for owner in owners):
+                return True
+    return False
 
 
 def _cannot(why: str, place: str = "") -> Pin:
@@ -208,16 +228,24 @@ class _Search:
         """
         pinned: dict[str, Pin] = {}
         done: set[int] = set()
+        failed: dict[str, list[Pin]] = {}  # by the names of layers, alike but for numbers
+        kinds: dict[str, list[int]] = {}
         for operation, single in self.some.items():
-            if operation in done:
-                continue
-            members = {operation: single}
-            found = self._with(members)
-            if isinstance(found, Pin):
-                pinned |= {member.layer: found for member in members.values()}
-            else:
-                self.shapes = found
-            done |= members.keys()
+            kinds.setdefault(re.sub(r"\d+", "#", single.layer), []).append(operation)
+        for kind, operations in kinds.items():
+            for operation in dict.fromkeys((operations[0], operations[-1], *operations)):
+                known = failed.setdefault(kind, [])
+                if operation in done:
+                    continue
+                members = {operation: self.some[operation]}
+                # If neither the first nor the last of a kind can, nor can those between.
+                found = known[0] if len(known) > 1 else self._with(members)
+                if isinstance(found, Pin):
+                    known.append(found)
+                    pinned |= {x.layer: found for op, x in members.items() if op not in done}
+                else:
+                    self.shapes = found
+                done |= members.keys()
         return pinned
 
     def at(self, shapes: Shapes) -> Any:
