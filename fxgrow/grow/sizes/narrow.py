@@ -59,7 +59,8 @@ def at_other_widths(plain: Analysis, leaving: Collection[str] = ()) -> Analysis:
     open_ones = [x for x in found if x.pin is None]
     analysis, pinned = _followed(plain, flow, open_ones)
     pins |= pinned
-    lone = [_pinned(x.layer, x.width, pins[x.layer]) for x in found if x.layer in pins]
+    widths = {x.layer: x.width for x in found}
+    lone = [_pinned(name, width, pins[name]) for name, width in widths.items() if name in pins]
     return replace(analysis, groups=(*analysis.groups, *lone)) if lone else analysis
 
 
