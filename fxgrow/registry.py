@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from fxgrow.errors import UsageError
@@ -54,6 +55,11 @@ class Registry(Generic[T]):
             raise UsageError(
                 f"there is no {self.kind} {name!r}.", name=name, way_out=f"Known: {known}."
             ) from None
+
+    @property
+    def entries(self) -> Mapping[str, T]:
+        """A view of all that is registered, which cannot be written to."""
+        return MappingProxyType(self._entries)
 
     def get(self, name: str) -> T | None:
         """Return the entry called ``name``, or None."""

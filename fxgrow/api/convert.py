@@ -21,7 +21,8 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.init import Init, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, find_init, init_name
+from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.findings import Effort, Verification
@@ -156,7 +157,7 @@ def convert_by(
         VerificationError: the new network does not compute what the old one does.
     """
     check_source(made, named_tensors(model))
-    chosen = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
+    chosen = init_for(made.request.drawing, init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)
     verification = Verification("skipped")

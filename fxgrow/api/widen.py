@@ -27,7 +27,8 @@ from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
-from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name
+from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.presets import DEFAULTS, settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
@@ -103,6 +104,8 @@ def plan(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -114,6 +117,15 @@ def plan(
     """
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
     find_init(init)
+    sides = [side for side in (output_init, input_init) if side is not None]
+    for side in sides:
+        find_init(side)
+    by_data = [x for x in (init, *sides) if isinstance(x, DataDriven)]
+    if sides and by_data:
+        raise UsageError(
+            f"{by_data[0].name} computes new rows and new columns together.",
+            way_out="Give it as init, and leave out output_init and input_init.",
+        )
     if isinstance(init, DataDriven):
         chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
     request = Widen(
@@ -133,6 +145,8 @@ def plan(
         split_noise=float(split_noise),
         module=module,
         untie=bool(untie),
+        output_init=None if output_init is None else init_name(output_init),
+        input_init=None if input_init is None else init_name(input_init),
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
@@ -179,6 +193,8 @@ def widen(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -193,17 +209,18 @@ def widen(
         rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
         pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
-            ``replicate``, ``replicate_random``, ``none``.
+            ``replicate``, ``replicate_random``, ``copy_pair``, ``none``.
         init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
-            ``kaiming``, ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
+            ``kaiming``, ``kaiming_normal``, ``lecun``, ``lecun_normal``, ``zeros``, a name given
+            by :func:`fxgrow.register_init`, ``"package.module:function"``, a callable
             ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
             :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`.
         where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
         include: globs over the names of groups and their writers; only these grow.
         exclude: globs likewise; these do not grow.
         gain: of the constraint rescalings; a number or a nonlinearity's name (``"relu"``).
-        noise: relative standard deviation of extra noise on the new columns. Twins do not need
-            it to part, and it breaks preservation.
+        noise: standard deviation of extra noise on the new columns, relative to theirs. Twins do
+            not need it to part, and it breaks preservation.
         multiple_of: new widths are rounded up to a multiple of this.
         grouped: whether a grouped convolution grows inside each group (``width``) or by whole
             groups (``count``). A group norm grows by whole groups; only under ``count`` does one
@@ -228,6 +245,9 @@ def widen(
         untie: first give what reads a tied parameter (a head that shares the table of an
             embedding) a copy of its own, so that either side grows by itself. Without, such a
             stream grows where the weight of a norm before the reader can silence new channels.
+        output_init: what fills new outputs of layers (rows V and entries of biases), as ``init``
+            does, which it stands for there; None for ``init``.
+        input_init: what fills new inputs of layers (columns Z), likewise.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -254,7 +274,8 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, module=module, untie=untie, after=after, progress=progress,
+        split_noise=split_noise, module=module, untie=untie, output_init=output_init,
+        input_init=input_init, after=after, progress=progress,
     )  # fmt: skip
     finish = None
     if calibration is not None:
@@ -262,8 +283,8 @@ def widen(
             calibrate_new_, entries=new_entries(made), batches=list(calibration)
         )
     return carry_out(
-        made, model, example_inputs, init=init, strict=strict, verify=verify, finish=finish,
-        progress=progress,
+        made, model, example_inputs, init=init, output_init=output_init, input_init=input_init,
+        strict=strict, verify=verify, finish=finish, progress=progress,
     )  # fmt: skip
 
 
@@ -274,6 +295,8 @@ def carry_out(
     example_inputs: object = None,
     *,
     init: str | Init | None = None,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
     strict: bool = False,
     verify: bool | Effort = True,
     finish: Callable[[nn.Module], None] | None = None,
@@ -286,6 +309,8 @@ def carry_out(
         model: the network; it is not touched.
         example_inputs: inputs to measure on; None takes those of the plan.
         init: the callable the plan was made with, if it was one.
+        output_init: likewise.
+        input_init: likewise.
         strict: refuse whatever does not preserve the function exactly.
         verify: how thoroughly to measure the result, as for :func:`widen`.
         finish: called with the grown network, to change it in place before it is measured.
@@ -301,7 +326,7 @@ def carry_out(
         require_exact(made)
     if effort != "none":
         require_values(model)
-    fill = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
+    fill = init_for(made.request.drawing, init, output_init, input_init)
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
     progress("growing the weights")

@@ -37,6 +37,8 @@ def widen(
     rescaling: opt.Rescaling = None,
     pairing: opt.Pairing = None,
     init: opt.Init = "copy_rows",
+    output_init: opt.OutputInit = None,
+    input_init: opt.InputInit = None,
     gain: opt.Gain = "1",
     noise: opt.Noise = 0.0,
     split_noise: opt.SplitNoise = 0.1,
@@ -81,14 +83,14 @@ def widen(
             where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
-            untie=untie, progress=steps,
+            untie=untie, output_init=output_init, input_init=input_init, progress=steps,
         )  # fmt: skip
 
     common = Settings(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, init, adapts=True)
+    grow(common, width_label(widths), make, init, (output_init, input_init), adapts=True)
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")
@@ -96,6 +98,8 @@ def apply(
     plan: opt.PlanFile,
     source: opt.SourceFile,
     init: opt.PlanInit = None,
+    output_init: opt.OutputInit = None,
+    input_init: opt.InputInit = None,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
     input_shape: opt.InputShapes = None,
@@ -113,4 +117,7 @@ def apply(
         source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, False, None, report, force,
     )  # fmt: skip
-    grow(common, "", lambda model, inputs, first, steps: cast("Plan", first), init)
+    grow(
+        common, "", lambda model, inputs, first, steps: cast("Plan", first), init,
+        (output_init, input_init),
+    )  # fmt: skip

@@ -17,7 +17,10 @@ from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.presets import PRESETS
 from fxgrow.plan.rescaling import RESCALINGS
 
-INIT_NAMES = ("copy_rows", "copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
+INIT_NAMES = (
+    "copy_rows", "copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "lecun",
+    "lecun_normal", "zeros",
+)  # fmt: skip
 METHOD_NAMES = ("r2deeper", "zero_last", "net2deeper")
 
 growth = partial(typer.Option, rich_help_panel="What grows")
@@ -167,6 +170,22 @@ Init = Annotated[
         help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
     ),
 ]
+OutputInit = Annotated[
+    str | None,
+    weights(
+        metavar="NAME",
+        help="What fills new outputs of layers (V, and their biases), where it is another.",
+        show_default="--init",
+    ),
+]
+InputInit = Annotated[
+    str | None,
+    weights(
+        metavar="NAME",
+        help="What fills new inputs of layers (Z), where it is another.",
+        show_default="--init",
+    ),
+]
 PlanInit = Annotated[
     str | None,
     weights(
@@ -194,7 +213,8 @@ SplitNoise = Annotated[
 Noise = Annotated[
     float,
     weights(
-        help="Relative noise on new columns. Twins part without it, and it breaks preservation."
+        help="Noise on new columns, relative to their own deviation. Twins part without it, and it "
+        "breaks preservation."
     ),
 ]
 Seed = Annotated[int, weights(help="Seed of the new weights.")]

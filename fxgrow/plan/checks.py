@@ -263,6 +263,9 @@ def _check_request(request: Request, place: str) -> None:
     """Check what was asked for, as far as it is used again."""
     drawing = request.drawing
     check_init(drawing.init, f"{place}init")
+    for name, init in (("output_init", drawing.output_init), ("input_init", drawing.input_init)):
+        if init is not None:
+            check_init(init, f"{place}{name}")
     check_amount(drawing.noise, f"{place}noise")
     check_amount(drawing.split_noise, f"{place}split_noise")
     if isinstance(request, (Widen, Convert)):

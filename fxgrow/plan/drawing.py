@@ -48,6 +48,8 @@ def draw(
     """
     if like.device.type == "meta":
         return torch.empty(shape, dtype=like.dtype, device="meta")
+    while isinstance(init, PlacedInit) and (chosen := init.chosen(place)) is not init:
+        init = chosen
     own, dtype = _is_own(init), dtype_of_draws(like.dtype)
     fits = own and room is not None and room.is_cpu and room.dtype == dtype and room.is_contiguous()
     tensor = room if fits and room is not None else torch.empty(shape, dtype=dtype)

@@ -20,8 +20,10 @@ class Drawing:
 
     Attributes:
         init: name of the law.
+        output_init: that of new rows of writers and their biases; None for ``init``.
+        input_init: that of new columns of readers; None for ``init``.
         seed: of the random numbers, with the name of the tensor.
-        noise: relative standard deviation of what is added to the new columns of twins.
+        noise: standard deviation of what is added to new columns, relative to their own.
         split_noise: likewise to the shares of copies, where it sums to zero.
     """
 
@@ -29,6 +31,13 @@ class Drawing:
     seed: int = 0
     noise: float = 0.0
     split_noise: float = 0.1
+    output_init: str | None = None
+    input_init: str | None = None
+
+    @property
+    def inits(self) -> tuple[str, str | None, str | None]:
+        """What is said of inits."""
+        return self.init, self.output_init, self.input_init
 
 
 class _Request:
@@ -63,6 +72,8 @@ class Widen(_Request):
     split_noise: float = 0.1
     module: str = ""
     untie: bool = False
+    output_init: str | None = None
+    input_init: str | None = None
     verb: Literal["widen"] = "widen"
 
 

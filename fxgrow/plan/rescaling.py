@@ -22,9 +22,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
-from fxgrow.errors import UsageError
+from fxgrow.errors import PlanError, UsageError
+from fxgrow.plan.norm_tensors import NormTensors
 from fxgrow.registry import Registry
 
 if TYPE_CHECKING:
@@ -128,6 +129,39 @@ def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str
     return rule(layer), ""
 
 
+class Rescaled(NamedTuple):
+    """What :func:`apply_rescaling` returns where it is given more than a weight.
+
+    Attributes:
+        weight, bias, norm: shaped as they were; None for what was not given.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: NormTensors | None
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: None = None, norm: None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: Tensor, norm: NormTensors | None = None,
+) -> Rescaled: ...  # fmt: skip
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: Tensor | None = None, norm: NormTensors,
+) -> Rescaled: ...  # fmt: skip
+
+
 def apply_rescaling(
     weight: Tensor,
     rescaling: str,
@@ -135,7 +169,9 @@ def apply_rescaling(
     new_fan_in: int,
     fan_in: int | None = None,
     gain: float | str = 1.0,
-) -> Tensor:
+    bias: Tensor | None = None,
+    norm: NormTensors | None = None,
+) -> Tensor | Rescaled:
     """Return a layer's old weights rescaled, for growth methods that work on tensors themselves.
 
     Args:
@@ -144,19 +180,44 @@ def apply_rescaling(
         new_fan_in: fan_in of the layer after growth.
         fan_in: fan_in before; in / groups × kernel area of ``weight`` by default.
         gain: a number, or a nonlinearity's name.
+        bias: of the layer, shape (out,): it takes the weight's factor c. That of a layer whose
+            input is c times what it was, as a reader's is behind a writer with a factor and no
+            norm, takes both: multiply it by the writer's.
+        norm: the batch norm that the layer's output goes through, of tensors of shape (out,): its
+            statistics take c up, so that in eval mode it returns what it did. running_mean is
+            multiplied by c, running_var becomes c²·(running_var + eps) − eps; where that is
+            negative it becomes 0, and the weight makes up for it.
 
     Returns:
-        A new tensor of the same shape; ``weight`` is not changed.
+        A new tensor of the weight's shape; with a bias or a norm, a :class:`Rescaled` of all. What
+        is given is not changed.
 
     Raises:
-        PlanError: no rescaling of that name, or no such gain.
+        PlanError: no rescaling of that name, no such gain, shapes that do not fit together, or a
+            norm without a weight whose running_var would be negative.
 
     Example:
         >>> import torch
         >>> apply_rescaling(torch.ones(2, 4), "default_vt", new_fan_in=16).tolist()
         [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+        >>> norm = NormTensors(running_mean=torch.ones(2), running_var=torch.ones(2))
+        >>> apply_rescaling(
+        ...     torch.ones(2, 4), "default_vt", new_fan_in=16, bias=torch.ones(2), norm=norm
+        ... ).norm.running_mean.tolist()
+        [0.5, 0.5]
     """
     old_fan_in = weight[0].numel() if fan_in is None else fan_in
     variance = weight.double().var().item() if weight.numel() > 1 else 0.0
     layer = LayerStatistics(old_fan_in, new_fan_in, variance, gain_value(gain))
-    return weight * rescaling_factor(rescaling, layer)[0]
+    factor = rescaling_factor(rescaling, layer)[0]
+    if bias is None and norm is None:
+        return weight * factor
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise PlanError(
+            f"a bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}.",
+            way_out="It has one entry for each output.",
+        )
+    if norm is not None:
+        norm.check(weight.shape[0])
+        norm = norm.behind(factor)
+    return Rescaled(weight * factor, None if bias is None else bias * factor, norm)

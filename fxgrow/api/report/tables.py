@@ -238,6 +238,8 @@ def _request_line(plan: Plan) -> Text:
         "rescaling": request.rescaling,
         "pairing": request.pairing,
         "init": request.init,
+        "output init": request.output_init or "",
+        "input init": request.input_init or "",
         "where": request.where,
         "include": ", ".join(request.include),
         "exclude": ", ".join(request.exclude),

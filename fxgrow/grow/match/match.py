@@ -41,6 +41,8 @@ class Matching:
         draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
         sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
         copy: for a new channel the old one whose value it copies, or -1.
+        row: for a new channel the old one whose value it copies while its columns are drawn, or
+            -1.
         padding: for a new channel whether it must leave the norms over its group as they are, see
             :mod:`fxgrow.grow.norms.padding`, or be zero, see
             :mod:`fxgrow.grow.norms.zero_channels`.
@@ -52,6 +54,7 @@ class Matching:
     draw: IntArray
     sign: IntArray
     copy: IntArray
+    row: IntArray
     padding: npt.NDArray[np.bool_]
     old_rank: IntArray
     new_rank: IntArray
@@ -207,7 +210,7 @@ def match(
         return obstacle
     part_twins(new, list(grown), continued, found)
     ranks = old.ranks(hashes[0]), new.ranks(hashes[1])
-    return Matching(continued, found.draw, found.sign, found.copy, found.padding, *ranks)
+    return Matching(continued, found.draw, found.sign, found.copy, found.row, found.padding, *ranks)
 
 
 def _grown(old: Channels, new: Channels) -> dict[int, int]:
