@@ -62,7 +62,7 @@ def grow(
     settings: Settings,
     label: str,
     make: MakePlan,
-    init: str | None = None,
+    init: str | dict[str, str] | None = None,
     *,
     adapts: bool = False,
 ) -> None:
@@ -72,7 +72,7 @@ def grow(
         settings: the common options.
         label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
-        init: what fills new weights; None takes what the plan names.
+        init: what fills new weights, also by layer; None takes what the plan names.
         adapts: whether ``make`` leaves groups out that it is given the globs of, so that a
             ``config.json`` can describe the result.
 
