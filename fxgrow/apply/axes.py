@@ -19,8 +19,15 @@ from fxgrow.labels.forest import IntArray
 from fxgrow.plan.deviations import Place, deviation_of
 from fxgrow.plan.drawing import draw
 from fxgrow.plan.edits import AxisEdit, Run, RunKind, TensorEdit
-from fxgrow.plan.init import Init, copy_normal, copy_uniform, normal_rows, standard_normal, zeros
-from fxgrow.plan.inits_by_side import InitBySide
+from fxgrow.plan.init import (
+    Init,
+    chosen_init,
+    copy_normal,
+    copy_uniform,
+    normal_rows,
+    standard_normal,
+    zeros,
+)
 
 _MOST_RUNS = 8  # of columns, beyond which they are taken all at once by their indices
 
@@ -65,8 +72,7 @@ class Draws:
 
         Under ``copy_uniform``, whose plans may be older than that law, with that of ``like``.
         """
-        fill = self.fill.columns if isinstance(self.fill, InitBySide) else self.fill
-        whole = fill is copy_uniform
+        whole = chosen_init(self.fill, replace(place, role="reader")) is copy_uniform
         return self._draw(shape, like, place, copy_normal if whole else normal_rows)
 
     def _draw(

@@ -147,12 +147,27 @@ Preset = Annotated[
         + ".",
     ),
 ]
-Rescaling = Annotated[
-    str | None,
+_FOR_SOME = (
+    "With a glob over names of layers, only for those; repeat it for several, of which the first "
+    "match counts."
+)
+Rescalings = Annotated[
+    list[str] | None,
     weights(
-        metavar="NAME",
-        help=f"What happens to old weights: {', '.join(RESCALINGS)}.",
+        "--rescaling",
+        metavar="[GLOB=]NAME",
+        help=f"What happens to old weights: {', '.join(RESCALINGS)}. {_FOR_SOME}",
         show_default="none",
+    ),
+]
+Pairings = Annotated[
+    list[str] | None,
+    weights(
+        "--pairing",
+        metavar="[GLOB=]NAME",
+        help=f"How new channels cancel: {', '.join(PAIRINGS)}. With a glob over group names, only "
+        "for those; repeatable.",
+        show_default="vv_z_negz",
     ),
 ]
 Pairing = Annotated[
@@ -186,21 +201,34 @@ InputInit = Annotated[
         show_default="--init",
     ),
 ]
-PlanInit = Annotated[
-    str | None,
+Inits = Annotated[
+    list[str] | None,
     weights(
         "--init",
-        metavar="NAME",
+        metavar="[GLOB=]NAME",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function. "
+        "With a glob over names of layers, only for those; repeatable.",
+        show_default="copy_rows",
+    ),
+]
+PlanInits = Annotated[
+    list[str] | None,
+    weights(
+        "--init",
+        metavar="[GLOB=]NAME",
         help="What fills new weights; needed where the plan names a function of your own, which "
         "is not run unasked.",
         show_default="the plan's",
     ),
 ]
-Gain = Annotated[
-    str,
+Gains = Annotated[
+    list[str] | None,
     weights(
-        metavar="NUMBER|NAME",
-        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2).",
+        "--gain",
+        metavar="[GLOB=]NUMBER|NAME",
+        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2). "
+        "With a glob over names of layers, only for those; repeatable.",
+        show_default="1",
     ),
 ]
 SplitNoise = Annotated[
@@ -222,8 +250,9 @@ Compensate = Annotated[
     bool,
     weights(
         "--compensate",
-        help="Where rescaling changes the function, restore it by multipliers in the graph. The "
-        "result is then a GraphModule.",
+        help="Where rescaling changes the function, restore it: by the weights of norms and of "
+        "layers that touch no widened group, or, where none can take the factor up, by multipliers "
+        "in the graph. The result is then a GraphModule.",
     ),
 ]
 Untie = Annotated[

@@ -64,6 +64,13 @@ class PlacedInit(abc.ABC):
         raise PlanError(f"{type(self).__name__} fills tensors that it knows by name only.")
 
 
+def chosen_init(init: Init, place: Place) -> Init:
+    """Return the init that fills a place, of one that may be made of several."""
+    while isinstance(init, PlacedInit) and (chosen := init.chosen(place)) is not init:
+        init = chosen
+    return init
+
+
 class _CopyRows(PlacedInit):
     """U(±√3·σ): σ of the whole reference for new rows, of each output's entries for new columns.
 
@@ -243,7 +250,7 @@ def find_init(init: str | Init) -> Init:
     """
     if callable(init):
         return init
-    if ":" not in init:
+    if not isinstance(init, str) or ":" not in init:
         return INITS[init]
     module, _, function = init.partition(":")
     try:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxgrow.plan.deviations import Place
-from fxgrow.plan.init import Init, PlacedInit, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, PlacedInit, find_init, init_of_plan
+from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names, inits_of_plan
 from fxgrow.plan.requests import Drawing
 
 
@@ -35,7 +36,7 @@ class InitBySide(PlacedInit):
 
 def init_for(
     drawing: Drawing,
-    init: str | Init | None = None,
+    init: Inits | None = None,
     output_init: str | Init | None = None,
     input_init: str | Init | None = None,
 ) -> Init:
@@ -43,21 +44,22 @@ def init_for(
 
     Args:
         drawing: of the plan.
-        init: stands for the plan's ``init``, and for a side of which the plan names this very one.
+        init: one or by layer; stands for the plan's ``init``, and for a side of which the plan
+            names this very one.
         output_init: stands for that of the plan.
         input_init: likewise.
 
     Raises:
         PlanError: an init is none, or the plan names code that is not given.
     """
-    base = None if init is None else find_init(init)
+    base = None if init is None else find_inits(init)
 
     def on_side(given: str | Init | None, name: str | None) -> Init:
         if given is not None:
             return find_init(given)
-        if base is not None and (name is None or (init is not None and init_name(init) == name)):
+        if base is not None and (name is None or inits_names(base) == name):
             return base
-        return init_of_plan(drawing.init if name is None else name)
+        return inits_of_plan(drawing.init) if name is None else init_of_plan(name)
 
     rows = on_side(output_init, drawing.output_init)
     columns = on_side(input_init, drawing.input_init)
@@ -75,4 +77,4 @@ def init_for_step(init: Init, step: Drawing, last: Drawing) -> Init | None:
     if step.inits == last.inits:
         return init
     sides = (init.rows, init.columns) if isinstance(init, InitBySide) else ()
-    return next((x for x in (init, *sides) if step.inits == (init_name(x), None, None)), None)
+    return next((x for x in (init, *sides) if step.inits == (inits_names(x), None, None)), None)
