@@ -11,79 +11,32 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.directions import Directions, Shapes
+from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
+from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.modules.calling import arguments_of
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.deviations import Place
-from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Refusal
-
-
-@dataclass(frozen=True, eq=False)
-class FromData(PlacedInit):
-    """New weights that were computed from data, as an init.
-
-    Attributes:
-        edits: of the plan they are for, by tensor.
-        rows: new rows and biases by the name of the tensor, float64 on the CPU.
-        columns: new columns likewise.
-        strengths: of each group's new channels, by its name: a singular value each.
-        gains: likewise, by what each lowers the loss to first order, before any rescaling: per
-            learning rate (the squared norm of the gradient of its row) or per amplitude.
-        amplitude: what rows, biases and columns hold the square root of.
-        notes: what a report should tell.
-    """
-
-    edits: Mapping[str, TensorEdit]
-    rows: Mapping[str, Tensor]
-    columns: Mapping[str, Tensor]
-    strengths: Mapping[str, tuple[float, ...]]
-    gains: Mapping[str, tuple[float, ...]]
-    amplitude: float = 1.0
-    notes: tuple[str, ...] = ()
-
-    def for_place(self, place: Place, reference: Tensor | None) -> Init:
-        """Return what fills the new entries at one place.
-
-        Raises:
-            PlanError: nothing was computed for it.
-        """
-        del reference
-        name = place.name
-        values = (self.columns if place.role.startswith("reader") else self.rows).get(name)
-
-        def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
-            del reference, fan_in
-            if values is None or values.shape != tensor.shape:
-                raise PlanError(f"no new weights of {name} were computed for this plan.", name=name)
-            tensor.copy_(values)
-
-        return fill
-
-    def scaled(self, amplitude: float) -> FromData:
-        """Return the same at another amplitude."""
-        root = math.sqrt(amplitude / self.amplitude)
-        rows, columns = (
-            {name: root * value for name, value in values.items()}
-            for values in (self.rows, self.columns)
-        )
-        return replace(self, rows=rows, columns=columns, amplitude=amplitude)
 
 
 class DataDriven(PlacedInit):
@@ -188,32 +141,63 @@ class DataDriven(PlacedInit):
                 batches tell nothing.
         """
         widths, refused = select([g for part in analyses for g in part.groups], request)
-        pairs, unfit = self._pairs(model, analyses, widths)
+        network = stand_in(model, {}).eval()
+        pairs, unfit = self._pairs(network, analyses, widths)
         refused += unfit
         self._check_some(pairs, refused)
-        network = stand_in(model, {}).eval()
+        request = replace(request, pairing=self._pairing_for(pairs.values()))
+        each = 2 if request.pairing == "vv_z_negz" else 1  # channels of one direction
         asked = {name: widths[name] - pair.width for name, pair in pairs.items()}
         found = self._directions(network, pairs)
-        most = {name: self._most(pairs[name], asked[name], request.multiple_of) for name in pairs}
-        chosen = self._chosen(network, pairs, found, most, request.multiple_of)
+        most = {
+            name: self._most(pairs[name], asked[name] // each, request.multiple_of, each)
+            for name in pairs
+        }
+        chosen = self._chosen(network, pairs, found, most, request.multiple_of, each)
         why = f"{self.name}: {self.nothing}"
         refused += tuple(Refusal(name, why) for name in pairs if name not in chosen)
         self._check_some(chosen, refused)
-        grown = {name: str(pairs[name].width + len(found)) for name, found in chosen.items()}
+        grown = {name: str(pairs[name].width + each * len(one)) for name, one in chosen.items()}
         own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
         made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
         made = replace(
-            made,
+            opened(made, pairs),
             request=request,
             refused=refused + made.refused,
             groups=tuple(
-                self._told(group, chosen[group.name], asked[group.name], most[group.name])
+                self._told(group, chosen[group.name], asked[group.name] // each, most[group.name])
                 for group in made.groups
             ),
             warnings=made.warnings + self._warnings(made.groups, most),
         )
-        self._computed = self._fitted(network, made, _from_data(made, pairs, chosen))
+        entries = entries_of(made, pairs, self._norm_entries)
+        computed = replace(from_data(made, pairs, chosen), entries=entries)
+        computed = self._fitted(network, made, computed)
+        self._computed = self._settled(network, made, pairs, computed)
         return made
+
+    def _pairing_for(self, pairs: Iterable[LayerPair]) -> str:
+        """Return how the new channels of all groups are laid out."""
+        return "vv_z_negz" if any(map(self._needs_twins, pairs)) else self.pairing
+
+    def _needs_twins(self, pair: LayerPair) -> bool:
+        """Return whether new channels must be twins to keep the function."""
+        del pair
+        return False
+
+    def _norm_entries(self, pair: LayerPair) -> dict[str, float]:
+        """Return what new channels have in batch norms, by tensor: what makes these the identity."""
+        found: dict[str, float] = {}
+        for norm, eps in pair.norms.items():
+            found |= norm_entries(norm, weight=1.0, bias=0.0, mean=0.0, variance=1.0 - eps)
+        return found
+
+    def _settled(
+        self, network: nn.Module, made: Plan, pairs: Mapping[str, LayerPair], found: FromData
+    ) -> FromData:
+        """Return new weights with the entries of norms as they go into the network."""
+        del network, made, pairs
+        return found
 
     def _pairs(
         self, model: nn.Module, analyses: Sequence[Analysis], widths: Mapping[str, int]
@@ -225,13 +209,20 @@ class DataDriven(PlacedInit):
             for group in part.groups:
                 if widths.get(group.name, group.width) == group.width:
                     continue
-                pair = find_pair(part, group, model)
-                reason = pair.reason if isinstance(pair, Refusal) else self._problem(pair, model)
-                if isinstance(pair, Refusal) or reason:
-                    unfit.append(Refusal(group.name, f"{self.name}: {reason}"))
+                pair = self._pair(part, group, model)
+                if isinstance(pair, str):
+                    unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
                 else:
                     pairs[group.name] = pair
         return pairs, tuple(unfit)
+
+    def _pair(self, part: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair | str:
+        """Return the layers around a group, or why the method cannot treat them."""
+        found = find_pair(part, group, model)
+        if isinstance(found, Refusal):
+            return found.reason
+        pair = ask(model, found, arguments_of(self.batches[0][0]))
+        return pair if isinstance(pair, str) else self._problem(pair, model) or pair
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
         """Return if there is a group left to grow.
@@ -246,11 +237,11 @@ class DataDriven(PlacedInit):
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 
-    def _most(self, pair: LayerPair, asked: int, multiple_of: int) -> int:
-        """Return how many new channels a group may get."""
-        if self.keep is None or self.keep >= asked:
+    def _most(self, pair: LayerPair, asked: int, multiple_of: int, each: int) -> int:
+        """Return how many directions a group may get, each of so many channels."""
+        if each == 1 and (self.keep is None or self.keep >= asked):
             return asked
-        return (pair.width + self.keep) // multiple_of * multiple_of - pair.width
+        return _fitting(pair.width, min(asked, self.keep or asked), multiple_of, each)
 
     def _chosen(
         self,
@@ -259,6 +250,7 @@ class DataDriven(PlacedInit):
         found: Mapping[str, Directions],
         most: Mapping[str, int],
         multiple_of: int,
+        each: int,
     ) -> dict[str, Directions]:
         """Return the directions that are grown, of the groups that have any."""
         strong = algebra.above(list(found.values()), self.threshold)
@@ -266,9 +258,8 @@ class DataDriven(PlacedInit):
         chosen = self._gaining(network, pairs, chosen)
         for name, directions in chosen.items():
             if len(directions) < most[name]:  # which makes such a multiple
-                width = pairs[name].width
-                wanted = (width + len(directions)) // multiple_of * multiple_of
-                chosen[name] = directions.first(wanted - width)
+                count = _fitting(pairs[name].width, len(directions), multiple_of, each)
+                chosen[name] = directions.first(count)
         return {name: directions for name, directions in chosen.items() if len(directions)}
 
     def _told(self, group: GroupPlan, found: Directions, asked: int, most: int) -> GroupPlan:
@@ -325,46 +316,14 @@ class DataDriven(PlacedInit):
         """Return all directions of each pair of layers."""
 
 
+def _fitting(width: int, count: int, multiple_of: int, each: int) -> int:
+    """Return the most directions, up to a count, whose channels make a width that may be."""
+    fits = (n for n in range(count, 0, -1) if (width + n * each) % multiple_of == 0)
+    return next(fits, 0)
+
+
 def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
-    """Return the shapes of a row and of a column."""
-    first = network.get_parameter(f"{pair.writer}.weight")
-    second = network.get_parameter(f"{pair.reader}.weight")
-    column = (second.shape[0], *second.shape[2:])
-    return Shapes(tuple(first.shape[1:]), column, pair.has_bias, first.dtype)
-
-
-def _from_data(
-    made: Plan, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
-) -> FromData:
-    """Return directions as the new entries of the tensors of a plan."""
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    for group in made.groups:
-        pair, directions = pairs[group.name], chosen[group.name]
-        first, second = f"{pair.writer}.weight", f"{pair.reader}.weight"
-        rows[first] = _widened(directions.rows, made.tensors[first])
-        if directions.biases is not None:
-            rows[f"{pair.writer}.bias"] = directions.biases
-        columns[second] = directions.columns * made.tensors[second].scale
-    found = {group.name: chosen[group.name] for group in made.groups}
-    return FromData(
-        edits=made.tensors,
-        rows={name: value.cpu() for name, value in rows.items()},
-        columns={name: value.cpu() for name, value in columns.items()},
-        strengths={name: tuple(d.strengths.tolist()) for name, d in found.items()},
-        gains={name: tuple(d.gains.tolist()) for name, d in found.items()},
-    )
-
-
-def _widened(rows: Tensor, edit: TensorEdit) -> Tensor:
-    """Return new rows with zeros for what the writer does not read yet."""
-    axis = next((axis for axis in edit.axes if axis.role == "reader"), None)
-    if axis is None:
-        return rows
-    out = rows.new_zeros(len(rows), edit.new_shape[axis.dim], *rows.shape[2:])
-    position = 0
-    for run in axis.runs:
-        if run.kind == "old":
-            out[:, position : position + run.length] = rows[:, run.start : run.start + run.length]
-        position += run.length
-    return out
+    """Return the shapes of a row and of a column over all readers."""
+    weight = network.get_parameter(f"{pair.writer}.weight")
+    entries = sum(math.prod(reader.column) for reader in pair.readers)
+    return Shapes(tuple(weight.shape[1:]), (entries,), pair.has_bias, weight.dtype)
