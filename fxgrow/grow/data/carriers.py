@@ -101,9 +101,7 @@ def identities(
     Raises:
         PlanError: a norm is not run.
     """
-    norms = {
-        norm: eps for group in made.groups for norm, eps in pairs[group.name].norms.items()
-    }
+    norms = {norm: eps for group in made.groups for norm, eps in pairs[group.name].norms.items()}
     sums: dict[str, list[Tensor]] = {norm: [] for norm in norms}
     handles = []
     for norm in norms:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fxgrow.errors import PlanError
@@ -98,7 +99,7 @@ def from_data(
             bias = f"{pair.writer}.bias"
             rows[bias] = directions.biases * (scale(bias) if plain else 1.0)
         sizes = [math.prod(reader.column) for reader in pair.readers]
-        for reader, part in zip(pair.readers, directions.columns.split(sizes), strict=True):
+        for reader, part in zip(pair.readers, torch.split(directions.columns, sizes), strict=True):
             second = f"{reader.name}.weight"
             columns[second] = _columns(reader, part) * scale(second)
     found = {group.name: chosen[group.name] for group in made.groups}

@@ -60,7 +60,9 @@ class GradMax(DataDriven):
         self, network: nn.Module, pairs: Mapping[str, LayerPair]
     ) -> dict[str, Directions]:
         averages = self.averages(
-            network, pairs, lambda name, seen: (_pulled(seen, pairs[name], _is_raised(pairs[name])),)
+            network,
+            pairs,
+            lambda name, seen: (_pulled(seen, pairs[name], _is_raised(pairs[name])),),
         )
         found = {}
         for name, pair in pairs.items():
@@ -147,4 +149,3 @@ def _rows_by_column(seen: Seen, one: Read, h: Tensor, start: Tensor, width: int)
             (pulled,) = torch.autograd.grad(z, start, one.descent, retain_graph=True)
         found.append(correlation(seen.writer, seen.x, pulled).flatten(1)[:count])
     return torch.cat(found)
-

@@ -186,7 +186,7 @@ class DataDriven(PlacedInit):
         return False
 
     def _norm_entries(self, pair: LayerPair) -> dict[str, float]:
-        """Return what new channels have in batch norms, by tensor: what makes these the identity."""
+        """Return new channels' entries in batch norms, by tensor: they make these the identity."""
         found: dict[str, float] = {}
         for norm, eps in pair.norms.items():
             found |= norm_entries(norm, weight=1.0, bias=0.0, mean=0.0, variance=1.0 - eps)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.norms.zero_channels import follow_zeros
-from fxgrow.labels.operators import traits_of
+from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.step import Refusal
@@ -219,11 +219,12 @@ def _problems_of(model: nn.Module, name: str) -> Iterator[str]:
 def _problems_of_carrier(model: nn.Module, name: str) -> Iterator[str]:
     """Yield why new channels cannot pass a layer with an entry for each as they need to."""
     layer = dict(model.named_modules()).get(name)
-    if isinstance(layer, _BatchNorm):
-        if layer.running_mean is None:
-            yield f"the norm {name} keeps no statistics, so that it is no function of one sample"
-        elif layer.weight is None:
-            yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
+    if not isinstance(layer, _BatchNorm):
+        return
+    if layer._buffers.get("running_mean") is None:
+        yield f"the norm {name} keeps no statistics, so that it is no function of one sample"
+    if layer._parameters.get("weight") is None:
+        yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
 
 
 def _problems_between(analysis: Analysis, group: ChannelGroup) -> Iterator[str]:
@@ -239,7 +240,10 @@ def _problems_between(analysis: Analysis, group: ChannelGroup) -> Iterator[str]:
         if op.module == writer:
             passed |= {value.index for value in op.outputs if not value.is_weight}
         elif op.module not in group.readers and any(v.index in passed for v in op.inputs):
-            if op.place in mixers or not _is_alone(op, passed):
+            mixes = f"{operator_name(op.target)}{op.place.removeprefix(op.name)}" in mixers
+            # One over positions divides by their deviation, which small numbers do not show.
+            is_norm = "norm" in op.name and op.module not in group.carriers
+            if mixes or is_norm or not _is_alone(op, passed):
                 where = f" at {op.module}" if op.module else ""
                 yield f"{op.name}{where} lies between the layers"
             passed |= {value.index for value in op.outputs}
@@ -249,7 +253,6 @@ def _is_alone(op: Operation, passed: set[int]) -> bool:
     """Return whether an operation depends on what the writer puts out, and on weights, alone."""
     random = torch.Tag.nondeterministic_seeded in op.target.tags
     others: list[Value] = [value for value in op.inputs if value.index not in passed]
-    return (
-        not (random or op.is_product or traits_of(op.target).is_product)
-        and all(value.is_weight for value in others)
+    return not (random or op.is_product or traits_of(op.target).is_product) and all(
+        value.is_weight for value in others
     )

@@ -9,7 +9,7 @@ near zero: slopes there are what new channels see first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ class Passage:
         """
         pair, dim = self._pair, self._dim
         blocks = []
-        for block in written.split(pair.width, dim):
+        for block in torch.split(written, pair.width, dim):
             count = block.shape[dim]
             padding = block.new_zeros(self.written.shape).narrow(dim, 0, pair.width - count)
             whole = torch.cat([block, padding], dim)
@@ -151,9 +151,7 @@ class Passage:
         }
 
 
-def norm_entries(
-    norm: str, *, weight: Any, bias: Any, mean: Any, variance: Any
-) -> dict[str, Any]:
+def norm_entries(norm: str, *, weight: Any, bias: Any, mean: Any, variance: Any) -> dict[str, Any]:
     """Return what is said of a batch norm by the names of its tensors."""
     return {
         f"{norm}.weight": weight,
@@ -294,11 +292,9 @@ def _told(pair: LayerPair, passage: Passage) -> LayerPair | str:
         readers.append(replace(reader, slopes=slopes))
     if not _has_slopes(passage, same, right):
         return f"{between} has no slope at zero"
-    for raised in (False, True):
-        found = _gradients(pair, passage, raised)
-        attribute = "raised" if raised else "slope"
-        readers = [replace(r, **{attribute: g}) for r, g in zip(readers, found, strict=True)]
-    return replace(pair, readers=tuple(readers))
+    gradients = zip(*(_gradients(pair, passage, raised) for raised in (False, True)), strict=True)
+    told = zip(readers, gradients, strict=True)
+    return replace(pair, readers=tuple(replace(r, slope=a, raised=b) for r, (a, b) in told))
 
 
 def _close(found: Tensor, wanted: Tensor, size: float) -> bool:
@@ -316,9 +312,7 @@ def _has_slopes(passage: Passage, written: Tensor, right: list[Tensor]) -> bool:
     )
 
 
-def _slopes(
-    reader: Reader, drawn: Tensor, sides: tuple[Tensor, Tensor], dim: int
-) -> Slopes | None:
+def _slopes(reader: Reader, drawn: Tensor, sides: tuple[Tensor, Tensor], dim: int) -> Slopes | None:
     """Return the slopes of a scalar function that does what was found, if there is one.
 
     Args:

@@ -287,9 +287,7 @@ def _linear(model: nn.Module, name: str) -> LinearLayer:
     return layer
 
 
-def _whole_reader(
-    layer: LinearLayer, reader: Reader, inputs: Tensor
-) -> tuple[LinearLayer, Tensor]:
+def _whole_reader(layer: LinearLayer, reader: Reader, inputs: Tensor) -> tuple[LinearLayer, Tensor]:
     """Return a reader with several columns for each channel as a convolution over these."""
     out, (channels, each) = layer.weight.shape[0], reader.columns.shape
     if each == 1:

@@ -15,7 +15,8 @@ from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.inits import DataDriven, FromData, shapes_of
+from fxgrow.grow.data.from_data import FromData
+from fxgrow.grow.data.inits import DataDriven, shapes_of
 from fxgrow.grow.data.pairs import LayerPair
 from fxgrow.grow.data.statistics import (
     Read,
@@ -114,9 +115,7 @@ class Tiny(DataDriven):
         if not growing:
             return dict(chosen)
         result = dict(chosen)
-        gains = self.averages(
-            network, growing, lambda name, seen: _gains(seen, chosen[name])
-        )
+        gains = self.averages(network, growing, lambda name, seen: _gains(seen, chosen[name]))
         for name, (plain, mirrored) in gains.items():
             better = mirrored > plain
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
@@ -205,7 +204,7 @@ def _gains(seen: Seen, found: Directions) -> tuple[Tensor, Tensor]:
     """Return ⟨V, δz⟩ of each channel for a small amplitude, as it is and with both signs turned."""
     written = applied(seen.writer, found.rows, seen.x, found.biases)  # (N, k, …)
     sizes = [one.layer.weight[:, 0].numel() for one in seen.reads]
-    columns = found.columns.split(sizes)
+    columns = torch.split(found.columns, sizes)
     gains = []
     for sign in (1.0, -1.0):
         gain = written.new_zeros(len(found))
