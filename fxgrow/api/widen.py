@@ -13,7 +13,7 @@ from torch import nn
 
 from fxgrow.api.arguments import check_tensors, checked_budget, effort_of, globs, one_of
 from fxgrow.api.left_out import left_out
-from fxgrow.api.report.data import Inspection, Report
+from fxgrow.api.report.data import Growth, Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
@@ -21,6 +21,7 @@ from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
+from fxgrow.grow.data.expected import expected_growth
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
@@ -61,7 +62,13 @@ def silent(step: str) -> None:
 
 
 @exclusive
-def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
+def inspect(
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    module: str = "",
+    growth: DataDriven | None = None,
+) -> Inspection:
     """Find the channel groups, residual blocks and pins of a network.
 
     Args:
@@ -69,14 +76,27 @@ def inspect(model: nn.Module, example_inputs: object = None, *, module: str = ""
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
             an input from the first layer.
         module: follow this submodule alone, on inputs of its own.
+        growth: an init from data (:class:`fxgrow.Tiny`, :class:`fxgrow.GradMax`), of which to tell
+            what new channels would gain in each group: ``growth`` of what is returned.
 
     Returns:
         The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
 
     Raises:
         TraceError: the network cannot be followed on these inputs.
+        PlanError: ``growth``, and its batches tell nothing.
     """
-    return Inspection(*follow(model, example_inputs, module))
+    if growth is not None and not isinstance(growth, DataDriven):
+        raise UsageError(
+            f"growth is a {type(growth).__name__}, no init from data.",
+            way_out="Give one: growth=fxgrow.Tiny(loss_fn, batches).",
+        )
+    analyses, warned = follow(model, example_inputs, module)
+    if growth is None:
+        return Inspection(analyses, warned)
+    require_values(model)
+    found = Growth(growth.name, expected_growth(growth, model, analyses))
+    return Inspection(analyses, warned, found)
 
 
 @exclusive

@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, overload
 
 from torch import Tensor, nn
 
@@ -27,9 +27,9 @@ from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions, Shapes
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
-from fxgrow.grow.data.selection import Limits, Room, channels_each
+from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
-from fxgrow.grow.sizes.widths import select
+from fxgrow.grow.sizes.widths import matches, select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.standin import stand_in
@@ -111,17 +111,27 @@ class DataDriven(PlacedInit):
         """The method's name."""
         return type(self).__name__
 
-    def paired(self, pairing: str | None) -> str:
+    @overload
+    def paired(self, pairing: str | None) -> str: ...
+
+    @overload
+    def paired(self, pairing: Mapping[str, str]) -> dict[str, str]: ...
+
+    def paired(self, pairing: str | Mapping[str, str] | None) -> str | dict[str, str]:
         """Return how new channels are laid out: as asked for, or in the method's own way.
 
         Args:
-            pairing: what is asked for; None if nothing is.
+            pairing: what is asked for, for all or by globs over groups; None if nothing is.
 
         Raises:
             PlanError: what the method selects cannot be laid out so.
         """
         if pairing is None:
             return self.pairing
+        if not isinstance(pairing, str):
+            for name in pairing.values():
+                self.paired(name)
+            return {**pairing, **({} if "*" in pairing else {"*": self.pairing})}
         layout = PAIRINGS[pairing](2, 1, "")
         if layout.copies:
             why = f"the pairing {pairing!r} copies old channels and takes no new weights"
@@ -165,7 +175,7 @@ class DataDriven(PlacedInit):
         rooms = _rooms(groups, widths, request)
         refused += self._tight(rooms, limits)
         rooms = {name: room for name, room in rooms.items() if limits.allowed(room)}
-        pairs, unfit = self.pairs(model, analyses, rooms, PAIRINGS[request.pairing](2, 1, ""))
+        pairs, unfit = self.pairs(model, analyses, rooms)
         refused += unfit
         self._check_some(pairs, refused)
         network = stand_in(model, {}).eval()
@@ -235,28 +245,26 @@ class DataDriven(PlacedInit):
         self,
         model: nn.Module,
         analyses: Sequence[Analysis],
-        names: Collection[str],
-        layout: Layout,
+        rooms: Mapping[str, Room],
     ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
         """Return the pairs of layers around groups that shall grow, and which groups have none.
 
         Args:
             model: the network; only read.
             analyses: of the network, or of the parts of it that are followed.
-            names: of the groups.
-            layout: of two new channels of each.
+            rooms: of the groups.
         """
         pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
-                if group.name not in names:
+                if group.name not in rooms:
                     continue
                 pair = find_pair(part, group, model)
                 reason = (
                     pair.reason
                     if isinstance(pair, Refusal)
-                    else self._problem(pair, model) or _asleep(pair, layout)
+                    else self._problem(pair, model) or _asleep(pair, rooms[group.name])
                 )
                 if isinstance(pair, Refusal) or reason:
                     unfit.append(Refusal(group.name, f"{self.name}: {reason}"))
@@ -353,18 +361,26 @@ def _rooms(
     groups: Iterable[ChannelGroup], widths: Mapping[str, int], request: Widen
 ) -> dict[str, Room]:
     """Return how far those groups may grow that are to grow at all."""
-    each = channels_each(request.pairing)
     asked = {group: widths.get(group.name, group.width) - group.width for group in groups}
     return {
-        group.name: Room(group.width, more, each, request.multiple_of)
+        group.name: Room(
+            group.width, more, _pairing_of(group, request.pairing), request.multiple_of
+        )
         for group, more in asked.items()
         if more
     }
 
 
-def _asleep(pair: LayerPair, layout: Layout) -> str:
+def _pairing_of(group: ChannelGroup, pairing: str | Mapping[str, str]) -> str:
+    """Return the pairing of a group, where it may be told by globs that leave none out."""
+    if isinstance(pairing, str):
+        return pairing
+    return next(name for glob, name in pairing.items() if matches(group, glob))
+
+
+def _asleep(pair: LayerPair, room: Room) -> str:
     """Return why new channels of a layout would never learn between two layers; "" if they do."""
-    if layout.writes_zeros and not pair.slope:
+    if PAIRINGS[room.pairing](2, 1, "").writes_zeros and not pair.slope:
         return (
             f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
             "differentiates it, so new rows of zeros would never learn"

@@ -21,14 +21,19 @@ class Room:
     Attributes:
         width: its present width.
         asked: the most new channels.
-        each: how many channels a direction makes: two under a pairing of twins.
+        pairing: how its new channels are laid out.
         multiple_of: of what the new width is to be a multiple.
     """
 
     width: int
     asked: int
-    each: int
+    pairing: str
     multiple_of: int
+
+    @property
+    def each(self) -> int:
+        """How many channels a direction makes: two under a pairing of twins."""
+        return channels_each(self.pairing)
 
     @property
     def most(self) -> int:
