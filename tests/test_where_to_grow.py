@@ -1,4 +1,4 @@
-"""Directions from data: selected, then rescaled, then paired; what they gain, and what they cost."""
+"""Directions from data: selected, then rescaled, then paired; what they gain and cost."""
 
 from __future__ import annotations
 
@@ -156,9 +156,10 @@ def test_costs_are_the_parameters_that_a_plan_counts(name: str) -> None:
     assert total == plan.parameters[1] - plan.parameters[0]
 
 
+@pytest.mark.filterwarnings("ignore:.* the batches give no more")
 @pytest.mark.parametrize("method", [fxgrow.Tiny, fxgrow.GradMax])
 @pytest.mark.parametrize("pairing", [None, "vv_z_negz"])
-@pytest.mark.parametrize("budget", ["+20%", "+60", "+1000000"])
+@pytest.mark.parametrize("budget", ["+40%", "+60", "+1000000"])
 def test_a_budget_goes_where_channels_gain_most(
     method: Callable[..., object], pairing: str | None, budget: str
 ) -> None:
@@ -212,7 +213,7 @@ def test_budgets_keep_multiples() -> None:
 @pytest.mark.parametrize("budget", ["10%", "+0", "+0%", "+x", "+1.5", "-5", "+10 %", 5])
 def test_what_is_no_budget_is_refused(budget: object) -> None:
     model, batches = network()
-    with pytest.raises(UsageError, match="budget .* cannot be read"):
+    with pytest.raises(UsageError, match=r"budget .* cannot be read"):
         api.plan(model, "2x", init=fxgrow.Tiny(F.mse_loss, batches), budget=budget)
 
 
@@ -228,6 +229,7 @@ def test_a_budget_needs_data_and_pays_for_a_channel() -> None:
         fxgrow.Plan.from_dict(data)
 
 
+@pytest.mark.filterwarnings("ignore:.* the batches give no more")
 @pytest.mark.parametrize("method", [fxgrow.Tiny, fxgrow.GradMax])
 def test_the_table_of_gains_is_what_growing_finds(method: Callable[..., object]) -> None:
     model, batches = network()
@@ -303,7 +305,7 @@ def test_batches_are_read(tmp_path: Path, saved: object, count: int) -> None:
         ([(nn.Linear(2, 2), Y)], "batch 0"),
         ({"weight": X}, "holds a dict"),
         ([], "holds nothing"),
-        ([(X, Y), X], "batch 1"),
+        ([(X, Y), (X, Y), X], "batch 2"),
         ([(X, 3)], "batch 0"),
         ([({}, Y)], "batch 0"),
         ([(X.to("meta"), Y)], "batch 0"),
