@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from fxgrow.api.convert import convert as convert
     from fxgrow.api.deepen import deepen as deepen
     from fxgrow.api.kernels import morph_kernel as morph_kernel
+    from fxgrow.api.report.data import Growth as Growth
     from fxgrow.api.report.data import Inspection as Inspection
     from fxgrow.api.report.data import Report as Report
     from fxgrow.api.widen import Grown as Grown
@@ -112,7 +113,7 @@ _HOMES: dict[str, str] = {
     "deepen": "fxgrow.api.deepen",
     "grow_optimizer_": "fxgrow.files.optimizer.growth",
     "Plan": "fxgrow.plan.schema",
-    **dict.fromkeys(("Inspection", "Report"), "fxgrow.api.report.data"),
+    **dict.fromkeys(("Growth", "Inspection", "Report"), "fxgrow.api.report.data"),
     "Verification": "fxgrow.verification.findings",
     "verify": "fxgrow.verification.measure",
 }

@@ -333,7 +333,7 @@ def test_fewer_channels_are_still_multiples() -> None:
     model = chain(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 5))
     init = fxgrow.GradMax(F.mse_loss, batches_for(model, 9), keep=3)
     assert fxgrow.widen(model, "3x", init=init, multiple_of=2).plan.groups[0].width == (4, 6)
-    with pytest.raises(PlanError, match="strong enough"):
+    with pytest.raises(PlanError, match=r"up to 3 directions .* no width that is a multiple of 12"):
         fxgrow.widen(model, "3x", init=init, multiple_of=12)
 
 
@@ -484,9 +484,13 @@ def test_bad_input_is_refused(
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        (fxgrow.GradMax, {"pairing": "replicate"}, "GradMax lays out new channels by itself"),
-        (fxgrow.Tiny, {"preset": "netmorph"}, "Tiny lays out new channels by itself"),
-        (fxgrow.Tiny, {"rescaling": "default_vt"}, "which default_vt changes"),
+        (fxgrow.GradMax, {"pairing": "replicate"}, "'replicate' copies old channels"),
+        (fxgrow.Tiny, {"pairing": "replicate_random"}, "'replicate_random' copies old channels"),
+        (fxgrow.Tiny, {"preset": "net2wider"}, "'replicate' copies old channels"),
+        (fxgrow.GradMax, {"pairing": "v_zero"}, "GradMax cannot be laid out so: its new rows are"),
+        (fxgrow.GradMax, {"preset": "random"}, "GradMax cannot be laid out so: its new rows are"),
+        (fxgrow.Tiny, {"pairing": "vv_znegz"}, "there is no pairing 'vv_znegz'"),
+        (fxgrow.Tiny, {"pairing": "vv_z_negz"}, "makes 2 channels, and 1 is asked for"),
         (fxgrow.Tiny, {"strict": True}, "would not be preserved: Tiny"),
     ],
 )

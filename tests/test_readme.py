@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
     torch.manual_seed(0)
     torch.save(resnet18(num_classes=10).state_dict(), path / "model.pt")
+    torch.save([(torch.randn(4, 3, 32, 32), torch.arange(4))], path / "batches.pt")
     return path
 
 

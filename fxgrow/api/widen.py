@@ -11,9 +11,9 @@ from typing import TypeAlias
 
 from torch import nn
 
-from fxgrow.api.arguments import check_tensors, effort_of, globs, one_of
+from fxgrow.api.arguments import check_tensors, checked_budget, effort_of, globs, one_of
 from fxgrow.api.left_out import left_out
-from fxgrow.api.report.data import Inspection, Report
+from fxgrow.api.report.data import Growth, Inspection, Report
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
@@ -21,13 +21,14 @@ from fxgrow.channels.scope import follow
 from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
+from fxgrow.grow.data.expected import expected_growth
 from fxgrow.grow.sizes.widths import checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
 from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
-from fxgrow.plan.presets import DEFAULTS, settings
+from fxgrow.plan.presets import settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import gain_value
 from fxgrow.plan.schema import Plan
@@ -61,7 +62,13 @@ def silent(step: str) -> None:
 
 
 @exclusive
-def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
+def inspect(
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    module: str = "",
+    growth: DataDriven | None = None,
+) -> Inspection:
     """Find the channel groups, residual blocks and pins of a network.
 
     Args:
@@ -69,14 +76,27 @@ def inspect(model: nn.Module, example_inputs: object = None, *, module: str = ""
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
             an input from the first layer.
         module: follow this submodule alone, on inputs of its own.
+        growth: an init from data (:class:`fxgrow.Tiny`, :class:`fxgrow.GradMax`), of which to tell
+            what new channels would gain in each group: ``growth`` of what is returned.
 
     Returns:
         The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
 
     Raises:
         TraceError: the network cannot be followed on these inputs.
+        PlanError: ``growth``, and its batches tell nothing.
     """
-    return Inspection(*follow(model, example_inputs, module))
+    if growth is not None and not isinstance(growth, DataDriven):
+        raise UsageError(
+            f"growth is a {type(growth).__name__}, no init from data.",
+            way_out="Give one: growth=fxgrow.Tiny(loss_fn, batches).",
+        )
+    analyses, warned = follow(model, example_inputs, module)
+    if growth is None:
+        return Inspection(analyses, warned)
+    require_values(model)
+    found = Growth(growth.name, expected_growth(growth, model, analyses))
+    return Inspection(analyses, warned, found)
 
 
 @exclusive
@@ -85,7 +105,7 @@ def plan(
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
     rescaling: str = "none",
-    pairing: str = "vv_z_negz",
+    pairing: str | None = None,
     init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
@@ -101,6 +121,7 @@ def plan(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -113,7 +134,15 @@ def plan(
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
     find_init(init)
     if isinstance(init, DataDriven):
-        chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
+        is_asked = pairing is not None or preset is not None
+        chosen_pairing = init.paired(chosen_pairing if is_asked else None)
+    elif budget:
+        raise UsageError(
+            f"a budget is spent where new channels gain most, which the init {init_name(init)!r} "
+            "does not tell.",
+            way_out="Use one that computes them from data: init=fxgrow.Tiny(loss_fn, batches), or "
+            "--init tiny --data batches.pt.",
+        )
     request = Widen(
         width=checked_widths(width),
         rescaling=chosen_rescaling,
@@ -131,6 +160,7 @@ def plan(
         split_noise=float(split_noise),
         module=module,
         untie=bool(untie),
+        budget=checked_budget(budget),
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
@@ -157,7 +187,7 @@ def widen(
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
     rescaling: str = "none",
-    pairing: str = "vv_z_negz",
+    pairing: str | None = None,
     init: str | Init = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
@@ -176,6 +206,7 @@ def widen(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -189,8 +220,10 @@ def widen(
             ``forward``; None infers an input from the first layer.
         rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
-        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
-            ``replicate``, ``replicate_random``, ``none``.
+        pairing: how new channels cancel: ``vv_z_negz``, ``v_zero``, ``zero_z``, ``replicate``,
+            ``replicate_random``, ``none``. None (default) is that of the preset, else an init's own
+            (``zero_z`` of :class:`fxgrow.GradMax`, ``none`` of :class:`fxgrow.Tiny`), else
+            ``vv_z_negz``.
         init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
             ``kaiming``, ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
             ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
@@ -225,6 +258,9 @@ def widen(
         untie: first give what reads a tied parameter (a head that shares the table of an
             embedding) a copy of its own, so that either side grows by itself. Without, such a
             stream grows where the weight of a norm before the reader can silence new channels.
+        budget: how many parameters the new channels may bring: ``"+10%"`` of the present ones, or
+            ``"+50000"``. They go where they gain most per parameter, which only an init from data
+            tells; ``width`` (2x by default) is then the most that each group gets.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -251,7 +287,8 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, module=module, untie=untie, after=after, progress=progress,
+        split_noise=split_noise, module=module, untie=untie, budget=budget, after=after,
+        progress=progress,
     )  # fmt: skip
     finish = None
     if calibration is not None:

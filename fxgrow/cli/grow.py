@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, cast
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import parse_widths, width_label
 from fxgrow.cli.base import app
+from fxgrow.cli.data import data_init
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import check_preset, settings
+from fxgrow.errors import UsageError
+from fxgrow.plan.presets import DEFAULTS, check_preset
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     "fxgrow widen model.pt --width 2x\n\n"
     "fxgrow widen model.pt --width 1.5x --rescaling default_vt --report report.html\n\n"
     "fxgrow widen model.pt --width 'layer4.*=2x' --width '*=+16' --multiple-of 8\n\n"
+    "fxgrow widen model.pt --budget +10% --init tiny --data batches.pt\n\n"
     "fxgrow widen model.pt --width 2x --dry-run --plan plan.json"
 )
 def widen(
     source: opt.SourceFile,
-    width: opt.Widths,
+    width: opt.Widths = None,
+    budget: opt.Budget = "",
     where: opt.Where = "hidden",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
@@ -37,6 +41,10 @@ def widen(
     rescaling: opt.Rescaling = None,
     pairing: opt.Pairing = None,
     init: opt.Init = "copy_rows",
+    data: opt.Data = None,
+    loss: opt.Loss = None,
+    keep: opt.Keep = None,
+    threshold: opt.Threshold = 0.0,
     gain: opt.Gain = "1",
     noise: opt.Noise = 0.0,
     split_noise: opt.SplitNoise = 0.1,
@@ -64,8 +72,11 @@ def widen(
     Nothing is written before the result has been measured against the original. In a training
     checkpoint, moving averages and the optimizer's state grow too.
     """
-    widths = parse_widths(width)
+    if not (width or budget):
+        raise UsageError("how wide?", way_out="Give --width 2x, +32 or 256, or a --budget.")
+    widths = parse_widths(width or ["2x"])
     check_preset(preset, rescaling, pairing)
+    from_data = data_init(init, data, loss, keep, threshold)
 
     def make(
         model: nn.Module,
@@ -77,7 +88,8 @@ def widen(
         from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
-            model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
+            model, widths, inputs, rescaling or DEFAULTS[0], pairing, preset=preset,
+            init=from_data(model) if from_data else init, budget=budget,
             where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
             gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
@@ -88,7 +100,7 @@ def widen(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, init, adapts=True)
+    grow(common, budget or width_label(widths), make, from_data or init, adapts=True)
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")

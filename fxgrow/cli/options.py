@@ -55,12 +55,22 @@ After = Annotated[
 ]
 
 Widths = Annotated[
-    list[str],
+    list[str] | None,
     growth(
         "--width",
         metavar="[GLOB=]WIDTH",
         help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
-        "names, only for those; repeat it for several, of which the first match counts.",
+        "names, only for those; repeat it for several, of which the first match counts. Needed "
+        "without --budget; with it, the most that a group gets.",
+        show_default="2x with --budget",
+    ),
+]
+Budget = Annotated[
+    str,
+    growth(
+        metavar="+NUMBER[%]",
+        help="With --init tiny or gradmax: how many parameters the new channels may bring, of all "
+        "(+10%) or in number (+50000). They go to the groups that gain most per parameter.",
         show_default=False,
     ),
 ]
@@ -164,8 +174,38 @@ Init = Annotated[
     str,
     weights(
         metavar="NAME",
-        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function; "
+        "from --data: tiny, gradmax.",
     ),
+]
+Data = Annotated[
+    Path | None,
+    weights(
+        "--data",
+        metavar="BATCHES",
+        help="A file of batches for --init tiny or gradmax (and inspect --growth): what "
+        "torch.save([(inputs, targets), …], BATCHES) writes. No code in it is run.",
+    ),
+]
+Loss = Annotated[
+    str | None,
+    weights(
+        "--loss",
+        metavar="cross_entropy|mse_loss",
+        help="What the batches are judged by, the mean over samples.",
+        show_default="cross_entropy where the targets are whole numbers, else mse_loss",
+    ),
+]
+Keep = Annotated[
+    int | None,
+    weights(help="At most so many directions from the data for each group.", metavar="NUMBER"),
+]
+Threshold = Annotated[
+    float,
+    weights(help="Leave out directions weaker than this part of the strongest, from 0 to 1."),
+]
+DataMethod = Annotated[
+    str, weights("--method", metavar="tiny|gradmax", help="How --growth computes new channels.")
 ]
 PlanInit = Annotated[
     str | None,
@@ -326,6 +366,14 @@ Why = Annotated[
         "columns belong to, and the chain of operations from it to what pins them, to the "
         "residual addition that makes them a stream, and to each layer that must change along.",
         show_default=False,
+    ),
+]
+GrowthTable = Annotated[
+    bool,
+    shown(
+        "--growth",
+        help="Tell instead what new channels would gain in each group, to first order and per "
+        "parameter, from --data.",
     ),
 ]
 Every = Annotated[

@@ -38,6 +38,7 @@ from functools import cached_property
 
 import torch
 
+from fxgrow.errors import UsageError
 from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
     check_amount,
@@ -52,6 +53,7 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
+from fxgrow.plan.budget import budgeted
 from fxgrow.plan.edits import Child, Multiplier, Rearrangement, TensorEdit
 from fxgrow.plan.requests import Convert, Deepen, Request, Untie, Widen
 from fxgrow.plan.step import PlanStep
@@ -274,6 +276,16 @@ def _check_request(request: Request, place: str) -> None:
         check_factor(request.gain, f"{place}gain")
         if request.multiple_of < 1:
             refuse(f"{place}multiple_of", "it is not positive")
+        if request.budget:
+            _check_budget(request.budget, f"{place}budget")
+
+
+def _check_budget(budget: str, place: str) -> None:
+    """Check a budget of parameters."""
+    try:
+        budgeted(budget, 1)
+    except UsageError as error:
+        refuse(place, error.reason)
 
 
 def _check_children(edit: Rearrangement, held: set[str], place: str) -> None:

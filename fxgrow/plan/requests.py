@@ -63,6 +63,7 @@ class Widen(_Request):
     split_noise: float = 0.1
     module: str = ""
     untie: bool = False
+    budget: str = ""
     verb: Literal["widen"] = "widen"
 
 

@@ -243,6 +243,7 @@ def _request_line(plan: Plan) -> Text:
         "exclude": ", ".join(request.exclude),
         "gain": "" if request.gain == 1.0 else _number(request.gain),
         "noise": f"{request.noise:g}" if request.noise else "",
+        "budget": request.budget,
         "multiple of": str(request.multiple_of) if request.multiple_of > 1 else "",
         "seed": str(request.seed),
     }

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.inits import DataDriven, shapes_of
+from fxgrow.grow.data.from_data import shapes_of
+from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair
 from fxgrow.grow.data.passages import RAISED, norm_entries
 from fxgrow.grow.data.statistics import (
@@ -21,6 +22,7 @@ from fxgrow.grow.data.statistics import (
     correlation,
     patches,
 )
+from fxgrow.plan.pairing import Layout
 
 
 class GradMax(DataDriven):
@@ -40,6 +42,14 @@ class GradMax(DataDriven):
 
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
+
+    def _unpaired(self, layout: Layout) -> str:
+        if all(layout.column_signs) and (layout.preserving or layout.writes_zeros):
+            return ""
+        return (
+            "its new rows are zeros, which keep the function and learn as the rows of 'zero_z' or, "
+            "with columns of both signs, of 'vv_z_negz'"
+        )
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         if not _learns(pair, raised=_is_raised(pair)):

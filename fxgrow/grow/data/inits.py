@@ -4,15 +4,17 @@ They decide three things that a plan without data leaves open: which groups they
 many channels each of these gets, and what the new rows and columns are. The first two go into the
 plan as refusals and widths. The last is an init like any other, but for knowing the names of what
 it fills.
+
+The order is: select directions by their strength on the network as it is, rescale old weights, lay
+out by the pairing what was selected.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, overload
 
 from torch import Tensor, nn
 
@@ -22,10 +24,12 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
-from fxgrow.grow.data.directions import Directions, Shapes
+from fxgrow.grow.data.costs import Costs
+from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
+from fxgrow.grow.data.selection import Limits, Room, asleep, rooms_of
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
@@ -34,6 +38,7 @@ from fxgrow.modules.calling import arguments_of
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import Init, PlacedInit
+from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Refusal
@@ -49,9 +54,10 @@ class DataDriven(PlacedInit):
         loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples of a batch.
         batches: pairs of inputs and targets; inputs are a tensor, a tuple of arguments or a dict
             of keyword arguments. All of them are kept.
-        keep: at most so many new channels for each group; None as many as the width asks for.
-        threshold: leave out new channels weaker than this part of the strongest of all groups,
-            from 0 to 1.
+        keep: at most so many directions for each group; None as many as the width asks for. Each
+            makes one channel, but under a pairing of twins two.
+        threshold: leave out directions weaker than this part of the strongest of all groups, from
+            0 to 1.
 
     Raises:
         PlanError: there are no batches, or an argument is out of range.
@@ -71,7 +77,7 @@ class DataDriven(PlacedInit):
         if not callable(loss_fn):
             raise PlanError(f"the loss function is a {type(loss_fn).__name__}, no function.")
         if keep is not None and not (isinstance(keep, int) and keep > 0):
-            raise PlanError(f"keep must be a number of channels, at least 1, not {keep!r}.")
+            raise PlanError(f"keep must be a number of directions, at least 1, not {keep!r}.")
         if not 0.0 <= threshold <= 1.0:
             raise PlanError(f"the threshold must be from 0 to 1, but it is {threshold}.")
         self.loss_fn = loss_fn
@@ -79,6 +85,7 @@ class DataDriven(PlacedInit):
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
+        self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
         """Return what fills the new entries at one place.
@@ -108,18 +115,45 @@ class DataDriven(PlacedInit):
         """The method's name."""
         return type(self).__name__
 
-    def paired(self, pairing: str, default: str) -> str:
-        """Return the method's own pairing, which goes with none that is asked for.
+    @overload
+    def paired(self, pairing: str | None) -> str: ...
+
+    @overload
+    def paired(self, pairing: Mapping[str, str]) -> dict[str, str]: ...
+
+    def paired(self, pairing: str | Mapping[str, str] | None) -> str | dict[str, str]:
+        """Return how new channels are laid out: as asked for, or in the method's own way.
+
+        Args:
+            pairing: what is asked for, for all or by globs over groups; None if nothing is.
 
         Raises:
-            PlanError: one that is not the default was asked for.
+            PlanError: what the method selects cannot be laid out so.
         """
-        if pairing not in (default, self.pairing):
+        self._is_asked = pairing is not None
+        if pairing is None:
+            return self.pairing
+        if not isinstance(pairing, str):
+            for name in pairing.values():
+                self.paired(name)
+            return {**pairing, **({} if "*" in pairing else {"*": self.pairing})}
+        layout = PAIRINGS[pairing](2, 1, "")
+        if layout.copies:
+            why = f"the pairing {pairing!r} copies old channels and takes no new weights"
+        else:
+            why = self._unpaired(layout)
+        if why:
             raise PlanError(
-                f"{self.name} lays out new channels by itself, not by the pairing {pairing!r}.",
-                way_out="Leave the pairing out.",
+                f"{self.name} cannot be laid out so: {why}.",
+                name=pairing,
+                way_out=f"Leave the pairing out, which means {self.pairing!r}, or use 'vv_z_negz'.",
             )
-        return self.pairing
+        return pairing
+
+    def _unpaired(self, layout: Layout) -> str:
+        """Return why two new channels of the method cannot be laid out so; "" if they can."""
+        del layout
+        return ""
 
     def plan(
         self,
@@ -140,45 +174,51 @@ class DataDriven(PlacedInit):
             PlanError: the request is malformed, no group that it selects can be treated, or the
                 batches tell nothing.
         """
-        widths, refused = select([g for part in analyses for g in part.groups], request)
+        groups = [group for part in analyses for group in part.groups]
+        widths, refused = select(groups, request)
+        limits = Limits(self.keep, self.threshold, request.budget)
         network = stand_in(model, {}).eval()
-        pairs, unfit = self._pairs(network, analyses, widths)
-        refused += unfit
+        growing = [g for g in groups if widths.get(g.name, g.width) != g.width]
+        pairs, unfit = self.pairs(network, analyses, {group.name for group in growing})
+        request = replace(request, pairing=self._pairing_for(request.pairing, pairs.values()))
+        rooms = rooms_of(growing, widths, request)
+        refused += unfit + self._tight(rooms, pairs, limits)
+        pairs = {name: pair for name, pair in pairs.items() if limits.allowed(rooms[name])}
+        pairs, idle = self._awake(pairs, rooms)
+        refused += idle
         self._check_some(pairs, refused)
-        request = replace(request, pairing=self._pairing_for(pairs.values()))
-        each = 2 if request.pairing == "vv_z_negz" else 1  # channels of one direction
-        asked = {name: widths[name] - pair.width for name, pair in pairs.items()}
-        found = self._directions(network, pairs)
-        most = {
-            name: self._most(pairs[name], asked[name] // each, request.multiple_of, each)
-            for name in pairs
-        }
-        chosen = self._chosen(network, pairs, found, most, request.multiple_of, each)
-        why = f"{self.name}: {self.nothing}"
-        refused += tuple(Refusal(name, why) for name in pairs if name not in chosen)
+        found = self.selected(network, pairs, rooms, limits)
+        chosen = {name: directions for name, directions in found.items() if len(directions)}
+        refused += self._without(found, chosen, self.nothing)
         self._check_some(chosen, refused)
-        grown = {name: str(pairs[name].width + each * len(one)) for name, one in chosen.items()}
-        own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
-        made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
+        if request.budget:
+            present = sum(parameter.numel() for parameter in network.parameters())
+            paid = limits.paid(chosen, rooms, Costs(analyses), present)
+            refused += self._without(
+                chosen, paid, "the budget goes to groups that gain more per parameter"
+            )
+            chosen = paid
+        made = self._laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
             opened(made, pairs),
-            request=request,
             refused=refused + made.refused,
             groups=tuple(
-                self._told(group, chosen[group.name], asked[group.name] // each, most[group.name])
+                self._told(group, chosen[group.name], rooms[group.name], limits)
                 for group in made.groups
             ),
-            warnings=made.warnings + self._warnings(made.groups, most),
+            warnings=made.warnings + limits.warnings(chosen, rooms),
         )
         entries = entries_of(made, pairs, self._norm_entries)
         computed = replace(from_data(made, pairs, chosen), entries=entries)
-        computed = self._fitted(network, made, computed)
+        computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
 
-    def _pairing_for(self, pairs: Iterable[LayerPair]) -> str:
-        """Return how the new channels of all groups are laid out."""
-        return "vv_z_negz" if any(map(self._needs_twins, pairs)) else self.pairing
+    def _pairing_for(self, pairing: str, pairs: Iterable[LayerPair]) -> str:
+        """Return how new channels are laid out: as asked for, or as the method needs it."""
+        if self._is_asked or not any(map(self._needs_twins, pairs)):
+            return pairing
+        return "vv_z_negz"
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -199,15 +239,71 @@ class DataDriven(PlacedInit):
         del network, made, pairs
         return found
 
-    def _pairs(
-        self, model: nn.Module, analyses: Sequence[Analysis], widths: Mapping[str, int]
+    def _scaled(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
+        """Return the new weights at their amplitude, which is 1 where they keep the function."""
+        if all(cancels(group.pairing) for group in made.groups):
+            return found
+        return self._fitted(network, made, found)
+
+    def _laid_out(
+        self,
+        analyses: Sequence[Analysis],
+        request: Widen,
+        variance_of: VarianceOf,
+        chosen: Mapping[str, Directions],
+        rooms: Mapping[str, Room],
+    ) -> Plan:
+        """Return the plan that rescales old weights and makes room for what was chosen."""
+        grown = {
+            name: str(rooms[name].width + rooms[name].each * len(directions))
+            for name, directions in chosen.items()
+        }
+        own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
+        made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
+        return replace(made, request=request)
+
+    def _tight(
+        self, rooms: Mapping[str, Room], names: Iterable[str], limits: Limits
+    ) -> tuple[Refusal, ...]:
+        """Return refusals of the groups that have no room for any direction."""
+        return tuple(
+            Refusal(name, f"{self.name}: {limits.no_room(rooms[name])}")
+            for name in names
+            if not limits.allowed(rooms[name])
+        )
+
+    def _awake(
+        self, pairs: Mapping[str, LayerPair], rooms: Mapping[str, Room]
     ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
-        """Return the pairs of layers around the groups that shall grow, and who has none."""
+        """Return the pairs whose new channels learn in their layout, and why others do not."""
+        reasons = {name: asleep(pair, rooms[name]) for name, pair in pairs.items()}
+        refused = tuple(Refusal(n, f"{self.name}: {why}") for n, why in reasons.items() if why)
+        return {name: pair for name, pair in pairs.items() if not reasons[name]}, refused
+
+    def _without(
+        self, before: Iterable[str], after: Collection[str], why: str
+    ) -> tuple[Refusal, ...]:
+        """Return refusals of the groups that have no directions any more."""
+        return tuple(Refusal(n, f"{self.name}: {why}") for n in before if n not in after)
+
+    def pairs(
+        self,
+        model: nn.Module,
+        analyses: Sequence[Analysis],
+        names: Collection[str],
+    ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
+        """Return the pairs of layers around groups that shall grow, and which groups have none.
+
+        Args:
+            model: the network in eval mode; a copy that may be run.
+            analyses: of the network, or of the parts of it that are followed.
+            names: of the groups.
+        """
         pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
-                if widths.get(group.name, group.width) == group.width:
+                if group.name not in names:
                     continue
                 pair = self._pair(part, group, model)
                 if isinstance(pair, str):
@@ -237,51 +333,36 @@ class DataDriven(PlacedInit):
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 
-    def _most(self, pair: LayerPair, asked: int, multiple_of: int, each: int) -> int:
-        """Return how many directions a group may get, each of so many channels."""
-        if each == 1 and (self.keep is None or self.keep >= asked):
-            return asked
-        return _fitting(pair.width, min(asked, self.keep or asked), multiple_of, each)
-
-    def _chosen(
+    def selected(
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
-        found: Mapping[str, Directions],
-        most: Mapping[str, int],
-        multiple_of: int,
-        each: int,
+        rooms: Mapping[str, Room],
+        limits: Limits,
     ) -> dict[str, Directions]:
-        """Return the directions that are grown, of the groups that have any."""
-        strong = algebra.above(list(found.values()), self.threshold)
-        chosen = {n: d.first(most[n]) for n, d in zip(found, strong, strict=True)}
-        chosen = self._gaining(network, pairs, chosen)
-        for name, directions in chosen.items():
-            if len(directions) < most[name]:  # which makes such a multiple
-                count = _fitting(pairs[name].width, len(directions), multiple_of, each)
-                chosen[name] = directions.first(count)
-        return {name: directions for name, directions in chosen.items() if len(directions)}
+        """Return the directions of each group that may be grown: all, some or none.
 
-    def _told(self, group: GroupPlan, found: Directions, asked: int, most: int) -> GroupPlan:
+        Args:
+            network: in eval mode; a copy that may be run.
+            pairs: the layers around each group.
+            rooms: how far each may grow.
+            limits: what else limits them.
+        """
+        found = self._directions(network, pairs)
+        strong = algebra.above(list(found.values()), limits.threshold)
+        chosen = {
+            name: directions.first(limits.kept(rooms[name]))
+            for name, directions in zip(found, strong, strict=True)
+        }
+        gaining = self._gaining(network, pairs, chosen)
+        return {name: d.first(rooms[name].fitting(len(d))) for name, d in gaining.items()}
+
+    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""
-        if len(found) == asked:
+        told = limits.told(len(found), room)
+        if not told:
             return group
-        why = f"keep is {self.keep}" if len(found) == most else self._why_fewer
-        told = f"{len(found)} of {asked} new channels: {why}"
         return replace(group, reason=f"{group.reason}; {told}" if group.reason else told)
-
-    def _warnings(self, groups: Iterable[GroupPlan], most: Mapping[str, int]) -> tuple[str, ...]:
-        """Return a warning for each group that gets fewer channels, and not by the user's will."""
-        counts = {group.name: group.width[1] - group.width[0] for group in groups}
-        return tuple(
-            f"{name} gets {found} new channels instead of {most[name]}: {self._why_fewer}"
-            for name, found in counts.items()
-            if found < most[name] and not self.threshold
-        )
-
-    @property
-    def _why_fewer(self) -> str:
-        return "no more are strong enough" if self.threshold else "the batches give no more"
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         """Return why the method cannot treat a pair of layers of a network; "" if it can."""
@@ -296,7 +377,7 @@ class DataDriven(PlacedInit):
         return dict(chosen)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
-        """Return the new weights as they go into the network."""
+        """Return the new weights as they go into the network, where they move what it computes."""
         del network, made
         return found
 
@@ -314,16 +395,3 @@ class DataDriven(PlacedInit):
         self, network: nn.Module, pairs: Mapping[str, LayerPair]
     ) -> dict[str, Directions]:
         """Return all directions of each pair of layers."""
-
-
-def _fitting(width: int, count: int, multiple_of: int, each: int) -> int:
-    """Return the most directions, up to a count, whose channels make a width that may be."""
-    fits = (n for n in range(count, 0, -1) if (width + n * each) % multiple_of == 0)
-    return next(fits, 0)
-
-
-def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
-    """Return the shapes of a row and of a column over all readers."""
-    weight = network.get_parameter(f"{pair.writer}.weight")
-    entries = sum(math.prod(reader.column) for reader in pair.readers)
-    return Shapes(tuple(weight.shape[1:]), (entries,), pair.has_bias, weight.dtype)

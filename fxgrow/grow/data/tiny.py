@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.apply.trial import apply_to_module
-from fxgrow.channels.analysis import Analysis
-from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.from_data import FromData
-from fxgrow.grow.data.inits import DataDriven, shapes_of
+from fxgrow.grow.data.from_data import FromData, shapes_of
+from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
     Read,
     Seen,
@@ -28,8 +27,7 @@ from fxgrow.grow.data.statistics import (
     patches,
     readings,
 )
-from fxgrow.grow.widen.planner import VarianceOf
-from fxgrow.plan.requests import Widen
+from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 
@@ -42,7 +40,8 @@ class Tiny(DataDriven):
     channels are for: the pairs of rows and columns nearest to it, whitened by what the writer
     reads, are the leading singular vectors of a matrix. Those that would raise the loss to first
     order, since they move the reachable part too, are left out. One amplitude for all, found by a
-    line search on the loss, sets the step; so the function is not kept, and the loss falls.
+    line search on the loss, sets the step; so the function is not kept, and the loss falls. Under a
+    pairing that is asked for the function is kept, and the amplitude is 1.
 
     For a σ with a kink at 0 (ReLU, max pooling), the mean of its slopes on both sides stands for
     σ'(0), and each channel takes the sign for which it lowers the loss more. A batch norm between
@@ -51,26 +50,6 @@ class Tiny(DataDriven):
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for, or new channels would raise it"
-
-    def plan(
-        self,
-        model: nn.Module,
-        analyses: Sequence[Analysis],
-        request: Widen,
-        variance_of: VarianceOf,
-    ) -> Plan:
-        """Compute new weights, and return the plan that makes room for them.
-
-        Raises:
-            PlanError: as for :meth:`DataDriven.plan`; old weights would be rescaled; no amplitude
-                lowers the loss.
-        """
-        if request.rescaling != "none":
-            raise PlanError(
-                f"Tiny takes its step from the old weights, which {request.rescaling} changes.",
-                way_out="Use rescaling none.",
-            )
-        return super().plan(model, analyses, request, variance_of)
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         del model
@@ -123,10 +102,12 @@ class Tiny(DataDriven):
             result[name] = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
         return result
 
-    def _told(self, group: GroupPlan, found: Directions, asked: int, most: int) -> GroupPlan:
+    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
+        if cancels(group.pairing):
+            return super()._told(group, found, room, limits)
         gain = float(found.gains.sum())
         reason = f"Tiny: the new channels move the output, by a first-order gain of {gain:.6g}"
-        return super()._told(replace(group, reason=reason), found, asked, most)
+        return super()._told(replace(group, reason=reason), found, room, limits)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
         before = statistics.mean_loss(network, self.loss_fn, self.batches)
@@ -136,7 +117,10 @@ class Tiny(DataDriven):
             return statistics.mean_loss(grown, self.loss_fn, self.batches)
 
         gain = sum(sum(gains) for gains in found.gains.values())
-        amplitude, after = algebra.search_amplitude(loss, before, gain)
+        # What rescaling alone does to the loss is not the new channels' doing.
+        scaled = any(edit.scale != 1.0 for edit in made.tensors.values())
+        start = loss(0.0) if scaled else before
+        amplitude, after = algebra.search_amplitude(loss, start, gain)
         note = (
             f"Tiny: the mean loss over the given batches is {before:.6g} before and {after:.6g} "
             f"after, at amplitude {amplitude:.3g}"
