@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
@@ -180,3 +184,92 @@ def test_tiny_leaves_to_old_weights_what_they_can_do() -> None:
         with pytest.raises(PlanError, match="old weights can do what the loss asks for"):
             widened(model, fxgrow.Tiny(F.mse_loss, batches_for(model)))
         assert widened(model, fxgrow.Tiny(F.mse_loss, batches_for(model, (150, 80))))
+
+
+def plain(*, bias: bool = False) -> nn.Module:
+    """Return a convolution, a batch norm, a ReLU and a convolution."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, bias=bias), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3)
+    return nn.Sequential(*layers).double().eval()
+
+
+def test_tinys_channels_are_those_of_a_dense_computation() -> None:
+    model = plain()
+    ((x, y),) = batches = batches_for(model, (40,))
+    grown = widened(model, fxgrow.Tiny(F.mse_loss, batches))
+    with torch.no_grad():
+        h = model[:3](x)
+        z = model(x)
+        wanted = -2 * (z - y).flatten(2) / y.numel() * len(x)  # (N, 3, 16): −∂L/∂z of each sample
+        read = F.unfold(h, 3)  # (N, 4 · 9, 16)
+        known = torch.cat([read, torch.ones_like(read[:, :1])], 1).transpose(1, 2).flatten(0, 1)
+        left = wanted.transpose(1, 2).flatten(0, 1)  # (positions, 3)
+        left = left - known @ torch.linalg.lstsq(known, left).solution
+        # What entries of a patch are where the reader takes them: half, by the slopes of a ReLU.
+        patches = F.unfold(x, 3).reshape(len(x), 27, 6, 6) / 2
+        taken = F.unfold(patches, 3).reshape(len(x), 27, 9, 16)
+        moments = torch.einsum("nikp,njkp->ij", taken, taken) / len(x)
+        values, vectors = torch.linalg.eigh(moments)
+        root = vectors / values.sqrt() @ vectors.T
+        rows = taken.permute(0, 3, 1, 2).flatten(0, 1)  # (positions, 27, 9)
+        matrix = root @ torch.einsum("pik,po->iok", rows, left).flatten(1) / len(x)
+        u, strengths, v = torch.linalg.svd(matrix)
+    found = grown.init.strengths["0"]
+    places = [int((strengths - s).abs().argmin()) for s in found]
+    assert found == pytest.approx(strengths[places].tolist(), rel=1e-8)
+    new = grown.model[0].weight.detach()[4:].flatten(1)
+    assert F.cosine_similarity(new, (root @ u[:, places]).T).abs().tolist() == pytest.approx(
+        [1.0] * len(found), rel=1e-8
+    )
+    columns = grown.model[3].weight.detach()[:, 4:].transpose(0, 1).flatten(1)
+    assert F.cosine_similarity(columns, v[places]).abs().tolist() == pytest.approx(
+        [1.0] * len(found), rel=1e-8
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_under_tiny_a_norm_is_the_identity_on_new_channels_by_their_statistics(bias: bool) -> None:
+    model = plain(bias=bias)
+    batches = batches_for(model)
+    grown = widened(model, fxgrow.Tiny(F.mse_loss, batches)).model
+    with torch.no_grad():
+        written = grown[0](torch.cat([x for x, _ in batches]))
+        evaluated = grown[1].eval()(written)[:, 4:]
+        trained = copy.deepcopy(grown[1]).train()(written)[:, 4:]  # all data are one batch
+    assert torch.allclose(evaluated, written[:, 4:])
+    assert torch.allclose(trained, evaluated)
+    assert grown[1].running_mean[4:].tolist() == pytest.approx(
+        written[:, 4:].mean((0, 2, 3)).tolist()
+    )
+
+
+@pytest.mark.parametrize("method", [fxgrow.GradMax, fxgrow.Tiny])
+def test_what_data_made_of_norms_is_saved_and_loaded(
+    method: Callable[..., object], tmp_path: Path
+) -> None:
+    model = plain()
+    batches = batches_for(model)
+    grown = widened(model, method(F.mse_loss, batches))
+    fxgrow.save(grown, tmp_path / "grown.pt")
+    loaded = fxgrow.load(tmp_path / "grown.pt").eval()
+    assert torch.equal(loaded(batches[0][0]), grown.model.eval()(batches[0][0]))
+    again = apply_to_module(grown.plan, model, grown.init)
+    assert torch.equal(again.eval()(batches[0][0]), loaded(batches[0][0]))
+
+
+def test_a_pairing_that_is_asked_for_keeps_the_function_through_a_norm() -> None:
+    model = plain()
+    batches = batches_for(model)
+    init = fxgrow.Tiny(F.mse_loss, batches)
+    grown = fxgrow.widen(model, "+4", batches[0][0], init=init, pairing="vv_z_negz")
+    assert grown.report.verification.verdict == "preserved"
+    assert len(grown.init.strengths["0"]) == 2
+
+
+def test_a_norm_in_a_network_of_lower_precision() -> None:
+    model = plain().float()
+    batches = [(x.float(), y.float()) for x, y in batches_for(plain())]
+    grown = widened(model, fxgrow.GradMax(F.mse_loss, batches))
+    assert grown.report.verification.verdict == "preserved"
+    step = widened(model, fxgrow.Tiny(F.mse_loss, batches))
+    assert mean_loss(step.model.eval(), batches) < mean_loss(model, batches)
