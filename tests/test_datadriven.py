@@ -333,7 +333,7 @@ def test_fewer_channels_are_still_multiples() -> None:
     model = chain(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 5))
     init = fxgrow.GradMax(F.mse_loss, batches_for(model, 9), keep=3)
     assert fxgrow.widen(model, "3x", init=init, multiple_of=2).plan.groups[0].width == (4, 6)
-    with pytest.raises(PlanError, match="up to 3 directions .* no width that is a multiple of 12"):
+    with pytest.raises(PlanError, match=r"up to 3 directions .* no width that is a multiple of 12"):
         fxgrow.widen(model, "3x", init=init, multiple_of=12)
 
 

@@ -29,10 +29,11 @@ from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
-from fxgrow.grow.sizes.widths import matches, select
+from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.standin import stand_in
+from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
@@ -131,7 +132,7 @@ class DataDriven(PlacedInit):
         if not isinstance(pairing, str):
             for name in pairing.values():
                 self.paired(name)
-            return {**pairing, **({} if "*" in pairing else {"*": self.pairing})}
+            return {**pairing} if "*" in pairing else {**pairing, "*": self.pairing}
         layout = PAIRINGS[pairing](2, 1, "")
         if layout.copies:
             why = f"the pairing {pairing!r} copies old channels and takes no new weights"
@@ -373,9 +374,7 @@ def _rooms(
 
 def _pairing_of(group: ChannelGroup, pairing: str | Mapping[str, str]) -> str:
     """Return the pairing of a group, where it may be told by globs that leave none out."""
-    if isinstance(pairing, str):
-        return pairing
-    return next(name for glob, name in pairing.items() if matches(group, glob))
+    return setting_for(pairing, (group.name, *group.writers), "")
 
 
 def _asleep(pair: LayerPair, room: Room) -> str:
