@@ -64,9 +64,10 @@ def expected_growth(
     """
     groups = [group for part in analyses for group in part.groups if group.kind != "pinned"]
     rooms = {group.name: Room(group.width, _MOST, init.pairing, 1) for group in groups}
-    pairs, unfit = init.pairs(model, analyses, rooms)
+    network = stand_in(model, {}).eval()
+    pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")
-    found = init.selected(stand_in(model, {}).eval(), pairs, rooms, limits) if pairs else {}
+    found = init.selected(network, pairs, rooms, limits) if pairs else {}
     reasons = {refusal.name: refusal.reason for refusal in unfit}
     costs = Costs(analyses)
     told = []

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.pairs import LayerPair, Reader
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init, PlacedInit
@@ -25,6 +26,7 @@ class FromData(PlacedInit):
         edits: of the plan they are for, by tensor.
         rows: new rows and biases by the name of the tensor, float64 on the CPU.
         columns: new columns likewise.
+        entries: of the carriers between writers and readers (norms) likewise.
         strengths: of each group's new channels, by its name: a singular value each.
         gains: likewise, by what each lowers the loss to first order, before any rescaling: per
             learning rate (the squared norm of the gradient of its row) or per amplitude.
@@ -37,6 +39,7 @@ class FromData(PlacedInit):
     columns: Mapping[str, Tensor]
     strengths: Mapping[str, tuple[float, ...]]
     gains: Mapping[str, tuple[float, ...]]
+    entries: Mapping[str, Tensor] = field(default_factory=dict)
     amplitude: float = 1.0
     notes: tuple[str, ...] = ()
 
@@ -48,7 +51,8 @@ class FromData(PlacedInit):
         """
         del reference
         name = place.name
-        values = (self.columns if place.role.startswith("reader") else self.rows).get(name)
+        written = dict(self.entries) | dict(self.rows)
+        values = (self.columns if place.role.startswith("reader") else written).get(name)
 
         def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
             del reference, fan_in
@@ -72,7 +76,6 @@ def from_data(
     made: Plan,
     pairs: Mapping[str, LayerPair],
     chosen: Mapping[str, Directions],
-    without_norm: Collection[str],
 ) -> FromData:
     """Return directions as the new entries of the tensors of a plan.
 
@@ -88,14 +91,17 @@ def from_data(
 
     for group in made.groups:
         pair, directions = pairs[group.name], chosen[group.name]
-        first, second = f"{pair.writer}.weight", f"{pair.reader}.weight"
-        plain = group.name in without_norm
+        first = f"{pair.writer}.weight"
+        plain = not pair.norms
         whole = directions.rows * (scale(first) if plain else 1.0)
         rows[first] = _widened(whole, made.tensors[first])
         if directions.biases is not None:
             bias = f"{pair.writer}.bias"
             rows[bias] = directions.biases * (scale(bias) if plain else 1.0)
-        columns[second] = directions.columns * scale(second)
+        sizes = [math.prod(reader.column) for reader in pair.readers]
+        for reader, part in zip(pair.readers, torch.split(directions.columns, sizes), strict=True):
+            second = f"{reader.name}.weight"
+            columns[second] = _columns(reader, part) * scale(second)
     found = {group.name: chosen[group.name] for group in made.groups}
     return FromData(
         edits=made.tensors,
@@ -104,6 +110,15 @@ def from_data(
         strengths={name: tuple(d.strengths.tolist()) for name, d in found.items()},
         gains={name: tuple(d.gains.tolist()) for name, d in found.items()},
     )
+
+
+def _columns(reader: Reader, columns: Tensor) -> Tensor:
+    """Return columns (entries, k) as slices of a reader's weight, (out, slices, *kernel)."""
+    whole = columns.reshape(*reader.column, -1)  # (out, *kernel, k) or (out, columns of each, k)
+    if reader.columns.shape[1] == 1:
+        return whole.movedim(-1, 1)
+    by_position = int(reader.columns[0, 1]) != 1
+    return (whole if by_position else whole.transpose(1, 2)).flatten(1)
 
 
 def _widened(rows: Tensor, edit: TensorEdit) -> Tensor:

@@ -23,17 +23,19 @@ from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
-from fxgrow.grow.data.directions import Directions, Shapes
+from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
-from fxgrow.grow.data.selection import Limits, Room
+from fxgrow.grow.data.passages import ask, norm_entries
+from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.modules.calling import arguments_of
 from fxgrow.modules.standin import stand_in
-from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
@@ -173,13 +175,14 @@ class DataDriven(PlacedInit):
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
-        rooms = _rooms(groups, widths, request)
-        refused += self._tight(rooms, limits)
-        rooms = {name: room for name, room in rooms.items() if limits.allowed(room)}
-        pairs, unfit = self.pairs(model, analyses, rooms)
-        refused += unfit
-        self._check_some(pairs, refused)
         network = stand_in(model, {}).eval()
+        asked = rooms_of(groups, widths, request)
+        pairs, unfit = self.pairs(network, analyses, asked)
+        rooms = self._twinned(asked, pairs)
+        tight = limits.too_tight(rooms)
+        refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
+        pairs = {name: pair for name, pair in pairs.items() if name not in tight}
+        self._check_some(pairs, refused)
         found = self.selected(network, pairs, rooms, limits)
         chosen = {name: directions for name, directions in found.items() if len(directions)}
         refused += self._without(found, chosen, self.nothing)
@@ -201,9 +204,39 @@ class DataDriven(PlacedInit):
             ),
             warnings=made.warnings + limits.warnings(chosen, rooms),
         )
-        without_norm = {group.name for group in groups if not group.carriers}
-        self._computed = self._scaled(network, made, from_data(made, pairs, chosen, without_norm))
+        made = opened(made, pairs)
+        entries = entries_of(made, pairs, self._norm_entries)
+        computed = replace(from_data(made, pairs, chosen), entries=entries)
+        computed = self._scaled(network, made, computed)
+        self._computed = self._settled(network, made, pairs, computed)
         return made
+
+    def _twinned(
+        self, rooms: Mapping[str, Room], pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, in twins where these are needed."""
+        twins = {name for name, pair in pairs.items() if self._needs_twins(pair)}
+        paired = {name: replace(rooms[name], pairing="vv_z_negz") for name in twins}
+        return {name: paired.get(name, rooms[name]) for name in pairs}
+
+    def _needs_twins(self, pair: LayerPair) -> bool:
+        """Return whether new channels must be twins to keep the function."""
+        del pair
+        return False
+
+    def _norm_entries(self, pair: LayerPair) -> dict[str, float]:
+        """Return new channels' entries in batch norms, by tensor: they make these the identity."""
+        found: dict[str, float] = {}
+        for norm, eps in pair.norms.items():
+            found |= norm_entries(norm, weight=1.0, bias=0.0, mean=0.0, variance=1.0 - eps)
+        return found
+
+    def _settled(
+        self, network: nn.Module, made: Plan, pairs: Mapping[str, LayerPair], found: FromData
+    ) -> FromData:
+        """Return new weights with the entries of norms as they go into the network."""
+        del network, made, pairs
+        return found
 
     def _scaled(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
         """Return the new weights at their amplitude, which is 1 where they keep the function."""
@@ -224,17 +257,16 @@ class DataDriven(PlacedInit):
             name: str(rooms[name].width + rooms[name].each * len(directions))
             for name, directions in chosen.items()
         }
-        own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
+        own = replace(
+            request,
+            width=grown,
+            include=tuple(grown),
+            exclude=(),
+            where="all",
+            pairing={name: rooms[name].pairing for name in grown},
+        )
         made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
         return replace(made, request=request)
-
-    def _tight(self, rooms: Mapping[str, Room], limits: Limits) -> tuple[Refusal, ...]:
-        """Return refusals of the groups that have no room for any direction."""
-        return tuple(
-            Refusal(name, f"{self.name}: {limits.no_room(room)}")
-            for name, room in rooms.items()
-            if not limits.allowed(room)
-        )
 
     def _without(
         self, before: Iterable[str], after: Collection[str], why: str
@@ -244,14 +276,14 @@ class DataDriven(PlacedInit):
 
     def pairs(
         self,
-        model: nn.Module,
+        network: nn.Module,
         analyses: Sequence[Analysis],
         rooms: Mapping[str, Room],
     ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
         """Return the pairs of layers around groups that shall grow, and which groups have none.
 
         Args:
-            model: the network; only read.
+            network: in eval mode; a copy that may be run.
             analyses: of the network, or of the parts of it that are followed.
             rooms: of the groups.
         """
@@ -261,17 +293,35 @@ class DataDriven(PlacedInit):
             for group in part.groups:
                 if group.name not in rooms:
                     continue
-                pair = find_pair(part, group, model)
-                reason = (
-                    pair.reason
-                    if isinstance(pair, Refusal)
-                    else self._problem(pair, model) or _asleep(pair, rooms[group.name])
-                )
-                if isinstance(pair, Refusal) or reason:
-                    unfit.append(Refusal(group.name, f"{self.name}: {reason}"))
+                pair = self._pair(part, group, network, rooms[group.name])
+                if isinstance(pair, str):
+                    unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
                 else:
                     pairs[group.name] = pair
         return pairs, tuple(unfit)
+
+    def _pair(
+        self, part: Analysis, group: ChannelGroup, network: nn.Module, room: Room
+    ) -> LayerPair | str:
+        """Return the layers around a group, or why the method cannot treat them."""
+        found = find_pair(part, group, network)
+        if isinstance(found, Refusal):
+            return found.reason
+        pair = ask(network, found, arguments_of(self.batches[0][0]))
+        if isinstance(pair, str):
+            return pair
+        return self._problem(pair, network) or self._asleep(pair, room) or pair
+
+    def _asleep(self, pair: LayerPair, room: Room) -> str:
+        """Return why new channels would never learn as they are laid out; "" if they would."""
+        sleeps = not any(reader.slope for reader in pair.readers)
+        zeros = PAIRINGS[room.pairing](2, 1, "").writes_zeros and not self._needs_twins(pair)
+        if not (zeros and sleeps):
+            return ""
+        return (
+            f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
+            "differentiates it, so new rows of zeros would never learn"
+        )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
         """Return if there is a group left to grow.
@@ -348,40 +398,3 @@ class DataDriven(PlacedInit):
         self, network: nn.Module, pairs: Mapping[str, LayerPair]
     ) -> dict[str, Directions]:
         """Return all directions of each pair of layers."""
-
-
-def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
-    """Return the shapes of a row and of a column."""
-    first = network.get_parameter(f"{pair.writer}.weight")
-    second = network.get_parameter(f"{pair.reader}.weight")
-    column = (second.shape[0], *second.shape[2:])
-    return Shapes(tuple(first.shape[1:]), column, pair.has_bias, first.dtype)
-
-
-def _rooms(
-    groups: Iterable[ChannelGroup], widths: Mapping[str, int], request: Widen
-) -> dict[str, Room]:
-    """Return how far those groups may grow that are to grow at all."""
-    asked = {group: widths.get(group.name, group.width) - group.width for group in groups}
-    return {
-        group.name: Room(
-            group.width, more, _pairing_of(group, request.pairing), request.multiple_of
-        )
-        for group, more in asked.items()
-        if more
-    }
-
-
-def _pairing_of(group: ChannelGroup, pairing: str | Mapping[str, str]) -> str:
-    """Return the pairing of a group, where it may be told by globs that leave none out."""
-    return setting_for(pairing, (group.name, *group.writers), "")
-
-
-def _asleep(pair: LayerPair, room: Room) -> str:
-    """Return why new channels of a layout would never learn between two layers; "" if they do."""
-    if PAIRINGS[room.pairing](2, 1, "").writes_zeros and not pair.slope:
-        return (
-            f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
-            "differentiates it, so new rows of zeros would never learn"
-        )
-    return ""
