@@ -61,7 +61,7 @@ from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
 _MOST_CHILDREN = 1 << 14  # of a module
-_MOST_GLOBS = 1 << 14  # of a setting; each tensor is tried against them
+_MOST_GLOBS = 1 << 12  # of a setting; each tensor is tried against them
 _LONGEST_GLOB = 1 << 10
 T = TypeVar("T")
 
