@@ -85,6 +85,7 @@ class DataDriven(PlacedInit):
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
+        self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
         """Return what fills the new entries at one place.
@@ -129,6 +130,7 @@ class DataDriven(PlacedInit):
         Raises:
             PlanError: what the method selects cannot be laid out so.
         """
+        self._is_asked = pairing is not None
         if pairing is None:
             return self.pairing
         if not isinstance(pairing, str):
@@ -196,7 +198,7 @@ class DataDriven(PlacedInit):
             chosen = paid
         made = self._laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
-            made,
+            opened(made, pairs),
             refused=refused + made.refused,
             groups=tuple(
                 self._told(group, chosen[group.name], rooms[group.name], limits)
@@ -285,13 +287,13 @@ class DataDriven(PlacedInit):
         Args:
             network: in eval mode; a copy that may be run.
             analyses: of the network, or of the parts of it that are followed.
-            rooms: of the groups.
+            names: of the groups.
         """
         pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
-                if group.name not in rooms:
+                if group.name not in names:
                     continue
                 pair = self._pair(part, group, network, rooms[group.name])
                 if isinstance(pair, str):
