@@ -219,7 +219,7 @@ def test_what_is_no_budget_is_refused(budget: object) -> None:
 
 def test_a_budget_needs_data_and_pays_for_a_channel() -> None:
     model, batches = network()
-    with pytest.raises(UsageError, match=r"'copy_rows' does not tell.*fxgrow\.Tiny"):
+    with pytest.raises(UsageError, match=r"only an init from data.*fxgrow\.Tiny"):
         fxgrow.widen(model, "2x", budget="+10%")
     with pytest.raises(PlanError, match=r"\(2 parameters\) pays for no new channel: the least is"):
         fxgrow.widen(model, "2x", budget="+2", init=fxgrow.Tiny(F.mse_loss, batches))

@@ -18,7 +18,8 @@ from fxgrow.apply.normed import length_of, means_in, pointing, ratio_of
 from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.plan.init import Init, copy_normal, identity_, init_of_plan, zeros
+from fxgrow.plan.init import Init, copy_normal, identity_, zeros
+from fxgrow.plan.inits_by_layer import inits_of_plan, of_tensor
 from fxgrow.plan.schema import Plan
 
 Lookup: TypeAlias = Callable[[str], Tensor]
@@ -49,9 +50,9 @@ def grow_tensor(
     fill = init
     if fill is None:  # on the meta device nothing is drawn, so a plan's own code is not asked for
         old = _looked_up(lookup, edit.source or name)
-        fill = copy_normal if old.is_meta else init_of_plan(drawing.init)
+        fill = copy_normal if old.is_meta else inits_of_plan(drawing.init)
     draws = Draws(
-        name, drawing.seed, edit.fan_in, fill, drawing.noise, drawing.split_noise,
+        name, drawing.seed, edit.fan_in, of_tensor(fill, name), drawing.noise, drawing.split_noise,
         once=like is None,
     )  # fmt: skip
     if edit.normed is not None:

@@ -74,7 +74,7 @@ def check_module(model: nn.Module, module: str) -> None:
         TraceError: there is no such submodule, it has no ``forward``, or it is a single layer.
     """
     names = dict(model.named_modules())
-    if module not in names:
+    if not isinstance(module, str) or module not in names:
         near = difflib.get_close_matches(module, names, n=3, cutoff=0.4)
         way_out = f"Near it: {', '.join(near)}." if near else _offer(model)
         raise TraceError(f"there is no submodule {module!r}.", name=module, way_out=way_out)

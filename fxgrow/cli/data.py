@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fxgrow.errors import UsageError
+from fxgrow.plan.by_layer import values_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +88,7 @@ class DataInit:
 
 
 def data_init(
-    init: str,
+    init: str | Mapping[str, str],
     data: Path | None,
     loss: str | None,
     keep: int | None,
@@ -98,13 +99,19 @@ def data_init(
     Raises:
         UsageError: options for data are given without an init that takes any.
     """
-    if init in METHODS:
+    if isinstance(init, str) and init in METHODS:
         return DataInit(init, data, loss, keep, threshold)
+    if any(name in METHODS for name in values_in(init)):
+        raise UsageError(
+            "an init from data computes the new weights of all layers together, and is not taken "
+            "for some of them.",
+            way_out="Give it as the one --init, and choose what grows with --include.",
+        )
     given = {"--data": data, "--loss": loss, "--keep": keep, "--threshold": threshold or None}
     for option, value in given.items():
         if value is not None:
             raise UsageError(
-                f"{option} says nothing to the init {init}, which takes no data.",
+                f"{option} says nothing without an init that takes data.",
                 way_out=f"Use --init {' or --init '.join(METHODS)}.",
             )
     return None

@@ -63,7 +63,7 @@ def grow(
     settings: Settings,
     label: str,
     make: MakePlan,
-    init: str | DataInit | None = None,
+    init: str | dict[str, str] | DataInit | None = None,
     *,
     adapts: bool = False,
 ) -> None:
@@ -73,8 +73,8 @@ def grow(
         settings: the common options.
         label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
-        init: what fills new weights; None takes what the plan names. One from data is made when the
-            network is there.
+        init: what fills new weights, also by layer; None takes what the plan names. One from data
+            is made when the network is there.
         adapts: whether ``make`` leaves groups out that it is given the globs of, so that a
             ``config.json`` can describe the result.
 
@@ -127,7 +127,7 @@ def _fitted(
     make: MakePlan,
     out: Path,
     inputs: object,
-    init: str | DataInit | None,
+    init: object,
 ) -> Plan:
     """Return a plan, of which a configuration tells all if one is written."""
     from fxgrow.files.fitting import fitted_plan, is_described

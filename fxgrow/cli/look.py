@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from fxgrow.cli import data_options as data_opt
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
@@ -27,10 +28,10 @@ def inspect(
     source: opt.SourceFile,
     why: opt.Why = None,
     every: opt.Every = False,
-    growth: opt.GrowthTable = False,
-    data: opt.Data = None,
-    loss: opt.Loss = None,
-    method: opt.DataMethod = "tiny",
+    growth: data_opt.GrowthTable = False,
+    data: data_opt.Data = None,
+    loss: data_opt.Loss = None,
+    method: data_opt.DataMethod = "tiny",
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,

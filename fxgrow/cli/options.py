@@ -65,15 +65,6 @@ Widths = Annotated[
         show_default="2x with --budget",
     ),
 ]
-Budget = Annotated[
-    str,
-    growth(
-        metavar="+NUMBER[%]",
-        help="With --init tiny or gradmax: how many parameters the new channels may bring, of all "
-        "(+10%) or in number (+50000). They go to the groups that gain most per parameter.",
-        show_default=False,
-    ),
-]
 Blocks = Annotated[
     list[str],
     growth(
@@ -154,12 +145,27 @@ Preset = Annotated[
         + ".",
     ),
 ]
-Rescaling = Annotated[
-    str | None,
+_FOR_SOME = (
+    "With a glob over names of layers, only for those; repeat it for several, of which the first "
+    "match counts."
+)
+Rescalings = Annotated[
+    list[str] | None,
     weights(
-        metavar="NAME",
-        help=f"What happens to old weights: {', '.join(RESCALINGS)}.",
+        "--rescaling",
+        metavar="[GLOB=]NAME",
+        help=f"What happens to old weights: {', '.join(RESCALINGS)}. {_FOR_SOME}",
         show_default="none",
+    ),
+]
+Pairings = Annotated[
+    list[str] | None,
+    weights(
+        "--pairing",
+        metavar="[GLOB=]NAME",
+        help=f"How new channels cancel: {', '.join(PAIRINGS)}. With a glob over group names, only "
+        "for those; repeatable.",
+        show_default="vv_z_negz",
     ),
 ]
 Pairing = Annotated[
@@ -174,54 +180,37 @@ Init = Annotated[
     str,
     weights(
         metavar="NAME",
-        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function; "
-        "from --data: tiny, gradmax.",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
     ),
 ]
-Data = Annotated[
-    Path | None,
-    weights(
-        "--data",
-        metavar="BATCHES",
-        help="A file of batches for --init tiny or gradmax (and inspect --growth): what "
-        "torch.save([(inputs, targets), …], BATCHES) writes. No code in it is run.",
-    ),
-]
-Loss = Annotated[
-    str | None,
-    weights(
-        "--loss",
-        metavar="cross_entropy|mse_loss",
-        help="What the batches are judged by, the mean over samples.",
-        show_default="cross_entropy where the targets are whole numbers, else mse_loss",
-    ),
-]
-Keep = Annotated[
-    int | None,
-    weights(help="At most so many directions from the data for each group.", metavar="NUMBER"),
-]
-Threshold = Annotated[
-    float,
-    weights(help="Leave out directions weaker than this part of the strongest, from 0 to 1."),
-]
-DataMethod = Annotated[
-    str, weights("--method", metavar="tiny|gradmax", help="How --growth computes new channels.")
-]
-PlanInit = Annotated[
-    str | None,
+Inits = Annotated[
+    list[str] | None,
     weights(
         "--init",
-        metavar="NAME",
+        metavar="[GLOB=]NAME",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function; "
+        "from --data: tiny, gradmax. With a glob over names of layers, only for those; repeatable.",
+        show_default="copy_rows",
+    ),
+]
+PlanInits = Annotated[
+    list[str] | None,
+    weights(
+        "--init",
+        metavar="[GLOB=]NAME",
         help="What fills new weights; needed where the plan names a function of your own, which "
         "is not run unasked.",
         show_default="the plan's",
     ),
 ]
-Gain = Annotated[
-    str,
+Gains = Annotated[
+    list[str] | None,
     weights(
-        metavar="NUMBER|NAME",
-        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2).",
+        "--gain",
+        metavar="[GLOB=]NUMBER|NAME",
+        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2). "
+        "With a glob over names of layers, only for those; repeatable.",
+        show_default="1",
     ),
 ]
 SplitNoise = Annotated[
@@ -242,8 +231,9 @@ Compensate = Annotated[
     bool,
     weights(
         "--compensate",
-        help="Where rescaling changes the function, restore it by multipliers in the graph. The "
-        "result is then a GraphModule.",
+        help="Where rescaling changes the function, restore it: by the weights of norms and of "
+        "layers that touch no widened group, or, where none can take the factor up, by multipliers "
+        "in the graph. The result is then a GraphModule.",
     ),
 ]
 Untie = Annotated[
@@ -366,14 +356,6 @@ Why = Annotated[
         "columns belong to, and the chain of operations from it to what pins them, to the "
         "residual addition that makes them a stream, and to each layer that must change along.",
         show_default=False,
-    ),
-]
-GrowthTable = Annotated[
-    bool,
-    shown(
-        "--growth",
-        help="Tell instead what new channels would gain in each group, to first order and per "
-        "parameter, from --data.",
     ),
 ]
 Every = Annotated[

@@ -176,7 +176,7 @@ def find_init(init: str | Init) -> Init:
     """
     if callable(init):
         return init
-    if ":" not in init:
+    if not isinstance(init, str) or ":" not in init:
         return INITS[init]
     module, _, function = init.partition(":")
     try:

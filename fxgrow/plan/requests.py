@@ -19,13 +19,13 @@ class Drawing:
     """How new weights are drawn.
 
     Attributes:
-        init: name of the law.
+        init: name of the law, or names by glob over layers, of which the first match counts.
         seed: of the random numbers, with the name of the tensor.
         noise: relative standard deviation of what is added to the new columns of twins.
         split_noise: likewise to the shares of copies, where it sums to zero.
     """
 
-    init: str = "copy_rows"
+    init: str | dict[str, str] = "copy_rows"
     seed: int = 0
     noise: float = 0.0
     split_noise: float = 0.1
@@ -45,16 +45,16 @@ class _Request:
 
 @dataclass(frozen=True)
 class Widen(_Request):
-    """More channels: the arguments of :func:`fxgrow.widen`."""
+    """More channels: the arguments of :func:`fxgrow.widen`; see :mod:`fxgrow.plan.by_layer`."""
 
     width: str | dict[str, str]
-    rescaling: str = "none"
-    pairing: str = "vv_z_negz"
-    init: str = "copy_rows"
+    rescaling: str | dict[str, str] = "none"
+    pairing: str | dict[str, str] = "vv_z_negz"
+    init: str | dict[str, str] = "copy_rows"
     where: Where = "hidden"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    gain: float = 1.0
+    gain: float | dict[str, float] = 1.0
     noise: float = 0.0
     multiple_of: int = 1
     grouped: Grouped = "width"

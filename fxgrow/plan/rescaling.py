@@ -8,11 +8,14 @@ and g the gain, the old weights are multiplied by (variance transfer, "VT"):
 ``default_vt``                        √(f / f')
 ``vt_constraint_old_shape``           g / √(f · Var)
 ``vt_constraint_new_shape``           g / √(f' · Var)
+``vt_output``                         f / f'
 ====================================  ==================
 
 In a conv→norm→act→conv pair whose hidden width goes from h to h', α is the factor of the first
 layer and β that of the second: ``default_vt`` gives α = 1 and β = √(h/h'). g is 1 unless asked
-for; ``gain="relu"`` means √2, as in :func:`torch.nn.init.calculate_gain`.
+for; ``vt_output`` gives β = h/h', the paper's rule W·C/C' for a layer whose weights have variance
+1/fan_in², as the output layer has. ``gain="relu"`` means √2, as in
+:func:`torch.nn.init.calculate_gain`.
 
 This module needs no torch, so the command line can list the names without loading it.
 """
@@ -20,11 +23,12 @@ This module needs no torch, so the command line can list the names without loadi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from fxgrow.errors import UsageError
+from fxgrow.plan.by_layer import checked
 from fxgrow.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ class LayerStatistics:
 
 Factor: TypeAlias = Callable[[LayerStatistics], float]
 RESCALINGS: Registry[Factor] = Registry("rescaling")
+_GAINS = "Give a number, or a nonlinearity torch.nn.init.calculate_gain knows."
 USES_VARIANCE = {"vt_constraint_old_shape", "vt_constraint_new_shape"}
 
 
@@ -78,6 +83,12 @@ def vt_constraint_new_shape(layer: LayerStatistics) -> float:
     return layer.gain / math.sqrt(layer.new_fan_in * layer.variance)
 
 
+@RESCALINGS.register("vt_output")
+def vt_output(layer: LayerStatistics) -> float:
+    """Keep the layer's output under the assumption of variance ~ 1/fan_in², as of output layers."""
+    return layer.fan_in / layer.new_fan_in
+
+
 def gain_value(gain: float | str) -> float:
     """Return a gain given as a number or by the name of a nonlinearity.
 
@@ -88,6 +99,8 @@ def gain_value(gain: float | str) -> float:
         >>> gain_value(1.0), round(gain_value("relu") ** 2, 6)
         (1.0, 2.0)
     """
+    if not isinstance(gain, (int, float, str)) or isinstance(gain, bool):
+        raise UsageError(f"the gain {gain!r} cannot be read.", way_out=_GAINS)
     if isinstance(gain, str):
         try:
             gain = float(gain)
@@ -99,11 +112,26 @@ def gain_value(gain: float | str) -> float:
             except ValueError:
                 raise UsageError(
                     f"there is no gain {gain!r}.",
-                    way_out="Give a number, or a nonlinearity torch.nn.init.calculate_gain knows.",
+                    way_out=_GAINS,
                 ) from None
     if not (gain > 0 and math.isfinite(gain)):
-        raise UsageError(f"the gain must be positive, not {gain}.")
+        raise UsageError(f"the gain must be positive, not {gain}.", way_out=_GAINS)
     return float(gain)
+
+
+def gain_by_layer(
+    gain: float | str | Mapping[str, float | str],
+) -> float | dict[str, float]:
+    """Return a gain for all layers, or those by glob, as numbers.
+
+    Raises:
+        UsageError: it is neither, or one of them is no gain.
+    """
+
+    def read(one: object) -> float:
+        return gain_value(one)  # type: ignore[arg-type]  # which refuses what is none
+
+    return checked("gain", gain, read, over="layers", form="a number or a nonlinearity's name")
 
 
 def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str]:

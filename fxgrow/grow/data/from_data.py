@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.directions import Directions, Shapes
+from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.pairs import LayerPair, Reader
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.edits import TensorEdit

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.from_data import shapes_of
 from fxgrow.grow.data.inits import DataDriven
-from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.pairs import LayerPair, shapes_of
 from fxgrow.grow.data.passages import RAISED, norm_entries
 from fxgrow.grow.data.statistics import (
     Read,

@@ -29,7 +29,7 @@ from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
-from fxgrow.grow.data.selection import Limits, Room, asleep, rooms_of
+from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
@@ -136,7 +136,7 @@ class DataDriven(PlacedInit):
         if not isinstance(pairing, str):
             for name in pairing.values():
                 self.paired(name)
-            return {**pairing, **({} if "*" in pairing else {"*": self.pairing})}
+            return {**pairing} if "*" in pairing else {**pairing, "*": self.pairing}
         layout = PAIRINGS[pairing](2, 1, "")
         if layout.copies:
             why = f"the pairing {pairing!r} copies old channels and takes no new weights"
@@ -178,14 +178,12 @@ class DataDriven(PlacedInit):
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
         network = stand_in(model, {}).eval()
-        growing = [g for g in groups if widths.get(g.name, g.width) != g.width]
-        pairs, unfit = self.pairs(network, analyses, {group.name for group in growing})
-        request = replace(request, pairing=self._pairing_for(request.pairing, pairs.values()))
-        rooms = rooms_of(growing, widths, request)
-        refused += unfit + self._tight(rooms, pairs, limits)
-        pairs = {name: pair for name, pair in pairs.items() if limits.allowed(rooms[name])}
-        pairs, idle = self._awake(pairs, rooms)
-        refused += idle
+        asked = rooms_of(groups, widths, request)
+        pairs, unfit = self.pairs(network, analyses, asked)
+        rooms = self._twinned(asked, pairs)
+        tight = limits.too_tight(rooms)
+        refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
+        pairs = {name: pair for name, pair in pairs.items() if name not in tight}
         self._check_some(pairs, refused)
         found = self.selected(network, pairs, rooms, limits)
         chosen = {name: directions for name, directions in found.items() if len(directions)}
@@ -208,17 +206,20 @@ class DataDriven(PlacedInit):
             ),
             warnings=made.warnings + limits.warnings(chosen, rooms),
         )
+        made = opened(made, pairs)
         entries = entries_of(made, pairs, self._norm_entries)
         computed = replace(from_data(made, pairs, chosen), entries=entries)
         computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
 
-    def _pairing_for(self, pairing: str, pairs: Iterable[LayerPair]) -> str:
-        """Return how new channels are laid out: as asked for, or as the method needs it."""
-        if self._is_asked or not any(map(self._needs_twins, pairs)):
-            return pairing
-        return "vv_z_negz"
+    def _twinned(
+        self, rooms: Mapping[str, Room], pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, in twins where these are needed."""
+        twins = {name for name, pair in pairs.items() if self._needs_twins(pair)}
+        paired = {name: replace(rooms[name], pairing="vv_z_negz") for name in twins}
+        return {name: paired.get(name, rooms[name]) for name in pairs}
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -258,27 +259,16 @@ class DataDriven(PlacedInit):
             name: str(rooms[name].width + rooms[name].each * len(directions))
             for name, directions in chosen.items()
         }
-        own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
+        own = replace(
+            request,
+            width=grown,
+            include=tuple(grown),
+            exclude=(),
+            where="all",
+            pairing={name: rooms[name].pairing for name in grown},
+        )
         made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
         return replace(made, request=request)
-
-    def _tight(
-        self, rooms: Mapping[str, Room], names: Iterable[str], limits: Limits
-    ) -> tuple[Refusal, ...]:
-        """Return refusals of the groups that have no room for any direction."""
-        return tuple(
-            Refusal(name, f"{self.name}: {limits.no_room(rooms[name])}")
-            for name in names
-            if not limits.allowed(rooms[name])
-        )
-
-    def _awake(
-        self, pairs: Mapping[str, LayerPair], rooms: Mapping[str, Room]
-    ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
-        """Return the pairs whose new channels learn in their layout, and why others do not."""
-        reasons = {name: asleep(pair, rooms[name]) for name, pair in pairs.items()}
-        refused = tuple(Refusal(n, f"{self.name}: {why}") for n, why in reasons.items() if why)
-        return {name: pair for name, pair in pairs.items() if not reasons[name]}, refused
 
     def _without(
         self, before: Iterable[str], after: Collection[str], why: str
@@ -288,14 +278,14 @@ class DataDriven(PlacedInit):
 
     def pairs(
         self,
-        model: nn.Module,
+        network: nn.Module,
         analyses: Sequence[Analysis],
-        names: Collection[str],
+        rooms: Mapping[str, Room],
     ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
         """Return the pairs of layers around groups that shall grow, and which groups have none.
 
         Args:
-            model: the network in eval mode; a copy that may be run.
+            network: in eval mode; a copy that may be run.
             analyses: of the network, or of the parts of it that are followed.
             names: of the groups.
         """
@@ -305,20 +295,35 @@ class DataDriven(PlacedInit):
             for group in part.groups:
                 if group.name not in names:
                     continue
-                pair = self._pair(part, group, model)
+                pair = self._pair(part, group, network, rooms[group.name])
                 if isinstance(pair, str):
                     unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
                 else:
                     pairs[group.name] = pair
         return pairs, tuple(unfit)
 
-    def _pair(self, part: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair | str:
+    def _pair(
+        self, part: Analysis, group: ChannelGroup, network: nn.Module, room: Room
+    ) -> LayerPair | str:
         """Return the layers around a group, or why the method cannot treat them."""
-        found = find_pair(part, group, model)
+        found = find_pair(part, group, network)
         if isinstance(found, Refusal):
             return found.reason
-        pair = ask(model, found, arguments_of(self.batches[0][0]))
-        return pair if isinstance(pair, str) else self._problem(pair, model) or pair
+        pair = ask(network, found, arguments_of(self.batches[0][0]))
+        if isinstance(pair, str):
+            return pair
+        return self._problem(pair, network) or self._asleep(pair, room) or pair
+
+    def _asleep(self, pair: LayerPair, room: Room) -> str:
+        """Return why new channels would never learn as they are laid out; "" if they would."""
+        sleeps = not any(reader.slope for reader in pair.readers)
+        zeros = PAIRINGS[room.pairing](2, 1, "").writes_zeros and not self._needs_twins(pair)
+        if not (zeros and sleeps):
+            return ""
+        return (
+            f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
+            "differentiates it, so new rows of zeros would never learn"
+        )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
         """Return if there is a group left to grow.

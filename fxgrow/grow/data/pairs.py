@@ -10,6 +10,7 @@ gate, another layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
+from fxgrow.grow.data.directions import Shapes
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.tape import Operation, Value
@@ -256,3 +258,10 @@ def _is_alone(op: Operation, passed: set[int]) -> bool:
     return not (random or op.is_product or traits_of(op.target).is_product) and all(
         value.is_weight for value in others
     )
+
+
+def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
+    """Return the shapes of a row and of a column over all readers."""
+    weight = network.get_parameter(f"{pair.writer}.weight")
+    entries = sum(math.prod(reader.column) for reader in pair.readers)
+    return Shapes(tuple(weight.shape[1:]), (entries,), pair.has_bias, weight.dtype)

@@ -14,6 +14,7 @@ from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.pairs import LayerPair
 from fxgrow.grow.sizes.widths import matches
 from fxgrow.plan.budget import budgeted
+from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.requests import Widen
 
@@ -68,6 +69,25 @@ def channels_each(pairing: str) -> int:
     return 2 if len(set(PAIRINGS[pairing](2, 0, "").draws)) == 1 else 1
 
 
+def rooms_of(
+    groups: Iterable[ChannelGroup], widths: Mapping[str, int], request: Widen
+) -> dict[str, Room]:
+    """Return how far those groups may grow that are to grow at all."""
+    asked = {group: widths.get(group.name, group.width) - group.width for group in groups}
+    return {
+        group.name: Room(
+            group.width, more, _pairing_of(group, request.pairing), request.multiple_of
+        )
+        for group, more in asked.items()
+        if more
+    }
+
+
+def _pairing_of(group: ChannelGroup, pairing: str | Mapping[str, str]) -> str:
+    """Return the pairing of a group, where it may be told by globs that leave none out."""
+    return setting_for(pairing, (group.name, *group.writers), "")
+
+
 @dataclass(frozen=True)
 class Limits:
     """What limits the directions of all groups, besides their widths.
@@ -86,11 +106,15 @@ class Limits:
         """Return how many directions a group may get."""
         return room.most if self.keep is None else min(self.keep, room.most)
 
-    def allowed(self, room: Room) -> int:
+    def _allowed(self, room: Room) -> int:
         """Return the most directions that make a width which may be."""
         return room.fitting(self.kept(room))
 
-    def no_room(self, room: Room) -> str:
+    def too_tight(self, rooms: Mapping[str, Room]) -> dict[str, str]:
+        """Return why there is no room for any direction, for the groups where there is none."""
+        return {n: self._no_room(room) for n, room in rooms.items() if not self._allowed(room)}
+
+    def _no_room(self, room: Room) -> str:
         """Return why a group has no room for any direction."""
         if not room.most:
             return f"each direction makes {room.each} channels, and {room.asked} is asked for"
@@ -108,7 +132,7 @@ class Limits:
         channels = count * room.each
         if channels == room.asked:
             return ""
-        if count < self.allowed(room):
+        if count < self._allowed(room):
             why = f"the budget is {self.budget}" if self.budget else self._why_fewer
         elif self.keep is not None and self.keep < room.most:
             why = f"keep is {self.keep}" + (", and each makes two" if room.each > 1 else "")
@@ -122,7 +146,7 @@ class Limits:
         """Return a warning for each group that gets fewer channels, and not by the user's will."""
         if self.threshold or self.budget:
             return ()
-        most = {name: self.allowed(rooms[name]) for name in chosen}
+        most = {name: self._allowed(rooms[name]) for name in chosen}
         return tuple(
             f"{name} gets {len(found) * rooms[name].each} new channels instead of "
             f"{most[name] * rooms[name].each}: {self._why_fewer}"

@@ -13,9 +13,9 @@ from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.from_data import FromData, shapes_of
+from fxgrow.grow.data.from_data import FromData
 from fxgrow.grow.data.inits import DataDriven
-from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.pairs import LayerPair, shapes_of
 from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
     Read,

@@ -8,7 +8,7 @@ the run at the new sizes shows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -51,7 +51,7 @@ def new_sizes(
     shapes: Mapping[str, tuple[int, ...]],
     grouped: Grouped,
     *,
-    copying: bool = False,
+    copying: Collection[str] = (),
 ) -> Sizes:
     """Return the sizes that follow from new widths; what is impossible is refused and left out.
 
@@ -61,7 +61,7 @@ def new_sizes(
         widths: wanted width by group name.
         shapes: present shape by tensor name.
         grouped: whether a grouped convolution grows inside each group or by whole groups.
-        copying: whether group norms keep their numbers of groups where whole copies fit.
+        copying: the groups whose group norms keep their numbers of groups if whole copies fit.
     """
     wanted = dict(widths)
     refused: dict[str, str] = {}
