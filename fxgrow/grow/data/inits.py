@@ -2,8 +2,7 @@
 
 They decide three things that a plan without data leaves open: which groups they can treat, how
 many channels each of these gets, and what the new rows and columns are. The first two go into the
-plan as refusals and widths. The last is an init like any other, but for knowing the names of what
-it fills.
+plan as refusals and widths; the last is an init that knows the names of what it fills.
 
 The order is: select directions by their strength on the network as it is, rescale old weights, lay
 out by the pairing what was selected.
