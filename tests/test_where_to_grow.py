@@ -112,6 +112,15 @@ def test_an_explicit_default_is_no_default() -> None:
             assert {group.pairing for group in plan.groups} == {pairing}
 
 
+def test_zero_rows_that_are_asked_for_are_no_twins() -> None:
+    model = perceptron(nn.ReLU())
+    batches = batches_for(model, 6)
+    own = api.plan(model, "+2", init=fxgrow.GradMax(F.mse_loss, batches))
+    assert {group.pairing for group in own.groups} == {"vv_z_negz"}
+    with pytest.raises(PlanError, match="new rows of zeros would never learn"):
+        api.plan(model, "+2", init=fxgrow.GradMax(F.mse_loss, batches), pairing="zero_z")
+
+
 def test_tiny_steps_down_from_rescaled_weights() -> None:
     model, batches = network()
     init = fxgrow.Tiny(F.mse_loss, batches)

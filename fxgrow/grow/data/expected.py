@@ -63,7 +63,8 @@ def expected_growth(
         PlanError: the batches tell nothing: the loss is no finite scalar with a gradient, say.
     """
     groups = [group for part in analyses for group in part.groups if group.kind != "pinned"]
-    rooms = {group.name: Room(group.width, _MOST, init.pairing, 1) for group in groups}
+    pairing = init.paired(None)
+    rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
     network = stand_in(model, {}).eval()
     pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")

@@ -133,10 +133,3 @@ def _widened(rows: Tensor, edit: TensorEdit) -> Tensor:
             out[:, position : position + run.length] = rows[:, run.start : run.start + run.length]
         position += run.length
     return out
-
-
-def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
-    """Return the shapes of a row and of a column over all readers."""
-    weight = network.get_parameter(f"{pair.writer}.weight")
-    entries = sum(math.prod(reader.column) for reader in pair.readers)
-    return Shapes(tuple(weight.shape[1:]), (entries,), pair.has_bias, weight.dtype)

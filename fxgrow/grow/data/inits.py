@@ -2,8 +2,7 @@
 
 They decide three things that a plan without data leaves open: which groups they can treat, how
 many channels each of these gets, and what the new rows and columns are. The first two go into the
-plan as refusals and widths. The last is an init like any other, but for knowing the names of what
-it fills.
+plan as refusals and widths; the last is an init that knows the names of what it fills.
 
 The order is: select directions by their strength on the network as it is, rescale old weights, lay
 out by the pairing what was selected.
@@ -122,10 +121,7 @@ class DataDriven(PlacedInit):
     def paired(self, pairing: Mapping[str, str]) -> dict[str, str]: ...
 
     def paired(self, pairing: str | Mapping[str, str] | None) -> str | dict[str, str]:
-        """Return how new channels are laid out: as asked for, or in the method's own way.
-
-        Args:
-            pairing: what is asked for, for all or by globs over groups; None if nothing is.
+        """Return how new channels are laid out: as asked for (also by group), or in the own way.
 
         Raises:
             PlanError: what the method selects cannot be laid out so.
@@ -198,7 +194,7 @@ class DataDriven(PlacedInit):
             chosen = paid
         made = self._laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
-            opened(made, pairs),
+            made,
             refused=refused + made.refused,
             groups=tuple(
                 self._told(group, chosen[group.name], rooms[group.name], limits)
@@ -217,7 +213,8 @@ class DataDriven(PlacedInit):
         self, rooms: Mapping[str, Room], pairs: Mapping[str, LayerPair]
     ) -> dict[str, Room]:
         """Return how far each group with a pair may grow, in twins where these are needed."""
-        twins = {name for name, pair in pairs.items() if self._needs_twins(pair)}
+        needing = {name for name, pair in pairs.items() if self._needs_twins(pair)}
+        twins = set[str]() if self._is_asked else needing
         paired = {name: replace(rooms[name], pairing="vv_z_negz") for name in twins}
         return {name: paired.get(name, rooms[name]) for name in pairs}
 
@@ -287,13 +284,13 @@ class DataDriven(PlacedInit):
         Args:
             network: in eval mode; a copy that may be run.
             analyses: of the network, or of the parts of it that are followed.
-            names: of the groups.
+            rooms: of the groups.
         """
         pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
-                if group.name not in names:
+                if group.name not in rooms:
                     continue
                 pair = self._pair(part, group, network, rooms[group.name])
                 if isinstance(pair, str):
@@ -316,9 +313,10 @@ class DataDriven(PlacedInit):
 
     def _asleep(self, pair: LayerPair, room: Room) -> str:
         """Return why new channels would never learn as they are laid out; "" if they would."""
-        sleeps = not any(reader.slope for reader in pair.readers)
-        zeros = PAIRINGS[room.pairing](2, 1, "").writes_zeros and not self._needs_twins(pair)
-        if not (zeros and sleeps):
+        twins = self._needs_twins(pair)
+        if not PAIRINGS[room.pairing](2, 1, "").writes_zeros or (twins and not self._is_asked):
+            return ""
+        if not twins and any(reader.slope for reader in pair.readers):
             return ""
         return (
             f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "

@@ -11,8 +11,6 @@ from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.pairs import LayerPair
-from fxgrow.grow.sizes.widths import matches
 from fxgrow.plan.budget import budgeted
 from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.pairing import PAIRINGS
@@ -225,36 +223,3 @@ def spend(
         taken[name], new[name], budget = count, count * rooms[name].each, budget - price
         for other in {name, *costs.beside(name)}:
             offers.pop(other, None)
-
-
-def rooms_of(
-    groups: Iterable[ChannelGroup], widths: Mapping[str, int], request: Widen
-) -> dict[str, Room]:
-    """Return how far those groups may grow that are to grow at all."""
-    asked = {group: widths.get(group.name, group.width) - group.width for group in groups}
-    return {
-        group.name: Room(
-            group.width, more, _pairing_of(group, request.pairing), request.multiple_of
-        )
-        for group, more in asked.items()
-        if more
-    }
-
-
-def _pairing_of(group: ChannelGroup, pairing: str | Mapping[str, str]) -> str:
-    """Return the pairing of a group, where it may be told by globs that leave none out."""
-    if isinstance(pairing, str):
-        return pairing
-    return next(name for glob, name in pairing.items() if matches(group, glob))
-
-
-def asleep(pair: LayerPair, room: Room) -> str:
-    """Return why new channels of a layout would never learn between two layers; "" if they do."""
-    if PAIRINGS[room.pairing](2, 1, "").writes_zeros and not any(
-        reader.slope for reader in pair.readers
-    ):
-        return (
-            f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
-            "differentiates it, so new rows of zeros would never learn"
-        )
-    return ""
