@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import DataDriven
+from fxgrow.plan.budget import budgeted
 from fxgrow.plan.by_layer import values_in
 from fxgrow.verification.findings import Effort
 
@@ -52,6 +53,17 @@ def effort_of(verify: bool | Effort) -> Effort:
     if isinstance(verify, bool):
         return "full" if verify else "none"
     return one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
+
+
+def checked_budget(budget: str) -> str:
+    """Return a budget of parameters that can be read, or "".
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    if budget:
+        budgeted(budget, 1)
+    return budget
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fxgrow.api.arguments import (
     check_tensors,
+    checked_budget,
     effort_of,
     globs,
     number,
@@ -21,12 +22,13 @@ from fxgrow.api.arguments import (
     whole,
 )
 from fxgrow.api.left_out import left_out
-from fxgrow.api.report.data import Inspection, Report
+from fxgrow.api.report.data import Report
+from fxgrow.api.requirements import require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
 from fxgrow.channels.scope import follow
-from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
+from fxgrow.errors import FxgrowWarning, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.narrow import at_other_widths
@@ -44,7 +46,7 @@ from fxgrow.plan.rescaling import gain_by_layer
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.fault import failure
 from fxgrow.verification.findings import Effort, Verification
-from fxgrow.verification.measure import Task, measure, predictable
+from fxgrow.verification.measure import Task, measure
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -72,26 +74,6 @@ def silent(step: str) -> None:
 
 
 @exclusive
-def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
-    """Find the channel groups, residual blocks and pins of a network.
-
-    Args:
-        model: any module; only read.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
-            an input from the first layer.
-        module: follow this submodule alone, on inputs of its own.
-
-    Returns:
-        The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
-
-    Raises:
-        TraceError: the network cannot be followed on these inputs.
-    """
-    analyses, notes = follow(model, example_inputs, module)
-    return Inspection(tuple(map(at_other_widths, analyses)), notes)
-
-
-@exclusive
 def plan(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
@@ -115,6 +97,7 @@ def plan(
     untie: bool = False,
     output_init: str | Init | None = None,
     input_init: str | Init | None = None,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -138,6 +121,11 @@ def plan(
     if isinstance(init, DataDriven):
         is_asked = pairing is not None or preset is not None
         chosen_pairing = init.paired(chosen_pairing if is_asked else None)
+    elif budget:
+        raise UsageError(
+            "a budget is spent where new channels gain most, which only an init from data tells.",
+            way_out="Give one: init=fxgrow.Tiny(loss_fn, batches); --init tiny --data batches.pt.",
+        )
     refuse_data_driven_by_layer(init)
     request = Widen(
         width=checked_widths(width),
@@ -158,6 +146,7 @@ def plan(
         untie=bool(untie),
         output_init=None if output_init is None else init_name(output_init),
         input_init=None if input_init is None else init_name(input_init),
+        budget=checked_budget(budget),
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
@@ -207,6 +196,7 @@ def widen(
     untie: bool = False,
     output_init: str | Init | None = None,
     input_init: str | Init | None = None,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -225,8 +215,9 @@ def widen(
             else ``none``.
         pairing: how new channels cancel: ``vv_z_negz``, ``v_zero``, ``zero_z``, ``replicate``,
             ``replicate_random``, ``copy_pair``, ``none``; or a mapping of globs over the names of
-            groups and their writers to such. None (default) is the preset's, else the init's own
-            if it computes its weights from data, else ``vv_z_negz``.
+            groups and their writers to such. None (default) is the preset's, else the own one of an
+            init that computes its weights from data (``zero_z`` of :class:`fxgrow.GradMax`,
+            ``none`` of :class:`fxgrow.Tiny`), else ``vv_z_negz``.
         init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
             ``kaiming``, ``kaiming_normal``, ``lecun``, ``lecun_normal``, ``zeros``, a name given
             by :func:`fxgrow.register_init`, ``"package.module:function"``, a callable
@@ -270,6 +261,9 @@ def widen(
         output_init: what fills new outputs of layers (rows V and entries of biases), as ``init``
             does, which it stands for there; None for ``init``.
         input_init: what fills new inputs of layers (columns Z), likewise.
+        budget: how many parameters the new channels may bring: ``"+10%"`` of the present ones, or
+            ``"+50000"``. They go where they gain most per parameter, which only an init from data
+            tells; ``width`` (2x by default) is then the most that each group gets.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -297,7 +291,7 @@ def widen(
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
         split_noise=split_noise, module=module, untie=untie, output_init=output_init,
-        input_init=input_init, after=after, progress=progress,
+        input_init=input_init, budget=budget, after=after, progress=progress,
     )  # fmt: skip
     finish = None
     if calibration is not None:
@@ -367,40 +361,3 @@ def carry_out(
     for text in made.warnings:
         warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
-
-
-def require_exact(made: Plan) -> None:
-    """Return if a plan preserves the function exactly.
-
-    Raises:
-        NotPreservedError: it does not; the first part that changes the output is named.
-    """
-    way_out = "Use --rescaling none, or --compensate where a multiplier can restore it."
-    if not predictable(made):
-        way_out = "Use another pairing than none, and no noise."
-    for part in (part for step in made.steps for part in step.changes):
-        if part.preserves != "exact":
-            raise NotPreservedError(
-                f"{part.name} would not be preserved: {part.reason}.",
-                name=part.name,
-                way_out=way_out,
-            )
-    if made.preserves != "exact":
-        raise NotPreservedError("the output would change.", way_out=way_out)
-    if not predictable(made):
-        raise NotPreservedError("new channels would not cancel.", way_out=way_out)
-
-
-def require_values(model: nn.Module) -> None:
-    """Return if a network has values, so that it can be measured.
-
-    Raises:
-        PlanError: a tensor of it is on the meta device.
-    """
-    for name, tensor in named_tensors(model).items():
-        if tensor.is_meta:
-            raise PlanError(
-                f"{name} has a shape but no values (device meta), so nothing can be verified.",
-                name=name,
-                way_out="Load weights into the model first, or grow its shapes: verify=False.",
-            )

@@ -80,7 +80,7 @@ def plan_label(plan: Plan) -> str:
 def _asked(request: Request) -> str:
     match request:
         case Widen():
-            return width_label(request.width)
+            return request.budget or width_label(request.width)
         case Deepen():
             return width_label(request.blocks)
         case MorphKernel():

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from fxgrow.cli import data_options as data_opt
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import parse_by_layer, parse_widths, width_label
 from fxgrow.cli.base import app
+from fxgrow.cli.data import data_init
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import settings
+from fxgrow.errors import UsageError
+from fxgrow.plan.presets import check_preset
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,12 +26,14 @@ if TYPE_CHECKING:
     "fxgrow widen model.pt --width 2x\n\n"
     "fxgrow widen model.pt --width 1.5x --rescaling default_vt --report report.html\n\n"
     "fxgrow widen model.pt --width 'layer4.*=2x' --width '*=+16' --multiple-of 8\n\n"
+    "fxgrow widen model.pt --budget +10% --init tiny --data batches.pt\n\n"
     "fxgrow widen model.pt --width 2x --rescaling fc=vt_output --rescaling '*=default_vt'\n\n"
     "fxgrow widen model.pt --width 2x --dry-run --plan plan.json"
 )
 def widen(
     source: opt.SourceFile,
-    width: opt.Widths,
+    width: opt.Widths = None,
+    budget: data_opt.Budget = "",
     where: opt.Where = "hidden",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
@@ -40,6 +45,10 @@ def widen(
     init: opt.Inits = None,
     output_init: opt.OutputInit = None,
     input_init: opt.InputInit = None,
+    data: data_opt.Data = None,
+    loss: data_opt.Loss = None,
+    keep: data_opt.Keep = None,
+    threshold: data_opt.Threshold = 0.0,
     gain: opt.Gains = None,
     noise: opt.Noise = 0.0,
     split_noise: opt.SplitNoise = 0.1,
@@ -67,12 +76,17 @@ def widen(
     Nothing is written before the result has been measured against the original. In a training
     checkpoint, moving averages and the optimizer's state grow too.
     """
-    widths = parse_widths(width)
-    chosen = settings(
-        preset, parse_by_layer(rescaling, "rescaling"), parse_by_layer(pairing, "pairing")
+    if not (width or budget):
+        raise UsageError("how wide?", way_out="Give --width 2x, +32 or 256, or a --budget.")
+    widths = parse_widths(width or ["2x"])
+    rescalings, pairings = (
+        parse_by_layer(texts, name)
+        for texts, name in ((rescaling, "rescaling"), (pairing, "pairing"))
     )
+    check_preset(preset, rescalings, pairings)
     inits = parse_by_layer(init, "init") or "copy_rows"
     gains = parse_by_layer(gain, "gain") or "1"
+    from_data = data_init(inits, data, loss, keep, threshold)
 
     def make(
         model: nn.Module,
@@ -84,7 +98,8 @@ def widen(
         from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
-            model, widths, inputs, *chosen, init=inits,
+            model, widths, inputs, rescalings, pairings, preset=preset, budget=budget,
+            init=from_data(model) if from_data else inits,
             where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
             gain=gains, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
@@ -95,7 +110,10 @@ def widen(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, inits, (output_init, input_init), adapts=True)
+    grow(
+        common, budget or width_label(widths), make, from_data or inits, (output_init, input_init),
+        adapts=True,
+    )  # fmt: skip
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")

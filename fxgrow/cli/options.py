@@ -58,13 +58,14 @@ After = Annotated[
 ]
 
 Widths = Annotated[
-    list[str],
+    list[str] | None,
     growth(
         "--width",
         metavar="[GLOB=]WIDTH",
         help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
-        "names, only for those; repeat it for several, of which the first match counts.",
-        show_default=False,
+        "names, only for those; repeat it for several, of which the first match counts. Needed "
+        "without --budget; with it, the most that a group gets.",
+        show_default="2x with --budget",
     ),
 ]
 Blocks = Annotated[
@@ -206,8 +207,8 @@ Inits = Annotated[
     weights(
         "--init",
         metavar="[GLOB=]NAME",
-        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function. "
-        "With a glob over names of layers, only for those; repeatable.",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function; "
+        "from --data: tiny, gradmax. With a glob over names of layers, only for those; repeatable.",
         show_default="copy_rows",
     ),
 ]

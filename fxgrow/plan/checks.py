@@ -39,6 +39,7 @@ from typing import TypeVar
 
 import torch
 
+from fxgrow.errors import UsageError
 from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
     check_amount,
@@ -53,6 +54,7 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
+from fxgrow.plan.budget import budgeted
 from fxgrow.plan.edits import Child, Multiplier, Rearrangement, TensorEdit
 from fxgrow.plan.requests import Convert, Deepen, Request, Untie, Widen
 from fxgrow.plan.step import PlanStep
@@ -283,6 +285,16 @@ def _check_request(request: Request, place: str) -> None:
         _check_each(request.gain, f"{place}gain", check_factor)
         if request.multiple_of < 1:
             refuse(f"{place}multiple_of", "it is not positive")
+        if request.budget:
+            _check_budget(request.budget, f"{place}budget")
+
+
+def _check_budget(budget: str, place: str) -> None:
+    """Check a budget of parameters."""
+    try:
+        budgeted(budget, 1)
+    except UsageError as error:
+        refuse(place, error.reason)
 
 
 def _check_each(setting: T | dict[str, T], place: str, check: Callable[[T, str], None]) -> None:

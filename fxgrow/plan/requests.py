@@ -74,6 +74,7 @@ class Widen(_Request):
     untie: bool = False
     output_init: str | None = None
     input_init: str | None = None
+    budget: str = ""
     verb: Literal["widen"] = "widen"
 
 

@@ -244,6 +244,7 @@ def _request_line(plan: Plan) -> Text:
         "exclude": ", ".join(request.exclude),
         "gain": "" if request.gain == 1.0 else by_layer_text(request.gain),
         "noise": f"{request.noise:g}" if request.noise else "",
+        "budget": request.budget,
         "multiple of": str(request.multiple_of) if request.multiple_of > 1 else "",
         "seed": str(request.seed),
     }
