@@ -141,7 +141,7 @@ def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:
     with torch.enable_grad():
         got = passage.run(start, raised=raised)
     reads = zip(seen.reads, got, strict=True)
-    return [_rows_by_column(seen, one, h, start, pair.width) for one, h in reads]
+    return [_rows_by_column(seen, one, h, start, pair.block) for one, h in reads]
 
 
 def _rows_by_column(seen: Seen, one: Read, h: Tensor, start: Tensor, width: int) -> Tensor:

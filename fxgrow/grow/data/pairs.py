@@ -90,6 +90,11 @@ class LayerPair:
         return ", ".join(reader.name for reader in self.readers)
 
     @property
+    def block(self) -> int:
+        """How many channels are run at a time: as many as there are, or one where there is none."""
+        return max(self.width, 1)
+
+    @property
     def has_offset(self) -> bool:
         """Whether the writer or a norm has a bias, which can hold new channels above zero."""
         return self.has_bias or bool(self.norms)

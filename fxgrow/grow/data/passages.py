@@ -87,9 +87,9 @@ class Passage:
         """
         pair, dim = self._pair, self._dim
         blocks = []
-        for block in torch.split(written, pair.width, dim):
+        for block in torch.split(written, pair.block, dim):
             count = block.shape[dim]
-            padding = block.new_zeros(self.written.shape).narrow(dim, 0, pair.width - count)
+            padding = block.new_zeros(self.written.shape).narrow(dim, 0, pair.block - count)
             whole = torch.cat([block, padding], dim)
             got = self._run_whole(whole, raised)
             blocks.append(
@@ -176,8 +176,7 @@ def by_channel(reader: Reader, values: Tensor) -> Tensor:
     if reader.columns.shape[1] == 1:
         return values
     columns = reader.columns.to(values.device)
-    found = values.index_select(-1, columns.flatten()).flatten(0, -2)
-    return found.unflatten(-1, columns.shape)
+    return values.index_select(-1, columns.flatten()).reshape(-1, *columns.shape)
 
 
 def _enter(network: nn.Module, pair: LayerPair, inputs: Arguments) -> _Entered:
@@ -185,6 +184,7 @@ def _enter(network: nn.Module, pair: LayerPair, inputs: Arguments) -> _Entered:
     names = [pair.writer, *(reader.name for reader in pair.readers), *pair.carriers]
     called: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     written: list[Tensor] = []
+    dim = channel_dim_of(network, pair.writer)
 
     def enter(name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,7 +193,9 @@ def _enter(network: nn.Module, pair: LayerPair, inputs: Arguments) -> _Entered:
         return note
 
     def write(_: nn.Module, __: object, output: Tensor) -> None:
-        written.append(torch.zeros_like(output, dtype=torch.float64))
+        shape = list(output.shape)
+        shape[dim] = pair.block
+        written.append(torch.zeros(shape, dtype=torch.float64, device=output.device))
         raise _Stop
 
     handles = [network.get_submodule(pair.writer).register_forward_hook(write)]
@@ -286,7 +288,7 @@ def _told(pair: LayerPair, passage: Passage) -> LayerPair | str:
         size = float(right[index].abs().amax())
         if not _close(right[index], head.expand_as(right[index]), size):
             return f"{between} does not treat all channels alike"
-        others = first[index].narrow(own, 1, pair.width - 1)
+        others = first[index].narrow(own, 1, pair.block - 1)
         if not (_close(first[index].narrow(own, 0, 1), head, size) and not others.any()):
             return f"{between} does not treat each channel by itself"
         slopes = _slopes(reader, drawn, (left[index], right[index]), dim)
