@@ -82,6 +82,9 @@ if TYPE_CHECKING:
     from fxgrow.files.optimizer.growth import grow_optimizer_ as grow_optimizer_
     from fxgrow.grow.data import GradMax as GradMax
     from fxgrow.grow.data import Tiny as Tiny
+    from fxgrow.plan.init import inits as inits
+    from fxgrow.plan.init import register_init as register_init
+    from fxgrow.plan.norm_tensors import NormTensors as NormTensors
     from fxgrow.plan.pairing import apply_pairing as apply_pairing
     from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
@@ -107,6 +110,8 @@ _HOMES: dict[str, str] = {
     "convert": "fxgrow.api.convert",
     **dict.fromkeys(("load", "open_model", "save", "write_grown"), "fxgrow.files.models"),
     "morph_kernel": "fxgrow.api.kernels",
+    **dict.fromkeys(("inits", "register_init"), "fxgrow.plan.init"),
+    "NormTensors": "fxgrow.plan.norm_tensors",
     "apply_pairing": "fxgrow.plan.pairing",
     "apply_rescaling": "fxgrow.plan.rescaling",
     "deepen": "fxgrow.api.deepen",

@@ -62,7 +62,8 @@ def grow(
     settings: Settings,
     label: str,
     make: MakePlan,
-    init: str | None = None,
+    init: str | dict[str, str] | None = None,
+    sides: tuple[str | None, str | None] = (None, None),
     *,
     adapts: bool = False,
 ) -> None:
@@ -72,7 +73,8 @@ def grow(
         settings: the common options.
         label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
-        init: what fills new weights; None takes what the plan names.
+        init: what fills new weights, also by layer; None takes what the plan names.
+        sides: what fills new outputs and new inputs, where it is another.
         adapts: whether ``make`` leaves groups out that it is given the globs of, so that a
             ``config.json`` can describe the result.
 
@@ -110,8 +112,8 @@ def grow(
             return
         with about(source):
             grown = carry_out(
-                made, opened.model, inputs, init=init, strict=settings.strict,
-                verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
+                made, opened.model, inputs, init=init, output_init=sides[0], input_init=sides[1],
+                strict=settings.strict, verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
             )  # fmt: skip
         for network in (opened.model, grown.model):
             move(network, "cpu")

@@ -52,6 +52,8 @@ class GradMax(DataDriven):
 
 
 def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
-    """Return the mean norm of the columns of a pair's reader."""
+    """Return the mean norm of the columns of a pair's reader, 1 where it has none."""
     weight = network.get_parameter(f"{pair.reader}.weight").detach().double()
+    if not weight.shape[1]:
+        return 1.0
     return float(weight.transpose(0, 1).flatten(1).norm(dim=1).mean())

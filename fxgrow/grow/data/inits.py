@@ -155,13 +155,13 @@ class DataDriven(PlacedInit):
         """The method's name."""
         return type(self).__name__
 
-    def paired(self, pairing: str, default: str) -> str:
+    def paired(self, pairing: str | dict[str, str] | None) -> str:
         """Return the method's own pairing, which goes with none that is asked for.
 
         Raises:
-            PlanError: one that is not the default was asked for.
+            PlanError: another one was asked for.
         """
-        if pairing not in (default, self.pairing):
+        if pairing not in (None, self.pairing):
             raise PlanError(
                 f"{self.name} lays out new channels by itself, not by the pairing {pairing!r}.",
                 way_out="Leave the pairing out.",

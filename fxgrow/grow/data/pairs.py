@@ -101,7 +101,7 @@ def _problems_around(group: ChannelGroup, model: nn.Module) -> Iterator[str]:
     yield from _problems_of(model, writer)
     yield from _problems_of(model, reader)
     first, second = (model.get_parameter(f"{layer}.weight").shape for layer in (writer, reader))
-    if not first[0] == second[1] == group.width == len(group.channels):
+    if not first[0] == second[1] == group.width == len(group.channels) - len(group.absent):
         yield f"its channels are not each one row of {writer} and one column of {reader}"
     if len(first) != len(second):
         yield f"{writer} and {reader} are not of one kind"

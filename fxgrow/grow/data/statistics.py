@@ -212,7 +212,7 @@ def _seen(
     x, h, descent = inputs[pair.writer], inputs[pair.reader], gradient * -size
     if isinstance(first, nn.Linear):
         # (N, …, channels) -> (positions, channels)
-        x, h, descent = (values.reshape(-1, values.shape[-1]) for values in (x, h, descent))
+        x, h, descent = (values.flatten(0, -2) for values in (x, h, descent))
     return Seen(first, second, x, h, descent)
 
 

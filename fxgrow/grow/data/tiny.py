@@ -162,7 +162,9 @@ def _unreached(seen: Seen, move: Tensor, has_bias: bool) -> tuple[Tensor, Tensor
     """
     kernel = seen.reader.weight.shape[1:]
     count = kernel.numel()
-    weight = move[:count].T.reshape(-1, *kernel)  # (h · kernel, out) -> (out, h, *kernel)
+    weight = move[:count].T.reshape(
+        move.shape[1], *kernel
+    )  # (h · kernel, out) -> (out, h, *kernel)
     bias = move[count] if len(move) > count else None
     left = seen.descent - applied(seen.reader, weight, seen.h, bias)
     read = patches(seen.writer, seen.x)  # (N, inputs, …) or (positions, inputs)
