@@ -124,7 +124,7 @@ class Sequences(nn.Module):
 
 
 PAIRINGS = {
-    "hook": (("vv_z_negz", "2x"), ("v_zero", "2x")),
+    "hook": (("vv_z_negz", "2x"), ("v_zero", "2x"), ("copy_pair", "2x")),
     "parametrization": (("replicate", "2x"), ("vv_z_negz", "1.5x")),
 }
 
