@@ -277,6 +277,29 @@ def test_one_step_of_a_cell_grows(kind: type[nn.Module], kept: bool) -> None:
     assert max_rel(net(x), grown(x)) < 1e-12
 
 
+class ByHand(nn.Module):
+    """One step of a GRU of linear layers: its state of zeros is read, and added to channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.inner, self.state, self.out = nn.Linear(4, 24), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(len(x), self.width, dtype=x.dtype)
+        (a, b, c), (d, e, f) = self.inner(x).chunk(3, 1), self.state(h).chunk(3, 1)
+        update, new = torch.sigmoid(b + e), torch.tanh(c + torch.sigmoid(a + d) * f)
+        return self.out((1 - update) * new + update * h)
+
+
+def test_columns_that_read_a_state_of_zeros_read_what_it_is_combined_with() -> None:
+    torch.manual_seed(0)
+    net, x = ByHand().double(), torch.randn(3, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x).model
+    assert (type(grown), grown.width, grown.state.in_features) == (ByHand, 16, 16)
+    assert max_rel(net(x), grown(x)) < 1e-12
+
+
 class Shortest(nn.Module):
     """A recurrent layer, followed on sequences of one step."""
 

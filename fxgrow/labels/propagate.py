@@ -356,6 +356,7 @@ def propagate(
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
+    space.join_readers()
     space.place = ""
     masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
     labeller.tape.by_chance = common.drew or masks
