@@ -10,6 +10,7 @@ from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow.labels.graphs import symbolic_trace
 
 State = Callable[[nn.Module, Tensor], Tensor]
 STATES: dict[str, State] = {
@@ -343,8 +344,8 @@ class Carrying(nn.Module):
         self.cell, self.out = nn.GRUCell(4, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.state is None or len(self.state) != len(x):
-            self.state = torch.zeros(len(x), self.width, dtype=x.dtype)
+        if self.state is None or self.state.size(0) != x.size(0):
+            self.state = torch.zeros(x.size(0), self.width, dtype=x.dtype)
         self.state = self.cell(x, self.state.detach())
         return self.out(self.state)
 
@@ -379,3 +380,9 @@ def test_what_is_made_where_none_fits_is_made_in_each_run(kind: type[nn.Module])
     assert type(grown) is kind
     for call in calls:
         assert max_rel(net(call), grown(call)) < 1e-12
+
+
+def test_what_stands_for_data_while_tracing_is_kept_nowhere() -> None:
+    net = Carrying()
+    symbolic_trace(net)
+    assert net.state is None
