@@ -162,6 +162,7 @@ _widening("`netmorph`", preset="netmorph")
 _widening("`zero_z`", pairing="zero_z")
 _widening("`net2wider`", preset="net2wider", noisy=True)
 _widening("`replicate_random`", pairing="replicate_random", noisy=True)
+_widening("`copy_pair`", pairing="copy_pair")
 _widening("`random`", preset="random")
 
 

@@ -61,11 +61,12 @@ from fxgrow.version import __version__ as __version__
 if TYPE_CHECKING:
     from fxgrow.api.convert import convert as convert
     from fxgrow.api.deepen import deepen as deepen
+    from fxgrow.api.inspection import inspect as inspect
     from fxgrow.api.kernels import morph_kernel as morph_kernel
+    from fxgrow.api.report.data import Growth as Growth
     from fxgrow.api.report.data import Inspection as Inspection
     from fxgrow.api.report.data import Report as Report
     from fxgrow.api.widen import Grown as Grown
-    from fxgrow.api.widen import inspect as inspect
     from fxgrow.api.widen import widen as widen
     from fxgrow.errors import FxgrowError as FxgrowError
     from fxgrow.errors import FxgrowWarning as FxgrowWarning
@@ -82,6 +83,9 @@ if TYPE_CHECKING:
     from fxgrow.files.optimizer.growth import grow_optimizer_ as grow_optimizer_
     from fxgrow.grow.data import GradMax as GradMax
     from fxgrow.grow.data import Tiny as Tiny
+    from fxgrow.plan.init import inits as inits
+    from fxgrow.plan.init import register_init as register_init
+    from fxgrow.plan.norm_tensors import NormTensors as NormTensors
     from fxgrow.plan.pairing import apply_pairing as apply_pairing
     from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
@@ -89,7 +93,7 @@ if TYPE_CHECKING:
     from fxgrow.verification.measure import verify as verify
 
 _HOMES: dict[str, str] = {
-    **dict.fromkeys(("Grown", "inspect", "widen"), "fxgrow.api.widen"),
+    **dict.fromkeys(("Grown", "widen"), "fxgrow.api.widen"),
     **dict.fromkeys(("GradMax", "Tiny"), "fxgrow.grow.data"),
     **dict.fromkeys(
         (
@@ -104,15 +108,18 @@ _HOMES: dict[str, str] = {
         ),
         "fxgrow.errors",
     ),
+    "inspect": "fxgrow.api.inspection",
     "convert": "fxgrow.api.convert",
     **dict.fromkeys(("load", "open_model", "save", "write_grown"), "fxgrow.files.models"),
     "morph_kernel": "fxgrow.api.kernels",
+    **dict.fromkeys(("inits", "register_init"), "fxgrow.plan.init"),
+    "NormTensors": "fxgrow.plan.norm_tensors",
     "apply_pairing": "fxgrow.plan.pairing",
     "apply_rescaling": "fxgrow.plan.rescaling",
     "deepen": "fxgrow.api.deepen",
     "grow_optimizer_": "fxgrow.files.optimizer.growth",
     "Plan": "fxgrow.plan.schema",
-    **dict.fromkeys(("Inspection", "Report"), "fxgrow.api.report.data"),
+    **dict.fromkeys(("Growth", "Inspection", "Report"), "fxgrow.api.report.data"),
     "Verification": "fxgrow.verification.findings",
     "verify": "fxgrow.verification.measure",
 }

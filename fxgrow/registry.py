@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from fxgrow.errors import UsageError
@@ -47,13 +48,22 @@ class Registry(Generic[T]):
         return decorate
 
     def __getitem__(self, name: str) -> T:
+        known = f"Known: {', '.join(self._entries)}."
+        if not isinstance(name, str):  # a mapping, where one for all is asked for
+            raise UsageError(
+                f"{name!r} is no name of {_with_article(self.kind)}.", way_out=f"Give one. {known}"
+            )
         try:
             return self._entries[name]
         except KeyError:
-            known = ", ".join(self._entries)
             raise UsageError(
-                f"there is no {self.kind} {name!r}.", name=name, way_out=f"Known: {known}."
+                f"there is no {self.kind} {name!r}.", name=name, way_out=known
             ) from None
+
+    @property
+    def entries(self) -> Mapping[str, T]:
+        """A view of all that is registered, which cannot be written to."""
+        return MappingProxyType(self._entries)
 
     def get(self, name: str) -> T | None:
         """Return the entry called ``name``, or None."""
@@ -67,3 +77,7 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _with_article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.vit import modeling_vit
+
+# Older transformers keep the layers of a ViT in an encoder, under other names.
+OLD_VIT = hasattr(modeling_vit, "ViTEncoder")
+VIT_LAYERS = "vit.encoder.layer" if OLD_VIT else "vit.layers"
 
 Built = tuple[nn.Module, dict[str, Tensor]]
 

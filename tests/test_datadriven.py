@@ -333,7 +333,7 @@ def test_fewer_channels_are_still_multiples() -> None:
     model = chain(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 5))
     init = fxgrow.GradMax(F.mse_loss, batches_for(model, 9), keep=3)
     assert fxgrow.widen(model, "3x", init=init, multiple_of=2).plan.groups[0].width == (4, 6)
-    with pytest.raises(PlanError, match="strong enough"):
+    with pytest.raises(PlanError, match=r"up to 3 directions .* no width that is a multiple of 12"):
         fxgrow.widen(model, "3x", init=init, multiple_of=12)
 
 
@@ -378,32 +378,40 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [
-        (chain(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)), (3,), "1 lies be"),
-        (chain(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 3)), (3,), "1 lies between"),
-        (chain(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 3)), (3,), "makes 0.5 of zero"),
         (
-            chain(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)),
-            (2, 6, 6),
-            "max_pool2d_with_indices at 1 lies between",
+            chain(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+            (3,),
+            "the norm 1 keeps no statistics",
         ),
+        (
+            chain(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)),
+            (3,),
+            "the norm 1 has no weight",
+        ),
+        (
+            chain(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)),
+            (3,),
+            "native_layer_norm at 1 lies between",
+        ),
+        (
+            chain(nn.Linear(3, 4), nn.RMSNorm(4), nn.Linear(4, 3)),
+            (3,),
+            "mean at 1 lies between",
+        ),
+        (
+            chain(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1)),
+            (2, 6, 6),
+            "native_batch_norm at 1 lies between",
+        ),
+        (chain(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 3)), (3,), "makes 0.5 of zero"),
         (Gated(), (4,), r"2 layers write it \(up, gate\)"),
         (Twice(), (3,), "used more than once"),
-        (Halved(), (3,), "not each one row of up and one column of down"),
+        (Halved(), (3,), "not each one row of up and columns of down alone"),
         (Functional(), (3,), "no plain linear layer"),
         (
             chain(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1)),
             (2, 6, 6),
             "1 is a grouped convolution",
-        ),
-        (
-            chain(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)),
-            (2, 4, 4),
-            "not each one row of 0 and one column of 3",
-        ),
-        (
-            chain(nn.Conv2d(2, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1)),
-            (2, 6, 6),
-            "avg_pool2d at 1 lies between",
         ),
         (
             chain(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 3)),
@@ -423,11 +431,11 @@ def test_groups_that_cannot_be_treated_are_refused_with_the_reason(
 
 
 def test_gradmax_tells_of_a_relu_that_would_never_learn() -> None:
-    model = perceptron(nn.ReLU())
+    model = chain(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 7))
     batches = batches_for(model, 6)
-    with pytest.raises(PlanError, match=r"slope 0 at 0.*nn\.Threshold\(-1e-30, 0\)"):
+    with pytest.raises(PlanError, match=r"slope 0 at 0.*give 0 a bias; or nn\.Threshold\(-1e-30"):
         fxgrow.widen(model, "2x", init=fxgrow.GradMax(F.mse_loss, batches))
-    same = perceptron(RELU)
+    same = chain(nn.Linear(6, 4, bias=False), RELU, nn.Linear(4, 7))
     assert torch.equal(same(batches[0][0]), model(batches[0][0]))
     grown = fxgrow.widen(same, "+2", init=fxgrow.GradMax(F.mse_loss, batches))
     assert grown.report.verification.verdict == "preserved"
@@ -437,12 +445,12 @@ def test_gradmax_tells_of_a_relu_that_would_never_learn() -> None:
 
 def test_a_group_that_cannot_be_treated_leaves_the_others_alone() -> None:
     model = chain(
-        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
+        nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
     )
     plan = fxgrow.widen(model, "+1", init=fxgrow.GradMax(F.mse_loss, batches_for(model, 3))).plan
     assert [group.name for group in plan.groups] == ["3"]
     assert plan.refused[0].name == "0"
-    assert plan.refused[0].reason == "GradMax: 1 lies between the layers"
+    assert plan.refused[0].reason == "GradMax: native_layer_norm at 1 lies between the layers"
 
 
 @pytest.mark.parametrize(
@@ -476,9 +484,13 @@ def test_bad_input_is_refused(
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        (fxgrow.GradMax, {"pairing": "replicate"}, "GradMax lays out new channels by itself"),
-        (fxgrow.Tiny, {"preset": "netmorph"}, "Tiny lays out new channels by itself"),
-        (fxgrow.Tiny, {"rescaling": "default_vt"}, "which default_vt changes"),
+        (fxgrow.GradMax, {"pairing": "replicate"}, "'replicate' copies old channels"),
+        (fxgrow.Tiny, {"pairing": "replicate_random"}, "'replicate_random' copies old channels"),
+        (fxgrow.Tiny, {"preset": "net2wider"}, "'replicate' copies old channels"),
+        (fxgrow.GradMax, {"pairing": "v_zero"}, "GradMax cannot be laid out so: its new rows are"),
+        (fxgrow.GradMax, {"preset": "random"}, "GradMax cannot be laid out so: its new rows are"),
+        (fxgrow.Tiny, {"pairing": "vv_znegz"}, "there is no pairing 'vv_znegz'"),
+        (fxgrow.Tiny, {"pairing": "vv_z_negz"}, "makes 2 channels, and 1 is asked for"),
         (fxgrow.Tiny, {"strict": True}, "would not be preserved: Tiny"),
     ],
 )
@@ -611,16 +623,23 @@ class Reordered(nn.Module):
         return self.second(torch.tanh(self.movement(self.first(x))))
 
 
-def test_numbers_may_be_viewed_otherwise_between_the_layers_but_not_reordered() -> None:
+@pytest.mark.parametrize(
+    "movement",
+    [
+        lambda x: x.flatten(0, 1).clone().unflatten(0, (5, 5)),
+        lambda x: x.transpose(0, 1),
+        lambda x: x.flip(0),
+        lambda x: x.roll(1, 1).mean(0, keepdim=True).repeat(5, 1, 1),
+    ],
+)
+def test_numbers_may_be_viewed_otherwise_between_the_layers_and_reordered(
+    movement: Callable[[Tensor], Tensor],
+) -> None:
     inputs = torch.randn(5, 5, 3, dtype=torch.float64)
     batches = [(inputs, torch.randn(5, 5, 2, dtype=torch.float64))]
-
-    def grown(movement: Callable[[Tensor], Tensor]) -> fxgrow.Grown:
-        model = Reordered(movement).double()
-        return fxgrow.widen(model, "+1", inputs, init=fxgrow.GradMax(F.mse_loss, batches))
-
-    viewed = grown(lambda x: x.flatten(0, 1).clone().unflatten(0, (5, 5)))
-    assert viewed.report.verification.verdict == "preserved"
-    for movement in (lambda x: x.transpose(0, 1), lambda x: x.flip(0)):
-        with pytest.raises(PlanError, match="lies between the layers"):
-            grown(movement)
+    model = Reordered(movement).double()
+    grown = fxgrow.widen(model, "+1", inputs, init=fxgrow.GradMax(F.mse_loss, batches))
+    assert grown.report.verification.verdict == "preserved"
+    found = gradient_norm(grown.model, grown.plan.groups[0], batches)
+    (strength,) = grown.init.strengths["first"]
+    assert found == pytest.approx(strength, rel=1e-9)

@@ -424,3 +424,22 @@ def test_a_product_vanishes_with_a_factor_of_it_and_not_with_a_term():
     assert all(recording.vanishes(convolution, [value]) for value in convolution.inputs)
     activation = next(op for op in recording.tape.operations if op.name == "relu")
     assert not recording.vanishes(activation, activation.inputs)  # is no product
+
+
+class Rotated(nn.Module):
+    """A residual block whose branch is viewed as complex, which no broadcast numbers can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        pairs = self.last(self.first(x).relu()).unflatten(-1, (4, 2))
+        turn = torch.tensor(1j, dtype=torch.complex128)
+        return x + torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+
+
+def test_zeros_are_followed_through_what_takes_them_in_one_layout_alone():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Rotated(), Rotated())).double()
+    grown = fxgrow.deepen(net, {"1": "+1"}, torch.randn(2, 8, dtype=torch.float64))
+    assert grown.report.verification.verdict == "preserved"

@@ -27,7 +27,7 @@ def assert_kept(grown):
         ("llama", "model.layers", "num_hidden_layers"),
         ("gemma2", "model.layers", "num_hidden_layers"),
         ("phi", "model.layers", "num_hidden_layers"),
-        ("vit", "vit.layers", "num_hidden_layers"),
+        ("vit", hugging_face.VIT_LAYERS, "num_hidden_layers"),
     ],
 )
 def test_transformers_and_their_configurations_get_deeper(name, stage, depth, method):

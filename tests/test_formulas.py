@@ -102,6 +102,25 @@ def test_twins_are_written_by_one_row_and_read_by_z_and_minus_z(make: Make) -> N
             assert new_columns.square().mean() > size
 
 
+@pytest.mark.parametrize("make", SHAPES)
+def test_rows_of_copied_pairs_are_old_rows_and_columns_are_drawn(make: Make) -> None:
+    """As the whole row is, with what it reads of new channels; the old weights stay."""
+    before, after = widened(make, "2x", pairing="copy_pair")
+    for place in LAYERS:
+        old, new = parts(make, before, after, place)
+        height, width = old.shape[:2]
+        assert torch.equal(new[:height, :width], old)
+        half = height // 2
+        if len(new) > height and make is not grouped:  # where a group has its own round
+            assert torch.equal(new[height:], new[[*range(half)] * 2])
+            bias, whole = (m.get_submodule(str(place)).bias for m in (before, after))
+            assert torch.equal(whole, bias[[*range(height), *range(half), *range(half)]])
+        if new.shape[1] > width:
+            columns = new[:height, width:].transpose(0, 1)
+            assert is_twice(columns, sign=-1)
+            assert not (columns[:, None] == old.transpose(0, 1)[None]).flatten(2).all(2).any()
+
+
 def is_twice(slices: Tensor, sign: int) -> bool:
     """Return whether each slice has one other that is it, times a sign, and is no zero."""
     others = (slices[:, None] == sign * slices).flatten(2).all(2)

@@ -10,7 +10,7 @@ from test_layers import data, made
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.api.widen import require_exact
+from fxgrow.api.requirements import require_exact
 
 
 @pytest.mark.parametrize("image", [False, True])

@@ -68,7 +68,9 @@ def preserved(model: nn.Module, width: str, inputs: Tensor = IMAGE, **options: s
 
 
 @told
-@pytest.mark.parametrize("pairing", ["vv_z_negz", "v_zero", "replicate", "replicate_random"])
+@pytest.mark.parametrize(
+    "pairing", ["vv_z_negz", "v_zero", "copy_pair", "replicate", "replicate_random"]
+)
 @pytest.mark.parametrize("where", ["hidden", "all"])
 @pytest.mark.parametrize(("width", "count"), [("1.5x", 6), ("2x", 8), ("+4", 5)])
 def test_group_norms_grow_by_whole_groups(width: str, count: int, where: str, pairing: str) -> None:
@@ -93,6 +95,20 @@ def test_old_groups_stay_as_they_are_and_new_ones_are_twins() -> None:
     assert torch.equal(columns[:16, 16:20], -columns[:16, 20:])
     assert block.norm2.weight[16:].eq(1).all()
     assert block.norm2.bias[16:].eq(0).all()
+
+
+@told
+def test_new_groups_are_twins_that_are_copies_of_old_ones() -> None:
+    model = network(partial(nn.GroupNorm, 4))
+    block, old = preserved(model, "+12", pairing="copy_pair").model[1], model[1]
+    rows, columns = block.conv1.weight, block.conv2.weight
+    assert torch.equal(rows[16:20], old.conv1.weight[:4])
+    assert torch.equal(rows[20:24], rows[16:20])
+    assert torch.equal(block.norm2.weight[16:24], old.norm2.weight[[*range(4)] * 2])
+    assert torch.equal(columns[:16, 16:20], -columns[:16, 20:24])
+    # Of the last group, which has no twin, rows are drawn for twins inside it.
+    assert torch.equal(rows[24:26], rows[26:])
+    assert not (rows[24:26, None] == old.conv1.weight).flatten(2).all(2).any()
 
 
 @told

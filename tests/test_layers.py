@@ -15,7 +15,7 @@ import fxgrow
 from fxgrow.channels.analysis import analyse
 from fxgrow.labels.trace import trace
 
-PAIRINGS = ("vv_z_negz", "v_zero", "replicate")
+PAIRINGS = ("vv_z_negz", "v_zero", "replicate", "copy_pair")
 
 
 def data(*shape: int) -> Tensor:

@@ -78,6 +78,7 @@ WAYS: dict[str, dict[str, object]] = {
     "read by zeros": {"pairing": "v_zero", "where": "all"},
     "copies": {"pairing": "replicate", "where": "all"},
     "some copies": {"pairing": "replicate", "width": "1.5x"},
+    "copied pairs": {"pairing": "copy_pair", "where": "all"},
     "copies drawn": {"pairing": "replicate_random", "where": "all"},
     "not paired": {"pairing": "none"},
     "noise": {"noise": 0.1},

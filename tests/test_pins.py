@@ -73,8 +73,10 @@ NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
 }
 
 
-# Others are of a whole, of which a part is followed, or of parametrizations (test_weight_norm.py).
-ANYWHERE = [kind for kind in PinKind if kind not in (PinKind.OUTSIDE, PinKind.COMPUTED)]
+# Others are of a whole, of which a part is followed, of parametrizations (test_weight_norm.py), or
+# of layers of at most one channel (test_single_channels.py).
+ELSEWHERE = (PinKind.OUTSIDE, PinKind.COMPUTED, PinKind.SINGLE, PinKind.NOT_RUN)
+ANYWHERE = [kind for kind in PinKind if kind not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("kind", ANYWHERE, ids=lambda kind: kind.name)

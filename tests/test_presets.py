@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, str]] = {
     **{name: {"preset": name} for name in PRESETS},
     "replicate_random": {"pairing": "replicate_random"},
     "zero_z": {"pairing": "zero_z"},
+    "copy_pair": {"pairing": "copy_pair"},
 }
 MODELS = (
     "resnet18", "resnet50", "densenet121", "vgg11_bn", "mobilenet_v3_small", "convnext_tiny",
@@ -249,7 +250,7 @@ def test_sweep_of_repeated_growth(name: str, preset: str) -> None:
     grow_repeatedly(name, preset)
 
 
-@pytest.mark.parametrize("method", ["vt", "r2wider", "netmorph", "zero_z"])
+@pytest.mark.parametrize("method", ["vt", "r2wider", "netmorph", "zero_z", "copy_pair"])
 @pytest.mark.parametrize("name", ["vgg", "mobilenet", "convnext"])
 def test_small_networks_of_real_classes(name: str, method: str) -> None:
     check(outcome(small(name), "2x", "all", (4, 3, 16, 16), **METHODS[method]), method)
@@ -319,7 +320,7 @@ def repeated(axis: AxisEdit) -> Iterator[tuple[int, int]]:
     position = 0
     for run in axis.runs:
         for offset in range(run.length):
-            if run.kind in ("new", "old"):
+            if run.kind in ("new", "old", "borrowed"):
                 first = seen.setdefault((run.kind, run.start + offset), position)
                 if first < position:
                     yield first, position

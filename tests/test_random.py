@@ -299,7 +299,7 @@ def check(net: nn.Module, width: str, options: dict[str, str], seed: int) -> Non
 OPTIONS = st.fixed_dictionaries(
     {
         "pairing": st.sampled_from(
-            ["vv_z_negz", "v_zero", "replicate", "replicate_random", "zero_z"]
+            ["vv_z_negz", "v_zero", "replicate", "replicate_random", "zero_z", "copy_pair"]
         ),
         "rescaling": st.sampled_from(["none", "none", "default_vt", "vt_constraint_new_shape"]),
         "where": st.sampled_from(["hidden", "all"]),

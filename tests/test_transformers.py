@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from hugging_face import CORE, EXTRAS, build, outputs
+from hugging_face import CORE, EXTRAS, OLD_VIT, VIT_LAYERS, build, outputs
 from networks import max_rel
 from torch import Tensor, nn
 
@@ -16,6 +16,12 @@ from fxgrow.errors import FxgrowError
 from fxgrow.modules.inputs import batches_for
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
+
+VIT_QUERY, VIT_MLP = (
+    ("attention.attention.query", "intermediate.dense")
+    if OLD_VIT
+    else ("attention.q_proj", "mlp.fc1")
+)
 
 # What must grow with where="hidden": the attribute that counts heads, if there is one, and a layer
 # of an attention and of an MLP with their dims that double.
@@ -47,8 +53,8 @@ GROWN: dict[str, tuple[tuple[str, str, int], ...]] = {
         ("model.layers.1.mlp.down_proj", "in_features", 48),
     ),
     "vit": (
-        ("vit.layers.1.attention.q_proj", "out_features", 32),
-        ("vit.layers.1.mlp.fc1", "out_features", 48),
+        (f"{VIT_LAYERS}.1.{VIT_QUERY}", "out_features", 32),
+        (f"{VIT_LAYERS}.1.{VIT_MLP}", "out_features", 48),
     ),
     "convnextv2": (("convnextv2.encoder.stages.1.layers.1.pwconv1", "out_features", 96),),
     "t5": (

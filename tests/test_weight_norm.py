@@ -111,7 +111,7 @@ NETWORKS: dict[str, tuple[Callable[[Norm], nn.Module], Tensor]] = {
 }
 
 PAIRINGS = {
-    "hook": (("vv_z_negz", "2x"), ("v_zero", "2x")),
+    "hook": (("vv_z_negz", "2x"), ("v_zero", "2x"), ("copy_pair", "2x")),
     "parametrization": (("replicate", "2x"), ("vv_z_negz", "1.5x")),
 }
 

@@ -331,7 +331,7 @@ def test_apply_pairing_on_tensors(pairing: str) -> None:
         assert not w[5:].any()
     same = torch.allclose(torch.relu(x @ w.T) @ r.T, torch.relu(x @ writer.T) @ reader.T)
     assert same == (pairing != "none")
-    assert w.shape == ((9, 4) if pairing == "vv_z_negz" else (7, 4))
+    assert w.shape == ((9, 4) if pairing in ("vv_z_negz", "copy_pair") else (7, 4))
     with pytest.raises(PlanError, match="do not fit"):
         fxgrow.apply_pairing(writer, reader, new_rows, new_columns[:, :1], pairing)
     with pytest.raises(PlanError, match="takes no V and Z"):

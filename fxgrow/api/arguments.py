@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxgrow.errors import PlanError, UsageError
+from fxgrow.grow.data import DataDriven
+from fxgrow.plan.budget import budgeted
+from fxgrow.plan.by_layer import values_in
 from fxgrow.verification.findings import Effort
 
 
@@ -52,9 +55,72 @@ def effort_of(verify: bool | Effort) -> Effort:
     return one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
 
 
+def checked_budget(budget: str) -> str:
+    """Return a budget of parameters that can be read, or "".
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    if budget:
+        budgeted(budget, 1)
+    return budget
+
+
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return globs as a tuple; a lone string is one glob."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    """Return globs as a tuple; a lone string is one glob.
+
+    Raises:
+        UsageError: they are something else.
+    """
+    if isinstance(patterns, str):
+        return (patterns,)
+    if isinstance(patterns, Iterable) and not isinstance(patterns, Mapping):
+        found = tuple(patterns)
+        if all(isinstance(pattern, str) for pattern in found):
+            return found
+    raise UsageError(f"{patterns!r} are no globs.", way_out="Give one glob, or a list of them.")
+
+
+def number(name: str, value: object) -> float:
+    """Return a number that an argument is.
+
+    Raises:
+        UsageError: it is none, such as a mapping where one number is for all layers.
+    """
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{name} is {value!r}.", way_out="Give one number, for all.") from error
+
+
+def whole(name: str, value: object) -> int:
+    """Return a whole number that an argument is.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        found = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{name} is {value!r}.", way_out="Give one whole number, for all."
+        ) from error
+    return int(found)
+
+
+def refuse_data_driven_by_layer(init: object) -> None:
+    """Return if no init in a mapping computes the new weights of all layers together.
+
+    Raises:
+        UsageError: one does.
+    """
+    for one in values_in(init) if isinstance(init, Mapping) else ():
+        if isinstance(one, DataDriven):
+            raise UsageError(
+                f"{one.name} computes the new weights of all layers together, and is not taken for "
+                "some of them.",
+                way_out="Give it as the one init, and choose what grows with include.",
+            )
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fxgrow.api.arguments import check_tensors, effort_of
+from fxgrow.api.arguments import check_tensors, effort_of, number, whole
 from fxgrow.api.report.data import Report
 from fxgrow.api.widen import Grown, Progress, silent
 from fxgrow.apply.module import apply_to_state_dict, check_source
@@ -21,7 +21,9 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.init import Init, find_init, init_name, init_of_plan
+from fxgrow.plan.init import Init, find_init, init_name
+from fxgrow.plan.inits_by_side import init_for
+from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.findings import Effort, Verification
@@ -106,8 +108,12 @@ def plan_for_target(
         TraceError, PlanError: as for :func:`convert`.
     """
     find_init(init)
+    PAIRINGS[pairing]  # what is no name of one is refused before any work
     notes = check_tensors(named_tensors(model))
-    request = Convert(name or type(target).__name__, pairing, init_name(init), seed, split_noise)
+    request = Convert(
+        name or type(target).__name__, pairing, init_name(init), whole("seed", seed),
+        number("split_noise", split_noise),
+    )  # fmt: skip
     alignment = align(model, target)  # takes no run, so that what is no sibling is told at once
     progress("following the channels of the source")
     source, parts = follow(model, example_inputs)
@@ -156,7 +162,7 @@ def convert_by(
         VerificationError: the new network does not compute what the old one does.
     """
     check_source(made, named_tensors(model))
-    chosen = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
+    chosen = init_for(made.request.drawing, init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)
     verification = Verification("skipped")

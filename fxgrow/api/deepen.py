@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from fxgrow.api.arguments import check_tensors
+from fxgrow.api.arguments import check_tensors, whole
 from fxgrow.api.widen import Grown, Progress, carry_out, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
@@ -44,7 +44,11 @@ def plan_deepening(
     """
     find_init(init)
     request = Deepen(
-        _checked_blocks(blocks), method, init=init_name(init), seed=int(seed), module=module
+        _checked_blocks(blocks),
+        method,
+        init=init_name(init),
+        seed=whole("seed", seed),
+        module=module,
     )
     notes = check_tensors(named_tensors(model))
     progress("following the network")

@@ -11,29 +11,42 @@ from typing import TypeAlias
 
 from torch import nn
 
-from fxgrow.api.arguments import check_tensors, effort_of, globs, one_of
+from fxgrow.api.arguments import (
+    check_tensors,
+    checked_budget,
+    effort_of,
+    globs,
+    number,
+    one_of,
+    refuse_data_driven_by_layer,
+    whole,
+)
 from fxgrow.api.left_out import left_out
-from fxgrow.api.report.data import Inspection, Report
+from fxgrow.api.report.data import Report
+from fxgrow.api.requirements import require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
 from fxgrow.channels.scope import follow
-from fxgrow.errors import FxgrowWarning, NotPreservedError, PlanError, UsageError
+from fxgrow.errors import FxgrowWarning, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
-from fxgrow.grow.sizes.widths import checked_widths
+from fxgrow.grow.sizes.narrow import at_other_widths
+from fxgrow.grow.sizes.widths import check_globs, checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
-from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name, init_of_plan
-from fxgrow.plan.presets import DEFAULTS, settings
+from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name
+from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names
+from fxgrow.plan.inits_by_side import init_for
+from fxgrow.plan.presets import settings
 from fxgrow.plan.requests import Grouped, Where, Widen
-from fxgrow.plan.rescaling import gain_value
+from fxgrow.plan.rescaling import gain_by_layer
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.fault import failure
 from fxgrow.verification.findings import Effort, Verification
-from fxgrow.verification.measure import Task, measure, predictable
+from fxgrow.verification.measure import Task, measure
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -61,36 +74,17 @@ def silent(step: str) -> None:
 
 
 @exclusive
-def inspect(model: nn.Module, example_inputs: object = None, *, module: str = "") -> Inspection:
-    """Find the channel groups, residual blocks and pins of a network.
-
-    Args:
-        model: any module; only read.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
-            an input from the first layer.
-        module: follow this submodule alone, on inputs of its own.
-
-    Returns:
-        The findings; ``str()`` is a table, ``to_dict()`` is JSON-able.
-
-    Raises:
-        TraceError: the network cannot be followed on these inputs.
-    """
-    return Inspection(*follow(model, example_inputs, module))
-
-
-@exclusive
 def plan(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
-    rescaling: str = "none",
-    pairing: str = "vv_z_negz",
-    init: str | Init = "copy_rows",
+    rescaling: str | Mapping[str, str] | None = None,
+    pairing: str | Mapping[str, str] | None = None,
+    init: Inits = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    gain: float | str = 1.0,
+    gain: float | str | Mapping[str, float | str] = 1.0,
     noise: float = 0.0,
     multiple_of: int = 1,
     grouped: Grouped = "width",
@@ -101,6 +95,9 @@ def plan(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -111,26 +108,45 @@ def plan(
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
-    find_init(init)
+    find_inits(init)
+    sides = [side for side in (output_init, input_init) if side is not None]
+    for side in sides:
+        find_init(side)
+    by_data = [x for x in (init, *sides) if isinstance(x, DataDriven)]
+    if sides and by_data:
+        raise UsageError(
+            f"{by_data[0].name} computes new rows and new columns together.",
+            way_out="Give it as init, and leave out output_init and input_init.",
+        )
     if isinstance(init, DataDriven):
-        chosen_pairing = init.paired(chosen_pairing, DEFAULTS[1])
+        is_asked = pairing is not None or preset is not None
+        chosen_pairing = init.paired(chosen_pairing if is_asked else None)
+    elif budget:
+        raise UsageError(
+            "a budget is spent where new channels gain most, which only an init from data tells.",
+            way_out="Give one: init=fxgrow.Tiny(loss_fn, batches); --init tiny --data batches.pt.",
+        )
+    refuse_data_driven_by_layer(init)
     request = Widen(
         width=checked_widths(width),
         rescaling=chosen_rescaling,
         pairing=chosen_pairing,
-        init=init_name(init),
+        init=inits_names(init),
         where=one_of("where", where, ("hidden", "stream", "all")),  # type: ignore[arg-type]
         include=globs(include),
         exclude=globs(exclude),
-        gain=gain_value(gain),
-        noise=float(noise),
-        multiple_of=int(multiple_of),
+        gain=gain_by_layer(gain),
+        noise=number("noise", noise),
+        multiple_of=whole("multiple_of", multiple_of),
         grouped=one_of("grouped", grouped, ("width", "count")),  # type: ignore[arg-type]
-        seed=int(seed),
+        seed=whole("seed", seed),
         compensate=bool(compensate),
-        split_noise=float(split_noise),
+        split_noise=number("split_noise", split_noise),
         module=module,
         untie=bool(untie),
+        output_init=None if output_init is None else init_name(output_init),
+        input_init=None if input_init is None else init_name(input_init),
+        budget=checked_budget(budget),
     )
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
@@ -141,6 +157,8 @@ def plan(
         first = plan_untied(grown_by(after, model), example_inputs, module, analyses)
         after = following(after, first)
         analyses, parts = follow(grown_by(after, model), example_inputs, module)
+    check_globs(request, analyses)
+    analyses = tuple(map(at_other_widths, analyses))
     progress("planning")
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))
@@ -156,13 +174,13 @@ def widen(
     model: nn.Module,
     width: str | Mapping[str, str] = "2x",
     example_inputs: object = None,
-    rescaling: str = "none",
-    pairing: str = "vv_z_negz",
-    init: str | Init = "copy_rows",
+    rescaling: str | Mapping[str, str] | None = None,
+    pairing: str | Mapping[str, str] | None = None,
+    init: Inits = "copy_rows",
     where: Where = "hidden",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    gain: float | str = 1.0,
+    gain: float | str | Mapping[str, float | str] = 1.0,
     noise: float = 0.0,
     multiple_of: int = 1,
     grouped: Grouped = "width",
@@ -176,6 +194,9 @@ def widen(
     preset: str | None = None,
     split_noise: float = 0.1,
     untie: bool = False,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
+    budget: str = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -187,27 +208,38 @@ def widen(
             to such strings, of which the first match counts.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for
             ``forward``; None infers an input from the first layer.
-        rescaling: what happens to old weights: ``none`` (default), ``default_vt``,
-            ``vt_constraint_old_shape``, ``vt_constraint_new_shape``.
-        pairing: how new channels cancel: ``vv_z_negz`` (default), ``v_zero``, ``zero_z``,
-            ``replicate``, ``replicate_random``, ``none``.
+        rescaling: what happens to old weights: ``none``, ``default_vt``,
+            ``vt_constraint_old_shape``, ``vt_constraint_new_shape``, ``vt_output``; or a mapping
+            of globs over layers to such, of which the first match counts, and ``none`` where none
+            matches: ``{"fc": "vt_output", "*": "default_vt"}``. None (default) is the preset's,
+            else ``none``.
+        pairing: how new channels cancel: ``vv_z_negz``, ``v_zero``, ``zero_z``, ``replicate``,
+            ``replicate_random``, ``copy_pair``, ``none``; or a mapping of globs over the names of
+            groups and their writers to such. None (default) is the preset's, else the own one of an
+            init that computes its weights from data (``zero_z`` of :class:`fxgrow.GradMax`,
+            ``none`` of :class:`fxgrow.Tiny`), else ``vv_z_negz``.
         init: what fills new weights: ``copy_rows``, ``copy_uniform``, ``copy_normal``,
-            ``kaiming``, ``kaiming_normal``, ``zeros``, ``"package.module:function"``, a callable
+            ``kaiming``, ``kaiming_normal``, ``lecun``, ``lecun_normal``, ``zeros``, a name given
+            by :func:`fxgrow.register_init`, ``"package.module:function"``, a callable
             ``(tensor, reference, fan_in) -> None``, or an init that computes them from data:
-            :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`.
+            :class:`fxgrow.GradMax`, :class:`fxgrow.Tiny`. Or a mapping of globs over layers to
+            any of these but the last; ``copy_rows`` where none matches.
         where: ``hidden`` groups, ``stream`` groups (carried by residual additions) or ``all``.
         include: globs over the names of groups and their writers; only these grow.
         exclude: globs likewise; these do not grow.
-        gain: of the constraint rescalings; a number or a nonlinearity's name (``"relu"``).
-        noise: relative standard deviation of extra noise on the new columns. Twins do not need
-            it to part, and it breaks preservation.
+        gain: of the constraint rescalings; a number or a nonlinearity's name (``"relu"``), or a
+            mapping of globs over layers to such.
+        noise: standard deviation of extra noise on the new columns, relative to theirs. Twins do
+            not need it to part, and it breaks preservation.
         multiple_of: new widths are rounded up to a multiple of this.
         grouped: whether a grouped convolution grows inside each group (``width``) or by whole
             groups (``count``). A group norm grows by whole groups; only under ``count`` does one
             of a single group, and one whose groups could hold the copies that a pairing makes.
         seed: of the new weights; each tensor draws from (seed, its name) alone.
         strict: refuse whatever does not preserve the function exactly.
-        compensate: restore the function by multipliers in the graph, keeping rescaled weights.
+        compensate: restore the function, keeping rescaled weights: by the weights of norms and
+            of layers that touch no widened group, where these can take the factor up, and else by
+            multipliers in the graph.
         verify: how thoroughly to measure the result before it is returned: ``"full"`` (the same
             as True), ``"quick"`` (one small input, eval mode, the given weights alone) or
             ``"none"`` (False).
@@ -219,12 +251,19 @@ def widen(
             inputs are then its, and it is its outputs that are kept and compared. Without, the
             whole, or, where that cannot be followed, the largest submodules that can.
         preset: ``vt``, ``r2wider``, ``net2wider``, ``netmorph`` or ``random``: rescaling and
-            pairing together, for those of the two that are left at their defaults.
+            pairing together, for those of the two that are None, and for what their globs leave
+            open.
         split_noise: where channels are copied, the relative standard deviation of the zero-sum
             noise that makes the copies' columns unequal, so that they part in training.
         untie: first give what reads a tied parameter (a head that shares the table of an
             embedding) a copy of its own, so that either side grows by itself. Without, such a
             stream grows where the weight of a norm before the reader can silence new channels.
+        output_init: what fills new outputs of layers (rows V and entries of biases), as ``init``
+            does, which it stands for there; None for ``init``.
+        input_init: what fills new inputs of layers (columns Z), likewise.
+        budget: how many parameters the new channels may bring: ``"+10%"`` of the present ones, or
+            ``"+50000"``. They go where they gain most per parameter, which only an init from data
+            tells; ``width`` (2x by default) is then the most that each group gets.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -251,7 +290,8 @@ def widen(
         model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
         init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
         multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, module=module, untie=untie, after=after, progress=progress,
+        split_noise=split_noise, module=module, untie=untie, output_init=output_init,
+        input_init=input_init, budget=budget, after=after, progress=progress,
     )  # fmt: skip
     finish = None
     if calibration is not None:
@@ -259,8 +299,8 @@ def widen(
             calibrate_new_, entries=new_entries(made), batches=list(calibration)
         )
     return carry_out(
-        made, model, example_inputs, init=init, strict=strict, verify=verify, finish=finish,
-        progress=progress,
+        made, model, example_inputs, init=init, output_init=output_init, input_init=input_init,
+        strict=strict, verify=verify, finish=finish, progress=progress,
     )  # fmt: skip
 
 
@@ -270,7 +310,9 @@ def carry_out(
     model: nn.Module,
     example_inputs: object = None,
     *,
-    init: str | Init | None = None,
+    init: Inits | None = None,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
     strict: bool = False,
     verify: bool | Effort = True,
     finish: Callable[[nn.Module], None] | None = None,
@@ -283,6 +325,8 @@ def carry_out(
         model: the network; it is not touched.
         example_inputs: inputs to measure on; None takes those of the plan.
         init: the callable the plan was made with, if it was one.
+        output_init: likewise.
+        input_init: likewise.
         strict: refuse whatever does not preserve the function exactly.
         verify: how thoroughly to measure the result, as for :func:`widen`.
         finish: called with the grown network, to change it in place before it is measured.
@@ -298,7 +342,7 @@ def carry_out(
         require_exact(made)
     if effort != "none":
         require_values(model)
-    fill = init_of_plan(made.request.drawing.init) if init is None else find_init(init)
+    fill = init_for(made.request.drawing, init, output_init, input_init)
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
     progress("growing the weights")
@@ -317,40 +361,3 @@ def carry_out(
     for text in made.warnings:
         warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
-
-
-def require_exact(made: Plan) -> None:
-    """Return if a plan preserves the function exactly.
-
-    Raises:
-        NotPreservedError: it does not; the first part that changes the output is named.
-    """
-    way_out = "Use --rescaling none, or --compensate where a multiplier can restore it."
-    if not predictable(made):
-        way_out = "Use another pairing than none, and no noise."
-    for part in (part for step in made.steps for part in step.changes):
-        if part.preserves != "exact":
-            raise NotPreservedError(
-                f"{part.name} would not be preserved: {part.reason}.",
-                name=part.name,
-                way_out=way_out,
-            )
-    if made.preserves != "exact":
-        raise NotPreservedError("the output would change.", way_out=way_out)
-    if not predictable(made):
-        raise NotPreservedError("new channels would not cancel.", way_out=way_out)
-
-
-def require_values(model: nn.Module) -> None:
-    """Return if a network has values, so that it can be measured.
-
-    Raises:
-        PlanError: a tensor of it is on the meta device.
-    """
-    for name, tensor in named_tensors(model).items():
-        if tensor.is_meta:
-            raise PlanError(
-                f"{name} has a shape but no values (device meta), so nothing can be verified.",
-                name=name,
-                way_out="Load weights into the model first, or grow its shapes: verify=False.",
-            )

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.labels.forest import IntArray
-from fxgrow.plan.deviations import Place
+from fxgrow.plan.deviations import Place, deviation_of
 from fxgrow.plan.drawing import draw
 from fxgrow.plan.edits import AxisEdit, Run, RunKind, TensorEdit
-from fxgrow.plan.init import Init, copy_normal, copy_uniform, normal_rows, zeros
+from fxgrow.plan.init import (
+    Init,
+    chosen_init,
+    copy_normal,
+    copy_uniform,
+    normal_rows,
+    standard_normal,
+    zeros,
+)
 
 _MOST_RUNS = 8  # of columns, beyond which they are taken all at once by their indices
 
@@ -32,7 +40,7 @@ class Draws:
         name, seed: what they depend on, with the role of what is drawn.
         fan_in: of the layer after growth.
         fill: the init.
-        noise: relative standard deviation of noise on new columns.
+        noise: standard deviation of noise on new columns, relative to theirs.
         split_noise: likewise on the shares of copied ones.
         between: what stands between convolution groups that become one.
         once: no other tensor gets what is drawn, so that it need not be kept.
@@ -54,16 +62,17 @@ class Draws:
         """Return new weights by the init that was asked for: in ``room``, where that will do."""
         return self._draw(shape, like, place, self.fill, room)
 
-    def noise_on(self, shape: tuple[int, ...], like: Tensor, place: Place) -> Tensor:
-        """Return normal noise with the standard deviation of ``like``."""
-        return self._draw(shape, like, place, copy_normal)
+    def noise_on(self, new: Tensor, place: Place) -> Tensor:
+        """Return normal noise for new columns, with their own deviation, that of all together."""
+        deviation = deviation_of(new.cpu())
+        return deviation * self._draw(tuple(new.shape), new, place, standard_normal)
 
     def between_shares(self, shape: tuple[int, ...], like: Tensor, place: Place) -> Tensor:
         """Return normal noise for shares of columns, with the deviation of each output's entries.
 
         Under ``copy_uniform``, whose plans may be older than that law, with that of ``like``.
         """
-        whole = self.fill is copy_uniform
+        whole = chosen_init(self.fill, replace(place, role="reader")) is copy_uniform
         return self._draw(shape, like, place, copy_normal if whole else normal_rows)
 
     def _draw(
@@ -167,10 +176,25 @@ def _extend_dim(
         elif not (in_place and run.kind == "old" and run.start == position):
             _fill_run(target, run, tensor, fresh, dim)
         position += run.length
-        if draws.noise and edit.role == "reader" and run.kind not in ("old", "share"):
-            noisy = replace(place, role=f"noise{edit.dim}@{position}")
-            target += draws.noise * draws.noise_on(tuple(target.shape), tensor, noisy)
+    if draws.noise and edit.role == "reader" and not out.is_meta:
+        _add_noise(out, edit, place, draws)
     return out
+
+
+def _add_noise(out: Tensor, edit: AxisEdit, place: Place, draws: Draws) -> None:
+    """Add noise to the new columns of a reader, in place."""
+    ends = itertools.accumulate((run.length for run in edit.runs), initial=0)
+    new = [
+        at
+        for run, start in zip(edit.runs, ends, strict=False)
+        if run.kind not in ("old", "share")
+        for at in range(start, start + run.length)
+    ]
+    if new:
+        index = torch.tensor(new, device=out.device)
+        columns = out.index_select(place.dim, index)
+        noise = draws.noise_on(columns, replace(place, role=f"noise{edit.dim}"))
+        out.index_copy_(place.dim, index, columns + draws.noise * noise)
 
 
 def _room(out: Tensor, edit: AxisEdit, dim: int, count: int) -> Tensor | None:

@@ -33,7 +33,8 @@ from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
 from fxgrow.modules.tensors import named_tensors, scalar_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
-from fxgrow.plan.init import Init, init_name
+from fxgrow.plan.init import Init
+from fxgrow.plan.inits_by_side import init_for_step
 from fxgrow.plan.names import names_after
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
@@ -116,11 +117,9 @@ def apply_to_state_dict(
 
 def init_of_step(init: Init | None, step: Plan, plan: Plan) -> Init | None:
     """Return the init of a step: one that is given is for the last, and for those that name it."""
-    meant = init is not None and step.request.drawing.init in (
-        plan.request.drawing.init,
-        init_name(init),
-    )
-    return init if meant else None
+    if init is None:
+        return None
+    return init_for_step(init, step.request.drawing, plan.request.drawing)
 
 
 def apply_to_module(

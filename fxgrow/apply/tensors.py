@@ -17,8 +17,10 @@ from fxgrow.apply.axes import Draws, extended
 from fxgrow.apply.normed import length_of, means_in, pointing, ratio_of
 from fxgrow.errors import PlanError, shown
 from fxgrow.modules.standin import first_line
+from fxgrow.plan.absorption import absorbed_mean, absorbed_variance, absorbed_weight
 from fxgrow.plan.edits import TensorEdit
-from fxgrow.plan.init import Init, copy_normal, identity_, init_of_plan, zeros
+from fxgrow.plan.init import Init, copy_normal, identity_, zeros
+from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.schema import Plan
 
 Lookup: TypeAlias = Callable[[str], Tensor]
@@ -49,7 +51,7 @@ def grow_tensor(
     fill = init
     if fill is None:  # on the meta device nothing is drawn, so a plan's own code is not asked for
         old = _looked_up(lookup, edit.source or name)
-        fill = copy_normal if old.is_meta else init_of_plan(drawing.init)
+        fill = copy_normal if old.is_meta else init_for(drawing)
     draws = Draws(
         name, drawing.seed, edit.fan_in, fill, drawing.noise, drawing.split_noise,
         once=like is None,
@@ -205,10 +207,8 @@ def absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:
         return old
     gain, eps = absorption.gain, absorption.eps
     if absorption.part == "running_mean":
-        return old * gain
-    shifted = _looked_up(lookup, absorption.variance).detach().double() + eps
-    grown = gain * gain * shifted - eps
+        return absorbed_mean(old, gain)
+    variance = _looked_up(lookup, absorption.variance)
     if absorption.part == "running_var":
-        return grown.clamp(min=0.0).to(old.dtype)
-    correction = torch.where(grown < 0, eps**0.5 / (gain * shifted.sqrt()), 1.0)
-    return (old.double() * correction).to(old.dtype)
+        return absorbed_variance(variance, gain, eps).to(old.dtype)
+    return absorbed_weight(old, variance, gain, eps)

@@ -19,10 +19,12 @@ from fxgrow.channels.blocks import (
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.computed import with_computed_weights_told
 from fxgrow.channels.groups import ChannelGroup, find_groups, group_of_channel
+from fxgrow.channels.present import Present, present
 from fxgrow.channels.tied import Silenced, find_silenced
 from fxgrow.errors import TraceError
 from fxgrow.labels.graphs import open_graph
 from fxgrow.labels.sizes import Recorder, SizedCall
+from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.labels.trace import Traced
 from fxgrow.modules.standin import stand_in
@@ -44,6 +46,7 @@ class Analysis:
         blocks: residual blocks in order of execution, with their pairs.
         calls: that took sizes, in order: in eval mode, and in train mode if that was run.
         silenced: the tensors that both write and read channels which can grow all the same.
+        plain: the same network followed at its own widths, where some groups were at others.
     """
 
     traced: Traced
@@ -54,10 +57,23 @@ class Analysis:
     blocks: tuple[ResidualBlock, ...]
     calls: tuple[tuple[SizedCall, ...], ...]
     silenced: tuple[Silenced, ...] = ()
+    plain: Analysis | None = None
+
+    @cached_property
+    def present(self) -> Present:
+        """The channels that the network has, of those that were followed."""
+        return present(self.channels, self.groups)
+
+    @property
+    def flops(self) -> int:
+        """The floating-point operations of a run at the network's own widths."""
+        return (self.plain or self).tape.flops
 
     @cached_property
     def opened(self) -> Opened | None:
         """A copy of the stand-in with a graph in which sizes can be rewritten, if there is one."""
+        if self.plain is not None:
+            return None  # the graph runs at the network's own widths
         copy = stand_in(self.traced.standin)
         try:
             graph = open_graph(copy.get_submodule(self.traced.module))
@@ -185,7 +201,25 @@ def analyse(traced: Traced) -> Analysis:
         TraceError: the network does not run on its inputs.
     """
     recording = CallRecording(traced)
-    space, tape = traced.follow(recording)
+    return _found(traced, *traced.follow(recording), recording)
+
+
+def analyse_resized(traced: Traced, plain: Analysis) -> Analysis:
+    """Label a network that has other sizes for a while, on the inputs that were found before.
+
+    Args:
+        traced: of the network.
+        plain: what is known of it at its own sizes.
+
+    Raises:
+        TraceError: the network does not run at these sizes.
+    """
+    recording = CallRecording(traced)
+    return replace(_found(traced, *traced.label(recording), recording), plain=plain)
+
+
+def _found(traced: Traced, space: LabelSpace, tape: Tape, recording: CallRecording) -> Analysis:
+    """Return what the labels of a run say."""
     told = with_computed_weights_told(resolve(space), traced.standin)
     silenced, channels = find_silenced(told, tape)
     bare = residual_additions(tape)

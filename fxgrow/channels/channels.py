@@ -64,6 +64,8 @@ class Channels(ChannelTable):
         met: numbers of positions of constants, and the channels that lie there, for each meeting.
         numbered: how many such numbers there are.
         first_labels: the first label of each axis, of those without a channel too.
+        labels: the label of each row where it does not tell its position: rows before it are of
+            channels that the network does not have (:mod:`fxgrow.channels.present`).
     """
 
     fills: tuple[Fill, ...]
@@ -83,6 +85,7 @@ class Channels(ChannelTable):
     regrouped: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     met: tuple[tuple[IntArray, IntArray], ...] = ()
     numbered: int = 0
+    labels: IntArray | None = None
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
@@ -140,6 +143,8 @@ class Channels(ChannelTable):
     @cached_property
     def label_of_row(self) -> IntArray:
         """The label of each row."""
+        if self.labels is not None:
+            return self.labels
         first = np.asarray([axis.start for axis in self.axes], dtype=np.int64)
         return first[self.axis_of_row] + self.position_of_row
 

@@ -7,8 +7,9 @@ components of that relation are the groups.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,8 @@ class ChannelGroup:
         channels: the channels, in the order of the first writer's rows.
         rows: the channel of each row of the first writer.
         axes: every axis that holds some of them.
+        followed_at: the width at which it was followed, where that is not its own: one of no
+            channel or of one is told from what is broadcast at another width.
     """
 
     name: str
@@ -49,6 +52,21 @@ class ChannelGroup:
     channels: IntArray
     rows: IntArray
     axes: tuple[int, ...]
+    followed_at: int | None = None
+
+    @property
+    def followed(self) -> int:
+        """The width at which it was followed, which most have themselves."""
+        return self.width if self.followed_at is None else self.followed_at
+
+    @property
+    def absent(self) -> IntArray:
+        """The channels that were followed and that the network does not have."""
+        return self.channels[self.width :] if self.followed_at is not None else self.channels[:0]
+
+    def ratio(self, widths: Mapping[str, int]) -> Fraction:
+        """Return what new widths, by group name, are of the one at which it was followed."""
+        return Fraction(widths.get(self.name, self.width), max(self.followed, 1))
 
     @property
     def reason(self) -> str:
@@ -59,7 +77,7 @@ class ChannelGroup:
     def described_width(self) -> str:
         """The width, as ``"12 × 192 rows"`` where each channel has several rows."""
         count = len(np.unique(self.rows))
-        if count == self.width:
+        if count == self.followed or self.width < 2:
             return str(self.width)
         whole = self.width % count == 0
         return f"{count} × {self.width // count} rows" if whole else f"{count} in {self.width} rows"

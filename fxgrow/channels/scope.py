@@ -17,6 +17,7 @@ from fxgrow.channels.analysis import Analysis, analyse
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.trace import trace
 from fxgrow.modules.collection import uncollected
+from fxgrow.modules.tensors import layer_of
 
 _MOST_PARTS = 32  # that are tried before the search is given up
 
@@ -64,7 +65,24 @@ def _analysed(model: nn.Module, example_inputs: object = None, module: str = "")
         TraceError: it cannot be followed.
     """
     with uncollected():
-        return analyse(trace(model, example_inputs, module))
+        try:
+            return analyse(trace(model, example_inputs, module))
+        except TraceError as error:
+            raise _with_empty_told(error, model) from error
+
+
+def _with_empty_told(error: TraceError, model: nn.Module) -> TraceError:
+    """Return an error that says so where a layer of no channel may be what does not run."""
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if not empty:
+        return error
+    return type(error)(
+        f"{error.message} {layer_of(empty[0])} has no channels, and torch runs few layers so: "
+        "neither a convolution that writes none nor a batch norm over none.",
+        name=error.name,
+        way_out="Give it one channel (its columns zero, to compute the same): one grows as any "
+        "number.",
+    )
 
 
 def check_module(model: nn.Module, module: str) -> None:
@@ -74,7 +92,7 @@ def check_module(model: nn.Module, module: str) -> None:
         TraceError: there is no such submodule, it has no ``forward``, or it is a single layer.
     """
     names = dict(model.named_modules())
-    if module not in names:
+    if not isinstance(module, str) or module not in names:
         near = difflib.get_close_matches(module, names, n=3, cutoff=0.4)
         way_out = f"Near it: {', '.join(near)}." if near else _offer(model)
         raise TraceError(f"there is no submodule {module!r}.", name=module, way_out=way_out)

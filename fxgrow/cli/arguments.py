@@ -44,6 +44,22 @@ def parse_widths(texts: Sequence[str], option: str = "width") -> str | dict[str,
     return widths
 
 
+def parse_by_layer(texts: Sequence[str] | None, option: str) -> str | dict[str, str] | None:
+    """Read an option that may differ from layer to layer: one for all, or ``GLOB=VALUE`` pairs.
+
+    Returns:
+        None where it is not given.
+
+    Raises:
+        UsageError: a glob is given twice, or more than one value for all.
+
+    Example:
+        >>> parse_by_layer(["layer4.*=default_vt", "none"], "rescaling"), parse_by_layer(None, "")
+        ({'layer4.*': 'default_vt', '*': 'none'}, None)
+    """
+    return parse_widths(texts, option) if texts else None
+
+
 def width_label(width: str | Mapping[str, str]) -> str:
     """Return what a default output is called after.
 
@@ -64,7 +80,7 @@ def plan_label(plan: Plan) -> str:
 def _asked(request: Request) -> str:
     match request:
         case Widen():
-            return width_label(request.width)
+            return request.budget or width_label(request.width)
         case Deepen():
             return width_label(request.blocks)
         case MorphKernel():

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+from fxgrow.cli import data_options as data_opt
 from fxgrow.cli import options as opt
-from fxgrow.cli.arguments import parse_widths, width_label
+from fxgrow.cli.arguments import parse_by_layer, parse_widths, width_label
 from fxgrow.cli.base import app
+from fxgrow.cli.data import data_init
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
-from fxgrow.plan.presets import check_preset, settings
+from fxgrow.errors import UsageError
+from fxgrow.plan.presets import check_preset
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,21 +26,30 @@ if TYPE_CHECKING:
     "fxgrow widen model.pt --width 2x\n\n"
     "fxgrow widen model.pt --width 1.5x --rescaling default_vt --report report.html\n\n"
     "fxgrow widen model.pt --width 'layer4.*=2x' --width '*=+16' --multiple-of 8\n\n"
+    "fxgrow widen model.pt --budget +10% --init tiny --data batches.pt\n\n"
+    "fxgrow widen model.pt --width 2x --rescaling fc=vt_output --rescaling '*=default_vt'\n\n"
     "fxgrow widen model.pt --width 2x --dry-run --plan plan.json"
 )
 def widen(
     source: opt.SourceFile,
-    width: opt.Widths,
+    width: opt.Widths = None,
+    budget: data_opt.Budget = "",
     where: opt.Where = "hidden",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     multiple_of: opt.MultipleOf = 1,
     grouped: opt.Grouped = "width",
     preset: opt.Preset = None,
-    rescaling: opt.Rescaling = None,
-    pairing: opt.Pairing = None,
-    init: opt.Init = "copy_rows",
-    gain: opt.Gain = "1",
+    rescaling: opt.Rescalings = None,
+    pairing: opt.Pairings = None,
+    init: opt.Inits = None,
+    output_init: opt.OutputInit = None,
+    input_init: opt.InputInit = None,
+    data: data_opt.Data = None,
+    loss: data_opt.Loss = None,
+    keep: data_opt.Keep = None,
+    threshold: data_opt.Threshold = 0.0,
+    gain: opt.Gains = None,
     noise: opt.Noise = 0.0,
     split_noise: opt.SplitNoise = 0.1,
     seed: opt.Seed = 0,
@@ -64,8 +76,17 @@ def widen(
     Nothing is written before the result has been measured against the original. In a training
     checkpoint, moving averages and the optimizer's state grow too.
     """
-    widths = parse_widths(width)
-    check_preset(preset, rescaling, pairing)
+    if not (width or budget):
+        raise UsageError("how wide?", way_out="Give --width 2x, +32 or 256, or a --budget.")
+    widths = parse_widths(width or ["2x"])
+    rescalings, pairings = (
+        parse_by_layer(texts, name)
+        for texts, name in ((rescaling, "rescaling"), (pairing, "pairing"))
+    )
+    check_preset(preset, rescalings, pairings)
+    inits = parse_by_layer(init, "init") or "copy_rows"
+    gains = parse_by_layer(gain, "gain") or "1"
+    from_data = data_init(inits, data, loss, keep, threshold)
 
     def make(
         model: nn.Module,
@@ -77,25 +98,31 @@ def widen(
         from fxgrow.api.widen import plan as make_plan
 
         return make_plan(
-            model, widths, inputs, *settings(preset, rescaling, pairing), init=init,
+            model, widths, inputs, rescalings, pairings, preset=preset, budget=budget,
+            init=from_data(model) if from_data else inits,
             where=where, include=include or (), exclude=(*(exclude or ()), *left_out),  # type: ignore[arg-type]
-            gain=gain, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
+            gain=gains, noise=noise, multiple_of=multiple_of, grouped=grouped, seed=seed,  # type: ignore[arg-type]
             compensate=compensate, split_noise=split_noise, module=module, after=first,
-            untie=untie, progress=steps,
+            untie=untie, output_init=output_init, input_init=input_init, progress=steps,
         )  # fmt: skip
 
     common = Settings(
         source, after, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, dry_run, plan, report, force,
     )  # fmt: skip
-    grow(common, width_label(widths), make, init, adapts=True)
+    grow(
+        common, budget or width_label(widths), make, from_data or inits, (output_init, input_init),
+        adapts=True,
+    )  # fmt: skip
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")
 def apply(
     plan: opt.PlanFile,
     source: opt.SourceFile,
-    init: opt.PlanInit = None,
+    init: opt.PlanInits = None,
+    output_init: opt.OutputInit = None,
+    input_init: opt.InputInit = None,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
     input_shape: opt.InputShapes = None,
@@ -109,8 +136,12 @@ def apply(
     force: opt.Force = False,
 ) -> None:
     """Carry out a plan, on the network it was made for or on other weights of the same shapes."""
+    inits = parse_by_layer(init, "init")
     common = Settings(
         source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, False, None, report, force,
     )  # fmt: skip
-    grow(common, "", lambda model, inputs, first, steps: cast("Plan", first), init)
+    grow(
+        common, "", lambda model, inputs, first, steps: cast("Plan", first), inits,
+        (output_init, input_init),
+    )  # fmt: skip

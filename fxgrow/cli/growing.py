@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
+from fxgrow.cli.data import DataInit
 from fxgrow.cli.outputs import check_outputs, check_report_names
 from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
 from fxgrow.errors import UsageError
@@ -62,7 +63,8 @@ def grow(
     settings: Settings,
     label: str,
     make: MakePlan,
-    init: str | None = None,
+    init: str | dict[str, str] | DataInit | None = None,
+    sides: tuple[str | None, str | None] = (None, None),
     *,
     adapts: bool = False,
 ) -> None:
@@ -72,7 +74,9 @@ def grow(
         settings: the common options.
         label: what a default output is called after; "" for what the plan before asks for.
         make: returns the plan.
-        init: what fills new weights; None takes what the plan names.
+        init: what fills new weights, also by layer; None takes what the plan names. One from data
+            is made when the network is there.
+        sides: what fills new outputs and new inputs, where it is another.
         adapts: whether ``make`` leaves groups out that it is given the globs of, so that a
             ``config.json`` can describe the result.
 
@@ -102,16 +106,17 @@ def grow(
         )
         inputs = inputs_of(shapes, opened)
         move(opened.model, settings.device)
+        fill = init(opened.model) if isinstance(init, DataInit) else init
         with about(source):
             plan = functools.partial(make, opened.model, inputs, first, run.steps)
-            made = _fitted(opened, plan, files.out, inputs) if adapts else plan()
+            made = _fitted(opened, plan, files.out, inputs, init) if adapts else plan()
         if settings.dry_run:
             tell_plan(run, made, settings.plan, strict=settings.strict, force=settings.force)
             return
         with about(source):
             grown = carry_out(
-                made, opened.model, inputs, init=init, strict=settings.strict,
-                verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
+                made, opened.model, inputs, init=fill, output_init=sides[0], input_init=sides[1],
+                strict=settings.strict, verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
             )  # fmt: skip
         for network in (opened.model, grown.model):
             move(network, "cpu")
@@ -119,11 +124,22 @@ def grow(
     show(files, opened, grown)
 
 
-def _fitted(opened: OpenedModel, make: MakePlan, out: Path, inputs: object) -> Plan:
+def _fitted(
+    opened: OpenedModel,
+    make: MakePlan,
+    out: Path,
+    inputs: object,
+    init: object,
+) -> Plan:
     """Return a plan, of which a configuration tells all if one is written."""
     from fxgrow.files.fitting import fitted_plan, is_described
 
     if opened.architecture is None or not is_described(opened.source, opened.architecture, out):
         return make()
+    if isinstance(init, DataInit):
+        raise UsageError(
+            "what is computed from data differs by layer, which no config.json can say.",
+            way_out="Write the weights alone: -o model.safetensors.",
+        )
     given: Any = opened.inputs if inputs is None else inputs
     return fitted_plan(opened.architecture, opened.model, make, given)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import typer
 
+from fxgrow.cli import data_options as data_opt
 from fxgrow.cli import options as opt
 from fxgrow.cli.arguments import inputs_of, parse_shapes
 from fxgrow.cli.base import app
+from fxgrow.cli.data import DataInit
 from fxgrow.cli.run import CommandRun
 from fxgrow.cli.terminal import print_table
-from fxgrow.errors import VerificationError
+from fxgrow.errors import UsageError, VerificationError
 
 
 @app.command(
     epilog="[b]Examples[/b]\n\n"
     "fxgrow inspect model.pt\n\n"
     "fxgrow inspect model.pt --all\n\n"
-    "fxgrow inspect model.pt --why layer3.0.conv2"
+    "fxgrow inspect model.pt --why layer3.0.conv2\n\n"
+    "fxgrow inspect model.pt --growth --data batches.pt"
 )
 def inspect(
     source: opt.SourceFile,
     why: opt.Why = None,
     every: opt.Every = False,
+    growth: data_opt.GrowthTable = False,
+    data: data_opt.Data = None,
+    loss: data_opt.Loss = None,
+    method: data_opt.DataMethod = "tiny",
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
@@ -39,29 +47,52 @@ def inspect(
     share a row, with * for these.
     """
     shapes = parse_shapes(input_shape or ())
+    computed = _growth_of(growth, method, data, loss, why)
     with CommandRun() as run:
+        from fxgrow.api.inspection import inspect as inspect_model
         from fxgrow.api.report.data import plain
+        from fxgrow.api.report.growth import growth_table
         from fxgrow.api.report.inspection import inspection_table
         from fxgrow.api.report.tables import terminal_width
-        from fxgrow.api.widen import inspect as inspect_model
         from fxgrow.files.checkpoint.reading import about
 
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         run.steps("following the channels")
         inputs = inputs_of(shapes, opened)
+        init = None if computed is None else computed(opened.model)
         with about(source):
-            found = inspect_model(opened.model, inputs, module=module)
+            found = inspect_model(opened.model, inputs, module=module, growth=init)
             explanation = None if why is None else found.why(why)
     if as_json:
-        data = found.to_dict() if explanation is None else plain(explanation)
-        typer.echo(json.dumps(data, indent=1))
+        told = found.to_dict() if explanation is None else plain(explanation)
+        typer.echo(json.dumps(told, indent=1))
         return
     if explanation is not None:
         typer.echo(explanation.text(every=every, width=terminal_width()))
         return
     if opened.architecture is not None:
         typer.echo(str(opened.architecture))
+    if found.growth is not None:
+        print_table(growth_table(found.growth.to_dict()))
+        return
     print_table(inspection_table(found.to_dict(), every=every))
+
+
+def _growth_of(
+    growth: bool, method: str, data: Path | None, loss: str | None, why: str | None
+) -> DataInit | None:
+    """Return what computes the growth that is asked for, if it is.
+
+    Raises:
+        UsageError: the options do not go together.
+    """
+    if not growth:
+        if data is not None or loss is not None:
+            raise UsageError("--data and --loss are for --growth.", way_out="Give --growth too.")
+        return None
+    if why is not None:
+        raise UsageError("--why and --growth are two questions.", way_out="Ask one of them.")
+    return DataInit(method, data, loss)
 
 
 @app.command(epilog="[b]Example[/b]\n\nfxgrow verify model.pt model-2x.pt")

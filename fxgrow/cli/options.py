@@ -17,7 +17,10 @@ from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.presets import PRESETS
 from fxgrow.plan.rescaling import RESCALINGS
 
-INIT_NAMES = ("copy_rows", "copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "zeros")
+INIT_NAMES = (
+    "copy_rows", "copy_uniform", "copy_normal", "kaiming", "kaiming_normal", "lecun",
+    "lecun_normal", "zeros",
+)  # fmt: skip
 METHOD_NAMES = ("r2deeper", "zero_last", "net2deeper")
 
 growth = partial(typer.Option, rich_help_panel="What grows")
@@ -55,13 +58,14 @@ After = Annotated[
 ]
 
 Widths = Annotated[
-    list[str],
+    list[str] | None,
     growth(
         "--width",
         metavar="[GLOB=]WIDTH",
         help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
-        "names, only for those; repeat it for several, of which the first match counts.",
-        show_default=False,
+        "names, only for those; repeat it for several, of which the first match counts. Needed "
+        "without --budget; with it, the most that a group gets.",
+        show_default="2x with --budget",
     ),
 ]
 Blocks = Annotated[
@@ -144,12 +148,27 @@ Preset = Annotated[
         + ".",
     ),
 ]
-Rescaling = Annotated[
-    str | None,
+_FOR_SOME = (
+    "With a glob over names of layers, only for those; repeat it for several, of which the first "
+    "match counts."
+)
+Rescalings = Annotated[
+    list[str] | None,
     weights(
-        metavar="NAME",
-        help=f"What happens to old weights: {', '.join(RESCALINGS)}.",
+        "--rescaling",
+        metavar="[GLOB=]NAME",
+        help=f"What happens to old weights: {', '.join(RESCALINGS)}. {_FOR_SOME}",
         show_default="none",
+    ),
+]
+Pairings = Annotated[
+    list[str] | None,
+    weights(
+        "--pairing",
+        metavar="[GLOB=]NAME",
+        help=f"How new channels cancel: {', '.join(PAIRINGS)}. With a glob over group names, only "
+        "for those; repeatable.",
+        show_default="vv_z_negz",
     ),
 ]
 Pairing = Annotated[
@@ -167,21 +186,50 @@ Init = Annotated[
         help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function.",
     ),
 ]
-PlanInit = Annotated[
+OutputInit = Annotated[
     str | None,
     weights(
-        "--init",
         metavar="NAME",
+        help="What fills new outputs of layers (V, and their biases), where it is another.",
+        show_default="--init",
+    ),
+]
+InputInit = Annotated[
+    str | None,
+    weights(
+        metavar="NAME",
+        help="What fills new inputs of layers (Z), where it is another.",
+        show_default="--init",
+    ),
+]
+Inits = Annotated[
+    list[str] | None,
+    weights(
+        "--init",
+        metavar="[GLOB=]NAME",
+        help=f"What fills new weights: {', '.join(INIT_NAMES)}, or your package.module:function; "
+        "from --data: tiny, gradmax. With a glob over names of layers, only for those; repeatable.",
+        show_default="copy_rows",
+    ),
+]
+PlanInits = Annotated[
+    list[str] | None,
+    weights(
+        "--init",
+        metavar="[GLOB=]NAME",
         help="What fills new weights; needed where the plan names a function of your own, which "
         "is not run unasked.",
         show_default="the plan's",
     ),
 ]
-Gain = Annotated[
-    str,
+Gains = Annotated[
+    list[str] | None,
     weights(
-        metavar="NUMBER|NAME",
-        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2).",
+        "--gain",
+        metavar="[GLOB=]NUMBER|NAME",
+        help="Gain of the vt_constraint rescalings: a number, or a nonlinearity such as relu (√2). "
+        "With a glob over names of layers, only for those; repeatable.",
+        show_default="1",
     ),
 ]
 SplitNoise = Annotated[
@@ -194,7 +242,8 @@ SplitNoise = Annotated[
 Noise = Annotated[
     float,
     weights(
-        help="Relative noise on new columns. Twins part without it, and it breaks preservation."
+        help="Noise on new columns, relative to their own deviation. Twins part without it, and it "
+        "breaks preservation."
     ),
 ]
 Seed = Annotated[int, weights(help="Seed of the new weights.")]
@@ -202,8 +251,9 @@ Compensate = Annotated[
     bool,
     weights(
         "--compensate",
-        help="Where rescaling changes the function, restore it by multipliers in the graph. The "
-        "result is then a GraphModule.",
+        help="Where rescaling changes the function, restore it: by the weights of norms and of "
+        "layers that touch no widened group, or, where none can take the factor up, by multipliers "
+        "in the graph. The result is then a GraphModule.",
     ),
 ]
 Untie = Annotated[

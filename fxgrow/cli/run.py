@@ -116,7 +116,7 @@ def tell_plan(run: CommandRun, made: Plan, out: Path | None, *, strict: bool, fo
         NotPreservedError: ``strict``, and the plan predicts a change of the output.
     """
     from fxgrow.api.report.tables import plan_table
-    from fxgrow.api.widen import require_exact
+    from fxgrow.api.requirements import require_exact
 
     if strict:
         require_exact(made)

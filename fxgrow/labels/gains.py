@@ -86,6 +86,8 @@ class GainFlow:
         statistics: for operations (tape indices) that average squares over channels, by what the
             result differs because there are more of these.
         owed: for the weights of norms, what they take on account of what comes behind.
+        passed: those of these that do so for what is far behind: weights without a factor of their
+            own let it pass.
         numbers: for operations (tape indices), by what they multiply more than they did.
         undone: sources of gains (weights, layers) that the next weight takes up, so that they go
             no further.
@@ -100,6 +102,7 @@ class GainFlow:
     statistics: Mapping[int, float] = field(default_factory=dict)
     undone: Set[str] = frozenset()
     owed: Mapping[str, float] = field(default_factory=dict)
+    passed: Set[str] = frozenset()
     numbers: Mapping[int, float] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
     absorbed: dict[str, Absorbed] = field(default_factory=dict)
@@ -210,7 +213,7 @@ class GainFlow:
             return gain
         undone = gain.sources & self.undone
         if weight.origins[0] not in self.factors:
-            undone |= gain.sources & self.owed.keys()
+            undone |= gain.sources & (self.owed.keys() - self.passed)
         wanted = gain.scale != 1.0 and undone
         taken = self.vectors.setdefault(weight.origins[0], 1.0 / gain.scale if wanted else 1.0)
         return gain.times(Gain(taken, frozenset(weight.origins)))

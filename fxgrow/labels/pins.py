@@ -32,6 +32,14 @@ class PinKind(Enum):
         "a width of one is broadcast here",
         "write the expanded width out: a channel that all others share cannot be told from them",
     )
+    SINGLE = (
+        "of one channel or none, and {}",
+        "write the network so that it runs with more channels there",
+    )
+    NOT_RUN = (
+        "torch does not run {}",
+        "one channel: a layer of one grows as any other",
+    )
     FIXED = (
         "{} of fixed width",
         "make that tensor a parameter or a buffer, so that it grows along; or compute its size "

@@ -32,12 +32,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
+from fxgrow.errors import UsageError
 from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
     check_amount,
@@ -52,12 +54,16 @@ from fxgrow.plan.bounds import (
     is_name,
     refuse,
 )
+from fxgrow.plan.budget import budgeted
 from fxgrow.plan.edits import Child, Multiplier, Rearrangement, TensorEdit
 from fxgrow.plan.requests import Convert, Deepen, Request, Untie, Widen
 from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
 _MOST_CHILDREN = 1 << 14  # of a module
+_MOST_GLOBS = 1 << 12  # of a setting; each tensor is tried against them
+_LONGEST_GLOB = 1 << 10
+T = TypeVar("T")
 
 
 def check_step(step: PlanStep, place: str = "") -> None:
@@ -111,6 +117,8 @@ class _Checked:
             for index, multiplier in enumerate(found):
                 self._check_module(multiplier.module, f"{at}{name}.{index}.module")
                 check_multiplier(multiplier, f"{at}{name}.{index}.")
+        for index, group in enumerate(step.groups):
+            check_word(group.pairing, f"{at}groups.{index}.pairing")
         for index, block in enumerate(step.blocks):
             check_word(block.method, f"{at}blocks.{index}.method")
         if not (step.names or step.changes or step.untied):
@@ -262,18 +270,44 @@ class _Checked:
 def _check_request(request: Request, place: str) -> None:
     """Check what was asked for, as far as it is used again."""
     drawing = request.drawing
-    check_init(drawing.init, f"{place}init")
+    _check_each(drawing.init, f"{place}init", check_init)
+    for name, init in (("output_init", drawing.output_init), ("input_init", drawing.input_init)):
+        if init is not None:
+            check_init(init, f"{place}{name}")
     check_amount(drawing.noise, f"{place}noise")
     check_amount(drawing.split_noise, f"{place}split_noise")
     if isinstance(request, (Widen, Convert)):
-        check_word(request.pairing, f"{place}pairing")
+        _check_each(request.pairing, f"{place}pairing", check_word)
     if isinstance(request, Deepen):
         check_word(request.method, f"{place}method")
     if isinstance(request, Widen):
-        check_word(request.rescaling, f"{place}rescaling")
-        check_factor(request.gain, f"{place}gain")
+        _check_each(request.rescaling, f"{place}rescaling", check_word)
+        _check_each(request.gain, f"{place}gain", check_factor)
         if request.multiple_of < 1:
             refuse(f"{place}multiple_of", "it is not positive")
+        if request.budget:
+            _check_budget(request.budget, f"{place}budget")
+
+
+def _check_budget(budget: str, place: str) -> None:
+    """Check a budget of parameters."""
+    try:
+        budgeted(budget, 1)
+    except UsageError as error:
+        refuse(place, error.reason)
+
+
+def _check_each(setting: T | dict[str, T], place: str, check: Callable[[T, str], None]) -> None:
+    """Check a setting for all layers, or for those that globs match."""
+    if not isinstance(setting, dict):
+        check(setting, place)
+        return
+    if not 0 < len(setting) <= _MOST_GLOBS:
+        refuse(place, f"there are {len(setting)} globs, not 1 to {_MOST_GLOBS}")
+    for glob, value in setting.items():
+        if not 0 < len(glob) <= _LONGEST_GLOB:
+            refuse(place, f"a glob has {len(glob)} characters, not 1 to {_LONGEST_GLOB}")
+        check(value, f"{place}.{glob}")
 
 
 def _check_children(edit: Rearrangement, held: set[str], place: str) -> None:

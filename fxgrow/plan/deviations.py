@@ -90,8 +90,10 @@ def deviation_by_output(reference: Tensor, place: Place) -> Tensor | None:
 
     Returns:
         A tensor that multiplies new entries of deviation 1: of size 1 in the dims that are not of
-        outputs, but for convolution groups. None if all of the reference is alike.
+        outputs, but for convolution groups. None if all of the reference is alike, or nothing.
     """
+    if not reference.numel():
+        return None
     groups, outputs = place.groups, tuple(d for d in place.outputs if d != place.dim)
     first = (place.dim, *outputs)
     front = reference.movedim(first, tuple(range(len(first))))

@@ -15,7 +15,7 @@ from fxgrow.modules.bits import same_bits
 from fxgrow.modules.dispatch import DispatchMode
 from fxgrow.modules.standin import first_line
 from fxgrow.plan.deviations import Place, dtype_of_draws
-from fxgrow.plan.init import Init, PlacedInit, init_name
+from fxgrow.plan.init import Init, PlacedInit, chosen_init, init_name
 
 
 def draw(
@@ -48,6 +48,7 @@ def draw(
     """
     if like.device.type == "meta":
         return torch.empty(shape, dtype=like.dtype, device="meta")
+    init = chosen_init(init, place)
     own, dtype = _is_own(init), dtype_of_draws(like.dtype)
     fits = own and room is not None and room.is_cpu and room.dtype == dtype and room.is_contiguous()
     tensor = room if fits and room is not None else torch.empty(shape, dtype=dtype)

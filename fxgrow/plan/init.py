@@ -15,8 +15,9 @@ from __future__ import annotations
 import abc
 import importlib
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,12 +33,18 @@ from fxgrow.registry import Registry
 
 Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
 INITS: Registry[Init] = Registry("init")
+NAME_OF_INIT = re.compile(r"[\w.+-]+")
 
 
 class PlacedInit(abc.ABC):
     """An init that must know where in which tensor the new entries lie."""
 
     notes: tuple[str, ...] = ()  # what a report should tell
+
+    def chosen(self, place: Place) -> Init:
+        """Return the init that fills a place, of one that is made of several; else itself."""
+        del place
+        return self
 
     @abc.abstractmethod
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
@@ -55,6 +62,13 @@ class PlacedInit(abc.ABC):
             PlanError: always.
         """
         raise PlanError(f"{type(self).__name__} fills tensors that it knows by name only.")
+
+
+def chosen_init(init: Init, place: Place) -> Init:
+    """Return the init that fills a place, of one that may be made of several."""
+    while isinstance(init, PlacedInit) and (chosen := init.chosen(place)) is not init:
+        init = chosen
+    return init
 
 
 class _CopyRows(PlacedInit):
@@ -124,6 +138,12 @@ def copy_uniform(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
     _fill_uniform(tensor, reference, fan_in, deviation_of)
 
 
+def standard_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """N(0, 1): noise that is scaled afterwards; no init by name."""
+    del reference, fan_in
+    tensor.normal_()
+
+
 def _fill_uniform(
     tensor: Tensor, reference: Tensor | None, fan_in: int, measure: Callable[[Tensor], float]
 ) -> None:
@@ -161,11 +181,65 @@ def kaiming_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> Non
     tensor.normal_(0.0, math.sqrt(2 / max(fan_in, 1)))
 
 
+@INITS.register("lecun")
+def lecun(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """U(±√(3/fan_in)), variance 1/fan_in (LeCun et al. 1998, section 4.6)."""
+    del reference
+    bound = math.sqrt(3 / max(fan_in, 1))
+    tensor.uniform_(-bound, bound)
+
+
+@INITS.register("lecun_normal")
+def lecun_normal(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
+    """N(0, 1/fan_in) (LeCun et al. 1998, section 4.6)."""
+    del reference
+    tensor.normal_(0.0, math.sqrt(1 / max(fan_in, 1)))
+
+
 @INITS.register("zeros")
 def zeros(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
     """Zeros."""
     del reference, fan_in
     tensor.zero_()
+
+
+inits: Mapping[str, Init] = INITS.entries
+
+
+def register_init(name: str, init: Init | None = None) -> Any:
+    """Give an init a name, by which ``init=`` and plans take it from then on, in this process.
+
+    Args:
+        name: letters, digits, ``_``, ``.``, ``+`` and ``-``.
+        init: ``(tensor, reference, fan_in) -> None``, which fills ``tensor`` in place;
+            ``reference`` has the old weights after rescaling, and ``fan_in`` is that of the layer
+            after growth. None returns a decorator.
+
+    Returns:
+        The init, or the decorator.
+
+    Raises:
+        UsageError: the name is taken or is none, or the init is not callable.
+
+    Example::
+
+        @fxgrow.register_init("halves")
+        def halves(tensor, reference, fan_in):
+            tensor.fill_(0.5)
+    """
+    if not isinstance(name, str) or not NAME_OF_INIT.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no name of an init.", way_out="Use letters, digits, '_', '.', '+', '-'."
+        )
+    if name in INITS:
+        raise UsageError(f"there is an init {name!r} already.", name=name)
+
+    def register(given: Init) -> Init:
+        if not callable(given) or isinstance(given, type):
+            raise UsageError(f"the init {name!r} is not callable on a tensor.", name=name)
+        return INITS.register(name)(given)
+
+    return register if init is None else register(init)
 
 
 def find_init(init: str | Init) -> Init:
@@ -176,7 +250,7 @@ def find_init(init: str | Init) -> Init:
     """
     if callable(init):
         return init
-    if ":" not in init:
+    if not isinstance(init, str) or ":" not in init:
         return INITS[init]
     module, _, function = init.partition(":")
     try:

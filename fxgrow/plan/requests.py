@@ -19,16 +19,25 @@ class Drawing:
     """How new weights are drawn.
 
     Attributes:
-        init: name of the law.
+        init: name of the law, or names by glob over layers, of which the first match counts.
+        output_init: name of that of new rows of writers and their biases; None for ``init``.
+        input_init: that of new columns of readers; None for ``init``.
         seed: of the random numbers, with the name of the tensor.
-        noise: relative standard deviation of what is added to the new columns of twins.
+        noise: standard deviation of what is added to new columns, relative to their own.
         split_noise: likewise to the shares of copies, where it sums to zero.
     """
 
-    init: str = "copy_rows"
+    init: str | dict[str, str] = "copy_rows"
     seed: int = 0
     noise: float = 0.0
     split_noise: float = 0.1
+    output_init: str | None = None
+    input_init: str | None = None
+
+    @property
+    def inits(self) -> tuple[str | dict[str, str], str | None, str | None]:
+        """What is said of inits."""
+        return self.init, self.output_init, self.input_init
 
 
 class _Request:
@@ -45,16 +54,16 @@ class _Request:
 
 @dataclass(frozen=True)
 class Widen(_Request):
-    """More channels: the arguments of :func:`fxgrow.widen`."""
+    """More channels: the arguments of :func:`fxgrow.widen`; see :mod:`fxgrow.plan.by_layer`."""
 
     width: str | dict[str, str]
-    rescaling: str = "none"
-    pairing: str = "vv_z_negz"
-    init: str = "copy_rows"
+    rescaling: str | dict[str, str] = "none"
+    pairing: str | dict[str, str] = "vv_z_negz"
+    init: str | dict[str, str] = "copy_rows"
     where: Where = "hidden"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    gain: float = 1.0
+    gain: float | dict[str, float] = 1.0
     noise: float = 0.0
     multiple_of: int = 1
     grouped: Grouped = "width"
@@ -63,6 +72,9 @@ class Widen(_Request):
     split_noise: float = 0.1
     module: str = ""
     untie: bool = False
+    output_init: str | None = None
+    input_init: str | None = None
+    budget: str = ""
     verb: Literal["widen"] = "widen"
 
 

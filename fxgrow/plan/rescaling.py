@@ -8,11 +8,14 @@ and g the gain, the old weights are multiplied by (variance transfer, "VT"):
 ``default_vt``                        √(f / f')
 ``vt_constraint_old_shape``           g / √(f · Var)
 ``vt_constraint_new_shape``           g / √(f' · Var)
+``vt_output``                         f / f'
 ====================================  ==================
 
 In a conv→norm→act→conv pair whose hidden width goes from h to h', α is the factor of the first
 layer and β that of the second: ``default_vt`` gives α = 1 and β = √(h/h'). g is 1 unless asked
-for; ``gain="relu"`` means √2, as in :func:`torch.nn.init.calculate_gain`.
+for; ``vt_output`` gives β = h/h', the paper's rule W·C/C' for a layer whose weights have variance
+1/fan_in², as the output layer has. ``gain="relu"`` means √2, as in
+:func:`torch.nn.init.calculate_gain`.
 
 This module needs no torch, so the command line can list the names without loading it.
 """
@@ -20,11 +23,13 @@ This module needs no torch, so the command line can list the names without loadi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
-from fxgrow.errors import UsageError
+from fxgrow.errors import PlanError, UsageError
+from fxgrow.plan.by_layer import checked
+from fxgrow.plan.norm_tensors import NormTensors
 from fxgrow.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ class LayerStatistics:
 
 Factor: TypeAlias = Callable[[LayerStatistics], float]
 RESCALINGS: Registry[Factor] = Registry("rescaling")
+_GAINS = "Give a number, or a nonlinearity torch.nn.init.calculate_gain knows."
 USES_VARIANCE = {"vt_constraint_old_shape", "vt_constraint_new_shape"}
 
 
@@ -78,6 +84,12 @@ def vt_constraint_new_shape(layer: LayerStatistics) -> float:
     return layer.gain / math.sqrt(layer.new_fan_in * layer.variance)
 
 
+@RESCALINGS.register("vt_output")
+def vt_output(layer: LayerStatistics) -> float:
+    """Keep the layer's output under the assumption of variance ~ 1/fan_in², as of output layers."""
+    return layer.fan_in / layer.new_fan_in
+
+
 def gain_value(gain: float | str) -> float:
     """Return a gain given as a number or by the name of a nonlinearity.
 
@@ -88,6 +100,8 @@ def gain_value(gain: float | str) -> float:
         >>> gain_value(1.0), round(gain_value("relu") ** 2, 6)
         (1.0, 2.0)
     """
+    if not isinstance(gain, (int, float, str)) or isinstance(gain, bool):
+        raise UsageError(f"the gain {gain!r} cannot be read.", way_out=_GAINS)
     if isinstance(gain, str):
         try:
             gain = float(gain)
@@ -99,11 +113,26 @@ def gain_value(gain: float | str) -> float:
             except ValueError:
                 raise UsageError(
                     f"there is no gain {gain!r}.",
-                    way_out="Give a number, or a nonlinearity torch.nn.init.calculate_gain knows.",
+                    way_out=_GAINS,
                 ) from None
     if not (gain > 0 and math.isfinite(gain)):
-        raise UsageError(f"the gain must be positive, not {gain}.")
+        raise UsageError(f"the gain must be positive, not {gain}.", way_out=_GAINS)
     return float(gain)
+
+
+def gain_by_layer(
+    gain: float | str | Mapping[str, float | str],
+) -> float | dict[str, float]:
+    """Return a gain for all layers, or those by glob, as numbers.
+
+    Raises:
+        UsageError: it is neither, or one of them is no gain.
+    """
+
+    def read(one: object) -> float:
+        return gain_value(one)  # type: ignore[arg-type]  # which refuses what is none
+
+    return checked("gain", gain, read, over="layers", form="a number or a nonlinearity's name")
 
 
 def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str]:
@@ -115,15 +144,50 @@ def rescaling_factor(rescaling: str, layer: LayerStatistics) -> tuple[float, str
 
     Returns:
         The factor, and a warning ("" if there is none): a variance that is zero, of one element,
-        or not finite leaves the weights alone.
+        or not finite leaves the weights alone, and so does a layer that reads nothing yet.
 
     Raises:
         PlanError: no rescaling of that name.
     """
     rule = RESCALINGS[rescaling]
+    if rescaling != "none" and not layer.fan_in:
+        return 1.0, "it has read no channel so far, so there is nothing to rescale"
     if rescaling in USES_VARIANCE and not (layer.variance > 0 and math.isfinite(layer.variance)):
         return 1.0, f"its weights have variance {layer.variance:g}, so they are not rescaled"
     return rule(layer), ""
+
+
+class Rescaled(NamedTuple):
+    """What :func:`apply_rescaling` returns where it is given more than a weight.
+
+    Attributes:
+        weight, bias, norm: shaped as they were; None for what was not given.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: NormTensors | None
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: None = None, norm: None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: Tensor, norm: NormTensors | None = None,
+) -> Rescaled: ...  # fmt: skip
+
+
+@overload
+def apply_rescaling(
+    weight: Tensor, rescaling: str, *, new_fan_in: int, fan_in: int | None = None,
+    gain: float | str = 1.0, bias: Tensor | None = None, norm: NormTensors,
+) -> Rescaled: ...  # fmt: skip
 
 
 def apply_rescaling(
@@ -133,7 +197,9 @@ def apply_rescaling(
     new_fan_in: int,
     fan_in: int | None = None,
     gain: float | str = 1.0,
-) -> Tensor:
+    bias: Tensor | None = None,
+    norm: NormTensors | None = None,
+) -> Tensor | Rescaled:
     """Return a layer's old weights rescaled, for growth methods that work on tensors themselves.
 
     Args:
@@ -142,19 +208,44 @@ def apply_rescaling(
         new_fan_in: fan_in of the layer after growth.
         fan_in: fan_in before; in / groups × kernel area of ``weight`` by default.
         gain: a number, or a nonlinearity's name.
+        bias: of the layer, shape (out,): it takes the weight's factor c. That of a layer whose
+            input is c times what it was, as a reader's is behind a writer with a factor and no
+            norm, takes both: multiply it by the writer's.
+        norm: the batch norm that the layer's output goes through, of tensors of shape (out,): its
+            statistics take c up, so that in eval mode it returns what it did. running_mean is
+            multiplied by c, running_var becomes c²·(running_var + eps) − eps; where that is
+            negative it becomes 0, and the weight makes up for it.
 
     Returns:
-        A new tensor of the same shape; ``weight`` is not changed.
+        A new tensor of the weight's shape; with a bias or a norm, a :class:`Rescaled` of all. What
+        is given is not changed.
 
     Raises:
-        PlanError: no rescaling of that name, or no such gain.
+        PlanError: no rescaling of that name, no such gain, shapes that do not fit together, or a
+            norm without a weight whose running_var would be negative.
 
     Example:
         >>> import torch
         >>> apply_rescaling(torch.ones(2, 4), "default_vt", new_fan_in=16).tolist()
         [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+        >>> norm = NormTensors(running_mean=torch.ones(2), running_var=torch.ones(2))
+        >>> apply_rescaling(
+        ...     torch.ones(2, 4), "default_vt", new_fan_in=16, bias=torch.ones(2), norm=norm
+        ... ).norm.running_mean.tolist()
+        [0.5, 0.5]
     """
     old_fan_in = weight[0].numel() if fan_in is None else fan_in
     variance = weight.double().var().item() if weight.numel() > 1 else 0.0
     layer = LayerStatistics(old_fan_in, new_fan_in, variance, gain_value(gain))
-    return weight * rescaling_factor(rescaling, layer)[0]
+    factor = rescaling_factor(rescaling, layer)[0]
+    if bias is None and norm is None:
+        return weight * factor
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise PlanError(
+            f"a bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}.",
+            way_out="It has one entry for each output.",
+        )
+    if norm is not None:
+        norm.check(weight.shape[0])
+        norm = norm.behind(factor)
+    return Rescaled(weight * factor, None if bias is None else bias * factor, norm)

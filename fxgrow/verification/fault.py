@@ -12,6 +12,7 @@ from fxgrow.apply.module import apply_to_module
 from fxgrow.channels.analysis import analyse
 from fxgrow.errors import PlanError, VerificationError
 from fxgrow.grow.kernels.planner import only_kernels
+from fxgrow.grow.sizes.narrow import at_other_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.labels.trace import trace
 from fxgrow.modules.inputs import arranged
@@ -70,7 +71,7 @@ def _narrowed(made: Plan, model: nn.Module, example_inputs: object, names: Seque
     request = replace(made.request, width=widths, include=tuple(names), exclude=(), where="all")
     tensors = named_tensors(model)
     analyses = [
-        analyse(trace(model, _inputs(model, scope, example_inputs), scope.module))
+        at_other_widths(analyse(trace(model, _inputs(model, scope, example_inputs), scope.module)))
         for scope in made.scopes
     ]
     return plan_parts(analyses, request, lambda name: variance(tensors[name]))

@@ -197,7 +197,7 @@ def predictable(made: Plan) -> bool:
     """Return whether a plan says what becomes of the function."""
     return all(
         not isinstance(step.request, Widen)
-        or (not step.request.noise and cancels(step.request.pairing))
+        or (not step.request.noise and all(cancels(group.pairing) for group in step.groups))
         for step in made.steps
     )
 

@@ -37,7 +37,8 @@ def told_rounding(made: Plan, case: Case, batch: Arguments, ratio: float) -> str
     where = f", first at what reads {group.name}" if group is not None else ""
     pairings = {group.pairing for step in made.steps for group in step.groups}
     other = "another init (copy_rows)"
-    if made.request.drawing.init == "copy_rows":
+    drawing = made.request.drawing
+    if (drawing.input_init or drawing.init) == "copy_rows":
         other = "another pairing (v_zero)" if "v_zero" not in pairings else "another rescaling"
     return (
         f"as saved, the grown network is off by {ratio:.0f} times the rounding of the old one"

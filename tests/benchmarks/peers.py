@@ -2,11 +2,12 @@
 
 usage: python tests/benchmarks/peers.py [--json FILE] [SECTION ...]
 
-``block``: gromo widening one convolutional block, rescaled and paired. ``graph``: Torch-Pruning
-building its dependency graph, beside following. ``surgery``: a plan carried out, beside copies of
-the same size. ``growth``: seconds over depth and width, with fitted exponents. ``judging``: what
-verification takes, beside one run of both networks forwards and backwards in float64. ``loading``:
-imports after torch, and help texts beside those of a bare typer application.
+``block``: gromo widening one convolutional block, rescaled and paired. ``step``: new channels from
+data (TINY) by both, with amplitudes by line search, and the losses they come to. ``graph``: Torch-
+Pruning building its dependency graph, beside following. ``surgery``: a plan carried out, beside
+copies of the same size. ``growth``: seconds over depth and width, with fitted exponents.
+``judging``: what verification takes, beside one run of both networks forwards and backwards in
+float64. ``loading``: imports after torch, and help texts beside those of a bare typer application.
 
 CPU time on one thread, medians of runs that take turns, the quartiles of their ratios in brackets.
 gromo and Torch-Pruning come with the extra ``bench``; what is missing is said and skipped.
@@ -30,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,120 @@ def block() -> Iterator[Row]:
             expected = x + (model(x) - x) * math.sqrt(0.5)
             off = [float((made(x) - expected).abs().max()) for made in grown]
         yield Row(**{**asdict(row), "note": f"off by {off[0]:.1e} and {off[1]:.1e}"})
+
+
+def stepping_blocks() -> dict[str, nn.Module]:
+    """Return small blocks with a shortcut around, by what they are made of."""
+    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+    return {
+        "MLP": Shortcut(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 12)),
+        "conv, ReLU, conv": Shortcut(conv(6, 4), nn.ReLU(), conv(4, 6)),
+        "conv, BN, ReLU, conv": Shortcut(conv(6, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6)),
+    }
+
+
+class Shortcut(nn.Sequential):
+    """Layers with a shortcut around them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the layers make of their input."""
+        return x + super().forward(x)
+
+
+def stepping_peer(model: nn.Sequential) -> Any:
+    """Return gromo's block that computes the same as a shortcut's layers."""
+    from gromo.containers.growing_block import Conv2dGrowingBlock, LinearGrowingBlock
+    from gromo.modules.growing_normalisation import GrowingBatchNorm2d
+
+    first, *between, second = model
+    mid: list[nn.Module] = []
+    for layer in between:
+        if isinstance(layer, nn.BatchNorm2d):
+            mid.append(GrowingBatchNorm2d(layer.num_features))
+            mid[-1].load_state_dict(layer.state_dict())
+        else:
+            mid.append(nn.ReLU())
+    outer, hidden = first.weight.shape[1], first.weight.shape[0]
+    told = {
+        "pre_activation": nn.Identity(), "mid_activation": nn.Sequential(*mid),
+        "device": torch.device("cpu"),
+    }  # fmt: skip
+    if isinstance(first, nn.Linear):
+        made = LinearGrowingBlock(outer, outer, hidden_features=hidden, **told)
+    else:
+        made = Conv2dGrowingBlock(
+            outer, outer, 3, hidden_channels=hidden, kwargs_layer={"padding": 1}, **told
+        )
+    made.first_layer.layer.load_state_dict(first.state_dict())
+    made.second_layer.layer.load_state_dict(second.state_dict())
+    return made.eval()
+
+
+def stepped_peer(made: Any, batches: list[tuple[Tensor, Tensor]], count: int) -> float:
+    """Return the loss after gromo has grown a block by the amplitude that lowers it most.
+
+    The factor is the best of powers of √2, as fxgrow's amplitude is of 2.
+    """
+    made.init_computation()
+    for x, y in batches:
+        made.zero_grad()
+        nn.functional.mse_loss(made(x), y).backward()
+        made.update_computation()
+    made.compute_optimal_updates(maximum_added_neurons=count)
+    made.reset_computation()
+    for module in made.modules():  # what a forward left there cannot be copied
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[key] = value.detach()
+    losses = []
+    for power in range(-16, 17):
+        grown = copy.deepcopy(made)
+        grown.apply_change(scaling_factor=2 ** (power / 2), apply_delta=False)
+        grown.delete_update()
+        with torch.no_grad():
+            found = [float(nn.functional.mse_loss(grown.eval()(x), y)) for x, y in batches]
+        losses.append(sum(found) / len(found))
+    return min(losses)
+
+
+def step() -> Iterator[Row]:
+    """Compute two new channels of small blocks from data."""
+    for name, model in stepping_blocks().items():
+        torch.manual_seed(0)
+        shape = (12,) if name == "MLP" else (6, 8, 8)
+        batches = [(torch.randn(32, *shape), torch.randn(32, *shape)) for _ in range(4)]
+        model.eval()
+        with torch.no_grad():
+            before = sum(float(nn.functional.mse_loss(model(x), y)) for x, y in batches) / 4
+        losses: dict[str, float] = {}
+
+        def ours(
+            model: nn.Module = model,
+            batches: list[tuple[Tensor, Tensor]] = batches,
+            losses: dict[str, float] = losses,
+        ) -> float:
+            def widen() -> None:
+                init = fxgrow.Tiny(nn.functional.mse_loss, batches)
+                grown = fxgrow.widen(model, "+2", batches[0][0], init=init, verify=False).model
+                with torch.no_grad():
+                    found = [float(nn.functional.mse_loss(grown(x), y)) for x, y in batches]
+                losses["ours"] = sum(found) / len(found)
+
+            return seconds(widen)
+
+        def theirs(
+            model: Any = model,
+            batches: list[tuple[Tensor, Tensor]] = batches,
+            losses: dict[str, float] = losses,
+        ) -> float:
+            def grow() -> None:
+                losses["theirs"] = stepped_peer(stepping_peer(model), batches, 2)
+
+            return seconds(grow)
+
+        row = compared("step", name, ours, theirs, 3)
+        note = f"loss {before:.4f} to {losses['ours']:.4f} and {losses['theirs']:.4f}"
+        yield Row(**{**asdict(row), "note": note})
 
 
 def graph() -> Iterator[Row]:
@@ -326,6 +442,7 @@ def loading() -> Iterator[Row]:
 
 SECTIONS: dict[str, tuple[Callable[[], Iterator[Row]], str]] = {
     "block": (block, "gromo"),
+    "step": (step, "gromo"),
     "graph": (graph, "torch_pruning"),
     "surgery": (surgery, ""),
     "growth": (growth, ""),

@@ -88,7 +88,9 @@ def run(environment: Environment, folder: Path, arguments: Sequence[str], *, kee
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--clear", "--python", environment.python, place], check=True)
     resolution = ["--resolution", "lowest-direct"] if environment.lowest else []
-    install = [*uv, "pip", "install", "-q", *resolution, "-e", f"{ROOT}[test]", *environment.pins]
+    # Compiled once, or every command that the tests start compiles torch again.
+    install = [*uv, "pip", "install", "-q", "--compile-bytecode", *resolution]
+    install += ["-e", f"{ROOT}[test]", *environment.pins]
     try:
         subprocess.run(install, check=True, env=settings)
         python = place / "bin" / "python"

@@ -10,6 +10,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.blocks import ResidualBlock
 from fxgrow.channels.explain import Explanation, explain
 from fxgrow.channels.groups import ChannelGroup
+from fxgrow.grow.data.expected import GroupGrowth
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.findings import Verification
@@ -77,6 +78,51 @@ def _group_plan(group: GroupPlan) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What new channels would gain in each group, to first order.
+
+    Attributes:
+        method: the class of the init that computed it.
+        groups: what each group's would gain, in the order of the network.
+    """
+
+    method: str
+    groups: tuple[GroupGrowth, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON-able data."""
+        rows = [
+            {
+                "name": group.name,
+                "width": group.width,
+                "channels": len(group.gains),
+                "gain": group.gain,
+                "gain_per_thousand": group.gain_per_thousand,
+                "parameters": group.parameters,
+                "strengths": list(group.strengths),
+                "gains": list(group.gains),
+                "reason": group.reason,
+            }
+            for group in self.groups
+        ]
+        data: dict[str, Any] = plain(
+            {
+                "schema": REPORT_SCHEMA,
+                "fxgrow": __version__,
+                "method": self.method,
+                "groups": rows,
+            }
+        )
+        return data
+
+    def __str__(self) -> str:
+        from fxgrow.api.report.growth import growth_table
+        from fxgrow.api.report.tables import as_text
+
+        return as_text(growth_table(self.to_dict()))
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What :func:`fxgrow.inspect` found.
 
@@ -84,10 +130,12 @@ class Inspection:
         parts: channels, groups and blocks of the network, or of each part of it that could be
             followed.
         warnings: what the user should know.
+        growth: what new channels would gain, if that was asked for.
     """
 
     parts: tuple[Analysis, ...]
     warnings: tuple[str, ...] = ()
+    growth: Growth | None = None
 
     def why(self, layer: str) -> Explanation:
         """Trace why a layer's channels are what they are.
@@ -116,7 +164,12 @@ class Inspection:
         return explain(next(inside, self.parts[0]), layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return groups, blocks (with their pairs) and pins as JSON-able data."""
+        """Return groups, blocks (with their pairs), pins and growth as JSON-able data."""
+        growth = {} if self.growth is None else {"growth": self.growth.to_dict()}
+        return self._found() | growth
+
+    def _found(self) -> dict[str, Any]:
+        """Return what was found of channels and blocks as data."""
         traced = [part.traced for part in self.parts]
         return {
             "schema": REPORT_SCHEMA,
@@ -136,7 +189,8 @@ class Inspection:
         from fxgrow.api.report.inspection import inspection_table
         from fxgrow.api.report.tables import as_text
 
-        return as_text(inspection_table(self.to_dict()))
+        table = as_text(inspection_table(self.to_dict()))
+        return table if self.growth is None else f"{table}\n\n{self.growth}"
 
 
 def _group(part: Analysis, group: ChannelGroup) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fxgrow.api.report.changes import (
     target_line,
 )
 from fxgrow.api.report.elements import indented, new_table, reasons, some, verdict_text
+from fxgrow.plan.by_layer import by_layer_text
 from fxgrow.plan.requests import Convert, Deepen, MorphKernel, Untie
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
@@ -231,18 +232,19 @@ def _request_line(plan: Plan) -> Text:
             return target_line(request)
         case Untie():
             return Text("tied parameters become two")
-    width = request.width
-    shown = width if isinstance(width, str) else ", ".join(f"{g}={w}" for g, w in width.items())
     settings = {
-        "width": shown,
-        "rescaling": request.rescaling,
-        "pairing": request.pairing,
-        "init": request.init,
+        "width": by_layer_text(request.width),
+        "rescaling": by_layer_text(request.rescaling),
+        "pairing": by_layer_text(request.pairing),
+        "init": by_layer_text(request.init),
+        "output init": request.output_init or "",
+        "input init": request.input_init or "",
         "where": request.where,
         "include": ", ".join(request.include),
         "exclude": ", ".join(request.exclude),
-        "gain": "" if request.gain == 1.0 else _number(request.gain),
+        "gain": "" if request.gain == 1.0 else by_layer_text(request.gain),
         "noise": f"{request.noise:g}" if request.noise else "",
+        "budget": request.budget,
         "multiple of": str(request.multiple_of) if request.multiple_of > 1 else "",
         "seed": str(request.seed),
     }

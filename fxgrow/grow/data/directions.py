@@ -27,7 +27,7 @@ class Directions:
         strengths: a singular value each, (k,).
         rows: (k, in, *kernel) of the writer.
         biases: (k,) of the writer; None if it has none.
-        columns: (out, k, *kernel) of the reader.
+        columns: (entries, k) of the readers: of each its outputs · kernel, one after the other.
         gains: what the loss falls by to first order, per learning rate or amplitude, (k,).
     """
 
@@ -77,7 +77,7 @@ class Shapes:
 
     Attributes:
         row: of one row of the writer, (in, *kernel).
-        column: of one column of the reader, (out, *kernel).
+        column: of one column, (entries,): over all readers, outputs and kernels.
         has_bias: whether the writer's bias counts as one more input, the last.
         dtype: of the weights: what rounding noise looks like.
     """

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.inits import DataDriven, shapes_of
-from fxgrow.grow.data.pairs import LayerPair
-from fxgrow.grow.data.statistics import Seen, correlation, patches
+from fxgrow.grow.data.inits import DataDriven
+from fxgrow.grow.data.pairs import LayerPair, shapes_of
+from fxgrow.grow.data.passages import RAISED, norm_entries
+from fxgrow.grow.data.statistics import (
+    Read,
+    Seen,
+    applied,
+    correlation,
+    patches,
+)
+from fxgrow.plan.pairing import Layout
 
 
 class GradMax(DataDriven):
@@ -20,38 +31,132 @@ class GradMax(DataDriven):
     of the gradient of an auxiliary layer of zeros, from what the writer reads to what the reader
     puts out, and have the mean norm of the reader's old columns: of all orthogonal columns of
     that norm, they give the new rows the largest gradients.
+
+    Where rows of zeros would not learn, since an activation has slope 0 at 0 (ReLU) or a batch norm
+    would divide by their deviation, new channels are twins with biases of 0.001, which columns of
+    both signs read: the function is kept, and each twin learns as a row of zeros would where the
+    slope is that right of 0. A batch norm gets the weight √eps and the variance 0 there, so that it
+    passes them on unchanged, in training too.
     """
 
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
 
+    def _unpaired(self, layout: Layout) -> str:
+        if all(layout.column_signs) and (layout.preserving or layout.writes_zeros):
+            return ""
+        return (
+            "its new rows are zeros, which keep the function and learn as the rows of 'zero_z' or, "
+            "with columns of both signs, of 'vv_z_negz'"
+        )
+
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
-        if not pair.slope:
+        if not _learns(pair, raised=_is_raised(pair)):
             return (
                 f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
-                "differentiates it, so new rows of zeros would never learn (a ReLU does; "
-                "nn.Threshold(-1e-30, 0) differs from it by 1e-30 and has slope 1)"
+                "differentiates it, and no bias holds new channels above it, so new rows of zeros "
+                f"would never learn (give {pair.writer} a bias; or nn.Threshold(-1e-30, 0), which "
+                "differs from a ReLU by 1e-30, has slope 1)"
             )
         if not _mean_norm(model, pair):
             return f"{pair.reader} has no weights but zeros to take a scale from"
         return ""
 
+    def _needs_twins(self, pair: LayerPair) -> bool:
+        return _is_raised(pair)
+
     def _directions(
         self, network: nn.Module, pairs: Mapping[str, LayerPair]
     ) -> dict[str, Directions]:
-        def correlated(_: str, seen: Seen) -> tuple[Tensor, ...]:
-            return (correlation(seen.reader, patches(seen.writer, seen.x), seen.descent),)
+        averages = self.averages(
+            network,
+            pairs,
+            lambda name, seen: (_pulled(seen, pairs[name], _is_raised(pairs[name])),),
+        )
+        found = {}
+        for name, pair in pairs.items():
+            scale, shapes = _mean_norm(network, pair), shapes_of(network, pair)
+            found[name] = algebra.gradmax(averages[name][0], 1.0, scale, shapes)
+            biases = found[name].biases
+            if biases is not None and _is_raised(pair):
+                found[name] = replace(found[name], biases=torch.full_like(biases, RAISED))
+        return found
 
-        averages = self.averages(network, pairs, correlated)
-        return {
-            name: algebra.gradmax(
-                averages[name][0], pair.slope, _mean_norm(network, pair), shapes_of(network, pair)
-            )
-            for name, pair in pairs.items()
-        }
+    def _norm_entries(self, pair: LayerPair) -> dict[str, float]:
+        bias = RAISED if _is_raised(pair) else 0.0
+        found: dict[str, float] = {}
+        for norm, eps in pair.norms.items():
+            found |= norm_entries(norm, weight=math.sqrt(eps), bias=bias, mean=0.0, variance=0.0)
+        return found
+
+
+def _is_raised(pair: LayerPair) -> bool:
+    """Return whether new channels are held above zero by biases."""
+    return pair.has_offset and bool(pair.flat or not _learns(pair, raised=False))
+
+
+def _learns(pair: LayerPair, *, raised: bool) -> bool:
+    """Return whether a gradient comes back from some reader."""
+    return any(reader.raised if raised else reader.slope for reader in pair.readers)
 
 
 def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
-    """Return the mean norm of the columns of a pair's reader."""
-    weight = network.get_parameter(f"{pair.reader}.weight").detach().double()
-    return float(weight.transpose(0, 1).flatten(1).norm(dim=1).mean())
+    """Return the mean norm of the columns of a pair's readers, 1 where they have none."""
+    if not pair.width:
+        return 1.0
+    columns = []
+    for reader in pair.readers:
+        weight = network.get_parameter(f"{reader.name}.weight").detach().double()
+        by_column = weight.transpose(0, 1).flatten(1)  # (columns, out · kernel)
+        columns.append(by_column[reader.columns.to(weight.device)].flatten(1))  # (channels, …)
+    return float(torch.cat(columns, 1).norm(dim=1).mean())
+
+
+def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> Tensor:
+    """Return the sum over samples of the gradient of a zero row for each column: (entries, inputs).
+
+    Args:
+        seen: of a batch.
+        pair: the layers.
+        raised: whether biases hold the channels above zero.
+    """
+    if seen.passage is not None:
+        return torch.cat(_pulled_through(seen, pair, raised))
+    read = patches(seen.writer, seen.x)
+    found = []
+    for index, part in enumerate(seen.laid_out(read)):
+        one = seen.reads[index]
+        whole = correlation(one.layer, part, one.descent)  # (out, inputs, *kernel)
+        found.append((one.raised if raised else one.slope) * whole.movedim(1, -1).flatten(0, -2))
+    return torch.cat(found)
+
+
+def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:
+    """Return the same for each reader, by the gradient of what lies between."""
+    passage = seen.passage
+    if passage is None:
+        return []
+    start = passage.written + (RAISED if raised and pair.has_bias else 0.0)
+    start.requires_grad_()
+    with torch.enable_grad():
+        got = passage.run(start, raised=raised)
+    reads = zip(seen.reads, got, strict=True)
+    return [_rows_by_column(seen, one, h, start, pair.block) for one, h in reads]
+
+
+def _rows_by_column(seen: Seen, one: Read, h: Tensor, start: Tensor, width: int) -> Tensor:
+    """Return the gradient of a zero row for each entry of a reader's column: (entries, inputs)."""
+    out, kernel = one.layer.weight.shape[0], one.layer.weight.shape[2:]
+    entries = out * math.prod(kernel)
+    found = []
+    for first in range(0, entries, width):
+        count = min(width, entries - first)
+        chosen = torch.arange(count, device=h.device)
+        weight = h.new_zeros(entries, width)
+        weight[first + chosen, chosen] = 1  # each channel is read by one entry
+        shaped = weight.reshape(out, *kernel, width).movedim(-1, 1)
+        with torch.enable_grad():
+            z = applied(one.layer, shaped, h)
+            (pulled,) = torch.autograd.grad(z, start, one.descent, retain_graph=True)
+        found.append(correlation(seen.writer, seen.x, pulled).flatten(1)[:count])
+    return torch.cat(found)

@@ -2,88 +2,45 @@
 
 They decide three things that a plan without data leaves open: which groups they can treat, how
 many channels each of these gets, and what the new rows and columns are. The first two go into the
-plan as refusals and widths. The last is an init like any other, but for knowing the names of what
-it fills.
+plan as refusals and widths; the last is an init that knows the names of what it fills.
+
+The order is: select directions by their strength on the network as it is, rescale old weights, lay
+out by the pairing what was selected.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, overload
 
 from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
-from fxgrow.grow.data.directions import Directions, Shapes
+from fxgrow.grow.data.carriers import entries_of, opened
+from fxgrow.grow.data.costs import Costs
+from fxgrow.grow.data.directions import Directions
+from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
+from fxgrow.grow.data.passages import ask, norm_entries
+from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
+from fxgrow.modules.calling import arguments_of
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.deviations import Place
-from fxgrow.plan.edits import TensorEdit
 from fxgrow.plan.init import Init, PlacedInit
+from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Refusal
-
-
-@dataclass(frozen=True, eq=False)
-class FromData(PlacedInit):
-    """New weights that were computed from data, as an init.
-
-    Attributes:
-        edits: of the plan they are for, by tensor.
-        rows: new rows and biases by the name of the tensor, float64 on the CPU.
-        columns: new columns likewise.
-        strengths: of each group's new channels, by its name: a singular value each.
-        gains: likewise, by what each lowers the loss to first order, before any rescaling: per
-            learning rate (the squared norm of the gradient of its row) or per amplitude.
-        amplitude: what rows, biases and columns hold the square root of.
-        notes: what a report should tell.
-    """
-
-    edits: Mapping[str, TensorEdit]
-    rows: Mapping[str, Tensor]
-    columns: Mapping[str, Tensor]
-    strengths: Mapping[str, tuple[float, ...]]
-    gains: Mapping[str, tuple[float, ...]]
-    amplitude: float = 1.0
-    notes: tuple[str, ...] = ()
-
-    def for_place(self, place: Place, reference: Tensor | None) -> Init:
-        """Return what fills the new entries at one place.
-
-        Raises:
-            PlanError: nothing was computed for it.
-        """
-        del reference
-        name = place.name
-        values = (self.columns if place.role.startswith("reader") else self.rows).get(name)
-
-        def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
-            del reference, fan_in
-            if values is None or values.shape != tensor.shape:
-                raise PlanError(f"no new weights of {name} were computed for this plan.", name=name)
-            tensor.copy_(values)
-
-        return fill
-
-    def scaled(self, amplitude: float) -> FromData:
-        """Return the same at another amplitude."""
-        root = math.sqrt(amplitude / self.amplitude)
-        rows, columns = (
-            {name: root * value for name, value in values.items()}
-            for values in (self.rows, self.columns)
-        )
-        return replace(self, rows=rows, columns=columns, amplitude=amplitude)
 
 
 class DataDriven(PlacedInit):
@@ -96,9 +53,10 @@ class DataDriven(PlacedInit):
         loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples of a batch.
         batches: pairs of inputs and targets; inputs are a tensor, a tuple of arguments or a dict
             of keyword arguments. All of them are kept.
-        keep: at most so many new channels for each group; None as many as the width asks for.
-        threshold: leave out new channels weaker than this part of the strongest of all groups,
-            from 0 to 1.
+        keep: at most so many directions for each group; None as many as the width asks for. Each
+            makes one channel, but under a pairing of twins two.
+        threshold: leave out directions weaker than this part of the strongest of all groups, from
+            0 to 1.
 
     Raises:
         PlanError: there are no batches, or an argument is out of range.
@@ -118,7 +76,7 @@ class DataDriven(PlacedInit):
         if not callable(loss_fn):
             raise PlanError(f"the loss function is a {type(loss_fn).__name__}, no function.")
         if keep is not None and not (isinstance(keep, int) and keep > 0):
-            raise PlanError(f"keep must be a number of channels, at least 1, not {keep!r}.")
+            raise PlanError(f"keep must be a number of directions, at least 1, not {keep!r}.")
         if not 0.0 <= threshold <= 1.0:
             raise PlanError(f"the threshold must be from 0 to 1, but it is {threshold}.")
         self.loss_fn = loss_fn
@@ -126,6 +84,7 @@ class DataDriven(PlacedInit):
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
+        self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
         """Return what fills the new entries at one place.
@@ -155,18 +114,42 @@ class DataDriven(PlacedInit):
         """The method's name."""
         return type(self).__name__
 
-    def paired(self, pairing: str, default: str) -> str:
-        """Return the method's own pairing, which goes with none that is asked for.
+    @overload
+    def paired(self, pairing: str | None) -> str: ...
+
+    @overload
+    def paired(self, pairing: Mapping[str, str]) -> dict[str, str]: ...
+
+    def paired(self, pairing: str | Mapping[str, str] | None) -> str | dict[str, str]:
+        """Return how new channels are laid out: as asked for (also by group), or in the own way.
 
         Raises:
-            PlanError: one that is not the default was asked for.
+            PlanError: what the method selects cannot be laid out so.
         """
-        if pairing not in (default, self.pairing):
+        self._is_asked = pairing is not None
+        if pairing is None:
+            return self.pairing
+        if not isinstance(pairing, str):
+            for name in pairing.values():
+                self.paired(name)
+            return {**pairing} if "*" in pairing else {**pairing, "*": self.pairing}
+        layout = PAIRINGS[pairing](2, 1, "")
+        if layout.copies:
+            why = f"the pairing {pairing!r} copies old channels and takes no new weights"
+        else:
+            why = self._unpaired(layout)
+        if why:
             raise PlanError(
-                f"{self.name} lays out new channels by itself, not by the pairing {pairing!r}.",
-                way_out="Leave the pairing out.",
+                f"{self.name} cannot be laid out so: {why}.",
+                name=pairing,
+                way_out=f"Leave the pairing out, which means {self.pairing!r}, or use 'vv_z_negz'.",
             )
-        return self.pairing
+        return pairing
+
+    def _unpaired(self, layout: Layout) -> str:
+        """Return why two new channels of the method cannot be laid out so; "" if they can."""
+        del layout
+        return ""
 
     def plan(
         self,
@@ -187,51 +170,158 @@ class DataDriven(PlacedInit):
             PlanError: the request is malformed, no group that it selects can be treated, or the
                 batches tell nothing.
         """
-        widths, refused = select([g for part in analyses for g in part.groups], request)
-        pairs, unfit = self._pairs(model, analyses, widths)
-        refused += unfit
-        self._check_some(pairs, refused)
+        groups = [group for part in analyses for group in part.groups]
+        widths, refused = select(groups, request)
+        limits = Limits(self.keep, self.threshold, request.budget)
         network = stand_in(model, {}).eval()
-        asked = {name: widths[name] - pair.width for name, pair in pairs.items()}
-        found = self._directions(network, pairs)
-        most = {name: self._most(pairs[name], asked[name], request.multiple_of) for name in pairs}
-        chosen = self._chosen(network, pairs, found, most, request.multiple_of)
-        why = f"{self.name}: {self.nothing}"
-        refused += tuple(Refusal(name, why) for name in pairs if name not in chosen)
+        asked = rooms_of(groups, widths, request)
+        pairs, unfit = self.pairs(network, analyses, asked)
+        rooms = self._twinned(asked, pairs)
+        tight = limits.too_tight(rooms)
+        refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
+        pairs = {name: pair for name, pair in pairs.items() if name not in tight}
+        self._check_some(pairs, refused)
+        found = self.selected(network, pairs, rooms, limits)
+        chosen = {name: directions for name, directions in found.items() if len(directions)}
+        refused += self._without(found, chosen, self.nothing)
         self._check_some(chosen, refused)
-        grown = {name: str(pairs[name].width + len(found)) for name, found in chosen.items()}
-        own = replace(request, width=grown, include=tuple(grown), exclude=(), where="all")
-        made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
+        if request.budget:
+            present = sum(parameter.numel() for parameter in network.parameters())
+            paid = limits.paid(chosen, rooms, Costs(analyses), present)
+            refused += self._without(
+                chosen, paid, "the budget goes to groups that gain more per parameter"
+            )
+            chosen = paid
+        made = self._laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
             made,
-            request=request,
             refused=refused + made.refused,
             groups=tuple(
-                self._told(group, chosen[group.name], asked[group.name], most[group.name])
+                self._told(group, chosen[group.name], rooms[group.name], limits)
                 for group in made.groups
             ),
-            warnings=made.warnings + self._warnings(made.groups, most),
+            warnings=made.warnings + limits.warnings(chosen, rooms),
         )
-        self._computed = self._fitted(network, made, _from_data(made, pairs, chosen))
+        made = opened(made, pairs)
+        entries = entries_of(made, pairs, self._norm_entries)
+        computed = replace(from_data(made, pairs, chosen), entries=entries)
+        computed = self._scaled(network, made, computed)
+        self._computed = self._settled(network, made, pairs, computed)
         return made
 
-    def _pairs(
-        self, model: nn.Module, analyses: Sequence[Analysis], widths: Mapping[str, int]
+    def _twinned(
+        self, rooms: Mapping[str, Room], pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, in twins where these are needed."""
+        needing = {name for name, pair in pairs.items() if self._needs_twins(pair)}
+        twins = set[str]() if self._is_asked else needing
+        paired = {name: replace(rooms[name], pairing="vv_z_negz") for name in twins}
+        return {name: paired.get(name, rooms[name]) for name in pairs}
+
+    def _needs_twins(self, pair: LayerPair) -> bool:
+        """Return whether new channels must be twins to keep the function."""
+        del pair
+        return False
+
+    def _norm_entries(self, pair: LayerPair) -> dict[str, float]:
+        """Return new channels' entries in batch norms, by tensor: they make these the identity."""
+        found: dict[str, float] = {}
+        for norm, eps in pair.norms.items():
+            found |= norm_entries(norm, weight=1.0, bias=0.0, mean=0.0, variance=1.0 - eps)
+        return found
+
+    def _settled(
+        self, network: nn.Module, made: Plan, pairs: Mapping[str, LayerPair], found: FromData
+    ) -> FromData:
+        """Return new weights with the entries of norms as they go into the network."""
+        del network, made, pairs
+        return found
+
+    def _scaled(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
+        """Return the new weights at their amplitude, which is 1 where they keep the function."""
+        if all(cancels(group.pairing) for group in made.groups):
+            return found
+        return self._fitted(network, made, found)
+
+    def _laid_out(
+        self,
+        analyses: Sequence[Analysis],
+        request: Widen,
+        variance_of: VarianceOf,
+        chosen: Mapping[str, Directions],
+        rooms: Mapping[str, Room],
+    ) -> Plan:
+        """Return the plan that rescales old weights and makes room for what was chosen."""
+        grown = {
+            name: str(rooms[name].width + rooms[name].each * len(directions))
+            for name, directions in chosen.items()
+        }
+        own = replace(
+            request,
+            width=grown,
+            include=tuple(grown),
+            exclude=(),
+            where="all",
+            pairing={name: rooms[name].pairing for name in grown},
+        )
+        made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
+        return replace(made, request=request)
+
+    def _without(
+        self, before: Iterable[str], after: Collection[str], why: str
+    ) -> tuple[Refusal, ...]:
+        """Return refusals of the groups that have no directions any more."""
+        return tuple(Refusal(n, f"{self.name}: {why}") for n in before if n not in after)
+
+    def pairs(
+        self,
+        network: nn.Module,
+        analyses: Sequence[Analysis],
+        rooms: Mapping[str, Room],
     ) -> tuple[dict[str, LayerPair], tuple[Refusal, ...]]:
-        """Return the pairs of layers around the groups that shall grow, and who has none."""
+        """Return the pairs of layers around groups that shall grow, and which groups have none.
+
+        Args:
+            network: in eval mode; a copy that may be run.
+            analyses: of the network, or of the parts of it that are followed.
+            rooms: of the groups.
+        """
         pairs: dict[str, LayerPair] = {}
         unfit: list[Refusal] = []
         for part in analyses:
             for group in part.groups:
-                if widths.get(group.name, group.width) == group.width:
+                if group.name not in rooms:
                     continue
-                pair = find_pair(part, group, model)
-                reason = pair.reason if isinstance(pair, Refusal) else self._problem(pair, model)
-                if isinstance(pair, Refusal) or reason:
-                    unfit.append(Refusal(group.name, f"{self.name}: {reason}"))
+                pair = self._pair(part, group, network, rooms[group.name])
+                if isinstance(pair, str):
+                    unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
                 else:
                     pairs[group.name] = pair
         return pairs, tuple(unfit)
+
+    def _pair(
+        self, part: Analysis, group: ChannelGroup, network: nn.Module, room: Room
+    ) -> LayerPair | str:
+        """Return the layers around a group, or why the method cannot treat them."""
+        found = find_pair(part, group, network)
+        if isinstance(found, Refusal):
+            return found.reason
+        pair = ask(network, found, arguments_of(self.batches[0][0]))
+        if isinstance(pair, str):
+            return pair
+        return self._problem(pair, network) or self._asleep(pair, room) or pair
+
+    def _asleep(self, pair: LayerPair, room: Room) -> str:
+        """Return why new channels would never learn as they are laid out; "" if they would."""
+        twins = self._needs_twins(pair)
+        if not PAIRINGS[room.pairing](2, 1, "").writes_zeros or (twins and not self._is_asked):
+            return ""
+        if not twins and any(reader.slope for reader in pair.readers):
+            return ""
+        return (
+            f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
+            "differentiates it, so new rows of zeros would never learn"
+        )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
         """Return if there is a group left to grow.
@@ -246,51 +336,36 @@ class DataDriven(PlacedInit):
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 
-    def _most(self, pair: LayerPair, asked: int, multiple_of: int) -> int:
-        """Return how many new channels a group may get."""
-        if self.keep is None or self.keep >= asked:
-            return asked
-        return (pair.width + self.keep) // multiple_of * multiple_of - pair.width
-
-    def _chosen(
+    def selected(
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
-        found: Mapping[str, Directions],
-        most: Mapping[str, int],
-        multiple_of: int,
+        rooms: Mapping[str, Room],
+        limits: Limits,
     ) -> dict[str, Directions]:
-        """Return the directions that are grown, of the groups that have any."""
-        strong = algebra.above(list(found.values()), self.threshold)
-        chosen = {n: d.first(most[n]) for n, d in zip(found, strong, strict=True)}
-        chosen = self._gaining(network, pairs, chosen)
-        for name, directions in chosen.items():
-            if len(directions) < most[name]:  # which makes such a multiple
-                width = pairs[name].width
-                wanted = (width + len(directions)) // multiple_of * multiple_of
-                chosen[name] = directions.first(wanted - width)
-        return {name: directions for name, directions in chosen.items() if len(directions)}
+        """Return the directions of each group that may be grown: all, some or none.
 
-    def _told(self, group: GroupPlan, found: Directions, asked: int, most: int) -> GroupPlan:
+        Args:
+            network: in eval mode; a copy that may be run.
+            pairs: the layers around each group.
+            rooms: how far each may grow.
+            limits: what else limits them.
+        """
+        found = self._directions(network, pairs)
+        strong = algebra.above(list(found.values()), limits.threshold)
+        chosen = {
+            name: directions.first(limits.kept(rooms[name]))
+            for name, directions in zip(found, strong, strict=True)
+        }
+        gaining = self._gaining(network, pairs, chosen)
+        return {name: d.first(rooms[name].fitting(len(d))) for name, d in gaining.items()}
+
+    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""
-        if len(found) == asked:
+        told = limits.told(len(found), room)
+        if not told:
             return group
-        why = f"keep is {self.keep}" if len(found) == most else self._why_fewer
-        told = f"{len(found)} of {asked} new channels: {why}"
         return replace(group, reason=f"{group.reason}; {told}" if group.reason else told)
-
-    def _warnings(self, groups: Iterable[GroupPlan], most: Mapping[str, int]) -> tuple[str, ...]:
-        """Return a warning for each group that gets fewer channels, and not by the user's will."""
-        counts = {group.name: group.width[1] - group.width[0] for group in groups}
-        return tuple(
-            f"{name} gets {found} new channels instead of {most[name]}: {self._why_fewer}"
-            for name, found in counts.items()
-            if found < most[name] and not self.threshold
-        )
-
-    @property
-    def _why_fewer(self) -> str:
-        return "no more are strong enough" if self.threshold else "the batches give no more"
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         """Return why the method cannot treat a pair of layers of a network; "" if it can."""
@@ -305,7 +380,7 @@ class DataDriven(PlacedInit):
         return dict(chosen)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
-        """Return the new weights as they go into the network."""
+        """Return the new weights as they go into the network, where they move what it computes."""
         del network, made
         return found
 
@@ -323,48 +398,3 @@ class DataDriven(PlacedInit):
         self, network: nn.Module, pairs: Mapping[str, LayerPair]
     ) -> dict[str, Directions]:
         """Return all directions of each pair of layers."""
-
-
-def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
-    """Return the shapes of a row and of a column."""
-    first = network.get_parameter(f"{pair.writer}.weight")
-    second = network.get_parameter(f"{pair.reader}.weight")
-    column = (second.shape[0], *second.shape[2:])
-    return Shapes(tuple(first.shape[1:]), column, pair.has_bias, first.dtype)
-
-
-def _from_data(
-    made: Plan, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
-) -> FromData:
-    """Return directions as the new entries of the tensors of a plan."""
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    for group in made.groups:
-        pair, directions = pairs[group.name], chosen[group.name]
-        first, second = f"{pair.writer}.weight", f"{pair.reader}.weight"
-        rows[first] = _widened(directions.rows, made.tensors[first])
-        if directions.biases is not None:
-            rows[f"{pair.writer}.bias"] = directions.biases
-        columns[second] = directions.columns * made.tensors[second].scale
-    found = {group.name: chosen[group.name] for group in made.groups}
-    return FromData(
-        edits=made.tensors,
-        rows={name: value.cpu() for name, value in rows.items()},
-        columns={name: value.cpu() for name, value in columns.items()},
-        strengths={name: tuple(d.strengths.tolist()) for name, d in found.items()},
-        gains={name: tuple(d.gains.tolist()) for name, d in found.items()},
-    )
-
-
-def _widened(rows: Tensor, edit: TensorEdit) -> Tensor:
-    """Return new rows with zeros for what the writer does not read yet."""
-    axis = next((axis for axis in edit.axes if axis.role == "reader"), None)
-    if axis is None:
-        return rows
-    out = rows.new_zeros(len(rows), edit.new_shape[axis.dim], *rows.shape[2:])
-    position = 0
-    for run in axis.runs:
-        if run.kind == "old":
-            out[:, position : position + run.length] = rows[:, run.start : run.start + run.length]
-        position += run.length
-    return out

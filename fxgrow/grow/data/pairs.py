@@ -1,36 +1,60 @@
-"""Pairs of layers between which new channels can be computed from data.
+"""Layers between which new channels can be computed from data: one writer, and what reads it.
 
-Both methods ask what a new channel does near zero: it is written by one linear layer, passes a
-scalar function σ with σ(0) = 0, and is read by one linear layer. Whether that is so is read off
-the operations that ran, and σ is those operations themselves, run on one number. Whatever else
-lies between (a norm, a gate, pooling, a reshape of the channels) is refused by name.
+Both methods ask what a new channel does near zero: what one linear layer writes, changed by
+whatever lies between, and read by one linear layer or several. What lies between is not
+interpreted, it is asked by running it (:mod:`fxgrow.grow.data.passages`): norms over the batch,
+activations, pooling, a flattening into columns. Whether it treats each channel by itself is read
+off the operations that ran, and tried. What does not is refused by name: a norm over channels, a
+gate, another layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError
-from fxgrow.grow.identity.concrete_run import run
-from fxgrow.labels.operators import traits_of
+from fxgrow.grow.data.directions import Shapes
+from fxgrow.grow.norms.zero_channels import follow_zeros
+from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.tape import Operation, Value
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.step import Refusal
 
 # A layer that is linear in its weight (out, in, *kernel); bias or none.
 LinearLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_START = -1  # in place of the index of a value: what the writer puts out
-_STEP = 1e-5  # of the one-sided slopes; σ is run in float64
+Slopes: TypeAlias = tuple[float, float]  # left and right of zero
 
-Function: TypeAlias = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that reads a channel group.
+
+    Attributes:
+        name: fully qualified.
+        columns: where the columns of each channel are, (channels, columns of each): several where
+            a convolution's output was flattened.
+        column: shape of what one channel has in it, (out, *kernel) or (out, columns of each).
+        slopes: of the scalar function σ that lies between, if it is no more than that; else None.
+        slope: σ'(0) as torch's autograd has it; 0 for a ReLU.
+        raised: the same at what new channels of zero rows hold if biases are a little above zero.
+    """
+
+    name: str
+    columns: Tensor
+    column: tuple[int, ...]
+    slopes: Slopes | None = None
+    slope: float = 0.0
+    raised: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,71 +64,149 @@ class LayerPair:
     Attributes:
         group: the group's name.
         width: its present width.
-        writer, reader: fully qualified names of the layers.
+        writer: fully qualified name of the layer that writes it.
+        readers: the layers that read it.
         has_bias: whether the writer has a bias.
-        slope: σ'(0) as torch's autograd has it; 0 for a ReLU.
-        slopes: the slopes of σ left and right of zero.
+        norms: batch norms between, by name, with the eps of each.
+        carried: what new channels have in the other carriers between (a PReLU), by tensor: the
+            mean of what old ones have.
+        carriers: all tensors with an entry for each channel but the writer's own.
+        flat: why new channels cannot be zeros that learn; "" if they can.
     """
 
     group: str
     width: int
     writer: str
-    reader: str
+    readers: tuple[Reader, ...]
     has_bias: bool
-    slope: float
-    slopes: tuple[float, float]
+    norms: Mapping[str, float] = field(default_factory=dict)
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    carriers: tuple[str, ...] = ()
+    flat: str = ""
+
+    @property
+    def reader(self) -> str:
+        """The names of the readers, for texts."""
+        return ", ".join(reader.name for reader in self.readers)
+
+    @property
+    def block(self) -> int:
+        """How many channels are run at a time: as many as there are, or one where there is none."""
+        return max(self.width, 1)
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the writer or a norm has a bias, which can hold new channels above zero."""
+        return self.has_bias or bool(self.norms)
 
 
 def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair | Refusal:
-    """Return the pair of layers around a channel group, or why it has none.
+    """Return the layers around a channel group, or why they are none that can be treated.
 
     Args:
         analysis: of the network or of a part of it.
         group: one of its groups.
-        model: the network itself, whose parameters σ may use.
+        model: the network itself.
     """
-    problem = next(_problems_around(group, model), None)
+    problem = next(_problems_around(analysis, group, model), None)
     if problem is not None:
         return Refusal(group.name, problem)
-    (writer,), (reader,) = group.writers, group.readers
-    is_linear = model.get_parameter(f"{writer}.weight").ndim == 2
-    path = _path(analysis, writer, reader, channels_last=is_linear)
-    problem = next(_problems_between(analysis, path, writer, reader), None)
+    problem = next(_problems_between(analysis, group), None)
     if problem is not None:
         return Refusal(group.name, problem)
-    between = _replayed(path, model)
-    at_zero = float(between(torch.zeros(1, dtype=torch.float64)))
-    if at_zero:
-        text = f"what lies between {writer} and {reader} makes {at_zero:.6g} of zero"
-        return Refusal(group.name, text)
+    (writer,) = group.writers
+    zeros = follow_zeros(analysis, group)
+    norms = {
+        layer: module.eps
+        for layer in group.carriers
+        if isinstance(module := model.get_submodule(layer), _BatchNorm)
+    }
+    carriers = tuple(t for t, _ in _axes(analysis, group, "carrier") if layer_of(t) != writer)
     return LayerPair(
         group=group.name,
         width=group.width,
         writer=writer,
-        reader=reader,
+        readers=tuple(_reader(analysis, group, model, layer) for layer in group.readers),
         has_bias=model.get_submodule(writer)._parameters["bias"] is not None,
-        slope=_slope(between),
-        slopes=_one_sided(between),
+        norms=norms,
+        carried={
+            name: _mean_entry(model, name) for name in carriers if layer_of(name) not in norms
+        },
+        carriers=carriers,
+        flat=zeros if isinstance(zeros, str) else "",
     )
 
 
-def _problems_around(group: ChannelGroup, model: nn.Module) -> Iterator[str]:
-    """Yield why the layers around a group are no pair; each holds if those before do not."""
+def _axes(analysis: Analysis, group: ChannelGroup, role: str) -> Iterator[tuple[str, int]]:
+    """Yield the tensors with an axis of a role in a group, and the index of the axis."""
+    for index in group.axes:
+        if analysis.channels.roles[index] == role:
+            yield analysis.channels.axes[index].tensor, index
+
+
+def _mean_entry(model: nn.Module, name: str) -> Tensor:
+    """Return the mean of a carrier's entries, in float64 on the CPU."""
+    tensor = dict(model.named_parameters()) | dict(model.named_buffers())
+    return tensor[name].detach().double().cpu().mean()
+
+
+def _reader(analysis: Analysis, group: ChannelGroup, model: nn.Module, layer: str) -> Reader:
+    """Return a layer that reads a group."""
+    columns = _columns(analysis, group, layer)
+    shape = model.get_parameter(f"{layer}.weight").shape
+    each = columns.shape[1:] if columns.shape[1] > 1 else torch.Size()
+    return Reader(layer, columns, (shape[0], *shape[2:], *each))
+
+
+def _columns(analysis: Analysis, group: ChannelGroup, layer: str) -> Tensor:
+    """Return where a reader has the columns of each channel: (channels, columns of each).
+
+    Empty if its columns are not those of the group's channels alone, equally many of each.
+    """
+    (axis,) = (i for t, i in _axes(analysis, group, "reader") if t == f"{layer}.weight")
+    there = analysis.present
+    if not (wanted := there.numbers(group.rows)).size:
+        return torch.zeros(0, 1, dtype=torch.int64)
+    channels = there.channels.of_axis(axis)
+    order = np.argsort(channels, kind="stable")
+    found, counts = np.unique(channels, return_counts=True)
+    whole = len(set(counts.tolist())) == 1 and set(found) == set(wanted.tolist())
+    if not whole:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    by_channel = dict(zip(found.tolist(), order.reshape(len(found), -1), strict=True))
+    return torch.from_numpy(np.stack([by_channel[c] for c in wanted.tolist()]))
+
+
+def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Iterator[str]:
+    """Yield why the layers around a group cannot be treated; each holds if those before do not."""
     if group.kind != "hidden":
         yield f"it is a {group.kind} group, with more than one layer on either side"
-    for role, layers in (("write", group.writers), ("read", group.readers)):
-        if len(layers) != 1:
-            yield f"{len(layers)} layers {role} it ({', '.join(layers)})"
-    if group.carriers:
-        yield f"{group.carriers[0]} lies between the layers"
-    (writer,), (reader,) = group.writers, group.readers
-    yield from _problems_of(model, writer)
-    yield from _problems_of(model, reader)
-    first, second = (model.get_parameter(f"{layer}.weight").shape for layer in (writer, reader))
-    if not first[0] == second[1] == group.width == len(group.channels):
-        yield f"its channels are not each one row of {writer} and one column of {reader}"
-    if len(first) != len(second):
-        yield f"{writer} and {reader} are not of one kind"
+    if len(group.writers) != 1:
+        yield f"{len(group.writers)} layers write it ({', '.join(group.writers)})"
+    if not group.readers:
+        yield "no layer reads it"
+    (writer,) = group.writers
+    for layer in (writer, *group.readers):
+        yield from _problems_of(model, layer)
+    rows = model.get_parameter(f"{writer}.weight").shape[0]
+    for layer in group.readers:
+        columns = _columns(analysis, group, layer)
+        if not rows == group.width == len(group.channels) - len(group.absent) == len(columns):
+            yield f"its channels are not each one row of {writer} and columns of {layer} alone"
+        if not _in_order(columns):
+            yield f"its channels are in another order where {layer} reads them"
+    for tensor, axis in _axes(analysis, group, "carrier"):
+        there = analysis.present
+        if not np.array_equal(there.channels.of_axis(axis), there.numbers(group.rows)):
+            yield f"{tensor} has not one entry for each of its channels, in order"
+    for layer in group.carriers:
+        yield from _problems_of_carrier(model, layer)
+
+
+def _in_order(columns: Tensor) -> bool:
+    """Return whether columns are laid out by channel, or by position and there by channel."""
+    flat = torch.arange(columns.numel())
+    return torch.equal(columns.flatten(), flat) or torch.equal(columns.T.flatten(), flat)
 
 
 def _problems_of(model: nn.Module, name: str) -> Iterator[str]:
@@ -125,124 +227,50 @@ def _problems_of(model: nn.Module, name: str) -> Iterator[str]:
         yield f"the weight of {name} is shared"
 
 
-@dataclass
-class _Path:
-    """The operations between two layers, as a function of one number.
-
-    Attributes:
-        channels_last: whether the channels are the last dim.
-        steps: the operations that compute something of each number, in order.
-        passed: for each value computed from what the writer puts out, by index, the value whose
-            number it has: its own, or that of another that it is a view or a copy of.
-        ends: the values that the reader takes.
-        guilty: the operations that do not treat each number by itself.
-    """
-
-    channels_last: bool
-    steps: list[Operation] = field(default_factory=list)
-    passed: dict[int, int] = field(default_factory=dict)
-    ends: set[Value] = field(default_factory=set)
-    guilty: list[Operation] = field(default_factory=list)
+def _problems_of_carrier(model: nn.Module, name: str) -> Iterator[str]:
+    """Yield why new channels cannot pass a layer with an entry for each as they need to."""
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, _BatchNorm):
+        return
+    if layer._buffers.get("running_mean") is None:
+        yield f"the norm {name} keeps no statistics, so that it is no function of one sample"
+    if layer._parameters.get("weight") is None:
+        yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
 
 
-def _path(analysis: Analysis, writer: str, reader: str, *, channels_last: bool) -> _Path:
-    """Return what lies between two layers."""
-    path = _Path(channels_last)
-    for op in analysis.tape.operations:
-        hidden = [value for value in op.inputs if value.index in path.passed]
-        if op.module == writer:
-            path.passed |= {value.index: _START for value in op.outputs if not value.is_weight}
-        elif hidden and op.module == reader:
-            path.ends.update(hidden)
-        elif hidden:
-            _add_step(op, path)
-    return path
-
-
-def _problems_between(analysis: Analysis, path: _Path, writer: str, reader: str) -> Iterator[str]:
-    """Yield why what lies between two layers is no function of each number by itself."""
-    for op in path.guilty:
-        where = f" at {op.module}" if op.module else ""
-        yield f"{op.name}{where} lies between the layers"
-    for layer in (writer, reader):
+def _problems_between(analysis: Analysis, group: ChannelGroup) -> Iterator[str]:
+    """Yield why what lies between the layers does not treat each channel by itself."""
+    (writer,) = group.writers
+    for layer in (writer, *group.readers):
         used = [op for op in analysis.tape.operations if f"{layer}.weight" in op.parameters]
         if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
             yield f"{layer} is used more than once"
-    if len(path.ends) != 1:
-        yield f"{reader} does not read once what {writer} writes"
+    passed: set[int] = set()
+    mixers = analysis.mixers_of(group)
+    for op in analysis.tape.operations:
+        if op.module == writer:
+            passed |= {value.index for value in op.outputs if not value.is_weight}
+        elif op.module not in group.readers and any(v.index in passed for v in op.inputs):
+            mixes = f"{operator_name(op.target)}{op.place.removeprefix(op.name)}" in mixers
+            # One over positions divides by their deviation, which small numbers do not show.
+            is_norm = "norm" in op.name and op.module not in group.carriers
+            if mixes or is_norm or not _is_alone(op, passed):
+                where = f" at {op.module}" if op.module else ""
+                yield f"{op.name}{where} lies between the layers"
+            passed |= {value.index for value in op.outputs}
 
 
-def _add_step(op: Operation, path: _Path) -> None:
-    """Let a path go on through an operation, which may treat each number by itself or not."""
-    others = [value for value in op.inputs if value.index not in path.passed]
+def _is_alone(op: Operation, passed: set[int]) -> bool:
+    """Return whether an operation depends on what the writer puts out, and on weights, alone."""
     random = torch.Tag.nondeterministic_seeded in op.target.tags
-    pointwise = traits_of(op.target).is_pointwise and not random
-    if _keeps_order(op, path.channels_last):
-        path.passed[op.outputs[0].index] = path.passed[op.inputs[0].index]
-        return
-    scalar = pointwise and all(_is_number(value) for value in others)
-    (path.steps if scalar else path.guilty).append(op)
-    path.passed |= {value.index: value.index for value in op.outputs}
+    others: list[Value] = [value for value in op.inputs if value.index not in passed]
+    return not (random or op.is_product or traits_of(op.target).is_product) and all(
+        value.is_weight for value in others
+    )
 
 
-def _keeps_order(op: Operation, channels_last: bool) -> bool:
-    """Return whether an operation only views or copies, in order, and leaves channels apart.
-
-    Where channels are the last dim, the others may be viewed as one.
-    """
-    if len(op.inputs) != 1 or not traits_of(op.target).is_movement:
-        return False
-    dims = slice(-1 if channels_last else 0, None)
-    (given,), (taken, *_) = op.inputs, op.outputs
-    places = torch.arange(math.prod(given.shape), dtype=torch.float64).reshape(given.shape)
-    results = run(op, {given.index: places})
-    same = len(results) == 1 and torch.equal(results[0].flatten(), places.flatten())
-    return same and given.shape[dims] == taken.shape[dims]
-
-
-def _is_number(value: Value) -> bool:
-    """Return whether a value is one number that the network holds, the slope of a PReLU, say."""
-    return value.is_weight and len(value.origins) == 1 and set(value.shape) <= {1}
-
-
-def _replayed(path: _Path, model: nn.Module) -> Function:
-    """Return the function that runs the operations of a path on a tensor of shape (1,)."""
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-
-    def between(number: Tensor) -> Tensor:
-        values = {_START: number}
-
-        def at(value: Value) -> Tensor:
-            if value.index in path.passed:
-                return values[path.passed[value.index]]
-            return parameters[value.origins[0]].detach().double().cpu().reshape(1)
-
-        for op in path.steps:
-            results = run(op, {value.index: at(value) for value in op.inputs})
-            if len(results) != len(op.outputs):
-                raise PlanError(f"{op.name} between the layers does not take one number.")
-            values |= {v.index: result for v, result in zip(op.outputs, results, strict=True)}
-        (end,) = path.ends
-        return at(end)
-
-    return between
-
-
-def _slope(between: Function) -> float:
-    """Return σ'(0), as autograd has it."""
-    number = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        value = between(number)
-        if not value.requires_grad:
-            return 0.0
-        (slope,) = torch.autograd.grad(value.sum(), number)
-    return float(slope)
-
-
-def _one_sided(between: Function) -> tuple[float, float]:
-    """Return the slopes of σ left and right of zero."""
-    with torch.no_grad():
-        left, right = (
-            float(between(torch.tensor([h], dtype=torch.float64))) / h for h in (-_STEP, _STEP)
-        )
-    return left, right
+def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:
+    """Return the shapes of a row and of a column over all readers."""
+    weight = network.get_parameter(f"{pair.writer}.weight")
+    entries = sum(math.prod(reader.column) for reader in pair.readers)
+    return Shapes(tuple(weight.shape[1:]), (entries,), pair.has_bias, weight.dtype)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.pairs import LayerPair, LinearLayer
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
+from fxgrow.grow.data.passages import Passage, by_channel, one_sided, rows_of
 from fxgrow.modules.calling import arguments_of, call, tensors_in
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -25,22 +26,74 @@ Batch: TypeAlias = tuple[Any, Any]  # inputs and targets
 
 
 @dataclass(frozen=True)
+class Read:
+    """What one reader saw of one batch, in float64.
+
+    Attributes:
+        layer: the reader; where it has several columns for each channel, a convolution over these.
+        h: its inputs, (…, in) for a linear layer, else (N, in, …).
+        descent: −∂L/∂z of the summed loss at its outputs z, (…, out) or (N, out, …).
+        slopes: of the scalar function that lies before it, if it is no more than that.
+        slope, raised: see :class:`fxgrow.grow.data.pairs.Reader`.
+    """
+
+    layer: LinearLayer
+    h: Tensor
+    descent: Tensor
+    slopes: Slopes | None
+    slope: float
+    raised: float
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a pair of layers saw of one batch, in float64.
 
     Attributes:
-        writer, reader: the layers.
-        x: the writer's inputs, (positions, in) for a linear layer, else (N, in, …).
-        h: the reader's inputs likewise.
-        descent: −∂L/∂z of the summed loss at the reader's outputs z, (positions, out) or
-            (N, out, …).
+        writer: the layer.
+        x: its inputs, (…, in) for a linear layer, else (N, in, …).
+        reads: what each reader saw.
+        passage: runs what lies between; None where that is a scalar function before each reader.
     """
 
     writer: LinearLayer
-    reader: LinearLayer
     x: Tensor
-    h: Tensor
-    descent: Tensor
+    reads: tuple[Read, ...]
+    passage: Passage | None
+
+    def laid_out(self, written: Tensor) -> list[Tensor]:
+        """Return what a writer puts out as each reader has it: its positions in their layouts."""
+        return [_laid_out(self.writer, written, read) for read in self.reads]
+
+    def mean_slopes(self, written: Tensor) -> list[Tensor]:
+        """Return what readers get per amplitude: the mean of what either sign of it gives."""
+        if self.passage is None:
+            return [
+                _laid_out(self.writer, written * (sum(slopes) / 2), read)
+                for read, slopes in self._scalar
+            ]
+        sides = one_sided(self.passage, written), one_sided(self.passage, -written)
+        return [(plus - minus) / 2 for plus, minus in zip(*sides, strict=True)]
+
+    def right_slopes(self, written: Tensor) -> list[Tensor]:
+        """Return what readers get per amplitude, for a small one, if the writer puts out this."""
+        if self.passage is None:
+            return [
+                _laid_out(self.writer, right * written.relu() - left * (-written).relu(), read)
+                for read, (left, right) in self._scalar
+            ]
+        return one_sided(self.passage, written)
+
+    @property
+    def _scalar(self) -> list[tuple[Read, Slopes]]:
+        return [(read, read.slopes) for read in self.reads if read.slopes is not None]
+
+
+def _laid_out(writer: LinearLayer, values: Tensor, read: Read) -> Tensor:
+    """Return what a writer puts out as its reader has it: the same positions, in its layout."""
+    rows, dim = as_rows(writer, values), channel_dim(read.layer)
+    shape = read.h.movedim(dim, -1).shape
+    return rows.reshape(*shape[:-1], rows.shape[-1]).movedim(-1, dim)
 
 
 @dataclass
@@ -69,7 +122,7 @@ class _Recorder:
 def _recording(model: nn.Module, pairs: Iterable[LayerPair]) -> Iterator[_Recorder]:
     """Have a recorder note what the layers of pairs get and put out."""
     recorder = _Recorder()
-    readers = {pair.reader for pair in pairs}
+    readers = {reader.name for pair in pairs for reader in pair.readers}
     handles = []
     for name in readers | {pair.writer for pair in pairs}:
         layer = model.get_submodule(name)
@@ -186,8 +239,9 @@ def _observed(
             )
         found = torch.autograd.grad(loss.sum(), [*recorder.added.values()], materialize_grads=True)
     gradients = dict(zip(recorder.added, found, strict=True))
+    doubles: dict[str, nn.Module] = {}
     for pair in pairs:
-        yield pair, _seen(model, pair, recorder.inputs, gradients, size_of(batch))
+        yield pair, _seen(model, pair, recorder.inputs, gradients, batch, doubles)
 
 
 def _seen(
@@ -195,25 +249,52 @@ def _seen(
     pair: LayerPair,
     inputs: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
-    size: int,
+    batch: Batch,
+    doubles: dict[str, nn.Module],
 ) -> Seen:
-    """Return what one pair saw; linear layers get one row for each position."""
-    if pair.writer not in inputs or pair.reader not in gradients:
+    """Return what one pair saw."""
+    if pair.writer not in inputs or any(r.name not in gradients for r in pair.readers):
         raise PlanError(f"a batch does not run {pair.writer} and {pair.reader}.", name=pair.group)
-    gradient = gradients[pair.reader].to(torch.float64)
-    if not bool(torch.isfinite(gradient).all()):
-        raise PlanError(
-            f"the gradient at {pair.reader} is not finite.",
-            name=pair.group,
-            way_out="Look for NaN in the weights, or leave the group out with exclude.",
-        )
-    layers = (model.get_submodule(pair.writer), model.get_submodule(pair.reader))
-    first, second = (layer for layer in layers if isinstance(layer, LinearLayer))
-    x, h, descent = inputs[pair.writer], inputs[pair.reader], gradient * -size
-    if isinstance(first, nn.Linear):
-        # (N, …, channels) -> (positions, channels)
-        x, h, descent = (values.reshape(-1, values.shape[-1]) for values in (x, h, descent))
-    return Seen(first, second, x, h, descent)
+    reads = []
+    for reader in pair.readers:
+        gradient = gradients[reader.name].to(torch.float64)
+        if not bool(torch.isfinite(gradient).all()):
+            raise PlanError(
+                f"the gradient at {reader.name} is not finite.",
+                name=pair.group,
+                way_out="Look for NaN in the weights, or leave the group out with exclude.",
+            )
+        layer, h = _whole_reader(_linear(model, reader.name), reader, inputs[reader.name])
+        descent = gradient * -size_of(batch)
+        if isinstance(layer, nn.Conv1d) and reader.columns.shape[1] > 1:
+            descent = descent.reshape(-1, descent.shape[-1], 1)  # (N, out, 1)
+        reads.append(Read(layer, h, descent, reader.slopes, reader.slope, reader.raised))
+    passage = None
+    if any(reader.slopes is None for reader in pair.readers):
+        passage = Passage(model, pair, arguments_of(batch[0]), doubles)
+    return Seen(_linear(model, pair.writer), inputs[pair.writer], tuple(reads), passage)
+
+
+def _linear(model: nn.Module, name: str) -> LinearLayer:
+    """Return a layer of a pair.
+
+    Raises:
+        PlanError: it is none that is linear in a weight.
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, LinearLayer):
+        raise PlanError(f"{name} is a {type(layer).__name__}, no linear layer.", name=name)
+    return layer
+
+
+def _whole_reader(layer: LinearLayer, reader: Reader, inputs: Tensor) -> tuple[LinearLayer, Tensor]:
+    """Return a reader with several columns for each channel as a convolution over these."""
+    out, (channels, each) = layer.weight.shape[0], reader.columns.shape
+    if each == 1:
+        return layer, inputs
+    has_bias = layer.bias is not None
+    whole = nn.Conv1d(channels, out, each, bias=has_bias, device="meta")
+    return whole, by_channel(reader, inputs)
 
 
 def applied(
@@ -270,4 +351,4 @@ def channel_dim(layer: LinearLayer) -> int:
 
 def as_rows(layer: LinearLayer, values: Tensor) -> Tensor:
     """Return values as (positions, channels)."""
-    return values.movedim(channel_dim(layer), -1).flatten(0, -2)
+    return rows_of(values, channel_dim(layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.apply.trial import apply_to_module
-from fxgrow.channels.analysis import Analysis
-from fxgrow.errors import PlanError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.inits import DataDriven, FromData, shapes_of
-from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.from_data import FromData
+from fxgrow.grow.data.inits import DataDriven
+from fxgrow.grow.data.pairs import LayerPair, shapes_of
+from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
+    Read,
     Seen,
     applied,
     as_rows,
@@ -25,8 +28,7 @@ from fxgrow.grow.data.statistics import (
     patches,
     readings,
 )
-from fxgrow.grow.widen.planner import VarianceOf
-from fxgrow.plan.requests import Widen
+from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 
@@ -39,38 +41,20 @@ class Tiny(DataDriven):
     channels are for: the pairs of rows and columns nearest to it, whitened by what the writer
     reads, are the leading singular vectors of a matrix. Those that would raise the loss to first
     order, since they move the reachable part too, are left out. One amplitude for all, found by a
-    line search on the loss, sets the step; so the function is not kept, and the loss falls.
+    line search on the loss, sets the step; so the function is not kept, and the loss falls. Under a
+    pairing that is asked for the function is kept, and the amplitude is 1.
 
-    For a σ with a kink at 0 (ReLU), the mean of its slopes on both sides stands for σ'(0), and
-    each channel takes the sign for which it lowers the loss more.
+    For a σ with a kink at 0 (ReLU, max pooling), the mean of its slopes on both sides stands for
+    σ'(0), and each channel takes the sign for which it lowers the loss more. A batch norm between
+    the layers is the identity on new channels, by their statistics over the batches.
     """
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for, or new channels would raise it"
 
-    def plan(
-        self,
-        model: nn.Module,
-        analyses: Sequence[Analysis],
-        request: Widen,
-        variance_of: VarianceOf,
-    ) -> Plan:
-        """Compute new weights, and return the plan that makes room for them.
-
-        Raises:
-            PlanError: as for :meth:`DataDriven.plan`; old weights would be rescaled; no amplitude
-                lowers the loss.
-        """
-        if request.rescaling != "none":
-            raise PlanError(
-                f"Tiny takes its step from the old weights, which {request.rescaling} changes.",
-                way_out="Use rescaling none.",
-            )
-        return super().plan(model, analyses, request, variance_of)
-
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         del model
-        if sum(pair.slopes):
+        if any(r.slopes is None or sum(r.slopes) for r in pair.readers):
             return ""
         return (
             f"what lies between {pair.writer} and {pair.reader} is flat at 0, or the same on both "
@@ -83,8 +67,11 @@ class Tiny(DataDriven):
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}
         fits = self.averages(network, pairs, lambda _, seen: _fit(seen))
         moves = {
-            name: algebra.pseudo_solution(gram, cross, shapes[name].dtype)
-            for name, (gram, cross, _) in fits.items()
+            name: [
+                algebra.pseudo_solution(gram, cross, shapes[name].dtype)
+                for gram, cross in zip(sums[1::2], sums[2::2], strict=True)
+            ]
+            for name, sums in fits.items()
         }
         sums = self.averages(
             network, pairs, lambda name, seen: _unreached(seen, moves[name], pairs[name].has_bias)
@@ -93,11 +80,11 @@ class Tiny(DataDriven):
             name: algebra.tiny(
                 correlation=sums[name][0],
                 gram=sums[name][1],
-                slope=sum(pair.slopes) / 2,
-                scale=float(fits[name][2].sqrt()),
+                slope=1.0,
+                scale=float(fits[name][0].sqrt()),
                 shapes=shapes[name],
             )
-            for name, pair in pairs.items()
+            for name in pairs
         }
 
     def _gaining(
@@ -108,9 +95,7 @@ class Tiny(DataDriven):
         if not growing:
             return dict(chosen)
         result = dict(chosen)
-        gains = self.averages(
-            network, growing, lambda name, seen: _gains(seen, chosen[name], pairs[name].slopes)
-        )
+        gains = self.averages(network, growing, lambda name, seen: _gains(seen, chosen[name]))
         for name, (plain, mirrored) in gains.items():
             better = mirrored > plain
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
@@ -118,10 +103,12 @@ class Tiny(DataDriven):
             result[name] = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
         return result
 
-    def _told(self, group: GroupPlan, found: Directions, asked: int, most: int) -> GroupPlan:
+    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
+        if cancels(group.pairing):
+            return super()._told(group, found, room, limits)
         gain = float(found.gains.sum())
         reason = f"Tiny: the new channels move the output, by a first-order gain of {gain:.6g}"
-        return super()._told(replace(group, reason=reason), found, asked, most)
+        return super()._told(replace(group, reason=reason), found, room, limits)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
         before = statistics.mean_loss(network, self.loss_fn, self.batches)
@@ -131,60 +118,87 @@ class Tiny(DataDriven):
             return statistics.mean_loss(grown, self.loss_fn, self.batches)
 
         gain = sum(sum(gains) for gains in found.gains.values())
-        amplitude, after = algebra.search_amplitude(loss, before, gain)
+        # What rescaling alone does to the loss is not the new channels' doing.
+        scaled = any(edit.scale != 1.0 for edit in made.tensors.values())
+        start = loss(0.0) if scaled else before
+        amplitude, after = algebra.search_amplitude(loss, start, gain)
         note = (
             f"Tiny: the mean loss over the given batches is {before:.6g} before and {after:.6g} "
             f"after, at amplitude {amplitude:.3g}"
         )
         return replace(found.scaled(amplitude), notes=(note,))
 
-
-def _fit(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums for a least-squares fit of V on what the reader reads, and that of V²."""
-    read = as_rows(seen.reader, patches(seen.reader, seen.h))  # (positions, h · kernel)
-    if seen.reader.bias is not None:
-        read = torch.cat([read, read.new_ones(len(read), 1)], dim=1)
-    wanted = as_rows(seen.reader, seen.descent)  # (positions, out)
-    return read.T @ read, read.T @ wanted, wanted.square().sum()
+    def _settled(
+        self, network: nn.Module, made: Plan, pairs: Mapping[str, LayerPair], found: FromData
+    ) -> FromData:
+        grown = apply_to_module(made, network, found).eval()
+        norms = identities(grown, made, pairs, [inputs for inputs, _ in self.batches])
+        return replace(found, entries={**found.entries, **norms})
 
 
-def _unreached(seen: Seen, move: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+def _fit(seen: Seen) -> tuple[Tensor, ...]:
+    """Return the sum of V², and for each reader those for a fit of V on what it reads."""
+    squares = sum(read.descent.square().sum() for read in seen.reads)
+    found = [torch.as_tensor(squares)]
+    for read in seen.reads:
+        inputs = as_rows(read.layer, patches(read.layer, read.h))  # (positions, h · kernel)
+        if read.layer.bias is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+        wanted = as_rows(read.layer, read.descent)  # (positions, out)
+        found += [inputs.T @ inputs, inputs.T @ wanted]
+    return tuple(found)
+
+
+def _left(read: Read, move: Tensor) -> Tensor:
+    """Return what is left of V if a reader's own weights and bias move: (inputs, out)."""
+    kernel = read.layer.weight.shape[1:]
+    count = kernel.numel()
+    weight = move[:count].T.reshape(
+        move.shape[1], *kernel
+    )  # (h · kernel, out) -> (out, h, *kernel)
+    bias = move[count] if len(move) > count else None
+    return read.descent - applied(read.layer, weight, read.h, bias)
+
+
+def _unreached(seen: Seen, moves: Sequence[Tensor], has_bias: bool) -> tuple[Tensor, Tensor]:
     """Return the correlation of what the writer reads with what is left of V, and its moments.
+
+    What the writer reads is taken as the readers get it, through the slopes of what lies between.
 
     Args:
         seen: of a batch.
-        move: of the reader's own weights and bias, (inputs, out): what they can do for V.
+        moves: of each reader's own weights and bias, (inputs, out): what they can do for V.
         has_bias: whether the writer has a bias, which reads ones.
 
     Returns:
-        N as (out, inputs, *kernel) and S as (inputs, inputs); each patch counts in S as often as
-        the reader reads it.
+        N as (outputs · kernel of all readers, inputs) and S as (inputs, inputs); each patch counts
+        in S as often as a reader reads it, on average over the readers.
     """
-    kernel = seen.reader.weight.shape[1:]
-    count = kernel.numel()
-    weight = move[:count].T.reshape(-1, *kernel)  # (h · kernel, out) -> (out, h, *kernel)
-    bias = move[count] if len(move) > count else None
-    left = seen.descent - applied(seen.reader, weight, seen.h, bias)
-    read = patches(seen.writer, seen.x)  # (N, inputs, …) or (positions, inputs)
+    read = patches(seen.writer, seen.x)  # (N, inputs, …) or (…, inputs)
     dim = channel_dim(seen.writer)
     if has_bias:
         read = torch.cat([read, torch.ones_like(read.narrow(dim, 0, 1))], dim)
-    counted = as_rows(seen.writer, read * readings(seen.reader, read))  # (positions, inputs)
-    return correlation(seen.reader, read, left), counted.T @ as_rows(seen.writer, read)
+    found, moments = [], []
+    for one, move, given in zip(seen.reads, moves, seen.mean_slopes(read), strict=True):
+        whole = correlation(one.layer, given, _left(one, move))  # (out, inputs, *kernel)
+        found.append(whole.movedim(1, -1).flatten(0, -2))
+        counted = as_rows(one.layer, given * readings(one.layer, given))  # (positions, inputs)
+        moments.append(counted.T @ as_rows(one.layer, given))
+    return torch.cat(found), torch.stack(moments).mean(0)
 
 
-def _gains(seen: Seen, found: Directions, slopes: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return ⟨V, δz⟩ of each channel for a small amplitude, as it is and with both signs turned.
-
-    Near zero σ(y) is right·y for positive and left·y for negative y.
-    """
-    left, right = slopes
-    hidden = applied(seen.writer, found.rows, seen.x, found.biases)  # (N, k, …)
-    positive, negative = (
-        (correlation(seen.reader, side.relu(), seen.descent) * found.columns)  # (out, k, *kernel)
-        .transpose(0, 1)
-        .flatten(1)
-        .sum(1)  # (k,)
-        for side in (hidden, -hidden)
-    )
-    return right * positive - left * negative, left * positive - right * negative
+def _gains(seen: Seen, found: Directions) -> tuple[Tensor, Tensor]:
+    """Return ⟨V, δz⟩ of each channel for a small amplitude, as it is and with both signs turned."""
+    written = applied(seen.writer, found.rows, seen.x, found.biases)  # (N, k, …)
+    shapes = [one.layer.weight.shape for one in seen.reads]
+    sizes = [out * math.prod(kernel) for out, _, *kernel in shapes]
+    columns = torch.split(found.columns, sizes)
+    gains = []
+    for sign in (1.0, -1.0):
+        gain = written.new_zeros(len(found))
+        given = seen.right_slopes(sign * written)
+        for one, h, column in zip(seen.reads, given, columns, strict=True):
+            whole = correlation(one.layer, h, one.descent)  # (out, k, *kernel)
+            gain += sign * (whole.movedim(1, -1).flatten(0, -2) * column).sum(0)
+        gains.append(gain)
+    return gains[0], gains[1]

@@ -290,10 +290,16 @@ def run(op: Operation, numbers: Mapping[int, Tensor]) -> list[Tensor]:
     def number(value: Value) -> Tensor:
         return numbers[value.index].clone() if in_place else numbers[value.index]
 
-    try:
-        return run_on(op, number)
-    except (RuntimeError, TypeError, IndexError, KeyError, NotImplementedError):
-        return []
+    def spread(value: Value) -> Tensor:
+        return number(value).contiguous()
+
+    # One number that stands for all entries takes no memory; not every kernel reads it so.
+    for taken in (number, spread):
+        with contextlib.suppress(
+            RuntimeError, TypeError, IndexError, KeyError, NotImplementedError
+        ):
+            return run_on(op, taken)
+    return []
 
 
 def least(candidates: Sequence[Any], works: Callable[[Collection[Any]], bool]) -> list[Any]:

@@ -22,7 +22,7 @@ class Assignment:
 
     Attributes:
         tied: which channels of the network go together.
-        draw, sign, copy, padding: as :class:`fxgrow.grow.match.match.Matching` has them.
+        draw, sign, copy, row, padding: as :class:`fxgrow.grow.match.match.Matching` has them.
         drawn: number of values drawn so far.
     """
 
@@ -31,6 +31,7 @@ class Assignment:
     sign: IntArray
     copy: IntArray
     padding: npt.NDArray[np.bool_]
+    row: IntArray
     drawn: int = 0
 
     @classmethod
@@ -38,7 +39,8 @@ class Assignment:
         """Return that of a network in which every channel continues an old one."""
         nothing = np.full(len(tied.first), -1, dtype=np.int64)
         zero_channels = np.zeros(len(nothing), dtype=bool)
-        return cls(tied, nothing, np.zeros_like(nothing), nothing.copy(), zero_channels)
+        signs, copies, rows = np.zeros_like(nothing), nothing.copy(), nothing.copy()
+        return cls(tied, nothing, signs, copies, zero_channels, rows)
 
     def copy_whole(self, fresh: IntArray, kept: IntArray, times: int) -> IntArray:
         """Let the first of new channels be copies of all old ones; return the padding that is left.
@@ -74,7 +76,10 @@ class Assignment:
             self.copy[members] = kept[list(layout.copies)]
             return
         paired = len(members) - len(members) % 2 if members.shape[1] > 1 else len(members)
-        self._draw(members[:paired], pairing(paired, len(kept), name))
+        layout = pairing(paired, len(kept), name)
+        if layout.row_copies:
+            self.row[members[:paired]] = kept[list(layout.row_copies)]
+        self._draw(members[:paired], layout)
         for channels in members[paired:]:
             _, cells = np.unique(self.tied.cell[channels], return_inverse=True)
             for cell in range(int(cells.max()) + 1):

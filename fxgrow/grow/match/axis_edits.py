@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.tied import Silenced
@@ -125,10 +126,7 @@ def _positions(
 
     old_rows = slice(int(old.start[old_axis]), int(old.start[old_axis + 1]))
     old_keys = _keys(old.channel[old_rows], matching.old_rank[old_rows])
-    order = np.argsort(old_keys)
-    wanted = _keys(origin[~fresh], rank[~fresh])
-    found = order[np.searchsorted(old_keys[order], wanted) % len(order)]
-    unread = old_keys[found] != wanted
+    found, unread = _found(_keys(origin[~fresh], rank[~fresh]), old_keys)
     if bool(unread.any()) and special.role == "writer":
         raise PlanError(f"{new.axes[new_axis].tensor} would lose a position of an old channel.")
     # A reader that the old channel did not have reads it by zeros; a carrier may hold anything.
@@ -145,6 +143,12 @@ def _positions(
     if special.silences:
         kind[fresh & ~padding] = ZERO
         fresh &= padding
+    if new.roles[new_axis] != "reader":
+        row = matching.row[channel]
+        at, missing = _found(_keys(row, rank), old_keys)
+        copied = fresh & (row >= 0) & ~missing
+        kind[copied], start[copied] = BORROWED, at[copied]
+        fresh &= ~copied
     draw = _keys(matching.draw[channel[fresh]], rank[fresh])
     sign = matching.sign[channel[fresh]]
     if special.is_free:
@@ -153,6 +157,16 @@ def _positions(
         new.roles[new_axis], new.fills[new_axis], draw, sign, len(old_keys)
     )
     return kind, start
+
+
+def _found(wanted: IntArray, keys: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Return where each of some wanted keys is among others, and whether it is missing there."""
+    if not len(keys):
+        return np.zeros_like(wanted), np.ones(len(wanted), dtype=bool)
+    order = np.argsort(keys)
+    found = order[np.searchsorted(keys[order], wanted) % len(order)]
+    missing: npt.NDArray[np.bool_] = keys[found] != wanted
+    return found, missing
 
 
 def _keys(channel: IntArray, rank: IntArray) -> IntArray:

@@ -8,7 +8,7 @@ whole copies inside each group, which keeps their number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
 
@@ -28,7 +28,7 @@ def new_norm_groups(
     new_shapes: Mapping[str, tuple[int, ...]],
     grouped: Grouped,
     *,
-    copying: bool,
+    copying: Collection[str],
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Return the new number of groups of each group norm that gets new ones.
 
@@ -41,7 +41,7 @@ def new_norm_groups(
         widths: wanted width by group name.
         new_shapes: new shape of each tensor that changes.
         grouped: ``count`` asks for new groups everywhere.
-        copying: keep the number of groups where whole copies fit.
+        copying: names of channel groups that keep the number of groups where whole copies fit.
 
     Returns:
         The numbers by weight, and by the name of a channel group why its width is impossible.
@@ -57,9 +57,9 @@ def new_norm_groups(
         mixing = bool((members != members[:, :1]).any())
         touched = [groups[i] for i in np.unique(group_of[members]).tolist() if i >= 0]
         if mixing and grouped == "width":
-            ratios = {Fraction(widths.get(g.name, g.width), g.width) for g in touched}
+            ratios = {group.ratio(widths) for group in touched}
             whole = len(ratios) == 1 and next(iter(ratios)).denominator == 1
-            if count == 1 or (copying and whole):
+            if count == 1 or (whole and all(group.name in copying for group in touched)):
                 continue
         counts[weight], rest = divmod(width, size)
         for group in touched if rest else ():

@@ -41,6 +41,8 @@ class Matching:
         draw: for a new channel the drawn value it carries; twins share one. -1 for old ones.
         sign: for a new channel the sign of its columns at every reader: +1, −1 or 0.
         copy: for a new channel the old one whose value it copies, or -1.
+        row: for a new channel the old one whose value it copies while its columns are drawn, or
+            -1.
         padding: for a new channel whether it must leave the norms over its group as they are, see
             :mod:`fxgrow.grow.norms.padding`, or be zero, see
             :mod:`fxgrow.grow.norms.zero_channels`.
@@ -52,6 +54,7 @@ class Matching:
     draw: IntArray
     sign: IntArray
     copy: IntArray
+    row: IntArray
     padding: npt.NDArray[np.bool_]
     old_rank: IntArray
     new_rank: IntArray
@@ -150,6 +153,8 @@ def match(
     pairing: Pairing,
     copied: IntArray,
     copies: Mapping[int, int] = MappingProxyType({}),
+    pairings: Mapping[int, Pairing] = MappingProxyType({}),
+    of_empty: Mapping[tuple[str, int], Pairing] = MappingProxyType({}),
 ) -> Matching | Obstacle:
     """Match the channels of a network at its old and its new sizes.
 
@@ -159,6 +164,8 @@ def match(
         pairing: lays out the new channels of each signature.
         copied: old channels that can only be copied, whatever the pairing; sorted.
         copies: for old channels whose group has padding channels, how many of each there are to be.
+        pairings: for old channels whose group has a pairing of its own, that one.
+        of_empty: likewise, by tensor and dim, for groups without old channels.
 
     Returns:
         The matching, or why some old channel has no place in the new network.
@@ -195,7 +202,15 @@ def match(
         kept = np.sort(continued[taken])
         continued[theirs.members(taken)] = mine.members(continued[taken])
         first = next(iter(kept.tolist()), -1)
-        chosen = drawing(pairing) if first in copies else pairing
+        own = pairing
+        if len(fresh) and (pairings or of_empty):
+            beside = first if first >= 0 else _beside(old, new, fresh)
+            own = pairings.get(beside, pairing)
+            if beside < 0:
+                axes = [new.axes[i] for i in new.axis_of_row[new.channel == fresh[0]].tolist()]
+                there = (of_empty.get((axis.tensor, axis.dim)) for axis in axes)
+                own = next(filter(None, there), pairing)
+        chosen = drawing(own) if first in copies else own
         chosen = replicate if first in only_copied else chosen
         if len(fresh):
             left = found.copy_whole(fresh, kept, copies.get(first, 0))
@@ -207,7 +222,18 @@ def match(
         return obstacle
     part_twins(new, list(grown), continued, found)
     ranks = old.ranks(hashes[0]), new.ranks(hashes[1])
-    return Matching(continued, found.draw, found.sign, found.copy, found.padding, *ranks)
+    return Matching(continued, found.draw, found.sign, found.copy, found.row, found.padding, *ranks)
+
+
+def _beside(old: Channels, new: Channels, fresh: IntArray) -> int:
+    """Return an old channel that an axis holds on which the first of new ones lies; -1 for none."""
+    axes = {(axis.tensor, axis.dim): index for index, axis in enumerate(old.axes)}
+    for row in np.flatnonzero(new.channel == fresh[0]).tolist():
+        axis = new.axes[int(new.axis_of_row[row])]
+        held = old.of_axis(axes[axis.tensor, axis.dim])
+        if len(held):
+            return int(held[0])
+    return -1
 
 
 def _grown(old: Channels, new: Channels) -> dict[int, int]:

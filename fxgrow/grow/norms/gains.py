@@ -28,6 +28,7 @@ def propagate_gains(
     undone: Set[str],
     *,
     owed: Mapping[str, float] = MappingProxyType({}),
+    passed: Set[str] = frozenset(),
     numbers: Mapping[int, float] = MappingProxyType({}),
 ) -> GainFlow:
     """Carry the factors of the weights through a run; see :class:`GainFlow` for the arguments.
@@ -38,7 +39,7 @@ def propagate_gains(
     cancelled = any(factors.get(name) == 1.0 for name in undone)
     if statistics and cancelled:  # where a number's factor and η cancel, readers still take η
         undone = undone | {tape.operations[index].module for index in numbers}
-    flow = GainFlow(acting, with_eps, statistics, undone, owed, numbers)
+    flow = GainFlow(acting, with_eps, statistics, undone, owed, passed, numbers)
     if not (acting or statistics or owed or numbers):
         return flow
     interpret(tape.operations, flow)

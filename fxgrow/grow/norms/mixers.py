@@ -90,7 +90,7 @@ def mixed_groups(
         extended: the weights of group norms that get new groups, which ask for nothing.
     """
     groups = analysis.groups
-    ratios = [Fraction(widths.get(group.name, group.width), group.width) for group in groups]
+    ratios = [group.ratio(widths) for group in groups]
     group_of = group_of_channel(analysis.channels, groups)
     copied: dict[str, IntArray] = {}
     found = Mixed(np.zeros(0, dtype=np.int64))

@@ -46,6 +46,12 @@ class Payment:
         agree = all(math.isclose(new[name], x) for new, old in both for name, x in old.items())
         return Payment(factors, owed, self.later | other.later) if agree else None
 
+    def times(self, other: Payment) -> Payment:
+        """Return what both take together, where either may be of the same tensors."""
+        pairs = (self.factors, other.factors), (self.owed, other.owed)
+        factors, owed = ({n: a.get(n, 1.0) * b.get(n, 1.0) for n in {**a, **b}} for a, b in pairs)
+        return Payment(factors, owed, self.later | other.later)
+
 
 Ways: TypeAlias = Iterator[Payment]
 
@@ -68,10 +74,12 @@ class Payers:
     Attributes:
         tape: the operations.
         apart: sums of products of so many terms are not looked behind.
+        kept: weights that take nothing, so that what goes into their layers must.
     """
 
     tape: Tape
     apart: Collection[int] = ()
+    kept: Collection[str] = ()
     _depending: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +103,10 @@ class Payers:
             yield from itertools.islice(self._through(op, each), _MOST)
         yield Payment(later=frozenset({op.module}))
 
+    def directly(self, op: Operation, factor: float) -> Ways:
+        """Yield ways in which the output of an operation takes a factor, without any other."""
+        yield from self._through(op, factor)
+
     def _of(self, value: Value, factor: float) -> Ways:
         """Yield ways in which a value takes a factor."""
         if value.is_weight:
@@ -112,7 +124,11 @@ class Payers:
         elif name in _SUMS:
             yield from self._all(data, factor)
         elif weights and traits.is_product and len(data) == 1:  # behind its bias, if it has one
-            yield from _paid([v for v in weights if v is not _bias(op)], factor)
+            own = [v for v in weights if v is not _bias(op)]
+            if self.kept and {*self.kept}.issuperset(n for v in own for n in v.origins):
+                yield from self._of(data[0], factor)
+            else:
+                yield from _paid(own, factor)
         elif weights and name == "aten.mul":
             yield from _paid(weights, factor, of_norm=True)
         elif not weights and len(data) == 1:

@@ -37,7 +37,7 @@ def head_edits(
     done = {(edit.module, edit.attribute) for edit in known}
     for group in groups:
         heads, width = len(group.channels), widths.get(group.name, group.width)
-        if heads == group.width or width == group.width:
+        if heads == group.followed or width == group.width:
             continue
         for owner in dict.fromkeys(writer.rpartition(".")[0] for writer in group.writers):
             for name, before in vars(model.get_submodule(owner)).items():

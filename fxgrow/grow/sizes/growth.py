@@ -64,7 +64,7 @@ def growth_of(
     channels: Channels, groups: Sequence[ChannelGroup], widths: Mapping[str, int]
 ) -> Growth:
     """Return what becomes of channels whose groups get new widths, by name."""
-    ratios = [Fraction(widths.get(group.name, group.width), group.width) for group in groups]
+    ratios = [group.ratio(widths) for group in groups]
     whole = lcm(*(ratio.denominator for ratio in ratios))
     parts = [int(ratio * whole) for ratio in ratios]
     most = max((*parts, whole)) * max(len(channels.channel), 1)  # more than any sum of them

@@ -8,14 +8,11 @@ attributes, which are then set; where they come from none they are rewritten in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from fxgrow.apply.trial import set_attributes
 from fxgrow.channels.analysis import Analysis, CallRecording, Opened
 from fxgrow.channels.channels import Channels, resolve
 from fxgrow.channels.groups import group_of_channel
@@ -28,6 +25,7 @@ from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair
 from fxgrow.grow.sizes.parts import at_larger_images, edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.swapped import resized
 from fxgrow.grow.sizes.unlike import unlike
 from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
@@ -174,7 +172,7 @@ class _Rerun:
         """Run the stand-in's own forward, or a graph of it, at new sizes."""
         traced = opened.traced if opened else self.analysis.traced
         try:
-            with _resized(traced.standin, self.sizes.shapes, edits), _in_code(traced, sizes):
+            with resized(traced.standin, self.sizes.shapes, edits), _in_code(traced, sizes):
                 if opened:
                     space, tape = traced.label_graph(opened.graph, watch)
                 else:
@@ -320,7 +318,7 @@ class _Rerun:
             growth = self._shapes.growth.among(self.analysis.channels, channels)
             shapes = NewShapes(growth, channels, self.sizes.norm_groups)
             watch = Watching(traced, recording.calls, shapes)
-            with _resized(traced.standin, self.sizes.shapes, self.follow):
+            with resized(traced.standin, self.sizes.shapes, self.follow):
                 traced.label(watch)
         except TraceError:
             return None
@@ -342,28 +340,6 @@ def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:
 
 
 @contextlib.contextmanager
-def _resized(
-    standin: nn.Module, shapes: Mapping[str, tuple[int, ...]], edits: tuple[ModuleEdit, ...]
-) -> Iterator[None]:
-    """Swap tensors and attributes of a stand-in for a while; ties stay tied."""
-    before = named_tensors(standin)
-    fresh: dict[int, Tensor] = {}
-    for name, shape in shapes.items():
-        old = before[name]
-        tensor = torch.empty(shape, dtype=old.dtype, device="meta")
-        if isinstance(old, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        fresh[id(old)] = tensor
-    _swap(standin, {name: fresh[id(t)] for name, t in before.items() if id(t) in fresh})
-    set_attributes(standin, edits)
-    try:
-        yield
-    finally:
-        _swap(standin, {name: t for name, t in before.items() if id(t) in fresh})
-        set_attributes(standin, edits, back=True)
-
-
-@contextlib.contextmanager
 def _in_code(traced: Traced, edits: Sequence[SizeEdit]) -> Iterator[None]:
     """Let the code of modules use other sizes for a while."""
     lines: dict[str, list[Sized]] = {}
@@ -378,11 +354,3 @@ def _in_code(traced: Traced, edits: Sequence[SizeEdit]) -> Iterator[None]:
         for module in modules:
             if (held := sizes_in_code(module)) is not None:
                 held.tables.pop()
-
-
-def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        owner, _, local = name.rpartition(".")
-        module = standin.get_submodule(owner)
-        held = module._parameters if local in module._parameters else module._buffers
-        held[local] = tensor  # type: ignore[assignment]

@@ -8,7 +8,7 @@ the run at the new sizes shows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -51,7 +51,7 @@ def new_sizes(
     shapes: Mapping[str, tuple[int, ...]],
     grouped: Grouped,
     *,
-    copying: bool = False,
+    copying: Collection[str] = (),
 ) -> Sizes:
     """Return the sizes that follow from new widths; what is impossible is refused and left out.
 
@@ -61,7 +61,7 @@ def new_sizes(
         widths: wanted width by group name.
         shapes: present shape by tensor name.
         grouped: whether a grouped convolution grows inside each group or by whole groups.
-        copying: whether group norms keep their numbers of groups where whole copies fit.
+        copying: the groups whose group norms keep their numbers of groups if whole copies fit.
     """
     wanted = dict(widths)
     refused: dict[str, str] = {}
@@ -138,8 +138,8 @@ class _Count:
                 continue
             several = Counter(np.unique(group.rows, return_counts=True)[1].tolist())
             for rows, count in sorted(several.items()):
-                if count * wanted % group.width:
-                    step = group.width // gcd(group.width, count)
+                if count * wanted % group.followed:
+                    step = group.followed // gcd(group.followed, count)
                     near = nearest_widths(step, wanted, group.width)
                     self.problems[group.name] = (
                         f"width {wanted} is not a whole number of its channels, which have {rows} "
@@ -159,7 +159,7 @@ class _Count:
             in_groups = axis.tensor in channels.convolution_groups
             if in_groups and (axis.groups > 1 or axis.dim == 0):
                 sides[axis.tensor, "in" if axis.groups > 1 else "out"] = size
-            if axis.groups == 1 and size != axis.size:
+            if axis.groups == 1 and size != self.old[axis.tensor][axis.dim]:
                 self._set(axis.tensor, axis.dim, size)
         return sides
 
@@ -170,10 +170,10 @@ class _Count:
         for member, count in sorted(positions.items()):
             group = self.groups[member]
             wanted = self.widths.get(group.name, group.width)
-            if member >= 0 and count * wanted % group.width:
+            if member >= 0 and count * wanted % group.followed:
                 self.problems[group.name] = (
                     f"width {wanted} does not divide among its {count} positions in {axis.tensor}; "
-                    f"a multiple of {group.width // gcd(group.width, count)} would"
+                    f"a multiple of {group.followed // gcd(group.followed, count)} would"
                 )
 
     def _growing(self, weight: str) -> list[ChannelGroup]:

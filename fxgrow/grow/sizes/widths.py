@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
+from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError, UsageError
 from fxgrow.labels.pins import PinKind
+from fxgrow.modules.tensors import layer_of, named_tensors
+from fxgrow.plan.by_layer import globs_in
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
+_FROM_NONE = 'ask for a number ("8", "+8")'
 _SHOWN = 3  # groups that a message names
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
@@ -79,7 +83,7 @@ def select(
     per_glob = isinstance(request.width, dict)
     globs = request.width if isinstance(request.width, dict) else {"*": request.width}
     for pattern in (*request.include, *request.exclude, *(globs if per_glob else ())):
-        _must_match(pattern, groups)
+        must_match_group(pattern, groups)
     chosen: dict[str, int] = {}
     refused: list[Refusal] = []
     passed: list[ChannelGroup] = []
@@ -88,6 +92,11 @@ def select(
         if width is None:
             continue
         if group.kind != "pinned" and request.where in ("all", group.kind):
+            if not group.width and not new_width(width, 0):
+                refused.append(
+                    Refusal(group.name, f"{width!r} of no channel is none: {_FROM_NONE}")
+                )
+                continue
             chosen[group.name] = new_width(
                 width, group.width, multiple_of=request.multiple_of, name=group.name
             )
@@ -97,6 +106,11 @@ def select(
             reason = group.reason or f"a {group.kind} group; ask for --where all"
             refused.append(Refusal(group.name, reason))
     if not chosen:
+        empty = [refusal for refusal in refused if refusal.reason.endswith(_FROM_NONE)]
+        if empty:
+            raise PlanError(
+                f"{empty[0].name} cannot be widened: {empty[0].reason}.", name=empty[0].name
+            )
         raise _nothing_selected(len(groups), passed)
     return chosen, tuple(refused)
 
@@ -150,13 +164,46 @@ def matches(group: ChannelGroup, glob: str) -> bool:
     return any(fnmatchcase(name, glob) for name in (group.name, *group.writers))
 
 
-def _must_match(glob: str, groups: Iterable[ChannelGroup]) -> None:
-    names = list(dict.fromkeys(n for group in groups for n in (group.name, *group.writers)))
+def must_match_group(glob: str, groups: Iterable[ChannelGroup]) -> None:
+    """Return if a glob names a group or one of its writers.
+
+    Raises:
+        PlanError: it names none; the nearest are told.
+    """
+    must_match(glob, [n for group in groups for n in (group.name, *group.writers)], "channel group")
+
+
+def must_match(glob: str, names: Iterable[str], kind: str) -> None:
+    """Return if a glob matches a name of what it is over.
+
+    Raises:
+        PlanError: it matches none; the nearest are told.
+    """
+    names = list(dict.fromkeys(names))
     if any(fnmatchcase(name, glob) for name in names):
         return
     nearest = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
     hint = f"Near it: {', '.join(nearest)}." if nearest else "See `fxgrow inspect`."
-    raise PlanError(f"the glob {glob!r} matches no channel group.", name=glob, way_out=hint)
+    raise PlanError(f"the glob {glob!r} matches no {kind}.", name=glob, way_out=hint)
+
+
+def check_globs(request: Widen, analyses: Sequence[Analysis]) -> None:
+    """Return if each glob of a setting by layer matches something of the network.
+
+    Args:
+        request: its rescaling, gain and init are by layer, and its pairing by group.
+        analyses: of the whole network, or of parts of it.
+
+    Raises:
+        PlanError: one matches nothing; the nearest names are told.
+    """
+    groups = [group for part in analyses for group in part.groups]
+    for glob in globs_in(request.pairing):
+        must_match_group(glob, groups)
+    layers = [layer_of(name) for name in named_tensors(analyses[0].traced.standin)]
+    for setting in (request.rescaling, request.gain, request.init):
+        for glob in globs_in(setting):
+            must_match(glob, layers, "layer")
 
 
 def nearest_widths(granule: int, wanted: int, present: int) -> str:

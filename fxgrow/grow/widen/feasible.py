@@ -8,7 +8,7 @@ beside the others, those of one kind (the names of their layers alike but for nu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fxgrow.channels.analysis import Analysis
@@ -69,8 +69,10 @@ class Attempts:
         shapes: present shape by tensor name.
         grouped: how grouped convolutions grow.
         pairing: lays out new channels.
+        pairings: by group name, what lays out those of groups with a pairing of their own.
         with_eps: for each layer the attributes that may be its eps.
         scale_writers: whether 1/η may be a factor on old weights.
+        rescaled: weights on which it may not, whatever ``scale_writers``.
     """
 
     analysis: Analysis
@@ -79,6 +81,8 @@ class Attempts:
     pairing: Pairing
     with_eps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     scale_writers: bool = True
+    rescaled: frozenset[str] = frozenset()
+    pairings: Mapping[str, Pairing] = field(default_factory=dict)
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
     _zero_channels: dict[str, frozenset[int] | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
@@ -89,9 +93,9 @@ class Attempts:
         """Return what is zero of the groups whose new channels are to be, and why it cannot be."""
         found: dict[str, frozenset[int]] = {}
         problems: dict[str, str] = {}
-        if not self.pairing(1, 0, "").writes_zeros:
-            return found, problems
         for group in self.analysis.groups:
+            if not self._pairing_of(group)(1, 0, "").writes_zeros:
+                continue
             if widths.get(group.name, group.width) == group.width or mixed.lays_out(group):
                 continue
             if group.name not in self._zero_channels:
@@ -102,6 +106,30 @@ class Attempts:
             else:
                 found[group.name] = found_zeros
         return found, problems
+
+    def _pairing_of(self, group: ChannelGroup) -> Pairing:
+        """Return what lays out a group's new channels."""
+        return self.pairings.get(group.name, self.pairing)
+
+    def pairing_by_channel(self) -> dict[int, Pairing]:
+        """Return, by old channel, the pairing of those whose group has one of its own."""
+        there = self.analysis.present
+        own = (group for group in self.analysis.groups if group.name in self.pairings)
+        return {
+            int(c): self.pairings[group.name]
+            for group in own
+            for c in there.numbers(group.channels)
+        }
+
+    def pairing_of_empty(self) -> dict[tuple[str, int], Pairing]:
+        """Return the same by tensor and dim, for groups without a channel."""
+        axes = self.analysis.channels.axes
+        return {
+            (axes[index].tensor, axes[index].dim): self.pairings[group.name]
+            for group in self.analysis.groups
+            if group.name in self.pairings and not group.width
+            for index in group.axes
+        }
 
     def _copied_groups(self, sizes: Sizes, mixed: Mixed) -> dict[str, str]:
         """Return why groups cannot grow that new convolution groups read and norms want copied.
@@ -141,15 +169,16 @@ class Attempts:
 
     def _make_either(self, widths: Mapping[str, int]) -> Feasible | Obstacle:
         """Try new groups of group norms first, or copies first."""
-        layout = self.pairing(1, 1, "")
-        copying = bool(layout.copies) or layout.writes_zeros
-        made = self._make(widths, copying=copying)
-        if isinstance(made, Feasible) or copying or not self.analysis.channels.norm_groups:
+        layouts = {g.name: self._pairing_of(g)(1, 1, "") for g in self.analysis.groups}
+        copying = {name for name, own in layouts.items() if own.copies or own.writes_zeros}
+        made = self._make(widths, copying)
+        all_copy = copying == layouts.keys()
+        if isinstance(made, Feasible) or all_copy or not self.analysis.channels.norm_groups:
             return made
-        other = made if self.grouped == "count" else self._make(widths, copying=True)
+        other = made if self.grouped == "count" else self._make(widths, layouts.keys())
         return other if isinstance(other, Feasible) else made
 
-    def _make(self, widths: Mapping[str, int], *, copying: bool) -> Feasible | Obstacle:
+    def _make(self, widths: Mapping[str, int], copying: Collection[str]) -> Feasible | Obstacle:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
@@ -158,8 +187,10 @@ class Attempts:
                 copying=copying,
             )  # fmt: skip
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
+            written = {writer for padding in mixed.padding.values() for writer in padding.writers}
+            scale_writers = self.scale_writers and self.rescaled.isdisjoint(written)
             eta, unsettled = settle(
-                analysis.tape, mixed.padding, self.with_eps, scale_writers=self.scale_writers,
+                analysis.tape, mixed.padding, self.with_eps, scale_writers=scale_writers,
                 silenced=analysis.silenced,
             )  # fmt: skip
             zero_channels, stuck = self.zero_channels(widths, mixed)
@@ -175,8 +206,13 @@ class Attempts:
         if isinstance(resized, Obstacle):
             return resized
         resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
-        copies = mixed.copies(analysis.groups)
-        matching = match(analysis.channels, resized.channels, self.pairing, mixed.copied, copies)
+        there = analysis.present
+        copies = {int(there.number[c]): n for c, n in mixed.copies(analysis.groups).items()}
+        copied = there.numbers(mixed.copied)
+        matching = match(
+            there.channels, resized.channels, self.pairing, copied, copies,
+            self.pairing_by_channel(), self.pairing_of_empty(),
+        )  # fmt: skip
         if isinstance(matching, Obstacle):
             together = self._read_together(matching.name)
             groups = dict.fromkeys((name for name in widths if name in together), matching.reason)

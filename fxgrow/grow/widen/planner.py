@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,28 +13,41 @@ from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
+from fxgrow.grow.norms.folding import Fold, folded
 from fxgrow.grow.norms.gains import owed_for, propagate_gains
+from fxgrow.grow.norms.payers import Payment
 from fxgrow.grow.norms.scales import times
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.widths import select
-from fxgrow.grow.widen.feasible import Attempts, Feasible, feasible
+from fxgrow.grow.widen.factors import (
+    VarianceOf as VarianceOf,
+)
+from fxgrow.grow.widen.factors import (
+    factors_of,
+    fan_in_of,
+    pairing_for,
+    rescaling_for,
+    weights_of,
+)
+from fxgrow.grow.widen.feasible import Attempts, Feasible
 from fxgrow.grow.widen.prediction import multipliers
+from fxgrow.grow.widen.single import worked_out
 from fxgrow.labels.gains import Absorbed, GainFlow, Mismatch, Verdict
 from fxgrow.labels.offsets import offsets_of
 from fxgrow.labels.space import Role
 from fxgrow.labels.trace import Tracer
 from fxgrow.modules.collection import uncollected
 from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
+from fxgrow.plan.by_layer import values_in
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
+from fxgrow.plan.presets import DEFAULTS
 from fxgrow.plan.requests import Widen
-from fxgrow.plan.rescaling import RESCALINGS, USES_VARIANCE, LayerStatistics, rescaling_factor
+from fxgrow.plan.rescaling import RESCALINGS
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Scope
 from fxgrow.version import __version__
-
-VarianceOf = Callable[[str], float]
 
 
 def make_plan(analysis: Analysis, request: Widen, variance_of: VarianceOf) -> Plan:
@@ -51,10 +64,11 @@ def make_plan(analysis: Analysis, request: Widen, variance_of: VarianceOf) -> Pl
     """
     if not (request.noise >= 0 and math.isfinite(request.noise)):
         raise UsageError(f"the noise must not be negative, but it is {request.noise}.")
-    RESCALINGS[request.rescaling]  # an unknown name is refused before any work
+    for name in values_in(request.rescaling):
+        RESCALINGS[name]  # an unknown name is refused before any work
     widths, refused = select(analysis.groups, request)
     with uncollected():
-        found = feasible(attempts_for(analysis, request), widths)
+        analysis, found = worked_out(analysis, lambda some: attempts_for(some, request), widths)
         found = replace(found, refused=refused + found.refused)
         return plan_of(analysis, request, found, variance_of)
 
@@ -63,13 +77,20 @@ def attempts_for(analysis: Analysis, request: Widen) -> Attempts:
     """Return all that the search for sizes depends on but the widths."""
     standin = analysis.traced.standin
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(standin).items()}
+    own = {group.name: pairing_for(request, group) for group in analysis.groups}
+    default = DEFAULTS[1] if isinstance(request.pairing, dict) else request.pairing
     return Attempts(
         analysis,
         shapes,
         request.grouped,
-        seeded(PAIRINGS[request.pairing], request.seed),
+        seeded(PAIRINGS[default], request.seed),
         eps_attributes(standin),
-        scale_writers=request.rescaling == "none",
+        rescaled=frozenset(name for name in shapes if rescaling_for(request, name) != "none"),
+        pairings={
+            name: seeded(PAIRINGS[pairing], request.seed)
+            for name, pairing in own.items()
+            if pairing != default
+        },
     )
 
 
@@ -90,24 +111,31 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     sizes, resized = found.sizes, found.resized
     edits = axis_edits(
-        analysis.channels, resized.channels, found.matching, found.padding.values(),
+        analysis.present.channels, resized.channels, found.matching, found.padding.values(),
         found.zero_channels.values(), analysis.silenced,
     )  # fmt: skip
-    roles = _weights(analysis, sizes)
-    factors, warnings = _factors(request, roles, shapes, found, variance_of)
+    roles = weights_of(analysis, sizes)
+    factors, warnings = factors_of(request, roles, shapes, found, variance_of)
     with_eps, eta, scales = eps_attributes(traced.standin), found.eta, found.scales
     owed = owed_for(analysis.silenced, factors, scales.owed)
-    flow = propagate_gains(
-        analysis.tape, factors, with_eps, eta.statistics, eta.undone | scales.undone,
-        owed=owed, numbers=scales.numbers,
-    )  # fmt: skip
+
+    def flow_with(paid: Payment) -> GainFlow:
+        return propagate_gains(
+            analysis.tape, times(factors, paid.factors), with_eps, eta.statistics,
+            eta.undone | scales.undone, owed=times(owed, paid.owed), passed=paid.owed.keys(),
+            numbers=scales.numbers,
+        )  # fmt: skip
+
+    flow, paid, folds = flow_with(Payment()), Payment(), tuple[Fold, ...]()
+    if request.compensate and flow.mismatches:
+        flow, paid, folds = folded(analysis.tape, roles, flow, flow_with)
     eps_edits = _eps_edits(flow)
     multiplied, predicted = _multiplied(analysis, request, found, flow)
     aliases = aliases_of(tensors)
     growing = [group for group in analysis.groups if group.name in sizes.widths]
     layouts = [_layout(analysis, request, group, found) for group in growing]
     groups = tuple(
-        _group_plan(analysis, request, group, sizes, factors, flow, *layout)
+        _group_plan(analysis, request, group, sizes, factors, flow, folds, *layout)
         for group, layout in zip(growing, layouts, strict=True)
     )
     in_graph = any(edit.node for edit in resized.sizes)
@@ -118,7 +146,9 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(analysis, shapes, sizes, edits, factors, flow, roles, aliases),
+        tensors=_tensor_edits(
+            analysis, shapes, sizes, edits, times(factors, paid.factors), flow, roles, aliases
+        ),
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
@@ -126,7 +156,7 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
         source=fingerprint(tensors),
         scopes=(scope,),
         parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
-        flops=(analysis.tape.flops // batch, resized.tape.flops // batch),
+        flops=(analysis.flops // batch, resized.tape.flops // batch),
         warnings=(*warnings, *_warnings(analysis, found, eps_edits)),
         fxgrow=__version__,
         sizes=resized.sizes,
@@ -178,53 +208,6 @@ def _warnings(
     yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
 
 
-def _weights(analysis: Analysis, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Return, for each weight that writes or reads a widened group, its dim by role."""
-    widened = {g.name for g in analysis.groups if sizes.widths.get(g.name, g.width) != g.width}
-    axes = {axis for g in analysis.groups if g.name in widened for axis in g.axes}
-    names = {
-        analysis.channels.axes[axis].tensor
-        for axis in axes
-        if analysis.channels.roles[axis] in ("writer", "reader")
-    }
-    dims: dict[str, dict[str, int]] = {}
-    for axis, role in zip(analysis.channels.axes, analysis.channels.roles, strict=True):
-        if axis.tensor in names:
-            dims.setdefault(axis.tensor, {})[role] = axis.dim
-    return dims
-
-
-def _fan_in(shape: tuple[int, ...], dims: Mapping[str, int]) -> int:
-    """Return the number of inputs of one output: all elements over the rows."""
-    rows = shape[dims.get("writer", 0)]
-    return math.prod(shape) // max(rows, 1)
-
-
-def _factors(
-    request: Widen,
-    weights: Mapping[str, Mapping[str, int]],
-    shapes: Mapping[str, tuple[int, ...]],
-    found: Feasible,
-    variance_of: VarianceOf,
-) -> tuple[dict[str, float], list[str]]:
-    """Return the factor of each weight, by rescaling and η, and what to warn of."""
-    factors: dict[str, float] = {}
-    warnings: list[str] = []
-    needs_variance = request.rescaling in USES_VARIANCE
-    for name, dims in weights.items():
-        layer = LayerStatistics(
-            fan_in=_fan_in(shapes[name], dims),
-            new_fan_in=_fan_in(found.sizes.shapes.get(name, shapes[name]), dims),
-            variance=variance_of(name) if needs_variance else math.nan,
-            gain=request.gain,
-        )
-        factor, warning = rescaling_factor(request.rescaling, layer)
-        factors[name] = factor * found.eta.factors.get(name, 1.0)
-        if warning:
-            warnings.append(f"{layer_of(name)}: {warning}")
-    return times(factors, found.scales.factors), warnings
-
-
 def _tensor_edits(
     analysis: Analysis,
     shapes: Mapping[str, tuple[int, ...]],
@@ -255,7 +238,9 @@ def _tensor_edits(
             continue
         layer = layer_of(name)
         owner = name if name in weights else directions.get(layer, f"{layer}.weight")
-        fan_in = _fan_in(sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {}))
+        fan_in = fan_in_of(
+            sizes.shapes.get(owner, shapes.get(owner, shape)), weights.get(owner, {})
+        )
         if parts is not None and name == parts.direction:
             scale = 1.0  # the length takes it
         offset = offsets.get(name, 0.0) if scale != 1.0 or (axes and name in split) else 0.0
@@ -300,6 +285,7 @@ def _group_plan(
     sizes: Sizes,
     factors: Mapping[str, float],
     flow: GainFlow,
+    folds: Sequence[Fold],
     pairing: str,
     note: str,
 ) -> GroupPlan:
@@ -309,6 +295,8 @@ def _group_plan(
     touching = {name for name in own if name in factors}
     mismatches = [m for m in flow.mismatches if m.sources & touching]
     verdict, reason = _verdict(request, pairing, mismatches)
+    undone = "; ".join(dict.fromkeys(map(str, (f for f in folds if f.sources & touching))))
+    reason = "; ".join(filter(None, (reason, undone)))
     if verdict == "exact":
         reason = "; ".join(filter(None, (note, reason)))
     return GroupPlan(
@@ -345,18 +333,18 @@ def _layout(
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
         return "replicate", "whole copies, for a norm over all its channels"
-    padding = found.padding.get(group.name)
+    asked, padding = pairing_for(request, group), found.padding.get(group.name)
     if padding is None:
         touched = {analysis.channels.axes[axis].tensor for axis in group.axes}
         norm = next((weight for weight in found.sizes.norm_groups if weight in touched), "")
-        return request.pairing, f"whole new groups, for {layer_of(norm)}" if norm else ""
-    own = PAIRINGS[request.pairing]
+        return asked, f"whole new groups, for {layer_of(norm)}" if norm else ""
+    own = PAIRINGS[asked]
     eta = math.sqrt(padding.ratio)
     held = "the mean of the old channels" if padding.holds == "mean" else "zero"
     taken = "the writers are multiplied by 1/η" if found.eta.factors else "its eps by η²"
     copies = f"besides {padding.copies} whole copies, " if padding.copies > 1 else ""
     return (
-        request.pairing if drawing(own) is own else "vv_z_negz",
+        asked if drawing(own) is own else "vv_z_negz",
         f"{copies}new channels carry {held}, for a norm over all channels: its weight, or "
         f"what reads it, is multiplied by η = {eta:.6g}, {taken}",
     )

@@ -58,7 +58,7 @@ def plan_untied(
         aliases |= dict.fromkeys(moved[1:], moved[0])
     count = sum(p.numel() for p in model.parameters())
     more = sum(tensors[name].numel() for name in found)
-    flops = sum(analysis.tape.flops for analysis in analyses)
+    flops = sum(analysis.flops for analysis in analyses)
     return Plan(
         request=Untie(module=module),
         scopes=tuple(Scope.of(analysis.traced) for analysis in analyses),

@@ -1,0 +1,135 @@
+"""What new channels have in the norms and slopes that they pass between a writer and its readers.
+
+A plan without data fills these by itself: weight 1, variance 1. Here they come from the init, as
+new rows do, so that a new channel is at its reader what it was computed to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.errors import PlanError
+from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.passages import norm_entries
+from fxgrow.modules.calling import arguments_of, call
+from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
+from fxgrow.plan.schema import Plan
+
+
+def opened(made: Plan, pairs: Mapping[str, LayerPair]) -> Plan:
+    """Return a plan in which the init fills the new entries of carriers, slice by slice as rows."""
+    tensors = dict(made.tensors)
+    for group in made.groups:
+        pair = pairs[group.name]
+        rows = next(a for a in tensors[f"{pair.writer}.weight"].axes if a.role == "writer")
+        runs = _drawn(rows)
+        for name in pair.carriers:
+            edit = tensors[name]
+            axes = tuple(replace(a, runs=runs) if a.role == "carrier" else a for a in edit.axes)
+            tensors[name] = replace(edit, axes=axes)
+    return replace(made, tensors=tensors)
+
+
+def _drawn(rows: AxisEdit) -> tuple[Run, ...]:
+    """Return the runs of new rows with those of zeros as slices that are drawn, one by one."""
+    runs, drawn = [], 0
+    for run in rows.runs:
+        if run.kind == "zero":
+            run, drawn = Run("new", drawn, run.length), drawn + run.length
+        runs.append(run)
+    return tuple(runs)
+
+
+def entries_of(
+    made: Plan, pairs: Mapping[str, LayerPair], norms: Callable[[LayerPair], Mapping[str, float]]
+) -> dict[str, Tensor]:
+    """Return what the init fills into carriers, by tensor.
+
+    Args:
+        made: the plan, opened.
+        pairs: the layers around each group.
+        norms: returns the entries of each tensor of the batch norms of a pair.
+    """
+    found: dict[str, Tensor] = {}
+    for group in made.groups:
+        pair = pairs[group.name]
+        values = {name: float(value) for name, value in pair.carried.items()} | {**norms(pair)}
+        for name in pair.carriers:
+            edit = made.tensors[name]
+            shape = list(edit.shape)
+            for axis in edit.axes:
+                shape[axis.dim] = len(_positions(edit))
+            found[name] = torch.full(shape, values[name], dtype=torch.float64)
+    return found
+
+
+def _positions(edit: TensorEdit) -> list[int]:
+    """Return the position of each slice that is drawn for a carrier: the first, of twins."""
+    (axis,) = edit.axes
+    found: dict[int, int] = {}
+    position = 0
+    for run in axis.runs:
+        if run.kind == "new":
+            for offset in range(run.length):
+                found.setdefault(run.start + offset, position + offset)
+        position += run.length
+    return [found[drawn] for drawn in sorted(found)]
+
+
+def identities(
+    grown: nn.Module,
+    made: Plan,
+    pairs: Mapping[str, LayerPair],
+    batches: Sequence[object],
+) -> dict[str, Tensor]:
+    """Return entries of batch norms that make them the identity on new channels, by tensor.
+
+    With m and v the mean and the biased variance of each new channel over all batches: running_mean
+    is m, running_var is v, weight is √(v + eps) and bias is m. So nothing changes in eval mode, and
+    in train mode no more than what tells a batch from the data.
+
+    Args:
+        grown: the grown network in eval mode, in which they are the identity already.
+        made: its plan, opened.
+        pairs: the layers around each group.
+        batches: inputs: each a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        PlanError: a norm is not run.
+    """
+    norms = {norm: eps for group in made.groups for norm, eps in pairs[group.name].norms.items()}
+    sums: dict[str, list[Tensor]] = {norm: [] for norm in norms}
+    handles = []
+    for norm in norms:
+        places = torch.tensor(_positions(made.tensors[f"{norm}.running_var"]))
+
+        def note(
+            _: nn.Module, args: tuple[Tensor, ...], norm: str = norm, places: Tensor = places
+        ) -> None:
+            new = args[0].detach().index_select(1, places.to(args[0].device)).double()
+            values = new.transpose(0, 1).flatten(1)  # (new channels, positions)
+            count = torch.full_like(values[:, 0], values.shape[1])
+            sums[norm].append(torch.stack([count, values.sum(1), values.square().sum(1)]))
+
+        handles.append(grown.get_submodule(norm).register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            for inputs in batches if norms else ():
+                call(grown, arguments_of(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, Tensor] = {}
+    for norm, eps in norms.items():
+        if not sums[norm]:
+            raise PlanError(f"the batches do not run {norm}.", name=norm)
+        count, total, squares = torch.stack(sums[norm]).sum(0).cpu()
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        weight = (variance + eps).sqrt()
+        found |= norm_entries(norm, weight=weight, bias=mean, mean=mean, variance=variance)
+    return found

@@ -1,0 +1,89 @@
+"""Where a network asks for new channels: what each group's would gain to first order, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxgrow.channels.analysis import Analysis
+from fxgrow.grow.data.costs import Costs
+from fxgrow.grow.data.inits import DataDriven
+from fxgrow.grow.data.selection import Limits, Room
+from fxgrow.modules.standin import stand_in
+
+_MOST = 1 << 20  # channels, more than any group has directions
+
+
+@dataclass(frozen=True)
+class GroupGrowth:
+    """What new channels of one group would gain.
+
+    Attributes:
+        name: of the group.
+        width: its present width.
+        strengths: a singular value for each new channel that lowers the loss, the largest first.
+        gains: what each lowers the loss by, to first order: per learning rate (GradMax) or per
+            amplitude of the step (Tiny).
+        parameters: that a new channel brings, at present widths.
+        reason: why there is none; "" if there are any.
+    """
+
+    name: str
+    width: int
+    strengths: tuple[float, ...]
+    gains: tuple[float, ...]
+    parameters: int
+    reason: str = ""
+
+    @property
+    def gain(self) -> float:
+        """The gain of all new channels together."""
+        return sum(self.gains)
+
+    @property
+    def gain_per_thousand(self) -> float:
+        """The gain per 1000 parameters, of all new channels together."""
+        count = len(self.gains) * self.parameters
+        return 1000 * self.gain / count if count else 0.0
+
+
+def expected_growth(
+    init: DataDriven, model: nn.Module, analyses: Sequence[Analysis]
+) -> tuple[GroupGrowth, ...]:
+    """Return what new channels would gain, for each group that is not pinned.
+
+    Args:
+        init: how they are computed; its ``keep`` and ``threshold`` count, and no width does.
+        model: the network; only read.
+        analyses: of the network, or of the parts of it that are followed.
+
+    Raises:
+        PlanError: the batches tell nothing: the loss is no finite scalar with a gradient, say.
+    """
+    groups = [group for part in analyses for group in part.groups if group.kind != "pinned"]
+    pairing = init.paired(None)
+    rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
+    network = stand_in(model, {}).eval()
+    pairs, unfit = init.pairs(network, analyses, rooms)
+    limits = Limits(init.keep, init.threshold, "")
+    found = init.selected(network, pairs, rooms, limits) if pairs else {}
+    reasons = {refusal.name: refusal.reason for refusal in unfit}
+    costs = Costs(analyses)
+    told = []
+    for group in groups:
+        directions = found.get(group.name)
+        some = directions is not None and len(directions) > 0
+        nothing = "" if some else f"{init.name}: {init.nothing}"
+        told.append(
+            GroupGrowth(
+                group.name,
+                group.width,
+                tuple(directions.strengths.tolist()) if directions is not None else (),
+                tuple(directions.gains.tolist()) if directions is not None else (),
+                costs.of(group.name, 1, {}),
+                reasons.get(group.name, nothing),
+            )
+        )
+    return tuple(told)

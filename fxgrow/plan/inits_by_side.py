@@ -1,0 +1,80 @@
+"""Inits that differ by side: one for new outputs of layers (V, biases), one for new inputs (Z)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxgrow.plan.deviations import Place
+from fxgrow.plan.init import Init, PlacedInit, find_init, init_of_plan
+from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names, inits_of_plan
+from fxgrow.plan.requests import Drawing
+
+
+@dataclass(frozen=True)
+class InitBySide(PlacedInit):
+    """An init for what writers get, and one for what readers get.
+
+    Attributes:
+        rows: of new outputs: rows V of writers and entries of their biases.
+        columns: of new inputs: columns Z of readers.
+    """
+
+    rows: Init
+    columns: Init
+
+    def chosen(self, place: Place) -> Init:
+        """Return the init of the side on which a place is."""
+        return self.columns if place.role.startswith("reader") else self.rows
+
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return what fills the new entries at one place."""
+        found = self.chosen(place)
+        return found.for_place(place, reference) if isinstance(found, PlacedInit) else found
+
+
+def init_for(
+    drawing: Drawing,
+    init: Inits | None = None,
+    output_init: str | Init | None = None,
+    input_init: str | Init | None = None,
+) -> Init:
+    """Return what fills new weights: what is given, else what a plan names.
+
+    Args:
+        drawing: of the plan.
+        init: one or by layer; stands for the plan's ``init``, and for a side of which the plan
+            names this very one.
+        output_init: stands for that of the plan.
+        input_init: likewise.
+
+    Raises:
+        PlanError: an init is none, or the plan names code that is not given.
+    """
+    base = None if init is None else find_inits(init)
+
+    def on_side(given: str | Init | None, name: str | None) -> Init:
+        if given is not None:
+            return find_init(given)
+        if base is not None and (name is None or inits_names(base) == name):
+            return base
+        return inits_of_plan(drawing.init) if name is None else init_of_plan(name)
+
+    rows = on_side(output_init, drawing.output_init)
+    columns = on_side(input_init, drawing.input_init)
+    return rows if rows is columns else InitBySide(rows, columns)
+
+
+def init_for_step(init: Init, step: Drawing, last: Drawing) -> Init | None:
+    """Return the init of one step of a plan, or None if it is the registered one that it names.
+
+    Args:
+        init: that is given: for the last step, and for those that name it or a side of it.
+        step: how the step draws.
+        last: how the last one does.
+    """
+    if step.inits == last.inits:
+        return init
+    sides = (init.rows, init.columns) if isinstance(init, InitBySide) else ()
+    return next((x for x in (init, *sides) if step.inits == (inits_names(x), None, None)), None)
