@@ -66,7 +66,7 @@ def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list
             return [tuple(layers) for layers in generic.moved(step, made)]
         except RuntimeError:  # what suits data need not suit integers
             return [()] * len(step.outputs)
-    if step.traits.is_pointwise:
+    if step.traits.is_pointwise or name == "aten.copy":
         return [_combined(step, made)] * len(step.outputs)
     if name in _READ:
         data, weight = (step.args[place] for place in _READ[name])

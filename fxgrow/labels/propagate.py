@@ -65,6 +65,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
+        self._written: dict[int, tuple[Value, Tensor]] = {}  # into what was one number, by its id
         self._numbers: dict[int, float] = {}  # in constants of one entry, by the id of their twin
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
@@ -207,18 +208,26 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
         view = step.operands[0] if step.operands else None
-        if view is None or view._base is None:
+        base = None if view is None else self.base_of(view)
+        if view is None or base is None:
             return
-        known, written = self.value(view._base), self.value(view)
+        known, written = self.value(base), self.value(view)
         if not written.layers:
             if not (known.layers or written.is_weight):  # it holds data from now on
-                self._enter(view._base, (), producer=index, made=known.made)
+                self._enter(base, (), producer=index, made=known.made)
             return
+        last, table = self._written.get(id(base), (known, None))
+        if known.is_uniform and not known.layers:
+            table = torch.zeros(base.shape, dtype=torch.int32)
+        elif last is not known:  # another operation changed it
+            table = None
         layers = written_back(
-            self.space, view._base, known.layers, view, written.layers, step.place
+            self.space, base, known.layers, view, written.layers, step.place, table
         )
         if layers is not known.layers:
-            self._enter(view._base, layers, producer=index)
+            known = self._enter(base, layers, producer=index)
+        if table is not None:
+            self._written[id(base)] = (known, table)
 
     def _note(self, done: str, inputs: tuple[Value, ...], *, ordered: bool) -> None:
         """Record what is done to the labels of each operand, and which operand they are."""

@@ -21,6 +21,7 @@ _NONE = object()
 _PLAIN = frozenset((bool, int, float, str, NoneType))
 _STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
+_OWN = frozenset(vars(nn.Module()))  # attributes of every module
 _SET_STATE = nn.Module.__setstate__
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
@@ -171,21 +172,24 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore, at the end, what a forward replaced: buffers, and tensors in plain attributes.
+def keeping_state(model: nn.Module) -> Iterator[None]:
+    """Restore, at the end, the buffers and attributes that a forward replaced or added.
 
-    Such are a table made for another size, a mask made where none fits, a state for the next call.
+    A table made for another size; a state that begins anew in each run.
     """
-    modules = list(modules_of(model))
-    every = (module._buffers for module in modules)
-    held = [(buffers, dict(buffers)) for buffers in every if buffers]
+    modules = [*modules_of(model)]
+    held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    told = [(vars(module), dict(vars(module))) for module in modules]
     try:
-        with keeping_attributes(modules, Tensor):
-            yield
+        yield
     finally:
         for buffers, before in held:
             if any(tensor is not buffers.get(name) for name, tensor in before.items()):
                 buffers.update(before)
+        for attributes, before in told:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update({x: value for x, value in before.items() if x not in _OWN})
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from fxgrow.modules.calling import Arguments, call, map_tensors, opaque_in, results_in, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, keeping_buffers
+from fxgrow.modules.standin import first_line, keeping_state
 from fxgrow.verification.forward import Mode, set_mode
 
 Operation: TypeAlias = tuple[Any, ...]
@@ -136,7 +136,7 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
     set_mode(standin, mode)
     recorder = _OperationRecorder(standin, arguments)
     try:
-        with torch.no_grad(), same_chance(), keeping_buffers(standin), recorder:
+        with torch.no_grad(), same_chance(), keeping_state(standin), recorder:
             result = call(standin, arguments)
     except Exception as error:  # a user's forward may raise anything, on sizes that are none
         return Behaviour(problem=first_line(error))
