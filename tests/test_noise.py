@@ -228,6 +228,8 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "bits of positions": lambda h: h * torch.bernoulli(h.mean(1, keepdim=True).sigmoid()),
     "signs of positions": lambda h: torch.where(torch.rand(len(h), 1) < 0.4, -h, h),
     "noise of positions": lambda h: h + torch.randn(len(h), 1, dtype=h.dtype),
+    "noise of one channel's shape": lambda h: h + 0.1 * torch.randn_like(h[:, :1]),
+    "mask of one channel's shape": lambda h: h * (torch.rand_like(h[:, -1:]) > 0.3) / 0.7,
 }
 
 

@@ -23,6 +23,7 @@ _UNIFORM = aten("rand rand_like uniform")
 _BERNOULLI = "aten.bernoulli"
 _ROUNDING = aten("floor ceil round trunc")
 _SUMS = aten("add sub rsub")
+_BY_SIZES = aten("randn_like rand_like randint_like")
 _SCALED = aten("mul div neg") | COPIES
 _BOTH = aten("mul bitwise_and logical_and")
 _CHOSEN = aten("where masked_fill")
@@ -117,6 +118,19 @@ def is_entrywise(step: Step) -> bool:
     """Return whether an operation draws a number for each entry of what it takes."""
     operand, outputs = step.operands[0], step.outputs
     return bool(law_of(step.target)) and all(x.shape == operand.shape for x in outputs)
+
+
+def is_shared(step: Step, inputs: Sequence[Value]) -> bool:
+    """Return whether an operation draws by sizes alone, among which none is a number of channels.
+
+    Such is noise of the shape of one channel, which is then added to all of them.
+
+    Args:
+        step: the operation.
+        inputs: what it takes.
+    """
+    layers = [layer for value in inputs for layer in value.layers]
+    return step.traits.name in _BY_SIZES and not any(support(layer) for layer in layers)
 
 
 def is_masked(step: Step, inputs: Sequence[Value]) -> bool:

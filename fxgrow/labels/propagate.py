@@ -251,6 +251,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         nothing = step.outputs and not any(tensor.numel() for tensor in step.outputs)
         if nothing and not step.traits.is_movement:
             return step.give_up(PinKind.EMPTY)
+        if noise.is_shared(step, inputs):
+            return ((),) * len(step.outputs)
         noise.pin_drawn(step, inputs)
         rule = RULES.get(step.traits.name)
         if rule is not None and rule.labels is not None:
