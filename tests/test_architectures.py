@@ -313,6 +313,14 @@ def test_nothing_is_called_near_that_has_hardly_anything_in_common(shapes):
     assert "nearest" not in str(caught.value)
 
 
+def test_the_names_are_told_that_no_architecture_has():
+    found = shapes_of("resnet18").items()
+    renamed = {name.replace("layer", "stage"): shape for name, shape in found}
+    with pytest.raises(SourceError, match=r"names as stage1\.0\.conv1\.weight, .* more") as e:
+        recognise(renamed)
+    assert "conv1.weight" not in str(e.value).replace("stage1.0.conv1.weight", "")
+
+
 def test_arguments_that_shapes_tell_need_not_be_given():
     def own(name: str, **arguments: object) -> Architecture | None:
         shapes = {

@@ -107,9 +107,9 @@ def recognise(shapes: Mapping[str, Shape], hint: str = "") -> Architecture:
         if nearest is None or len(fit.differences) < len(nearest.differences):
             nearest = fit
     if nearest is None or len(nearest.differences) > len(wanted) / 2:
-        first = next(iter(wanted), "")
+        foreign = [shown(name, 80) for name in _foreign(wanted)] or ["none"]
         raise SourceError(
-            f"no torchvision architecture has weights of such names as {shown(first, 80)}.",
+            f"no torchvision architecture has weights of {_list_some('such names as', foreign)}.",
             way_out=_NAME_IT,
         )
     raise SourceError(
@@ -179,6 +179,17 @@ def _candidates(wanted: Mapping[str, Shape], hint: str) -> Iterator[str]:
     likely = [name for name in ranked if score[name] >= _LIKELY][:_MAX_BUILT]
     yield from likely
     yield from (name for name in names if name not in index)
+
+
+def _foreign(wanted: Mapping[str, Shape]) -> list[str]:
+    """Return the names that the architecture with most in common lacks; all if none has any."""
+    mine, index = frozenset(sketch(wanted)), _index()
+    known = [name for name in torchvision_names() if name in index]
+    best = max(known, key=lambda name: _similarity(mine, index[name]), default=None)
+    if best is None or not _similarity(mine, index[best]):
+        return [*wanted]
+    built, _ = _shapes_of(Architecture(f"torchvision:{best}"))
+    return [name for name in wanted if name not in built] or [*wanted]
 
 
 def _twins(name: str, wanted: Mapping[str, Shape]) -> list[_Fit]:
