@@ -1,4 +1,4 @@
-"""Parameters that no run of a network reached, where they could meet what grew."""
+"""What a plan leaves undone: parameters that no run reached, and twins that would never part."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.modules.tensors import layer_of, named_tensors
+from fxgrow.plan.by_layer import setting_for
+from fxgrow.plan.pairing import PAIRINGS
+from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 
 _SHOWN = 4
@@ -44,4 +47,33 @@ def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
         f"that {they} not followed and not widened: where the network uses {use} on channels that "
         f"grew, sizes no longer fit. Give example inputs that use {use}, or leave these channels "
         "out (--exclude)",
+    )
+
+
+def tied_twins(made: Plan) -> tuple[str, ...]:
+    """Return a warning of twins that nothing parts, since their columns begin as zeros.
+
+    Twins part because they get opposite gradients, by Z and −Z; by zeros they get the same.
+
+    Args:
+        made: the plan.
+    """
+    request = made.request
+    if not isinstance(request, Widen):
+        return ()
+    names = []
+    for group in made.groups:
+        layout = PAIRINGS[group.pairing](2, 1, "")
+        if layout.copies or len(set(layout.draws)) == 2:
+            continue
+        by_layer = (setting_for(request.init, (reader,), "copy_rows") for reader in group.readers)
+        columns = [request.input_init] if request.input_init else by_layer
+        if all(column == "zeros" for column in columns):
+            names.append(group.name)
+    if not names:
+        return ()
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"the new channels of {names[0]}{more} are twins that are read by zeros, get the same "
+        "gradients and never part: with pairing v_zero they do, or with columns that are not zeros",
     )

@@ -21,7 +21,7 @@ from fxgrow.api.arguments import (
     refuse_data_driven_by_layer,
     whole,
 )
-from fxgrow.api.left_out import left_out
+from fxgrow.api.left_out import left_out, tied_twins
 from fxgrow.api.report.data import Report
 from fxgrow.api.requirements import require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
@@ -111,6 +111,11 @@ def plan(
     find_inits(init)
     sides = [side for side in (output_init, input_init) if side is not None]
     for side in sides:
+        if isinstance(side, Mapping) or (isinstance(side, str) and "=" in side):
+            raise UsageError(
+                f"output_init and input_init are for all layers, and {side!r} is by layer.",
+                way_out="Give one init; init may differ from layer to layer.",
+            )
         find_init(side)
     by_data = [x for x in (init, *sides) if isinstance(x, DataDriven)]
     if sides and by_data:
@@ -157,15 +162,15 @@ def plan(
         first = plan_untied(grown_by(after, model), example_inputs, module, analyses)
         after = following(after, first)
         analyses, parts = follow(grown_by(after, model), example_inputs, module)
-    check_globs(request, analyses)
     analyses = tuple(map(at_other_widths, analyses))
+    check_globs(request, analyses)
     progress("planning")
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))
     make = functools.partial(init.plan, source()) if isinstance(init, DataDriven) else plan_parts
     parted = {name: p for part in analyses for name, p in part.channels.normed.items()}
     made = make(analyses, request, lambda name: variance(weight_at(name, weights(), parted)))
-    told = (*parts, *made.warnings, *left_out(made, analyses), *notes)
+    told = (*parts, *made.warnings, *left_out(made, analyses), *tied_twins(made), *notes)
     return following(after, replace(made, warnings=told))
 
 

@@ -279,7 +279,8 @@ def init_of_plan(name: str) -> Init:
         raise PlanError(
             f"the plan fills new weights by code of its own, {name}, which is not run unasked.",
             name=name,
-            way_out="If you trust it, pass it as init (--init on the command line).",
+            way_out="If you trust it, pass it as init (--init on the command line), or as the "
+            "output_init or input_init that the plan says it is.",
         )
     return INITS[name]
 

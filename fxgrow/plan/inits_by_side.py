@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import Init, PlacedInit, find_init, init_of_plan
-from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names, inits_of_plan
+from fxgrow.plan.inits_by_layer import (
+    InitByLayer,
+    Inits,
+    find_inits,
+    inits_names,
+    inits_of_plan,
+)
 from fxgrow.plan.requests import Drawing
 
 
@@ -45,7 +52,8 @@ def init_for(
     Args:
         drawing: of the plan.
         init: one or by layer; stands for the plan's ``init``, and for a side of which the plan
-            names this very one.
+            names this very one. One that the plan names for a side, or for some layers, is for
+            these alone.
         output_init: stands for that of the plan.
         input_init: likewise.
 
@@ -53,13 +61,22 @@ def init_for(
         PlanError: an init is none, or the plan names code that is not given.
     """
     base = None if init is None else find_inits(init)
+    own = None if base is None else inits_names(base)
+    sides = (drawing.output_init, drawing.input_init)
 
     def on_side(given: str | Init | None, name: str | None) -> Init:
         if given is not None:
             return find_init(given)
-        if base is not None and (name is None or inits_names(base) == name):
-            return base
-        return inits_of_plan(drawing.init) if name is None else init_of_plan(name)
+        if base is None or (own in sides and name != own):  # it is one side's alone
+            return inits_of_plan(drawing.init) if name is None else init_of_plan(name)
+        if name is not None:
+            return base if own == name else init_of_plan(name)
+        by_layer = drawing.init
+        if isinstance(by_layer, Mapping) and own in by_layer.values():  # that of some layers alone
+            return InitByLayer(
+                {glob: base if one == own else init_of_plan(one) for glob, one in by_layer.items()}
+            )
+        return base
 
     rows = on_side(output_init, drawing.output_init)
     columns = on_side(input_init, drawing.input_init)

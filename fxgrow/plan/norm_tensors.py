@@ -37,7 +37,18 @@ class NormTensors:
 
     @classmethod
     def of(cls, module: object) -> NormTensors:
-        """Return those of a module such as ``nn.BatchNorm2d``, by their names there."""
+        """Return those of a batch norm such as ``nn.BatchNorm2d``, by their names there.
+
+        Raises:
+            PlanError: it is no batch norm, which alone takes a factor up in its statistics.
+        """
+        if isinstance(module, NormTensors):
+            return module
+        if not hasattr(module, "running_mean"):
+            raise PlanError(
+                f"a {type(module).__name__} is no batch norm.",
+                way_out="A LayerNorm or RMSNorm takes a factor up by its eps, times its square.",
+            )
         found = {name: getattr(module, name, None) for name in _NEW}
         return cls(
             **{name: None if tensor is None else tensor.detach() for name, tensor in found.items()},

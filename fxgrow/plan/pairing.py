@@ -28,12 +28,13 @@ This module needs no torch, so the command line can list the names without loadi
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.plan.norm_tensors import NormTensors
 from fxgrow.registry import Registry
 
@@ -271,7 +272,10 @@ def apply_pairing(
     import torch
 
     _check_fit(writer, reader, new_rows, new_columns, bias, new_bias)
+    if not (isinstance(noise, (int, float)) and 0 <= noise < math.inf):
+        raise UsageError(f"the noise must be a number, 0 or more, not {noise!r}.")
     if norm is not None:
+        norm = NormTensors.of(norm)
         norm.check(writer.shape[0])
     layout = _layout_of(pairing, new_columns.shape[1], writer.shape[0])
     sources = list(layout.row_copies)

@@ -90,6 +90,9 @@ def vt_output(layer: LayerStatistics) -> float:
     return layer.fan_in / layer.new_fan_in
 
 
+_LEAST_GAIN = 1e-6  # beyond which weights would leave the range of their dtype
+
+
 def gain_value(gain: float | str) -> float:
     """Return a gain given as a number or by the name of a nonlinearity.
 
@@ -117,6 +120,11 @@ def gain_value(gain: float | str) -> float:
                 ) from None
     if not (gain > 0 and math.isfinite(gain)):
         raise UsageError(f"the gain must be positive, not {gain}.", way_out=_GAINS)
+    if not _LEAST_GAIN <= gain <= 1 / _LEAST_GAIN:
+        raise UsageError(
+            f"the gain must be from {_LEAST_GAIN:g} to {1 / _LEAST_GAIN:g}, not {gain:g}.",
+            way_out=_GAINS,
+        )
     return float(gain)
 
 
@@ -234,7 +242,10 @@ def apply_rescaling(
         ... ).norm.running_mean.tolist()
         [0.5, 0.5]
     """
-    old_fan_in = weight[0].numel() if fan_in is None else fan_in
+    old_fan_in = math.prod(weight.shape[1:]) if fan_in is None else fan_in
+    for name, count, least in (("fan_in", old_fan_in, 0), ("new_fan_in", new_fan_in, 1)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            raise UsageError(f"{name} must be a number of inputs, {least} or more, not {count!r}.")
     variance = weight.double().var().item() if weight.numel() > 1 else 0.0
     layer = LayerStatistics(old_fan_in, new_fan_in, variance, gain_value(gain))
     factor = rescaling_factor(rescaling, layer)[0]
@@ -246,6 +257,7 @@ def apply_rescaling(
             way_out="It has one entry for each output.",
         )
     if norm is not None:
+        norm = NormTensors.of(norm)
         norm.check(weight.shape[0])
         norm = norm.behind(factor)
     return Rescaled(weight * factor, None if bias is None else bias * factor, norm)

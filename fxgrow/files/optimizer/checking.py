@@ -221,6 +221,11 @@ def _grown(edit: TensorEdit, values: Tensor, known: Tensor, degree: int) -> _Con
     for axis in edit.axes:
         (values, dim), (known, _) = along(values, axis), along(known, axis)
         source, share = _sources(axis)
+        if not values.shape[dim]:  # of an empty layer nothing goes on
+            shape = [*values.shape[:dim], len(source), *values.shape[dim + 1 :]]
+            values, _ = back(values.new_zeros(shape), axis), 0
+            known = back(known.new_zeros(shape), axis)
+            continue
         index = torch.from_numpy(source.clip(min=0))
         shape = [1] * values.ndim
         shape[dim] = -1

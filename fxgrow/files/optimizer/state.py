@@ -78,10 +78,10 @@ def _buffer(state: State, key: str, edit: TensorEdit) -> Buffer:
 
 
 def _mean(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
-    """Fill new entries with the mean of the old ones: an init."""
+    """Fill new entries with the mean of the old ones, zero where there are none: an init."""
     del fan_in
     if reference is not None:
-        tensor.copy_(reference.mean())
+        tensor.copy_(reference.mean() if reference.numel() else reference.new_zeros(()))
 
 
 def _factor(edit: TensorEdit, lookup: Lookup) -> Tensor:

@@ -11,6 +11,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
+from fxgrow.grow.data.statistics import check_runs
 from fxgrow.modules.standin import stand_in
 
 _MOST = 1 << 20  # channels, more than any group has directions
@@ -66,6 +67,7 @@ def expected_growth(
     pairing = init.paired(None)
     rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
     network = stand_in(model, {}).eval()
+    check_runs(network, init.batches[0])
     pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")
     found = init.selected(network, pairs, rooms, limits) if pairs else {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
@@ -75,10 +75,10 @@ class DataDriven(PlacedInit):
     ) -> None:
         if not callable(loss_fn):
             raise PlanError(f"the loss function is a {type(loss_fn).__name__}, no function.")
-        if keep is not None and not (isinstance(keep, int) and keep > 0):
-            raise PlanError(f"keep must be a number of directions, at least 1, not {keep!r}.")
-        if not 0.0 <= threshold <= 1.0:
-            raise PlanError(f"the threshold must be from 0 to 1, but it is {threshold}.")
+        if keep is not None and not (type(keep) is int and keep > 0):
+            raise UsageError(f"keep must be a number of directions, at least 1, not {keep!r}.")
+        if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
+            raise UsageError(f"the threshold must be from 0 to 1, but it is {threshold!r}.")
         self.loss_fn = loss_fn
         self.batches = statistics.checked_batches(batches)
         self.keep = keep
@@ -174,6 +174,7 @@ class DataDriven(PlacedInit):
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
         network = stand_in(model, {}).eval()
+        statistics.check_runs(network, self.batches[0])
         asked = rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
         rooms = self._twinned(asked, pairs)

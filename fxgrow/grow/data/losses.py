@@ -14,6 +14,7 @@ from fxgrow.grow.data.statistics import Batch, LossFunction
 from fxgrow.modules.calling import tensors_in
 from fxgrow.registry import Registry
 
+_IGNORED = -100  # what torch's cross_entropy leaves out
 LOSSES: Registry[LossFunction] = Registry("loss")
 
 
@@ -26,8 +27,19 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
         targets: class indices (N, …), of which −100 is left out, or probabilities of logits' shape.
     """
     logits = _first(outputs)
+    if not targets.is_floating_point():
+        targets = targets.long()  # cross_entropy takes no other whole numbers
     if logits.ndim > 2 and logits.shape[:-1] == targets.shape and not targets.is_floating_point():
         logits, targets = logits.flatten(0, -2), targets.flatten()
+    classes = logits.shape[min(1, logits.ndim - 1)]
+    is_class = targets.is_floating_point() or ((targets >= 0) & (targets < classes)) | (
+        targets == _IGNORED
+    )
+    if not torch.as_tensor(is_class).all():
+        raise PlanError(
+            f"a target is no class from 0 to {classes - 1}, of which the outputs are logits.",
+            way_out="Give class indices of these, −100 for those to leave out.",
+        )
     return F.cross_entropy(logits, targets)
 
 

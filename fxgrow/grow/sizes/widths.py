@@ -20,6 +20,7 @@ from fxgrow.plan.step import Refusal
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FROM_NONE = 'ask for a number ("8", "+8")'
 _SHOWN = 3  # groups that a message names
+_MOST = 1 << 31  # channels
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
@@ -50,6 +51,8 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
         raise UsageError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
     else:
         asked = int(number) + (old if match["sign"] else 0)
+    if asked > _MOST:
+        raise UsageError(f"the width {width!r} is more than any layer has.", way_out=_FORMS)
     if asked < old:
         raise PlanError(
             f"the width {width!r} asks for {asked} channels where {name or 'the group'} has {old} "
