@@ -18,9 +18,11 @@ from fxgrow.grow.data.statistics import (
     Read,
     Seen,
     applied,
+    as_rows,
     correlation,
     patches,
 )
+from fxgrow.grow.data.sums import Product, stacked
 from fxgrow.plan.pairing import Layout
 
 
@@ -71,12 +73,13 @@ class GradMax(DataDriven):
         averages = self.averages(
             network,
             pairs,
-            lambda name, seen: (_pulled(seen, pairs[name], _is_raised(pairs[name])),),
+            lambda name, seen: _pulled(seen, pairs[name], _is_raised(pairs[name])),
         )
         found = {}
         for name, pair in pairs.items():
             scale, shapes = _mean_norm(network, pair), shapes_of(network, pair)
-            found[name] = algebra.gradmax(averages[name][0], 1.0, scale, shapes)
+            matrix, basis = stacked(averages[name])
+            found[name] = algebra.gradmax(matrix, 1.0, scale, shapes, basis)
             biases = found[name].biases
             if biases is not None and _is_raised(pair):
                 found[name] = replace(found[name], biases=torch.full_like(biases, RAISED))
@@ -112,8 +115,10 @@ def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
     return float(torch.cat(columns, 1).norm(dim=1).mean())
 
 
-def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> Tensor:
-    """Return the sum over samples of the gradient of a zero row for each column: (entries, inputs).
+def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
+    """Return the sum over samples of the gradient of a zero row for each column, by reader.
+
+    Each is (entries, inputs); for a reader without a kernel as the factors, where these are less.
 
     Args:
         seen: of a batch.
@@ -121,14 +126,19 @@ def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> Tensor:
         raised: whether biases hold the channels above zero.
     """
     if seen.passage is not None:
-        return torch.cat(_pulled_through(seen, pair, raised))
+        return tuple(Product((part,)) for part in _pulled_through(seen, pair, raised))
     read = patches(seen.writer, seen.x)
     found = []
     for index, part in enumerate(seen.laid_out(read)):
         one = seen.reads[index]
-        whole = correlation(one.layer, part, one.descent)  # (out, inputs, *kernel)
-        found.append((one.raised if raised else one.slope) * whole.movedim(1, -1).flatten(0, -2))
-    return torch.cat(found)
+        slope = one.raised if raised else one.slope
+        if one.layer.weight.ndim == 2:  # (positions, out) and (positions, inputs)
+            rows = as_rows(one.layer, part * slope)
+            found.append(Product.of(as_rows(one.layer, one.descent), rows))
+        else:
+            whole = correlation(one.layer, part, one.descent)  # (out, inputs, *kernel)
+            found.append(Product((slope * whole.movedim(1, -1).flatten(0, -2),)))
+    return tuple(found)
 
 
 def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:

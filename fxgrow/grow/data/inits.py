@@ -29,7 +29,7 @@ from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
-from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
+from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.grow.widen.submodules import plan_parts
@@ -388,8 +388,8 @@ class DataDriven(PlacedInit):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
-        function: Callable[[str, Seen], tuple[Tensor, ...]],
-    ) -> dict[str, tuple[Tensor, ...]]:
+        function: Callable[[str, Seen], tuple[Sum, ...]],
+    ) -> dict[str, tuple[Sum, ...]]:
         """Return averages over the samples; see :func:`fxgrow.grow.data.statistics.averages`."""
         return statistics.averages(network, [*pairs.values()], self.loss_fn, self.batches, function)
 
