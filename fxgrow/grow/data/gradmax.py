@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -43,6 +43,8 @@ class GradMax(DataDriven):
 
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
+    runs = 1
+    fits = False
 
     def _unpaired(self, layout: Layout) -> str:
         if all(layout.column_signs) and (layout.preserving or layout.writes_zeros):
@@ -68,7 +70,10 @@ class GradMax(DataDriven):
         return _is_raised(pair)
 
     def _directions(
-        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         averages = self.averages(
             network,
@@ -77,6 +82,7 @@ class GradMax(DataDriven):
         )
         found = {}
         for name, pair in pairs.items():
+            progress(name)
             scale, shapes = _mean_norm(network, pair), shapes_of(network, pair)
             matrix, basis = stacked(averages[name])
             found[name] = algebra.gradmax(matrix, 1.0, scale, shapes, basis)

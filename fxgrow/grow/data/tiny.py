@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,6 +52,8 @@ class Tiny(DataDriven):
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for, or new channels would raise it"
+    runs = 2
+    fits = True
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         del model
@@ -63,7 +65,10 @@ class Tiny(DataDriven):
         )
 
     def _directions(
-        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}
         sums = self.averages(network, pairs, lambda name, seen: _first(seen, pairs[name].has_bias))
@@ -71,6 +76,7 @@ class Tiny(DataDriven):
         moves: dict[str, list[tuple[Tensor, Tensor]]] = {}
         scales: dict[str, float] = {}
         for name in pairs:
+            progress(name)
             squares, read, *fits = sums.pop(name)
             dtype = shapes[name].dtype
             scales[name] = float(squares.rows.sum().sqrt())
