@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -160,3 +161,87 @@ def test_an_attribute_that_code_compares_follows() -> None:
 
     grown = grows(Checked(), sequences()[:1])
     assert (grown.model.width, grown.model.first.out_features) == (16, 16)
+
+
+class Beside(nn.Module):
+    """Attention whose weights are returned for each head, and layers that nothing uses."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True)
+        if unused:
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stream = self.first(x)
+        mixed, weights = self.att(stream, stream, stream, average_attn_weights=False)
+        return self.out(stream + mixed), weights
+
+
+@pytest.mark.filterwarnings("ignore::fxgrow.FxgrowWarning")
+@pytest.mark.parametrize("width", ["2x", "1.5x"])
+@pytest.mark.parametrize("unused", [False, True])
+def test_heads_that_are_returned_keep_their_number_beside_unused_layers(
+    unused: bool, width: str
+) -> None:
+    with pytest.raises(fxgrow.PlanError, match=f"first cannot be widened: {TOGETHER}"):
+        fxgrow.widen(Beside(unused), width, sequences()[0].float(), where="all")
+
+
+class Padded(nn.Module):
+    """Token ids into an encoder of torch's as it comes: it nests tensors in eval mode."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.table, self.out = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, norm)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.encoder(self.table(ids), src_key_padding_mask=ids == 0))
+
+
+class Translating(nn.Module):
+    """Token ids of two languages into the whole transformer of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.layer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+
+    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+        x, y = self.table(ids), self.table(others)
+        return self.out(self.layer(x, y, src_key_padding_mask=ids == 0))
+
+
+IDS = torch.tensor([[3, 5, 7, 9, 2, 4], [8, 6, 1, 0, 0, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (Padded, (IDS,)),
+        (lambda: Padded(nn.LayerNorm(8)), (IDS,)),
+        (Translating, (IDS, IDS[:, :3] + 1)),
+    ],
+)
+def test_padded_sequences_take_the_fast_path_as_before(
+    network: Callable[[], nn.Module], inputs: tuple[Tensor, ...]
+) -> None:
+    torch.manual_seed(0)
+    net = network().double().eval()
+    grown = fxgrow.widen(net, "2x", inputs, where="all")
+    assert grown.model.table.embedding_dim == 16
+    assert torch.backends.mha.get_fastpath_enabled()
+    for fast in (True, False):
+        with torch.set_grad_enabled(not fast):
+            assert max_rel(net(*inputs), grown.model(*inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("network", [Padded, Translating])
+def test_token_ids_of_each_argument_are_inferred(network: Callable[[], nn.Module]) -> None:
+    found = fxgrow.widen(network(), "2x").report.verification
+    assert found.verdict == "preserved"
+    assert "2x16" in found.inputs

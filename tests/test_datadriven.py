@@ -485,6 +485,7 @@ def test_bad_input_is_refused(
     ("method", "arguments", "message"),
     [
         (fxgrow.GradMax, {"pairing": "replicate"}, "'replicate' copies old channels"),
+        (fxgrow.Tiny, {"pairing": "copy_pair"}, "'copy_pair' copies old channels"),
         (fxgrow.Tiny, {"pairing": "replicate_random"}, "'replicate_random' copies old channels"),
         (fxgrow.Tiny, {"preset": "net2wider"}, "'replicate' copies old channels"),
         (fxgrow.GradMax, {"pairing": "v_zero"}, "GradMax cannot be laid out so: its new rows are"),

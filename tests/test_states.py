@@ -10,6 +10,7 @@ from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow.labels.graphs import symbolic_trace
 
 State = Callable[[nn.Module, Tensor], Tensor]
 STATES: dict[str, State] = {
@@ -247,3 +248,148 @@ def test_gates_written_by_hand_are_no_residual_blocks_and_repeated_blocks_are() 
 
     assert blocks(Gated(), 3, 6, 5) == 0
     assert blocks(Shared(), 3, 5) == 3
+
+
+class Cell(nn.Module):
+    """One step of a cell from a state that is made for it; kept in an attribute or not."""
+
+    def __init__(self, kind: type[nn.Module], kept: bool) -> None:
+        super().__init__()
+        self.width, self.kept, self.state = 8, kept, None
+        self.cell, self.out = kind(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), self.width, dtype=x.dtype)
+        found = self.cell(x, (state, state) if isinstance(self.cell, nn.LSTMCell) else state)
+        found = found if isinstance(found, Tensor) else found[0]
+        if self.kept:
+            self.state = found
+        return self.out(found)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_one_step_of_a_cell_grows(kind: type[nn.Module], kept: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Cell(kind, kept).double(), torch.randn(3, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, "1.5x", x).model
+    assert (type(grown), grown.width, grown.cell.hidden_size) == (Cell, 12, 12)
+    assert net.state is None
+    assert max_rel(net(x), grown(x)) < 1e-12
+
+
+class ByHand(nn.Module):
+    """One step of a GRU of linear layers: its state of zeros is read, and added to channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.inner, self.state, self.out = nn.Linear(4, 24), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(len(x), self.width, dtype=x.dtype)
+        (a, b, c), (d, e, f) = self.inner(x).chunk(3, 1), self.state(h).chunk(3, 1)
+        update, new = torch.sigmoid(b + e), torch.tanh(c + torch.sigmoid(a + d) * f)
+        return self.out((1 - update) * new + update * h)
+
+
+def test_columns_that_read_a_state_of_zeros_read_what_it_is_combined_with() -> None:
+    torch.manual_seed(0)
+    net, x = ByHand().double(), torch.randn(3, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x).model
+    assert (type(grown), grown.width, grown.state.in_features) == (ByHand, 16, 16)
+    assert max_rel(net(x), grown(x)) < 1e-12
+
+
+class Shortest(nn.Module):
+    """A recurrent layer, followed on sequences of one step."""
+
+    def __init__(self, kind: type[nn.Module], **options: object) -> None:
+        super().__init__()
+        self.layer = kind(4, 8, batch_first=True, **options)
+        self.out = nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.RNN, {}),
+        (nn.GRU, {}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+        (nn.LSTM, {"proj_size": 4}),
+    ],
+)
+def test_sequences_of_one_step_tell_what_a_layer_reads(
+    kind: type[nn.Module], options: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    net, x = Shortest(kind, **options), torch.randn(2, 5, 4, dtype=torch.float64)
+    net(x.float())
+    net = net.double()
+    grown = fxgrow.widen(net, "2x", x[:, :1], where="all").model
+    assert grown.layer.hidden_size == 16
+    assert max_rel(net(x), grown(x)) < 1e-12
+
+
+class Carrying(nn.Module):
+    """A state made where none fits, and carried on to the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.state = 8, None
+        self.cell, self.out = nn.GRUCell(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None or self.state.size(0) != x.size(0):
+            self.state = torch.zeros(x.size(0), self.width, dtype=x.dtype)
+        self.state = self.cell(x, self.state.detach())
+        return self.out(self.state)
+
+
+class Masking(nn.Module):
+    """A mask of later positions made where none fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = None
+        self.table, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0), 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.mask is None or len(self.mask) != len(ids):
+            full = torch.full((len(ids), len(ids)), -torch.inf, dtype=self.out.weight.dtype)
+            self.mask = torch.triu(full, 1)
+        return self.out(self.encoder(self.table(ids), self.mask))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", [Carrying, Masking])
+def test_what_is_made_where_none_fits_is_made_in_each_run(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = kind().double().eval()
+    calls = [torch.randn(3, 4), torch.randn(3, 4), torch.randn(2, 4)]
+    if kind is Masking:
+        calls = [torch.randint(20, (length, 2)) for length in (6, 6, 3)]
+    calls = [call.double() if call.is_floating_point() else call for call in calls]
+    grown = fxgrow.widen(net, "2x", calls[0], where="all").model
+    assert (net.state if kind is Carrying else net.mask) is None
+    assert type(grown) is kind
+    for call in calls:
+        assert max_rel(net(call), grown(call)) < 1e-12
+
+
+def test_what_stands_for_data_while_tracing_is_kept_nowhere() -> None:
+    class Noting(nn.Linear):
+        seen = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = super().forward(x)
+            return 2 * self.seen
+
+    net = Noting(4, 3)
+    assert symbolic_trace(net).nodes
+    assert net.seen is None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import PlainResNet, PreactivationNet, small_images, small_resnet
-from torch import nn
+from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.api import widen as api
@@ -233,3 +233,63 @@ def test_gradients_are_checked_with_constants_in_the_precision_of_the_check() ->
     faded_in = Doubled(lambda x: torch.lerp(torch.zeros(x.shape), x, 1.0))
     found = fxgrow.widen(faded_in, "2x", torch.randn(3, 4)).report.verification
     assert (found.verdict, found.without_gradient, found.notes) == ("preserved", (), ())
+
+
+class Emptied(nn.Module):
+    """A norm and a softmax in float32; a mask of float64's lowest number leaves some rows empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.value, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        stream = self.first(x)
+        normed = stream.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + 1e-6)
+        scores = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+        scores = scores.masked_fill(~kept[:, None], torch.finfo(x.dtype).min)
+        scores = scores.masked_fill(~kept[:, :, None], torch.finfo(x.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
+        return self.last(stream + weights @ self.value(normed.to(x.dtype)))
+
+
+def test_rounding_is_measured_where_a_network_gives_numbers() -> None:
+    torch.manual_seed(0)
+    kept = torch.ones(2, 5, dtype=torch.bool)
+    kept[1, :2] = False
+    inputs = torch.randn(2, 5, 6, dtype=torch.float64), kept
+    old = Emptied().double()
+    assert old(*inputs).isnan().sum() == 6
+    grown = fxgrow.widen(old, "1.5x", inputs, where="all")
+    assert grown.report.verification.verdict == "preserved"
+    assert 1e-9 < grown.report.verification.eval.rounding.max_rel < 1e-6
+    grown.model.value.weight.data[0] += 1e-3
+    assert fxgrow.verify(old, grown.model, inputs).verdict == "failed"
+
+
+class Weighed(nn.Module):
+    """Channels weighed by their mean and largest value, and a flatten of a fixed size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 3)
+        self.mlp = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        samples, channels, *sides = x.size()
+        mean = nn.functional.avg_pool2d(x, sides).view(samples, channels)
+        most = nn.functional.max_pool2d(x, sides).view(samples, -1)
+        weight = torch.sigmoid(self.mlp(mean) + self.mlp(most)).view(samples, channels, 1, 1)
+        return self.last((x * weight).view(-1, 8 * 4 * 4))
+
+
+@pytest.mark.filterwarnings("ignore::fxgrow.FxgrowWarning")
+def test_images_that_a_flatten_makes_several_samples_of_are_not_judged_on() -> None:
+    images = torch.randn(2, 3, 4, 4)
+    grown = fxgrow.widen(Weighed(), "2x", images, where="all")
+    found = grown.report.verification
+    assert found.verdict == "preserved"
+    (note,) = (note for note in found.notes if "flatten" in note)
+    assert "8x8" in note
+    assert "not judged" in note

@@ -110,6 +110,19 @@ NETWORKS: dict[str, tuple[Callable[[Norm], nn.Module], Tensor]] = {
     "residual": (residual, data(2, 5, 3)),
 }
 
+
+class Sequences(nn.Module):
+    """A recurrent layer whose state is read by a normed weight."""
+
+    def __init__(self, norm: Norm, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.out = kind(4, 6, batch_first=True), nn.Linear(6, 2)
+        norm(self.layer, "weight_hh_l0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0])
+
+
 PAIRINGS = {
     "hook": (("vv_z_negz", "2x"), ("v_zero", "2x"), ("copy_pair", "2x")),
     "parametrization": (("replicate", "2x"), ("vv_z_negz", "1.5x")),
@@ -130,6 +143,16 @@ def test_weight_norm_grows_and_computes_the_same(name: str, form: str) -> None:
             p.numel() for p in net.parameters()
         )
         assert all(bool(t.isfinite().all()) for t in grown.model.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("form", FORMS)
+def test_recurrent_layers_with_a_normed_weight_grow(form: str, kind: type[nn.RNNBase]) -> None:
+    net, x = made(lambda: Sequences(FORMS[form], kind)), data(2, 5, 4)
+    grown = fxgrow.widen(net, "2x", x, where="all")
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.model.layer.hidden_size == 12
+    assert (grown.model(x) - net(x)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)

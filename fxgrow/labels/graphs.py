@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from fxgrow.errors import TraceError
-from fxgrow.modules.standin import first_line, keeping_modes
+from fxgrow.modules.standin import first_line, keeping_attributes, keeping_modes
 
 _CONSTANT = re.compile(r"\b_tensor_constant\d+\b")  # what torch.fx calls a tensor of the code's own
 
@@ -83,12 +84,17 @@ class OpenTracer(ThreadTracer):
 
 def symbolic_trace(standin: nn.Module) -> fx.Graph:
     """Return the graph; code that asks buffers for their values makes them constants."""
-    with warnings.catch_warnings():
+    with _without_proxies(standin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return OpenTracer().trace(standin)
         except Exception:
             return ThreadTracer().trace(standin)
+
+
+def _without_proxies(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Keep what stands for data while tracing out of attributes in which forwards keep some."""
+    return keeping_attributes(model.modules(), fx.Proxy)
 
 
 def open_graph(model: nn.Module) -> fx.Graph:
@@ -109,7 +115,7 @@ def open_graph(model: nn.Module) -> fx.Graph:
             module.__class__ = OpenAttention
     for tracer in (OpenTracer, _ClosedTracer):
         try:
-            with keeping_modes(model), warnings.catch_warnings():
+            with keeping_modes(model), _without_proxies(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graphs = [tracer().trace(model.train(mode)) for mode in (True, False)]
         except Exception as error:  # a user's forward may raise anything

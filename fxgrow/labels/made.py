@@ -66,12 +66,13 @@ def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list
             return [tuple(layers) for layers in generic.moved(step, made)]
         except RuntimeError:  # what suits data need not suit integers
             return [()] * len(step.outputs)
-    if step.traits.is_pointwise:
+    if step.traits.is_pointwise or name == "aten.copy":
         return [_combined(step, made)] * len(step.outputs)
     if name in _READ:
         data, weight = (step.args[place] for place in _READ[name])
-        _contract(step, made, data, 1, step.layers(weight), 0)
-        _contract(step, made, weight, 0, step.layers(data), 1)
+        reads = step.value(weight).is_weight
+        _contract(step, made, data, 1, step.layers(weight), 0, by_weight=reads)
+        _contract(step, made, weight, 0, step.layers(data), 1, by_weight=False)
     elif name == "aten.convolution":
         _convolve(step, made)
     return [()] * len(step.outputs)
@@ -92,13 +93,24 @@ def _convolve(step: Step, made: Sequence[Layers]) -> None:
 
 
 def _contract(
-    step: Step, made: Sequence[Layers], data: Tensor, dim: int, columns: Layers, along_dim: int
+    step: Step,
+    made: Sequence[Layers],
+    data: Tensor,
+    dim: int,
+    columns: Layers,
+    along_dim: int,
+    *,
+    by_weight: bool = True,
 ) -> None:
-    """Note which columns read a constant along a dim."""
+    """Note which columns, or channels, read a constant along a dim."""
     place = next(i for i, tensor in enumerate(step.operands) if tensor is data)
     layer, read = cover(made[place], dim), cover(columns, along_dim)
     if layer is not None and read is not None:
-        step.space.meet(narrowed(layer, {dim}), narrowed(read, {along_dim}))
+        step.space.meet(
+            narrowed(layer, {dim}),
+            narrowed(read, {along_dim}),
+            read=by_weight,
+        )
 
 
 def _combined(step: Step, made: Sequence[Layers]) -> Layers:

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic, made, noise
@@ -20,6 +19,7 @@ from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.labels.whole import WholeCalls
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
@@ -65,6 +65,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
         self._values: dict[int, Value] = {}
+        self._written: dict[int, tuple[Value, Tensor]] = {}  # into what was one number, by its id
         self._numbers: dict[int, float] = {}  # in constants of one entry, by the id of their twin
 
     def joined(self, tensor: Tensor, twin: Tensor) -> None:
@@ -207,18 +208,26 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     def _write_back(self, step: Step, index: int) -> None:
         """Let the tensor that a view shows a part of carry what was written into the view."""
         view = step.operands[0] if step.operands else None
-        if view is None or view._base is None:
+        base = None if view is None else self.base_of(view)
+        if view is None or base is None:
             return
-        known, written = self.value(view._base), self.value(view)
+        known, written = self.value(base), self.value(view)
         if not written.layers:
             if not (known.layers or written.is_weight):  # it holds data from now on
-                self._enter(view._base, (), producer=index, made=known.made)
+                self._enter(base, (), producer=index, made=known.made)
             return
+        last, table = self._written.get(id(base), (known, None))
+        if known.is_uniform and not known.layers:
+            table = torch.zeros(base.shape, dtype=torch.int32)
+        elif last is not known:  # another operation changed it
+            table = None
         layers = written_back(
-            self.space, view._base, known.layers, view, written.layers, step.place
+            self.space, base, known.layers, view, written.layers, step.place, table
         )
         if layers is not known.layers:
-            self._enter(view._base, layers, producer=index)
+            known = self._enter(base, layers, producer=index)
+        if table is not None:
+            self._written[id(base)] = (known, table)
 
     def _note(self, done: str, inputs: tuple[Value, ...], *, ordered: bool) -> None:
         """Record what is done to the labels of each operand, and which operand they are."""
@@ -290,25 +299,6 @@ def _own_facts(step: Step) -> dict[str, Any]:
     return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
-class _WholeNorms(TorchFunctionMode):
-    """Weight norm is one operation, whichever dim has the lengths and whatever the dtype is.
-
-    torch itself composes some of them of others, in which a norm of all columns is taken by itself.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the call."""
-        if func is torch._weight_norm:
-            return torch.ops.fxgrow._weight_norm_interface(*args, **(kwargs or {}))[0]
-        return func(*args, **(kwargs or {}))
-
-
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
     """Watch nothing."""
     del value
@@ -370,11 +360,12 @@ def propagate(
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
     labeller = Labeller(named, space, place, zeros, most, decider, chance)
-    with torch.no_grad(), same_chance(chance) as common, labeller, _WholeNorms():
+    with torch.no_grad(), same_chance(chance) as common, labeller, WholeCalls(labeller):
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
         with watch(labeller.value):
             result = call(run, inputs)
+    space.join_readers()
     space.place = ""
     masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
     labeller.tape.by_chance = common.drew or masks

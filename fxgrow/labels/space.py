@@ -94,6 +94,7 @@ class LabelSpace:
     unions: list[Union] = field(default_factory=list)
     numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
     met: list[tuple[IntArray, IntArray]] = field(default_factory=list)  # such numbers, labels
+    reading: list[bool] = field(default_factory=list)  # for each, whether these are columns
     _index: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _next: int = 1
@@ -233,17 +234,37 @@ class LabelSpace:
         if different.any():
             self.unions.append((first[different], second[different], self.place))
 
-    def meet(self, numbers: Tensor, labels: Tensor) -> None:
+    def meet(self, numbers: Tensor, labels: Tensor, *, read: bool = False) -> None:
         """Record that positions of constants lie where some channels do. Zeros say nothing.
 
         Args:
             numbers: of the positions, any shape.
             labels: as many, in the same order.
+            read: these are columns of a weight, which read the constant.
         """
         first, second = numbers.numpy().ravel(), labels.numpy().ravel()
         both = (first != 0) & (second != 0)
         if both.any():
             self.met.append((first[both], second[both]))
+            self.reading.append(read)
+
+    def join_readers(self) -> None:
+        """Let columns that read a constant read the channels that it is combined with elsewhere.
+
+        A state of zeros has as many entries as both, and at the next step it is these channels.
+        """
+        if not any(self.reading):
+            return
+        beside = np.zeros(self.numbered + 1, dtype=np.int64)
+        meetings = list(zip(self.met, self.reading, strict=True))
+        for (numbers, labels), reads in reversed(meetings):
+            if not reads:
+                beside[numbers] = labels
+        for (numbers, labels), reads in meetings:
+            channels = beside[numbers]
+            both = (channels != 0) & (channels != labels)
+            if reads and both.any():
+                self.unions.append((channels[both], labels[both], self.place))
 
     def pin(self, labels: Tensor, kind: PinKind, *details: str) -> None:
         """Record that the running operation lets the channels of ``labels`` not change, and why."""

@@ -28,7 +28,7 @@ from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import Chance, same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
-from fxgrow.modules.standin import first_line, in_eval_mode, keeping_buffers, set_training, stand_in
+from fxgrow.modules.standin import first_line, in_eval_mode, keeping_state, set_training, stand_in
 from fxgrow.modules.tensors import scalar_buffers, zero_buffers
 
 Tracer = Literal["torch.fx", "dispatch"]
@@ -106,7 +106,7 @@ class Traced:
         interpreter = Interpreter(self.target, graph, self.module)
         listing = Listing(interpreter.place, self.decided.replay("eval"))
         try:
-            with keeping_buffers(self.standin), same_chance(), torch.no_grad(), listing:
+            with keeping_state(self.standin), same_chance(), torch.no_grad(), listing:
                 call(interpreter.run_on, self.inputs)
         except Exception as error:  # control flow may have taken another branch
             return (), f"its graph does not run: {first_line(error)}"
@@ -303,7 +303,7 @@ class Traced:
     ) -> tuple[LabelSpace, Tape]:
         """Label a run of the network in the mode that it is in."""
         most = _MOST_INFERRED if self.inferred else MOST_ENTRIES
-        with keeping_buffers(self.standin):
+        with keeping_state(self.standin):
             return propagate(
                 run, self.standin, self.inputs, place=self.at, watch=watch, zeros=self._named,
                 most=most, space=space, decider=decider, chance=chance,
@@ -315,7 +315,7 @@ class Traced:
         try:
             target = self.target
             set_training(target, mode=True)
-            with running_modules(self.standin, stack), keeping_buffers(self.standin):
+            with running_modules(self.standin, stack), keeping_state(self.standin):
                 _, tape = propagate(
                     target, self.standin, self.inputs, space=space, watch=watch, zeros=self._named,
                     place=lambda: ("", stack[-1] if stack else ""),

@@ -16,7 +16,7 @@ from fxgrow.modules.calling import Arguments, call, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import keeping_buffers
+from fxgrow.modules.standin import keeping_state
 
 
 def differs_in_training(
@@ -36,7 +36,7 @@ def differs_in_training(
     """
     known = Counter(op.target for op in tape.operations if _is_noise(op.target))
     recorder = _Draws(decider)
-    with torch.no_grad(), same_chance(), keeping_buffers(standin), recorder:
+    with torch.no_grad(), same_chance(), keeping_state(standin), recorder:
         result = call(target, inputs)
     shapes = [tuple(tensor.shape) for tensor in tensors_in(result)]
     return bool(recorder.found - known) or shapes != [value.shape for value in tape.outputs]

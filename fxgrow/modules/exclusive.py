@@ -3,7 +3,9 @@
 ``torch.fx`` patches ``nn.Module`` while it traces, warnings are filtered and the random state is
 set for all threads at once, so functions that do such things wait for one another. Under
 ``torch.inference_mode`` nothing could be labelled, and under a default device of meta no input
-would have values; the caller has them back afterwards.
+would have values; the caller has them back afterwards. So is torch's fast way through
+``nn.TransformerEncoder``, which computes the same by nested tensors, and by operations that take no
+float64.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ def exclusive(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Leave inference mode, and a default device without values, for a while."""
+    """Leave inference mode, a default device without values and fast paths, for a while."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as modes:
+        torch.backends.mha.set_fastpath_enabled(False)
+        modes.callback(torch.backends.mha.set_fastpath_enabled, fast)
         if torch.is_inference_mode_enabled():
             modes.enter_context(torch.inference_mode(mode=False))
         if torch.get_default_device().type == "meta":

@@ -194,7 +194,8 @@ def batches_for(
     first = next(filter(_has_weight, model.modules()), None)
     if isinstance(first, nn.Embedding) and len(shapes[0]) == 2:
         rows = first.num_embeddings
-        return [(torch.randint(rows, tuple(shapes[0]), generator=generator),)]
+        ids = [torch.randint(rows, tuple(shape), generator=generator) for shape in shapes]
+        return [arranged(model, ids)]
     return [
         arranged(model, [fresh(torch.empty(shape, device="meta")) for shape in found])
         for found in _sizes_to_draw(model, shapes, inferred, dtype, whole=whole)

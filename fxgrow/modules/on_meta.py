@@ -39,6 +39,7 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, decider: Decider | None = None, chance: Chance = "mean") -> None:
         super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a constant and its meta twin
+        self._bases: dict[int, Tensor] = {}  # by the id of a view's twin
         self._stale: set[int] = set()  # ids of constants whose twins were written into
         self._decider = decider
         self.draws = RunDraws(chance)
@@ -86,6 +87,8 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
         elsewhere = len(tensors) - sum([tensor.is_meta for tensor in tensors])
         if 0 < elsewhere < len(tensors):
             changed = tensors[0] if func._schema.is_mutable else None
+            if changed is not None and changed._base is not None and not changed.is_meta:
+                self._show(changed, changed._base)
             args, kwargs = map_tensors(self._to_meta, (args, kwargs))
             tensors = tensors_in((args, kwargs))
             if changed is not None and tensors[0] is not changed:
@@ -162,6 +165,24 @@ class OnMeta(DispatchMode):  # type: ignore[no-untyped-call]
     def current(self, tensor: Tensor) -> Tensor:
         """Return a tensor, or the meta twin of a constant that was written over since."""
         return self._twins[id(tensor)][1] if id(tensor) in self._stale else tensor
+
+    def _show(self, view: Tensor, base: Tensor) -> None:
+        """Let the twin of a view show a part of the twin of what it is a view of.
+
+        What is written there is written into that, too.
+        """
+        if id(view) not in self._twins and not base.is_meta:
+            whole = self._to_meta(base)
+            self._stale.add(id(base))
+            twin = torch.as_strided(whole, view.shape, view.stride(), view.storage_offset())
+            self._twins[id(view)] = (view, twin)
+            self._bases[id(twin)] = whole
+            self.joined(view, twin)
+
+    def base_of(self, view: Tensor) -> Tensor | None:
+        """Return the tensor that one shows a part of, None if it shows none."""
+        base = self._bases.get(id(view), view._base)
+        return None if base is None else self.current(base)
 
     def _to_meta(self, tensor: Tensor) -> Tensor:
         """Move a tensor; those without dims mix with any device as they are."""

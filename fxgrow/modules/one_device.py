@@ -17,6 +17,7 @@ _RECURRENT = frozenset((
     "lstm", "gru", "rnn_tanh", "rnn_relu",
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
 ))  # fmt: skip
+_LOOK_UPS = frozenset(("take_along_dim",))
 _MAKERS = (torch.tensor, torch.as_tensor)
 
 
@@ -42,11 +43,13 @@ class OnOneDevice(TorchFunctionMode):
     ) -> Any:
         """Run the call."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _RECURRENT:
+        name = getattr(func, "__name__", "")
+        if name in _RECURRENT or name in _LOOK_UPS:
             devices = {tensor.is_meta for tensor in tensors_in((args, kwargs))}
             if len(devices) > 1:
+                move = self._to_meta if name in _LOOK_UPS else self._moved
                 with _disable_current_modes():  # what makes a tensor here is no part of the run
-                    args, kwargs = map_tensors(self._moved, (args, kwargs))
+                    args, kwargs = map_tensors(move, (args, kwargs))
         elif func in _MAKERS and _is_number_on_meta(args, kwargs):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)

@@ -16,7 +16,7 @@ from fxgrow.modules.calling import Arguments, call, map_tensors, tensors_in
 from fxgrow.modules.decisions import Decision, extents
 from fxgrow.modules.draws import Chance, same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import keeping_buffers
+from fxgrow.modules.standin import keeping_state
 from fxgrow.modules.tensors import named_tensors
 
 _MOST = 1 << 20  # decisions of one run: a loop that never ends asks for ever
@@ -231,6 +231,6 @@ def record(
     real = {id(meta): x.detach().clone() for meta, x in pairs if meta.is_meta}
     shadows = Shadows({**values, **real}, device, **how)
     chance = same_chance(how.get("chance", "spread"))
-    with torch.no_grad(), chance, keeping_buffers(target), shadows:
+    with torch.no_grad(), chance, keeping_state(target), shadows:
         call(target, inputs)
     return shadows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType, NoneType
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fxgrow.errors import TraceError
 from fxgrow.modules.tensors import modules_of, named_tensors
 
+_NONE = object()
 _PLAIN = frozenset((bool, int, float, str, NoneType))
 _STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
+_OWN = frozenset(vars(nn.Module()))  # attributes of every module
 _SET_STATE = nn.Module.__setstate__
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
@@ -62,8 +64,9 @@ def stand_in(
         memo[id(tensor)] = fresh
     for module in modules_of(model):
         for value in vars(module).values():  # what a forward computed of others cannot be copied
-            if type(value) is Tensor and not value.is_leaf:
-                memo[id(value)] = value.detach()
+            for held in value if type(value) in (list, tuple) else (value,):
+                if type(held) is Tensor and not held.is_leaf:
+                    memo[id(held)] = held.detach()
     try:
         return _deep_copy(model, memo)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -169,16 +172,46 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore, at the end, the buffers that a forward replaced (a table made for another size)."""
-    every = (module._buffers for module in modules_of(model))
-    held = [(buffers, dict(buffers)) for buffers in every if buffers]
+def keeping_state(model: nn.Module) -> Iterator[None]:
+    """Restore, at the end, the buffers and attributes that a forward replaced or added.
+
+    A table made for another size; a state that begins anew in each run.
+    """
+    modules = [*modules_of(model)]
+    held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    told = [(vars(module), dict(vars(module))) for module in modules]
     try:
         yield
     finally:
         for buffers, before in held:
             if any(tensor is not buffers.get(name) for name, tensor in before.items()):
                 buffers.update(before)
+        for attributes, before in told:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update({x: value for x, value in before.items() if x not in _OWN})
+
+
+@contextlib.contextmanager
+def keeping_attributes(modules: Iterable[nn.Module], kind: type) -> Iterator[None]:
+    """Restore, at the end, the plain attributes in which objects of a kind were put."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for attributes, known in before:
+            changed = [key for key, x in attributes.items() if known.get(key, _NONE) is not x]
+            for key in changed:
+                if _holds(kind, attributes[key]) and key in known:
+                    attributes[key] = known[key]
+                elif _holds(kind, attributes[key]):
+                    del attributes[key]
+
+
+def _holds(kind: type, value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds(kind, item) for item in value)
+    return isinstance(value, kind)
 
 
 def first_line(error: BaseException) -> str:

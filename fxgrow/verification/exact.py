@@ -182,11 +182,17 @@ def _attributes_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]
 
 
 def _held_elsewhere(module: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of parameters that modules keep in attributes besides (recurrent layers)."""
+    """Return the names of parameters that modules keep in attributes besides (recurrent layers).
+
+    So are the others of such modules, which the forward may make those of (weight norm's hook).
+    """
     names = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
     found = set()
     for inner in module.modules():
         for key, value in vars(inner).items():
             if key not in ("_parameters", "_buffers", "_modules"):
                 found |= {names[id(t)] for t in tensors_in(value) if id(t) in names}
+    own = [{names[id(p)] for p in inner.parameters(recurse=False)} for inner in module.modules()]
+    while more := set[str]().union(*(held for held in own if held & found)) - found:
+        found |= more
     return found

@@ -197,3 +197,16 @@ def errors_of(
         scale = scale_of(old, gap)
         worst = worst.worst(Errors(largest, largest / scale if scale else largest))
     return worst
+
+
+def rounding_of(exact: Sequence[Tensor], native: Sequence[Tensor]) -> Errors:
+    """Return how far a network's outputs are from those in float64, where they are finite.
+
+    A mask of the lowest float64 number is infinite after a cast within the network, and a softmax
+    of nothing else is NaN.
+    """
+    finite = [
+        torch.where(own.isfinite(), wide, own.to(wide.dtype)) if wide.shape == own.shape else wide
+        for wide, own in zip(exact, native, strict=False)
+    ]
+    return errors_of([*finite, *exact[len(finite) :]], native)

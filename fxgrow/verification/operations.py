@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from fxgrow.modules.calling import Arguments, call, map_tensors, opaque_in, tensors_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, opaque_in, results_in, tensors_in
 from fxgrow.modules.draws import same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.standin import first_line, keeping_buffers
+from fxgrow.modules.standin import first_line, keeping_state
 from fxgrow.verification.forward import Mode, set_mode
 
 Operation: TypeAlias = tuple[Any, ...]
@@ -48,6 +48,7 @@ class Behaviour:
         problem: why the network did not run; "" if it did.
         writes: whether it wrote into a parameter.
         opaque: kinds of objects among its outputs that hold tensors which nothing sees.
+        rows: of each output tensor, the size of its first dim; 1 where it has none.
     """
 
     operations: tuple[Operation, ...] = ()
@@ -56,6 +57,7 @@ class Behaviour:
     problem: str = ""
     writes: bool = False
     opaque: frozenset[str] = frozenset()
+    rows: tuple[int, ...] = ()
 
     def equals(self, other: Behaviour) -> bool:
         """Return whether another run, on the same sizes, did the same."""
@@ -82,6 +84,14 @@ class Behaviour:
             len(one) == len(two) and all(map(_proportional(*factor), one, two))
             for one, two in lists
         )
+
+    def cuts(self, other: Behaviour, samples: int) -> bool:
+        """Return whether results have other rows than there are samples, and not in another run.
+
+        A flatten of a fixed size makes several rows of a larger image.
+        """
+        pairs = zip(self.rows, other.rows, strict=False)
+        return any(was == samples != rows for rows, was in pairs)
 
     def _fractions(self) -> Iterator[float]:
         """Yield the numbers that are no whole ones: those may follow sizes."""
@@ -126,13 +136,14 @@ def behaviour(standin: nn.Module, arguments: Arguments, mode: Mode) -> Behaviour
     set_mode(standin, mode)
     recorder = _OperationRecorder(standin, arguments)
     try:
-        with torch.no_grad(), same_chance(), keeping_buffers(standin), recorder:
-            opaque = frozenset(opaque_in(call(standin, arguments)))
+        with torch.no_grad(), same_chance(), keeping_state(standin), recorder:
+            result = call(standin, arguments)
     except Exception as error:  # a user's forward may raise anything, on sizes that are none
         return Behaviour(problem=first_line(error))
     return Behaviour(
         tuple(recorder.operations), tuple(recorder.numbers), tuple(recorder.shapes),
-        writes=recorder.writes, opaque=opaque,
+        writes=recorder.writes, opaque=frozenset(opaque_in(result)),
+        rows=tuple(len(tensor) if tensor.ndim else 1 for tensor in results_in(result)),
     )  # fmt: skip
 
 

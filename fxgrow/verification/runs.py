@@ -20,7 +20,7 @@ from fxgrow.plan.edits import NormGain
 from fxgrow.verification.cases import Case, Drawn, Inputs, Modes, Network
 from fxgrow.verification.choices import Choosing, decided_on
 from fxgrow.verification.exact import Exact, Weights
-from fxgrow.verification.findings import ExactResult, ModeResult, errors_of, ratio_of
+from fxgrow.verification.findings import ExactResult, ModeResult, errors_of, ratio_of, rounding_of
 from fxgrow.verification.forward import Mode, in_double, lent_copy, outputs_of, shown
 from fxgrow.verification.gradients import Gradients, check_gradients
 from fxgrow.verification.ran import Job, Outputs, Ran, absorbing, further, keeping_values, tells
@@ -82,8 +82,8 @@ class Runs:
             self._note_constant(before[Job(0, "eval")], batches[0])
         found = []
         for job in jobs:
-            own = errors_of(before[job], old[job])
-            grown = errors_of(predicted[job], new[job])
+            own = rounding_of(before[job], old[job])
+            grown = rounding_of(predicted[job], new[job])
             result = ModeResult(
                 float64=errors_of(before[job], after[job], whole_numbers=True),
                 native=errors_of(old[job], new[job]),

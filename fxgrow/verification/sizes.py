@@ -141,12 +141,16 @@ def _differing(
     """Return inputs of other sizes on which one of the networks does something else."""
     samples = next((t.shape[0] for t in tensors_in(batch)[:1] if t.ndim), 0)
     lost: dict[str, None] = {}
+    cut: dict[str, None] = {}
     smallest: dict[Any, tuple[int, Size, Mode]] = {}
     for size, mode in itertools.product(other_sizes(batch), modes):
         changed = resized(batch, size, meta=True)
         found = probe.behaviours(changed, mode)
         factor = None if size.batch is None else (size.batch, samples)
         if found[0].problem:
+            continue
+        if factor is None and found[0].cuts(base[mode][0], samples) and _keeps(size, batch):
+            cut.setdefault(size.told)
             continue
         if found[1].problem and needs_room:
             lost.setdefault(size.told)
@@ -158,9 +162,21 @@ def _differing(
         entry = (entries(changed), size, mode)
         if key not in smallest or entry[0] < smallest[key][0]:
             smallest[key] = entry
-    told = (f"larger kernels no longer run on {', '.join(lost)}",) if lost else ()
+    told = [f"larger kernels no longer run on {', '.join(lost)}"] if lost else []
+    if cut:
+        told.append(
+            f"on {', '.join(cut)} a flatten of a fixed size makes other rows than there are "
+            "samples, which was not judged"
+        )
     judged, notes = _chosen(batch, [*smallest.values()])
-    return judged, told + notes
+    return judged, (*told, *notes)
+
+
+def _keeps(size: Size, batch: Arguments) -> bool:
+    """Return whether what differs in inputs of a size cannot be how many samples there are."""
+    tensors = tensors_in(batch)
+    samples = tensors[0].shape[0]
+    return all(tensors[index].shape[dim] != samples for index, dim in size.sizes)
 
 
 def _chosen(

@@ -138,7 +138,7 @@ class DataDriven(PlacedInit):
                 self.paired(name)
             return {**pairing} if "*" in pairing else {**pairing, "*": self.pairing}
         layout = PAIRINGS[pairing](2, 1, "")
-        if layout.copies:
+        if layout.copies or layout.row_copies:
             why = f"the pairing {pairing!r} copies old channels and takes no new weights"
         else:
             why = self._unpaired(layout)

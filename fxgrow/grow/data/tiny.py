@@ -218,7 +218,8 @@ def _unreached(seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor)
 def _gains(seen: Seen, found: Directions) -> tuple[Tensor, Tensor]:
     """Return ⟨V, δz⟩ of each channel for a small amplitude, as it is and with both signs turned."""
     written = applied(seen.writer, found.rows, seen.x, found.biases)  # (N, k, …)
-    sizes = [one.layer.weight[:, 0].numel() for one in seen.reads]
+    shapes = [one.layer.weight.shape for one in seen.reads]
+    sizes = [out * math.prod(kernel) for out, _, *kernel in shapes]
     columns = torch.split(found.columns, sizes)
     gains = []
     for sign in (1.0, -1.0):

@@ -154,6 +154,7 @@ def match(
     copied: IntArray,
     copies: Mapping[int, int] = MappingProxyType({}),
     pairings: Mapping[int, Pairing] = MappingProxyType({}),
+    of_empty: Mapping[tuple[str, int], Pairing] = MappingProxyType({}),
 ) -> Matching | Obstacle:
     """Match the channels of a network at its old and its new sizes.
 
@@ -164,6 +165,7 @@ def match(
         copied: old channels that can only be copied, whatever the pairing; sorted.
         copies: for old channels whose group has padding channels, how many of each there are to be.
         pairings: for old channels whose group has a pairing of its own, that one.
+        of_empty: likewise, by tensor and dim, for groups without old channels.
 
     Returns:
         The matching, or why some old channel has no place in the new network.
@@ -201,8 +203,13 @@ def match(
         continued[theirs.members(taken)] = mine.members(continued[taken])
         first = next(iter(kept.tolist()), -1)
         own = pairing
-        if pairings and len(fresh):
-            own = pairings.get(first if first >= 0 else _beside(old, new, fresh), pairing)
+        if len(fresh) and (pairings or of_empty):
+            beside = first if first >= 0 else _beside(old, new, fresh)
+            own = pairings.get(beside, pairing)
+            if beside < 0:
+                axes = [new.axes[i] for i in new.axis_of_row[new.channel == fresh[0]].tolist()]
+                there = (of_empty.get((axis.tensor, axis.dim)) for axis in axes)
+                own = next(filter(None, there), pairing)
         chosen = drawing(own) if first in copies else own
         chosen = replicate if first in only_copied else chosen
         if len(fresh):

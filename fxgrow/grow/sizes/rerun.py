@@ -26,6 +26,7 @@ from fxgrow.grow.sizes.literals import NewShapes, Repair
 from fxgrow.grow.sizes.parts import at_larger_images, edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.swapped import resized
+from fxgrow.grow.sizes.unlike import unlike
 from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
@@ -122,7 +123,10 @@ class _Rerun:
         watch = Watching(self.analysis.traced, self.analysis.calls, self._shapes)
         found = self._run(self.follow, watch if any(self.analysis.calls) else no_watch)
         if not watch.repairs:
-            return found if isinstance(found, Resized) else self._checked(found)
+            if isinstance(found, Obstacle):
+                return self._checked(found)
+            why = self._unlike(found)
+            return Obstacle(why) if why else found
         plain = self._run(self.follow)  # labels foretell what most code does, and not all
         if isinstance(plain, Resized) and self._is_sound(plain):
             return plain
@@ -184,14 +188,14 @@ class _Rerun:
         """Return whether what holds no channels has its old size, and norms their new groups.
 
         A size of -1 in the code may have swallowed new channels: as positions, of which there are
-        now more. Runs of different operations are not compared.
+        now more. Of runs of different operations, what they do tells.
         """
         counts = found.channels.norm_groups
         if any(counts[weight] != count for weight, count in self.sizes.norm_groups.items()):
             return False
         old, new = self.analysis.tape.operations, found.tape.operations
         if [op.target for op in old] != [op.target for op in new]:
-            return True
+            return not self._unlike(found)
         for before, after in zip(old, new, strict=True):
             for was, becomes in zip(before.outputs, after.outputs, strict=False):
                 covered = set[int]().union(*(support(layer) for layer in was.layers))
@@ -199,6 +203,11 @@ class _Rerun:
                 if was.layers and any(a != b and dim not in covered for dim, (a, b) in ends):
                     return False
         return True
+
+    def _unlike(self, found: Resized) -> str:
+        """Return why new channels are treated as no old one is, "" if they are not."""
+        analysis = self.analysis
+        return unlike((analysis.channels, analysis.tape), (found.channels, found.tape))
 
     def _with_attributes(self, repairs: Sequence[Repair]) -> Resized | Sequence[Repair]:
         """Find the attributes that repairs come from; return a run with them, or what is left.
@@ -279,7 +288,7 @@ class _Rerun:
             shapes = NewShapes(growth, opened.run.channels, self.sizes.norm_groups)
             watch = Watching(opened.traced, opened.run.calls, shapes)
             found = self._run(self.follow, watch, opened)
-        if not isinstance(found, Resized) or not watch.repairs:
+        if not isinstance(found, Resized) or not watch.repairs_in_eval:
             return None  # without repairs, the network's own forward stays, and does not run
         nodes = {node.name: node for node in opened.graph.nodes}
         needed = watch.repairs_in_eval  # the graph is the same in train mode

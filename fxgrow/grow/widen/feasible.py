@@ -121,6 +121,16 @@ class Attempts:
             for c in there.numbers(group.channels)
         }
 
+    def pairing_of_empty(self) -> dict[tuple[str, int], Pairing]:
+        """Return the same by tensor and dim, for groups without a channel."""
+        axes = self.analysis.channels.axes
+        return {
+            (axes[index].tensor, axes[index].dim): self.pairings[group.name]
+            for group in self.analysis.groups
+            if group.name in self.pairings and not group.width
+            for index in group.axes
+        }
+
     def _copied_groups(self, sizes: Sizes, mixed: Mixed) -> dict[str, str]:
         """Return why groups cannot grow that new convolution groups read and norms want copied.
 
@@ -201,7 +211,7 @@ class Attempts:
         copied = there.numbers(mixed.copied)
         matching = match(
             there.channels, resized.channels, self.pairing, copied, copies,
-            self.pairing_by_channel(),
+            self.pairing_by_channel(), self.pairing_of_empty(),
         )  # fmt: skip
         if isinstance(matching, Obstacle):
             together = self._read_together(matching.name)

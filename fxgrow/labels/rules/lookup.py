@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxgrow.labels.gains import agree
+from fxgrow.labels.gains import Gain, GainFlow, agree, not_homogeneous
 from fxgrow.labels.layers import Layer, Layers, clusters, core, support
+from fxgrow.labels.operators import aten
 from fxgrow.labels.padding import Held, PaddingFlow, joined
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules.record import rule
 from fxgrow.labels.step import Step
-from fxgrow.labels.tape import Operation
+from fxgrow.labels.tape import Operation, Value
 
 
 @rule("aten.index")
@@ -83,11 +84,30 @@ def gather(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
-@rule("aten.index_add", "aten.scatter_add", gain=agree, padding=joined)
+def reduced_gain(flow: GainFlow, op: Operation) -> Gain | tuple[Gain, ...]:
+    """As all operands have it; a number written beside them, or a product of them, has none."""
+    scaled = isinstance(op.args[3], Value) or op.args[3] == 0
+    return agree(flow, op) if scaled and "prod" not in op.args[4:5] else not_homogeneous(flow, op)
+
+
+def reduced_padding(flow: PaddingFlow, op: Operation) -> Held:
+    """As all operands hold it, where what is written is a sum, a mean, or one of them."""
+    number = not isinstance(op.args[3], Value) and op.args[3] != 0
+    curved = {*op.args[4:5]} & ({"amax", "amin"} if flow.holds == "mean" else {"prod"})
+    return flow.lost(op) if number or curved else joined(flow, op)
+
+
+@rule(
+    *aten("index_add index_copy scatter_add scatter scatter_reduce index_reduce index_fill"),
+    gain=reduced_gain,
+    padding=reduced_padding,
+)
 def accumulate(step: Step) -> tuple[Layers, ...]:
-    """Add at positions of one dim: along the others, both operands have the same channels."""
+    """Write or add at positions of one dim: along the others, operands have the same channels."""
     x, dim, positions, added = step.args[:4]
     dim %= max(x.ndim, 1)
+    if not isinstance(added, Tensor) or not added.ndim:
+        return (_written_over(step, x, dim, positions),)
     step.pin(step.layers(positions), PinKind.LOOKED_UP, "index")
     out: list[Layer] = []
     for mine, theirs in clusters([step.layers(x), step.layers(added)]):
@@ -108,6 +128,36 @@ def accumulate(step: Step) -> tuple[Layers, ...]:
             step.space.fix(labels, own, "added at positions")
         out.append(labels.expand(x.shape))
     return (tuple(out),)
+
+
+def _written_over(step: Step, x: Tensor, dim: int, positions: Tensor) -> Layers:
+    """Return the layers of a tensor in which a number is written at positions of one dim."""
+    for tensor in step.operands[1:]:
+        step.pin(step.layers(tensor), PinKind.LOOKED_UP, "index")
+    kept: list[Layer] = []
+    for layer in step.layers(x):
+        own = [d for d in support(layer) if positions.ndim == x.ndim and positions.stride(d)]
+        if dim in support(layer) or own:  # positions of their own for each channel
+            step.pin((layer,), PinKind.LOOKED_UP, "index")
+        else:
+            kept.append(layer)
+    return tuple(kept)
+
+
+@rule("aten.masked_scatter", gain=agree, padding=joined)
+def masked_scatter(step: Step) -> tuple[Layers, ...]:
+    """Write rows where a mask is set, the same for all channels: these are those of the rows."""
+    x, mask, rows = step.args[:3]
+    last = x.ndim - 1
+    alike = mask.shape[-1:] == (1,) or not mask.stride(-1) or last in step.value(mask).repeated
+    lines = step.line(x, last), step.line(rows, rows.ndim - 1) if rows.ndim else None
+    fits = mask.ndim and rows.ndim and rows.shape[-1] == x.shape[-1]
+    within = all(support(layer) <= {tensor.ndim - 1}
+                 for tensor in (x, rows) for layer in step.layers(tensor))  # fmt: skip
+    if not (alike and fits and within) or step.layers(mask):
+        return step.give_up(PinKind.LOOKED_UP, "a mask")
+    step.unify(*lines)
+    return (step.layers(x) if None not in lines else (),)
 
 
 @rule("aten.bucketize")
