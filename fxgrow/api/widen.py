@@ -167,7 +167,9 @@ def plan(
     progress("planning")
     source = functools.cache(lambda: model if after is None else apply_to_module(after, model))
     weights = functools.cache(lambda: named_tensors(source()))
-    make = functools.partial(init.plan, source()) if isinstance(init, DataDriven) else plan_parts
+    make = plan_parts
+    if isinstance(init, DataDriven):
+        make = functools.partial(init.plan, source(), progress=progress)
     parted = {name: p for part in analyses for name, p in part.channels.normed.items()}
     made = make(analyses, request, lambda name: variance(weight_at(name, weights(), parted)))
     told = (*parts, *made.warnings, *left_out(made, analyses), *tied_twins(made), *notes)

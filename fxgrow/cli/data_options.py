@@ -53,3 +53,11 @@ GrowthTable = Annotated[
         "parameter, from --data.",
     ),
 ]
+GrowthInclude = Annotated[
+    list[str] | None,
+    shown("--include", metavar="GLOB", help="Of --growth, only groups that match; repeatable."),
+]
+GrowthExclude = Annotated[
+    list[str] | None,
+    shown("--exclude", metavar="GLOB", help="Of --growth, leave groups out; repeatable."),
+]

@@ -32,6 +32,8 @@ def inspect(
     data: data_opt.Data = None,
     loss: data_opt.Loss = None,
     method: data_opt.DataMethod = "tiny",
+    include: data_opt.GrowthInclude = None,
+    exclude: data_opt.GrowthExclude = None,
     as_json: opt.AsJson = False,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
@@ -48,6 +50,8 @@ def inspect(
     """
     shapes = parse_shapes(input_shape or ())
     computed = _growth_of(growth, method, data, loss, why)
+    if not growth and (include or exclude):
+        raise UsageError("--include and --exclude are for --growth.", way_out="Give --growth too.")
     with CommandRun() as run:
         from fxgrow.api.inspection import inspect as inspect_model
         from fxgrow.api.report.data import plain
@@ -61,7 +65,10 @@ def inspect(
         inputs = inputs_of(shapes, opened)
         init = None if computed is None else computed(opened.model)
         with about(source):
-            found = inspect_model(opened.model, inputs, module=module, growth=init)
+            found = inspect_model(
+                opened.model, inputs, module=module, growth=init, include=include or (),
+                exclude=exclude or (), progress=run.steps,
+            )  # fmt: skip
             explanation = None if why is None else found.why(why)
     if as_json:
         told = found.to_dict() if explanation is None else plain(explanation)

@@ -88,11 +88,6 @@ class Shapes:
     dtype: torch.dtype
 
 
-def as_matrix(correlation: Tensor) -> Tensor:
-    """Return a correlation (out, inputs, *kernel) as a matrix (inputs, out · kernel)."""
-    return correlation.transpose(0, 1).flatten(1)
-
-
 def inverse_root(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Return R, (n, r), with R·Rᵀ the pseudo-inverse of a symmetric matrix of rank r.
 
@@ -101,58 +96,54 @@ def inverse_root(gram: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: what the vectors were computed in; what may be their rounding counts as zero.
     """
     values, vectors = torch.linalg.eigh(gram)
-    kept = values > values.clamp(min=0).amax() * _tolerance(len(gram), dtype)
+    kept = values > values.clamp(min=0).amax() * tolerance(len(gram), dtype)
     root: Tensor = vectors[:, kept] / values[kept].sqrt()
     return root
 
 
-def pseudo_solution(gram: Tensor, cross: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the smallest X with gram · X = cross, for a symmetric ``gram``; see inverse_root."""
-    root = inverse_root(gram, dtype)
-    return root @ (root.T @ cross)
-
-
-def gradmax(correlation: Tensor, slope: float, scale: float, shapes: Shapes) -> Directions:
+def gradmax(
+    correlation: Tensor, slope: float, scale: float, shapes: Shapes, basis: Tensor | None = None
+) -> Directions:
     """Return the columns that give zero rows the largest gradients (Evci et al. 2022).
 
     The gradient of the loss at a zero row read by the column ω is σ'(0)·N·ω (up to sign); of all k
     orthogonal columns of one norm, the leading singular vectors make the sum of squares largest.
 
     Args:
-        correlation: of the writer's patches and −∂L/∂z: (out, inputs, *kernel).
+        correlation: N, of the writer's patches and −∂L/∂z: (inputs, out · kernel); with ``basis``
+            A of N = A·Qᵀ, (inputs, n).
         slope: σ'(0).
         scale: norm of the columns.
         shapes: of the layers.
+        basis: Q, with orthonormal columns, (out · kernel, n); None for the identity.
 
     Returns:
         As many directions as the correlation has ranks; ``strengths`` are the norms of the
         gradients of the new rows.
     """
-    matrix = as_matrix(correlation)  # (inputs, out · kernel)
-    _, values, right = _decomposed(matrix, shapes.dtype)
+    size = max(len(correlation), math.prod(shapes.column))
+    _, values, right = _decomposed(correlation, shapes.dtype, size=size, basis=basis)
     count = len(values)
     norms = values * abs(slope) * scale
     return Directions(
         strengths=norms,
-        rows=matrix.new_zeros(count, *shapes.row),
-        biases=matrix.new_zeros(count) if shapes.has_bias else None,
+        rows=correlation.new_zeros(count, *shapes.row),
+        biases=correlation.new_zeros(count) if shapes.has_bias else None,
         columns=_columns(right * scale, shapes),
         gains=norms.square(),
     )
 
 
-def tiny(
-    correlation: Tensor, gram: Tensor, slope: float, scale: float, shapes: Shapes
-) -> Directions:
+def tiny(matrix: Tensor, root: Tensor, slope: float, scale: float, shapes: Shapes) -> Directions:
     """Return the channels whose first-order move is nearest to V (Verbockhaven et al. 2024).
 
     With S the second moments of the patches, and S^−½·N = Σ λ·u·vᵀ, these are a = √λ·S^−½·u/σ'(0)
     and ω = √λ·v; each moves the outputs such that ⟨V, δz⟩ = λ².
 
     Args:
-        correlation: of the writer's patches and V, the part of −∂L/∂z that the reader's present
-            inputs cannot reach: (out, inputs, *kernel).
-        gram: S, (inputs, inputs).
+        matrix: Rᵀ·N, (r, out · kernel), with N the correlation of the writer's patches and V, the
+            part of −∂L/∂z that the reader's present inputs cannot reach.
+        root: R, (inputs, r), with R·Rᵀ the pseudo-inverse of S, (inputs, inputs).
         slope: σ'(0), or its mean on both sides of zero.
         scale: root of the mean square of −∂L/∂z, beside which what is left may be rounding.
         shapes: of the layers.
@@ -160,9 +151,8 @@ def tiny(
     Returns:
         As many directions as there are ranks; ``strengths`` are λ.
     """
-    root = inverse_root(gram, shapes.dtype)  # (inputs, r)
-    matrix = root.T @ as_matrix(correlation)  # (r, out · kernel)
-    left, values, right = _decomposed(matrix, shapes.dtype, scale * _left_over(shapes.dtype))
+    noise = scale * _left_over(shapes.dtype)
+    left, values, right = _decomposed(matrix, shapes.dtype, noise)
     rows = (root @ left).T * (values.sqrt() / slope)[:, None]  # (k, inputs)
     weights, biases = (rows[:, :-1], rows[:, -1]) if shapes.has_bias else (rows, None)
     return Directions(
@@ -180,7 +170,11 @@ def _columns(vectors: Tensor, shapes: Shapes) -> Tensor:
 
 
 def _decomposed(
-    matrix: Tensor, dtype: torch.dtype, noise: float = 0.0
+    matrix: Tensor,
+    dtype: torch.dtype,
+    noise: float = 0.0,
+    size: int = 0,
+    basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return singular vectors (m, k), values (k,) and vectors (k, n), without what is rounding.
 
@@ -190,16 +184,20 @@ def _decomposed(
         matrix: to be decomposed.
         dtype: what it was computed in.
         noise: values below this are rounding, too.
+        size: by which its rounding is judged; 0 for the larger of its own.
+        basis: with orthonormal columns, (n', n), which the right vectors are multiplied by.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # (m, k), (k,), (k, n)
     largest = float(values.amax())
-    kept = values > max(largest * _tolerance(max(matrix.shape), dtype), noise)
+    kept = values > max(largest * tolerance(size or max(matrix.shape), dtype), noise)
     left, values, right = left[:, kept], values[kept], right[kept]
+    if basis is not None:
+        right = right @ basis.T
     signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
     return left * signs.T, values, right * signs
 
 
-def _tolerance(size: int, dtype: torch.dtype) -> float:
+def tolerance(size: int, dtype: torch.dtype) -> float:
     """Return the part of the largest value below which others are rounding."""
     return float(size * torch.finfo(dtype).eps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +12,9 @@ from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import check_runs
+from fxgrow.grow.sizes.widths import select
 from fxgrow.modules.standin import stand_in
+from fxgrow.plan.requests import Widen
 
 _MOST = 1 << 20  # channels, more than any group has directions
 
@@ -51,7 +53,11 @@ class GroupGrowth:
 
 
 def expected_growth(
-    init: DataDriven, model: nn.Module, analyses: Sequence[Analysis]
+    init: DataDriven,
+    model: nn.Module,
+    analyses: Sequence[Analysis],
+    request: Widen | None = None,
+    progress: Callable[[str], object] = lambda step: None,
 ) -> tuple[GroupGrowth, ...]:
     """Return what new channels would gain, for each group that is not pinned.
 
@@ -59,18 +65,24 @@ def expected_growth(
         init: how they are computed; its ``keep`` and ``threshold`` count, and no width does.
         model: the network; only read.
         analyses: of the network, or of the parts of it that are followed.
+        request: its ``include`` and ``exclude`` say which groups to tell of; None for all.
+        progress: told what is being computed, and about how long it takes.
 
     Raises:
-        PlanError: the batches tell nothing: the loss is no finite scalar with a gradient, say.
+        PlanError: a glob matches nothing, or the batches tell nothing: the loss is no finite
+            scalar with a gradient, say.
     """
     groups = [group for part in analyses for group in part.groups if group.kind != "pinned"]
+    if request is not None and (request.include or request.exclude):
+        widths, _ = select([group for part in analyses for group in part.groups], request)
+        groups = [group for group in groups if group.name in widths]
     pairing = init.paired(None)
     rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
     network = stand_in(model, {}).eval()
     check_runs(network, init.batches[0])
     pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")
-    found = init.selected(network, pairs, rooms, limits) if pairs else {}
+    found = init.selected(network, pairs, rooms, limits, progress) if pairs else {}
     reasons = {refusal.name: refusal.reason for refusal in unfit}
     costs = Costs(analyses)
     told = []

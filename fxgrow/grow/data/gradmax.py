@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,9 +18,11 @@ from fxgrow.grow.data.statistics import (
     Read,
     Seen,
     applied,
+    as_rows,
     correlation,
     patches,
 )
+from fxgrow.grow.data.sums import Product, stacked
 from fxgrow.plan.pairing import Layout
 
 
@@ -41,6 +43,8 @@ class GradMax(DataDriven):
 
     pairing = "zero_z"
     nothing = "no new channel would get a gradient that is strong enough"
+    runs = 1
+    fits = False
 
     def _unpaired(self, layout: Layout) -> str:
         if all(layout.column_signs) and (layout.preserving or layout.writes_zeros):
@@ -66,17 +70,22 @@ class GradMax(DataDriven):
         return _is_raised(pair)
 
     def _directions(
-        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         averages = self.averages(
             network,
             pairs,
-            lambda name, seen: (_pulled(seen, pairs[name], _is_raised(pairs[name])),),
+            lambda name, seen: _pulled(seen, pairs[name], _is_raised(pairs[name])),
         )
         found = {}
         for name, pair in pairs.items():
+            progress(name)
             scale, shapes = _mean_norm(network, pair), shapes_of(network, pair)
-            found[name] = algebra.gradmax(averages[name][0], 1.0, scale, shapes)
+            matrix, basis = stacked(averages[name])
+            found[name] = algebra.gradmax(matrix, 1.0, scale, shapes, basis)
             biases = found[name].biases
             if biases is not None and _is_raised(pair):
                 found[name] = replace(found[name], biases=torch.full_like(biases, RAISED))
@@ -112,8 +121,10 @@ def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
     return float(torch.cat(columns, 1).norm(dim=1).mean())
 
 
-def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> Tensor:
-    """Return the sum over samples of the gradient of a zero row for each column: (entries, inputs).
+def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
+    """Return the sum over samples of the gradient of a zero row for each column, by reader.
+
+    Each is (entries, inputs); for a reader without a kernel as the factors, where these are less.
 
     Args:
         seen: of a batch.
@@ -121,14 +132,19 @@ def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> Tensor:
         raised: whether biases hold the channels above zero.
     """
     if seen.passage is not None:
-        return torch.cat(_pulled_through(seen, pair, raised))
+        return tuple(Product((part,)) for part in _pulled_through(seen, pair, raised))
     read = patches(seen.writer, seen.x)
     found = []
     for index, part in enumerate(seen.laid_out(read)):
         one = seen.reads[index]
-        whole = correlation(one.layer, part, one.descent)  # (out, inputs, *kernel)
-        found.append((one.raised if raised else one.slope) * whole.movedim(1, -1).flatten(0, -2))
-    return torch.cat(found)
+        slope = one.raised if raised else one.slope
+        if one.layer.weight.ndim == 2:  # (positions, out) and (positions, inputs)
+            rows = as_rows(one.layer, part * slope)
+            found.append(Product.of(as_rows(one.layer, one.descent), rows))
+        else:
+            whole = correlation(one.layer, part, one.descent)  # (out, inputs, *kernel)
+            found.append(Product((slope * whole.movedim(1, -1).flatten(0, -2),)))
+    return tuple(found)
 
 
 def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:

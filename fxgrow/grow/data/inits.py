@@ -25,14 +25,15 @@ from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
+from fxgrow.grow.data.effort import Effort, measured
 from fxgrow.grow.data.from_data import FromData, from_data
+from fxgrow.grow.data.laid_out import laid_out
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
-from fxgrow.grow.data.statistics import Batch, LossFunction, Seen
+from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
-from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.modules.calling import arguments_of
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.deviations import Place
@@ -64,6 +65,8 @@ class DataDriven(PlacedInit):
 
     pairing: ClassVar[str]
     nothing: ClassVar[str]  # what is true of a group that gets no channel
+    runs: ClassVar[int]  # over the batches, for the directions
+    fits: ClassVar[bool]  # whether old weights are fitted by least squares
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class DataDriven(PlacedInit):
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
+        self._effort = Effort(0.0, {}, {})
         self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
@@ -157,6 +161,7 @@ class DataDriven(PlacedInit):
         analyses: Sequence[Analysis],
         request: Widen,
         variance_of: VarianceOf,
+        progress: Callable[[str], object] = lambda step: None,
     ) -> Plan:
         """Compute new weights, and return the plan that makes room for them.
 
@@ -165,6 +170,7 @@ class DataDriven(PlacedInit):
             analyses: of the network, or of the parts of it that are followed.
             request: what is asked for; its widths are the most that is given.
             variance_of: as for :func:`fxgrow.grow.widen.planner.make_plan`.
+            progress: told what is being computed, and about how long it takes.
 
         Raises:
             PlanError: the request is malformed, no group that it selects can be treated, or the
@@ -182,7 +188,7 @@ class DataDriven(PlacedInit):
         refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
         pairs = {name: pair for name, pair in pairs.items() if name not in tight}
         self._check_some(pairs, refused)
-        found = self.selected(network, pairs, rooms, limits)
+        found = self.selected(network, pairs, rooms, limits, progress)
         chosen = {name: directions for name, directions in found.items() if len(directions)}
         refused += self._without(found, chosen, self.nothing)
         self._check_some(chosen, refused)
@@ -193,7 +199,7 @@ class DataDriven(PlacedInit):
                 chosen, paid, "the budget goes to groups that gain more per parameter"
             )
             chosen = paid
-        made = self._laid_out(analyses, request, variance_of, chosen, rooms)
+        made = laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
             made,
             refused=refused + made.refused,
@@ -244,30 +250,6 @@ class DataDriven(PlacedInit):
             return found
         return self._fitted(network, made, found)
 
-    def _laid_out(
-        self,
-        analyses: Sequence[Analysis],
-        request: Widen,
-        variance_of: VarianceOf,
-        chosen: Mapping[str, Directions],
-        rooms: Mapping[str, Room],
-    ) -> Plan:
-        """Return the plan that rescales old weights and makes room for what was chosen."""
-        grown = {
-            name: str(rooms[name].width + rooms[name].each * len(directions))
-            for name, directions in chosen.items()
-        }
-        own = replace(
-            request,
-            width=grown,
-            include=tuple(grown),
-            exclude=(),
-            where="all",
-            pairing={name: rooms[name].pairing for name in grown},
-        )
-        made = plan_parts(analyses, replace(own, multiple_of=1), variance_of)
-        return replace(made, request=request)
-
     def _without(
         self, before: Iterable[str], after: Collection[str], why: str
     ) -> tuple[Refusal, ...]:
@@ -298,6 +280,10 @@ class DataDriven(PlacedInit):
                     unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
                 else:
                     pairs[group.name] = pair
+        self._effort = measured(network, pairs, self.batches, fits=self.fits)
+        for name, why in self._effort.too_large().items():
+            unfit.append(Refusal(name, f"{self.name}: {why}"))
+            del pairs[name]
         return pairs, tuple(unfit)
 
     def _pair(
@@ -343,6 +329,7 @@ class DataDriven(PlacedInit):
         pairs: Mapping[str, LayerPair],
         rooms: Mapping[str, Room],
         limits: Limits,
+        progress: Callable[[str], object] = lambda step: None,
     ) -> dict[str, Directions]:
         """Return the directions of each group that may be grown: all, some or none.
 
@@ -351,8 +338,18 @@ class DataDriven(PlacedInit):
             pairs: the layers around each group.
             rooms: how far each may grow.
             limits: what else limits them.
+            progress: told what is being computed, and about how long it takes.
         """
-        found = self._directions(network, pairs)
+        names, found = list(pairs), dict[str, Directions]()
+        seconds = self._effort.total(names, self.runs)
+        begun = f"computing growth of {len(names)} group{'' if len(names) == 1 else 's'}"
+        progress(f"{begun}: about {max(seconds, 1):.0f} s")
+        for part in self._effort.parts(names):
+
+            def told(name: str, first: int = len(found), part: list[str] = part) -> None:
+                progress(f"{name} ({first + part.index(name) + 1} of {len(names)})")
+
+            found |= self._directions(network, {name: pairs[name] for name in part}, told)
         strong = algebra.above(list(found.values()), limits.threshold)
         chosen = {
             name: directions.first(limits.kept(rooms[name]))
@@ -389,13 +386,16 @@ class DataDriven(PlacedInit):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
-        function: Callable[[str, Seen], tuple[Tensor, ...]],
-    ) -> dict[str, tuple[Tensor, ...]]:
+        function: Callable[[str, Seen], tuple[Sum, ...]],
+    ) -> dict[str, tuple[Sum, ...]]:
         """Return averages over the samples; see :func:`fxgrow.grow.data.statistics.averages`."""
         return statistics.averages(network, [*pairs.values()], self.loss_fn, self.batches, function)
 
     @abc.abstractmethod
     def _directions(
-        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        progress: Callable[[str], object],
     ) -> dict[str, Directions]:
-        """Return all directions of each pair of layers."""
+        """Return all directions of each pair of layers, telling which it comes to."""

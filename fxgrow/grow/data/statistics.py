@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ from fxgrow.modules.standin import first_line
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = tuple[Any, Any]  # inputs and targets
+
+
+class Summed(Protocol):
+    """What can be summed over batches and divided by the number of samples."""
+
+    def __add__(self, other: Any, /) -> Any: ...
+
+    def __truediv__(self, other: Any, /) -> Any: ...
+
+
+Sum = TypeVar("Sum", bound=Summed)
 
 
 @dataclass(frozen=True)
@@ -214,8 +225,8 @@ def averages(
     pairs: Sequence[LayerPair],
     loss_fn: LossFunction,
     batches: Sequence[Batch],
-    function: Callable[[str, Seen], tuple[Tensor, ...]],
-) -> dict[str, tuple[Tensor, ...]]:
+    function: Callable[[str, Seen], tuple[Sum, ...]],
+) -> dict[str, tuple[Sum, ...]]:
     """Return, for each pair by the name of its group, averages over all samples.
 
     Args:
@@ -229,7 +240,7 @@ def averages(
         PlanError: a loss is no finite scalar, it has no gradient, a gradient is not finite, or a
             layer is not run.
     """
-    totals: dict[str, tuple[Tensor, ...]] = {}
+    totals: dict[str, tuple[Sum, ...]] = {}
     for batch in batches:
         for pair, seen in _observed(model, pairs, loss_fn, batch):
             found = function(pair.group, seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData
 from fxgrow.grow.data.inits import DataDriven
-from fxgrow.grow.data.pairs import LayerPair, shapes_of
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
 from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
     Read,
@@ -28,6 +28,7 @@ from fxgrow.grow.data.statistics import (
     patches,
     readings,
 )
+from fxgrow.grow.data.sums import Moments
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
@@ -51,6 +52,8 @@ class Tiny(DataDriven):
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for, or new channels would raise it"
+    runs = 2
+    fits = True
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         del model
@@ -62,28 +65,28 @@ class Tiny(DataDriven):
         )
 
     def _directions(
-        self, network: nn.Module, pairs: Mapping[str, LayerPair]
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}
-        fits = self.averages(network, pairs, lambda _, seen: _fit(seen))
-        moves = {
-            name: [
-                algebra.pseudo_solution(gram, cross, shapes[name].dtype)
-                for gram, cross in zip(sums[1::2], sums[2::2], strict=True)
-            ]
-            for name, sums in fits.items()
-        }
-        sums = self.averages(
-            network, pairs, lambda name, seen: _unreached(seen, moves[name], pairs[name].has_bias)
+        sums = self.averages(network, pairs, lambda name, seen: _first(seen, pairs[name].has_bias))
+        roots: dict[str, Tensor] = {}
+        moves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        scales: dict[str, float] = {}
+        for name in pairs:
+            progress(name)
+            squares, read, *fits = sums.pop(name)
+            dtype = shapes[name].dtype
+            scales[name] = float(squares.rows.sum().sqrt())
+            roots[name] = read.root(dtype)
+            moves[name] = [fit.solution(dtype) for fit in fits]
+        found = self.averages(
+            network, pairs, lambda name, seen: (_unreached(seen, moves[name], roots[name]),)
         )
         return {
-            name: algebra.tiny(
-                correlation=sums[name][0],
-                gram=sums[name][1],
-                slope=1.0,
-                scale=float(fits[name][0].sqrt()),
-                shapes=shapes[name],
-            )
+            name: algebra.tiny(found[name][0].T, roots[name], 1.0, scales[name], shapes[name])
             for name in pairs
         }
 
@@ -136,55 +139,80 @@ class Tiny(DataDriven):
         return replace(found, entries={**found.entries, **norms})
 
 
-def _fit(seen: Seen) -> tuple[Tensor, ...]:
-    """Return the sum of V², and for each reader those for a fit of V on what it reads."""
-    squares = sum(read.descent.square().sum() for read in seen.reads)
-    found = [torch.as_tensor(squares)]
-    for read in seen.reads:
-        inputs = as_rows(read.layer, patches(read.layer, read.h))  # (positions, h · kernel)
-        if read.layer.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        wanted = as_rows(read.layer, read.descent)  # (positions, out)
-        found += [inputs.T @ inputs, inputs.T @ wanted]
-    return tuple(found)
+def _first(seen: Seen, has_bias: bool) -> tuple[Moments, ...]:
+    """Return the sum of V², moments of what the writer reads, and each reader's for a fit of V.
 
-
-def _left(read: Read, move: Tensor) -> Tensor:
-    """Return what is left of V if a reader's own weights and bias move: (inputs, out)."""
-    kernel = read.layer.weight.shape[1:]
-    count = kernel.numel()
-    weight = move[:count].T.reshape(
-        move.shape[1], *kernel
-    )  # (h · kernel, out) -> (out, h, *kernel)
-    bias = move[count] if len(move) > count else None
-    return read.descent - applied(read.layer, weight, read.h, bias)
-
-
-def _unreached(seen: Seen, moves: Sequence[Tensor], has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return the correlation of what the writer reads with what is left of V, and its moments.
-
-    What the writer reads is taken as the readers get it, through the slopes of what lies between.
+    What the writer reads is taken as the readers get it, through the slopes of what lies between;
+    each patch counts as often as a reader reads it, on average over the readers.
 
     Args:
         seen: of a batch.
-        moves: of each reader's own weights and bias, (inputs, out): what they can do for V.
         has_bias: whether the writer has a bias, which reads ones.
-
-    Returns:
-        N as (outputs · kernel of all readers, inputs) and S as (inputs, inputs); each patch counts
-        in S as often as a reader reads it, on average over the readers.
     """
-    read = patches(seen.writer, seen.x)  # (N, inputs, …) or (…, inputs)
+    squares = torch.cat([read.descent.reshape(-1, 1) for read in seen.reads])
+    rows = []
+    for one, given in zip(seen.reads, _given(seen, has_bias), strict=True):
+        counted = as_rows(one.layer, given * readings(one.layer, given).sqrt())
+        rows.append(counted / math.sqrt(len(seen.reads)))  # (positions, inputs)
+    fits = [_fit(read) for read in seen.reads]
+    return Moments.of(squares), Moments.of(torch.cat(rows)), *fits
+
+
+def _given(seen: Seen, has_bias: bool) -> list[Tensor]:
+    """Return what the writer reads, as each reader gets it: (N, inputs, …) or (…, inputs)."""
+    read = patches(seen.writer, seen.x)
     dim = channel_dim(seen.writer)
     if has_bias:
         read = torch.cat([read, torch.ones_like(read.narrow(dim, 0, 1))], dim)
-    found, moments = [], []
-    for one, move, given in zip(seen.reads, moves, seen.mean_slopes(read), strict=True):
-        whole = correlation(one.layer, given, _left(one, move))  # (out, inputs, *kernel)
-        found.append(whole.movedim(1, -1).flatten(0, -2))
-        counted = as_rows(one.layer, given * readings(one.layer, given))  # (positions, inputs)
-        moments.append(counted.T @ as_rows(one.layer, given))
-    return torch.cat(found), torch.stack(moments).mean(0)
+    return seen.mean_slopes(read)
+
+
+def _fit(read: Read) -> Moments:
+    """Return the moments of what a reader reads, and of these with V."""
+    inputs = as_rows(read.layer, patches(read.layer, read.h))  # (positions, h · kernel)
+    if read.layer.bias is not None:
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+    return Moments.of(inputs, as_rows(read.layer, read.descent))
+
+
+def _left(read: Read, move: tuple[Tensor, Tensor]) -> Tensor:
+    """Return what is left of V if a reader's own weights and bias move.
+
+    Args:
+        read: what the reader saw.
+        move: of its weights, as factors (inputs, r) and (r, out).
+    """
+    basis, factors = move
+    kernel = read.layer.weight.shape[1:]
+    count = kernel.numel()
+    weight = basis[:count].T.reshape(basis.shape[1], *kernel)  # (h · kernel, r) -> (r, h, *kernel)
+    bias = basis[count] if len(basis) > count else None
+    return read.descent - _mixed(read.layer, applied(read.layer, weight, read.h, bias), factors)
+
+
+def _mixed(layer: LinearLayer, values: Tensor, factors: Tensor) -> Tensor:
+    """Return values with their channels times a matrix, (channels, others)."""
+    dim = channel_dim(layer)
+    return (values.movedim(dim, -1) @ factors).movedim(-1, dim)
+
+
+def _unreached(seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor) -> Tensor:
+    """Return the correlation of what the writer reads, times a root, with what is left of V.
+
+    Args:
+        seen: of a batch.
+        moves: of each reader's own weights and bias: what they can do for V; see ``_left``.
+        root: of the pseudo-inverse of the moments of what the writer reads, (inputs, r).
+
+    Returns:
+        (outputs · kernel of all readers, r).
+    """
+    found = []
+    has_bias = len(root) > seen.writer.weight[0].numel()
+    for one, move, given in zip(seen.reads, moves, _given(seen, has_bias), strict=True):
+        whole = correlation(one.layer, _mixed(one.layer, given, root), _left(one, move))
+        found.append(whole.movedim(1, -1).flatten(0, -2))  # (out, r, *kernel)
+    return torch.cat(found)
 
 
 def _gains(seen: Seen, found: Directions) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+"""What computing growth from data takes, told beforehand: seconds and memory.
+
+A forward pass of one batch is timed, and so are a product and a decomposition of small matrices;
+the rest is arithmetic on the numbers of positions and inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.grow.data.pairs import LayerPair
+from fxgrow.grow.data.statistics import Batch, size_of
+from fxgrow.modules.calling import arguments_of, call
+
+MOST_MEMORY = 1 << 30  # bytes of sums held at a time
+_SIZE = 192  # of the matrices that are timed
+_BACKWARD = 3.0  # a forward and a backward pass take about three forward passes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the growth of groups takes.
+
+    Attributes:
+        passes: seconds of a forward and a backward pass over all batches.
+        seconds: of the algebra of each group, by name.
+        memory: bytes of the sums of each group, by name.
+    """
+
+    passes: float
+    seconds: Mapping[str, float]
+    memory: Mapping[str, int]
+
+    def too_large(self) -> dict[str, str]:
+        """Return why groups cannot be computed within :data:`MOST_MEMORY`, by name."""
+        return {
+            name: f"the sums over the batches would take {size / 1e9:.1f} GB, and are held to "
+            f"{MOST_MEMORY / 1e9:.1f} GB (give fewer samples, or leave the group out with exclude)"
+            for name, size in self.memory.items()
+            if size > MOST_MEMORY
+        }
+
+    def parts(self, names: Iterable[str]) -> list[list[str]]:
+        """Return names in parts whose sums are held together within :data:`MOST_MEMORY`."""
+        found: list[list[str]] = []
+        held = MOST_MEMORY
+        for name in names:
+            held += self.memory[name]
+            if held > MOST_MEMORY:
+                found.append([])
+                held = self.memory[name]
+            found[-1].append(name)
+        return found
+
+    def total(self, names: Sequence[str], runs: int) -> float:
+        """Return the seconds that groups take together, at so many runs over the batches."""
+        count = runs * len(self.parts(names))
+        return count * self.passes + sum(self.seconds[name] for name in names)
+
+
+def measured(
+    network: nn.Module, pairs: Mapping[str, LayerPair], batches: Sequence[Batch], *, fits: bool
+) -> Effort:
+    """Return what the growth of groups takes, from one forward pass.
+
+    Args:
+        network: in eval mode; a copy that may be run.
+        pairs: the layers around each group.
+        batches: (inputs, targets) each.
+        fits: whether second moments and least-squares fits are needed, beside a correlation.
+    """
+    layers = {pair.writer for pair in pairs.values()}
+    layers |= {reader.name for pair in pairs.values() for reader in pair.readers}
+    positions, seconds = _run(network, layers, batches[0])
+    share = sum(map(size_of, batches)) / max(size_of(batches[0]), 1)
+    seen = {name: math.ceil(count * share) for name, count in positions.items()}
+    product, decomposition = _rates()
+    times, memory = {}, {}
+    for name, pair in pairs.items():
+        products, cubes, held = 0.0, 0.0, 0
+        for rows, inputs, outputs in _sums(network, pair, seen, fits=fits):
+            least = min(rows, inputs)
+            products += 2.0 * rows * (inputs * least + inputs * outputs)
+            cubes += float(least) ** 3
+            held += 8 * least * (inputs + outputs)
+        times[name], memory[name] = products * product + cubes * decomposition, held
+    return Effort(_BACKWARD * seconds * share, times, memory)
+
+
+def _sums(
+    network: nn.Module, pair: LayerPair, seen: Mapping[str, int], *, fits: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Yield rows, inputs and outputs of each sum of outer products that a pair needs."""
+    weight = network.get_parameter(f"{pair.writer}.weight")
+    entries = sum(math.prod(reader.column) for reader in pair.readers)
+    rows, inputs = seen.get(pair.writer, 1), weight[0].numel() + pair.has_bias
+    yield rows * len(pair.readers), inputs, entries
+    for reader in pair.readers if fits else ():
+        read: Tensor = network.get_parameter(f"{reader.name}.weight")
+        yield seen.get(reader.name, 1), read[0].numel() + 1, len(read)
+
+
+def _run(network: nn.Module, layers: Iterable[str], batch: Batch) -> tuple[dict[str, int], float]:
+    """Return how many positions layers put out for a batch, and the seconds of a forward pass."""
+    positions: dict[str, int] = {}
+    handles = []
+    for name in layers:
+        layer = network.get_submodule(name)
+
+        def after(layer: nn.Module, _: object, output: Tensor, name: str = name) -> None:
+            positions[name] = output.numel() // max(len(layer.get_parameter("weight")), 1)
+
+        handles.append(layer.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            begun = time.perf_counter()
+            call(network, arguments_of(batch[0]))
+            return positions, time.perf_counter() - begun
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rates() -> tuple[float, float]:
+    """Return seconds per operation of a product, and per n³ of a decomposition, in float64."""
+    matrix = torch.eye(_SIZE, dtype=torch.float64) + 1.0 / _SIZE
+    begun = time.perf_counter()
+    product = matrix @ matrix
+    between = time.perf_counter()
+    torch.linalg.eigh(product)
+    ended = time.perf_counter()
+    return (between - begun) / (2.0 * _SIZE**3), 2 * (ended - between) / _SIZE**3
