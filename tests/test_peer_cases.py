@@ -1,8 +1,8 @@
 """What gromo's tests assert of variance transfer, pairing and inits, asserted of fxgrow.
 
-Source of the situations and formulas: tests/test_variance_transfer.py of gromo (the library of the
-variance-transfer paper's authors). Two differ by design: a reader's bias is scaled with what it is
-added to, and an odd number of twins is allowed.
+Source of the situations and formulas: tests/test_variance_transfer.py of gromo
+(https://github.com/growingnet/gromo). Two differ by design: a reader's bias is scaled with what it
+is added to, and an odd number of twins is allowed.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def test_a_plan_of_schema_1_says_what_it_said(kind: str) -> None:
         assert (old["schema"], new["schema"]) == (1, 2)
         request = {**new["request"]}
         assert request.pop("verb") == step.request.verb
-        assert not request.pop("untie", False)
+        for later in ("untie", "output_init", "input_init", "budget"):
+            assert not request.pop(later, None)
         assert request == {name: old["request"][name] for name in request}
         whole = {"module": ""} | {n: old[n] for n in ("inputs", "inputs_inferred", "tracer")}
         assert new["scopes"] == (old["submodules"] or [whole])

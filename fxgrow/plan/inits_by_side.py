@@ -80,7 +80,7 @@ def init_for(
 
     rows = on_side(output_init, drawing.output_init)
     columns = on_side(input_init, drawing.input_init)
-    return rows if rows is columns else InitBySide(rows, columns)
+    return rows if rows == columns else InitBySide(rows, columns)
 
 
 def init_for_step(init: Init, step: Drawing, last: Drawing) -> Init | None:

@@ -179,8 +179,7 @@ class DataDriven(PlacedInit):
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
-        network = stand_in(model, {}).eval()
-        statistics.check_runs(network, self.batches[0])
+        statistics.check_runs(network := stand_in(model, {}).eval(), self.batches[0])
         asked = rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
         rooms = self._twinned(asked, pairs)
