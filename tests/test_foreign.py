@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import fxgrow
 from fxgrow.cli.app import app
 
 FILES = {
@@ -126,3 +127,17 @@ def test_close_names_are_told_once(tmp_path):
     text = told(tmp_path / "a.pt", "--arch", "resnet81")
     names = text.partition("Did you mean ")[2].strip("?\n").split(", ")
     assert len(names) == len(set(names)) == 3
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.gguf", "a.h5", "a.npz", "a.zip"])
+def test_nothing_is_written_under_the_name_of_another_kind(tmp_path: Path, name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    torch.save(net, tmp_path / "net.pt")
+    asked = ["widen", str(tmp_path / "net.pt"), "--width", "2x", "-o", str(tmp_path / name)]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 2
+    assert name in found.stderr
+    assert ".safetensors" in found.stderr
+    with pytest.raises(fxgrow.PlanError, match="is the name of"):
+        fxgrow.save(fxgrow.widen(net, "2x"), tmp_path / name)
+    assert not (tmp_path / name).exists()

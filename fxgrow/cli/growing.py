@@ -92,11 +92,14 @@ def grow(
     with CommandRun() as run:
         from fxgrow.api.widen import carry_out
         from fxgrow.files.checkpoint import default_output
+        from fxgrow.files.checkpoint.foreign import refuse_foreign_output
         from fxgrow.files.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
         if first is not None:
             label = label or plan_label(first)
+        if settings.output is not None:
+            refuse_foreign_output(settings.output)
         files = Outputs(settings.output or default_output(source, label), settings.plan, reports)
         wanted = (files.plan,) if settings.dry_run else (files.out, files.plan, *reports)
         read = [path for path in (source, after) if path is not None]

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from fxgrow.api.widen import Grown
 from fxgrow.errors import FxgrowError, FxgrowWarning, SourceError
 from fxgrow.files.checkpoint import Source, load_source, save_source
+from fxgrow.files.checkpoint.foreign import refuse_foreign_output
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
@@ -364,6 +365,7 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
         VerificationError: what was written is not the grown model when it is read again.
     """
     out = Path(path)
+    refuse_foreign_output(out)
     if out.suffix == ".pt2":
         inputs = _inputs_of(grown, grown.model, None)
         check = functools.partial(check_program, grown=grown.model, inputs=inputs)

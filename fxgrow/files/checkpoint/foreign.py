@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fxgrow.errors import shown
+from fxgrow.errors import UsageError, shown
 from fxgrow.files.checkpoint.addresses import WEIGHT_SUFFIXES
 from fxgrow.files.checkpoint.reading import Readable, refuse_source
 
@@ -43,7 +43,8 @@ _FILES = (
     _Kind("a web page, not the file itself", "Download the file, not the page that shows it.",
           ((0, b"<!DOCTYPE"), (0, b"<!doctype"), (0, b"<html"))),
     _Kind("a GGUF file of llama.cpp", "Give the model that it was made from: the directory of the "
-          "Hugging Face model, or its safetensors.", ((0, b"GGUF"), (0, b"lmgg"), (0, b"tjgg"))),
+          "Hugging Face model, or its safetensors.", ((0, b"GGUF"), (0, b"lmgg"), (0, b"tjgg")),
+          ("*.gguf",)),
     _Kind("an ONNX model, which is a graph without PyTorch's modules",
           "Give the weights of the PyTorch model that it was exported from: " + STATE_DICT + ".",
           ((2, b"\x12\x07pytorch"), (2, b"\x12\x04onnx")), ("*.onnx",)),
@@ -113,6 +114,22 @@ def refuse_foreign(path: Path, file: Readable) -> None:
         marked = any(_has(file, place, mark) for place, mark in kind.marks)
         if marked or any(fnmatch(path.name.lower(), pattern) for pattern in kind.names):
             refuse_source(path, f"is {kind.what}", kind.way_out)
+
+
+def refuse_foreign_output(out: Path) -> None:
+    """Refuse to write weights of PyTorch's under a name that another's kind of file has.
+
+    Raises:
+        UsageError: the name is of such a kind.
+    """
+    for kind in _FILES:
+        suffixes = (pattern for pattern in kind.names if pattern.startswith("*."))
+        if any(fnmatch(out.name.lower(), suffix) for suffix in suffixes):
+            raise UsageError(
+                f"{shown(str(out))} is the name of {kind.what}, which is not what fxgrow writes.",
+                name=str(out),
+                way_out="Give a name in .pt, .pth, .safetensors or .pt2, or a directory's.",
+            )
 
 
 def _has(file: Readable, place: int, mark: bytes) -> bool:

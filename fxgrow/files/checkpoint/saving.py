@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fxgrow.files.checkpoint.directory import left_out
+from fxgrow.files.checkpoint.foreign import refuse_foreign_output
 from fxgrow.files.checkpoint.formats import FORMATS, Contents, Shards, format_of_name
 from fxgrow.files.checkpoint.location import RECORD_KEY, Keys, store
 from fxgrow.files.checkpoint.safetensors_files import INDEX_SUFFIX, packed
@@ -115,6 +116,7 @@ def output_format(source: Source, out: Path, *, configured: bool = False) -> str
         configured: whether there is a ``config.json`` for a directory, which is then what a name
             without a suffix asks for.
     """
+    refuse_foreign_output(out)
     asked = format_of_name(out)
     if out.name.lower().endswith(FORMATS[source.format].suffixes or "/"):
         return source.format
