@@ -49,10 +49,10 @@ class Effort:
     def parts(self, names: Iterable[str]) -> list[list[str]]:
         """Return names in parts whose sums are held together within :data:`MOST_MEMORY`."""
         found: list[list[str]] = []
-        held = MOST_MEMORY
+        held = 0
         for name in names:
             held += self.memory[name]
-            if held > MOST_MEMORY:
+            if not found or held > MOST_MEMORY:
                 found.append([])
                 held = self.memory[name]
             found[-1].append(name)
@@ -99,11 +99,11 @@ def _sums(
     """Yield rows, inputs and outputs of each sum of outer products that a pair needs."""
     weight = network.get_parameter(f"{pair.writer}.weight")
     entries = sum(math.prod(reader.column) for reader in pair.readers)
-    rows, inputs = seen.get(pair.writer, 1), weight[0].numel() + pair.has_bias
+    rows, inputs = seen.get(pair.writer, 1), math.prod(weight.shape[1:]) + pair.has_bias
     yield rows * len(pair.readers), inputs, entries
     for reader in pair.readers if fits else ():
         read: Tensor = network.get_parameter(f"{reader.name}.weight")
-        yield seen.get(reader.name, 1), read[0].numel() + 1, len(read)
+        yield seen.get(reader.name, 1), math.prod(read.shape[1:]) + 1, len(read)
 
 
 def _run(network: nn.Module, layers: Iterable[str], batch: Batch) -> tuple[dict[str, int], float]:

@@ -208,7 +208,7 @@ def _unreached(seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor)
         (outputs · kernel of all readers, r).
     """
     found = []
-    has_bias = len(root) > seen.writer.weight[0].numel()
+    has_bias = len(root) > math.prod(seen.writer.weight.shape[1:])
     for one, move, given in zip(seen.reads, moves, _given(seen, has_bias), strict=True):
         whole = correlation(one.layer, _mixed(one.layer, given, root), _left(one, move))
         found.append(whole.movedim(1, -1).flatten(0, -2))  # (out, r, *kernel)
