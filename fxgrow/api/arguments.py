@@ -12,6 +12,7 @@ from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.plan.budget import budgeted
 from fxgrow.plan.by_layer import values_in
+from fxgrow.plan.init import find_init
 from fxgrow.verification.findings import Effort
 
 
@@ -106,6 +107,31 @@ def whole(name: str, value: object) -> int:
             f"{name} is {value!r}.", way_out="Give one whole number, for all."
         ) from error
     return int(found)
+
+
+def check_sides(init: object, sides: Sequence[object]) -> None:
+    """Return if inits for sides are such, and none computes rows and columns together.
+
+    Args:
+        init: the one for what no side has its own of.
+        sides: those of sides.
+
+    Raises:
+        UsageError: one is by layer, there is no such init, or it computes both sides from data.
+    """
+    for side in sides:
+        if isinstance(side, Mapping) or (isinstance(side, str) and "=" in side):
+            raise UsageError(
+                f"output_init and input_init are for all layers, and {side!r} is by layer.",
+                way_out="Give one init; init may differ from layer to layer.",
+            )
+        find_init(side)  # type: ignore[arg-type]  # which refuses what is none
+    by_data = [one for one in (init, *sides) if isinstance(one, DataDriven)]
+    if sides and by_data:
+        raise UsageError(
+            f"{by_data[0].name} computes new rows and new columns together.",
+            way_out="Give it as init, and leave out output_init and input_init.",
+        )
 
 
 def refuse_data_driven_by_layer(init: object) -> None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from torch import nn
 
 from fxgrow.api.arguments import (
+    check_sides,
     check_tensors,
     checked_budget,
     effort_of,
@@ -37,7 +38,7 @@ from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import named_tensors, variance
-from fxgrow.plan.init import Init, PlacedInit, copy_rows, find_init, init_name
+from fxgrow.plan.init import Init, PlacedInit, copy_rows, init_name
 from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names
 from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.presets import settings
@@ -109,20 +110,7 @@ def plan(
     """
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
     find_inits(init)
-    sides = [side for side in (output_init, input_init) if side is not None]
-    for side in sides:
-        if isinstance(side, Mapping) or (isinstance(side, str) and "=" in side):
-            raise UsageError(
-                f"output_init and input_init are for all layers, and {side!r} is by layer.",
-                way_out="Give one init; init may differ from layer to layer.",
-            )
-        find_init(side)
-    by_data = [x for x in (init, *sides) if isinstance(x, DataDriven)]
-    if sides and by_data:
-        raise UsageError(
-            f"{by_data[0].name} computes new rows and new columns together.",
-            way_out="Give it as init, and leave out output_init and input_init.",
-        )
+    check_sides(init, [side for side in (output_init, input_init) if side is not None])
     if isinstance(init, DataDriven):
         is_asked = pairing is not None or preset is not None
         chosen_pairing = init.paired(chosen_pairing if is_asked else None)

@@ -48,20 +48,51 @@ def calibrate_(network: nn.Module, norms: Collection[str], batches: Iterable[obj
     Raises:
         PlanError: there is no batch, a batch does not run, or a norm gets nothing.
     """
+    found = identity_entries(network, dict.fromkeys(norms), batches)
+    with torch.no_grad():
+        for name, values in found.items():
+            norm = _keeping(network.get_submodule(name))
+            for part, value in values.items():
+                getattr(norm, part).copy_(value)
+
+
+def identity_entries(
+    network: nn.Module, norms: Mapping[str, Tensor | None], batches: Iterable[object]
+) -> dict[str, dict[str, Tensor]]:
+    """Return what makes batch norms the identity on what they get, by the names of their tensors.
+
+    Args:
+        network: run in eval mode; floating-point inputs are given in its dtype.
+        norms: by the name of a batch norm, the positions of the channels to tell of; None for all.
+        batches: inputs: each a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Raises:
+        PlanError: as for :func:`calibrate_`.
+    """
     sums: dict[str, list[Tensor]] = {name: [] for name in norms}
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def listen(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             del module, output
-            values = arguments[0].detach().double().transpose(0, 1).flatten(1)
+            given, places = arguments[0].detach(), norms[name]
+            if places is not None:
+                given = given.index_select(1, places.to(given.device))
+            values = given.double().transpose(0, 1).flatten(1)  # (channels, positions)
             count = torch.full_like(values[:, 0], values.shape[1])
             sums[name].append(torch.stack([count, values.sum(1), values.square().sum(1)]))
 
         return listen
 
     _run(network, {name: listener(name) for name in sums}, batches)
-    for name, found in sums.items():
-        _set_(network.get_submodule(name), torch.stack(_given(name, found)).sum(0))
+    found = {}
+    for name, told in sums.items():
+        count, total, squares = torch.stack(_given(name, told)).sum(0)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        weight = (variance + _keeping(network.get_submodule(name)).eps).sqrt()
+        values = {"running_mean": mean, "running_var": variance, "weight": weight, "bias": mean}
+        found[name] = values
+    return found
 
 
 def new_entries(plan: Plan) -> dict[str, Tensor]:
@@ -195,20 +226,3 @@ def _keeping(norm: nn.Module) -> _BatchNorm:
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise PlanError(f"{type(norm).__name__} keeps no statistics.")
     return norm
-
-
-def _set_(module: nn.Module, sums: Tensor) -> None:
-    """Set a norm by the count, the sum and the sum of squares of each channel."""
-    norm = _keeping(module)
-    count, total, squares = sums
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0)
-    values: Mapping[str, Tensor] = {
-        "running_mean": mean,
-        "running_var": variance,
-        "weight": (variance + norm.eps).sqrt(),
-        "bias": mean,
-    }
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(norm, name).copy_(value)

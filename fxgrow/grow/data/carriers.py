@@ -12,10 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import PlanError
+from fxgrow.grow.data.calibration import identity_entries
 from fxgrow.grow.data.pairs import LayerPair
-from fxgrow.grow.data.passages import norm_entries
-from fxgrow.modules.calling import arguments_of, call
 from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.schema import Plan
 
@@ -101,35 +99,12 @@ def identities(
     Raises:
         PlanError: a norm is not run.
     """
-    norms = {norm: eps for group in made.groups for norm, eps in pairs[group.name].norms.items()}
-    sums: dict[str, list[Tensor]] = {norm: [] for norm in norms}
-    handles = []
-    for norm in norms:
-        places = torch.tensor(_positions(made.tensors[f"{norm}.running_var"]))
-
-        def note(
-            _: nn.Module, args: tuple[Tensor, ...], norm: str = norm, places: Tensor = places
-        ) -> None:
-            new = args[0].detach().index_select(1, places.to(args[0].device)).double()
-            values = new.transpose(0, 1).flatten(1)  # (new channels, positions)
-            count = torch.full_like(values[:, 0], values.shape[1])
-            sums[norm].append(torch.stack([count, values.sum(1), values.square().sum(1)]))
-
-        handles.append(grown.get_submodule(norm).register_forward_pre_hook(note))
-    try:
-        with torch.no_grad():
-            for inputs in batches if norms else ():
-                call(grown, arguments_of(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: dict[str, Tensor] = {}
-    for norm, eps in norms.items():
-        if not sums[norm]:
-            raise PlanError(f"the batches do not run {norm}.", name=norm)
-        count, total, squares = torch.stack(sums[norm]).sum(0).cpu()
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0)
-        weight = (variance + eps).sqrt()
-        found |= norm_entries(norm, weight=weight, bias=mean, mean=mean, variance=variance)
-    return found
+    names = dict.fromkeys(norm for group in made.groups for norm in pairs[group.name].norms)
+    if not names:
+        return {}
+    places = {norm: torch.tensor(_positions(made.tensors[f"{norm}.running_var"])) for norm in names}
+    return {
+        f"{norm}.{part}": value.cpu()
+        for norm, values in identity_entries(grown, places, batches).items()
+        for part, value in values.items()
+    }

@@ -11,7 +11,7 @@ matched as one.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -206,10 +206,7 @@ def match(
         if len(fresh) and (pairings or of_empty):
             beside = first if first >= 0 else _beside(old, new, fresh)
             own = pairings.get(beside, pairing)
-            if beside < 0:
-                axes = [new.axes[i] for i in new.axis_of_row[new.channel == fresh[0]].tolist()]
-                there = (of_empty.get((axis.tensor, axis.dim)) for axis in axes)
-                own = next(filter(None, there), pairing)
+            own = own if beside >= 0 else next(_of_axes(new, fresh, of_empty), pairing)
         chosen = drawing(own) if first in copies else own
         chosen = replicate if first in only_copied else chosen
         if len(fresh):
@@ -234,6 +231,16 @@ def _beside(old: Channels, new: Channels, fresh: IntArray) -> int:
         if len(held):
             return int(held[0])
     return -1
+
+
+def _of_axes(
+    new: Channels, fresh: IntArray, settings: Mapping[tuple[str, int], Pairing]
+) -> Iterator[Pairing]:
+    """Yield the settings, by tensor and dim, of the axes with the first of new channels."""
+    for index in new.axis_of_row[new.channel == fresh[0]].tolist():
+        axis = new.axes[index]
+        if (axis.tensor, axis.dim) in settings:
+            yield settings[axis.tensor, axis.dim]
 
 
 def _grown(old: Channels, new: Channels) -> dict[int, int]:
