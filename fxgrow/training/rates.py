@@ -19,7 +19,6 @@ norms as they are at the step. Vectors (biases, norms) take whole steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -42,17 +41,19 @@ WARM_UP = 100  # steps
 _TABLE = "_fxgrow_rates"  # the attribute of the grown module that holds its table
 
 
-@dataclass
 class Table:
     """The rates of a network's parameters, held by the module so that copies of it have their own.
+
+    No nest of tensors: what looks for tensors in attributes of modules does not look in here.
 
     Attributes:
         rates: of each parameter that has one.
         warming: what the steps of all are multiplied by after a growth.
     """
 
-    rates: list[tuple[nn.Parameter, Rate]] = field(default_factory=list)
-    warming: WarmUp = field(default_factory=WarmUp)
+    def __init__(self, rates: list[tuple[nn.Parameter, Rate]], warming: WarmUp) -> None:
+        self.rates = rates
+        self.warming = warming
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Take a state over, of a copy or of what was pickled, and have the copy's rates held."""
