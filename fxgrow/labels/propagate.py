@@ -19,6 +19,7 @@ from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.labels.unread import forget, kept_tensors, unread
 from fxgrow.labels.whole import WholeCalls
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
@@ -61,6 +62,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
+        self._said: list[tuple[int, int]] = []  # mixers and pins known before each operation
         self._place = place
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
@@ -122,6 +124,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     ) -> None:
         """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
+        self._said.append((len(self.space.mixers), len(self.space.pins)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
         for output in outputs:  # before anything is made of that size; weights may be larger
             if output.numel() > self._most and _is_larger(output, operands):
@@ -198,6 +201,24 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
         return made.follow(step, [value.made for value in inputs], labels)
+
+    def end(self, model: nn.Module, result: object) -> None:
+        """Note what the network returned, and which operations did not lead to it.
+
+        Args:
+            model: the network that ran.
+            result: what it returned.
+        """
+        for tensor in results_in(result):
+            value = self.value(self.current(tensor))
+            self._use(value)
+            self.tape.outputs.append(value)
+            for layer in value.layers:
+                self.space.pin(layer, PinKind.OUTPUT)
+        held = [self.current(x) for x in (*tensors_in(result), *kept_tensors(model))]
+        kept = [self._values[id(x)] for x in held if id(x) in self._values]
+        self.tape.unread = unread(self.tape, kept)
+        forget(self.space, self.tape.unread, self._said)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -371,10 +392,5 @@ def propagate(
     space.place = ""
     masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
     labeller.tape.by_chance = common.drew or masks
-    for tensor in results_in(result):
-        value = labeller.value(labeller.current(tensor))
-        labeller._use(value)
-        labeller.tape.outputs.append(value)
-        for layer in value.layers:
-            space.pin(layer, PinKind.OUTPUT)
+    labeller.end(model, result)
     return space, labeller.tape
