@@ -181,9 +181,9 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
     modules = [*modules_of(model)]
     held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
     told = [
-        (vars(module), {key: mapped(x, itself) for key, x in vars(module).items()})
-        for module in modules
-    ]  # fmt: skip
+        (own, {key: mapped(x, itself) for key, x in own.items() if key not in _OWN})
+        for own in map(vars, modules)
+    ]
     try:
         yield
     finally:
@@ -191,18 +191,17 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
             if any(tensor is not buffers.get(name) for name, tensor in before.items()):
                 buffers.update(before)
         for attributes, before in told:
-            for name in attributes.keys() - before.keys():
+            for name in attributes.keys() - before.keys() - _OWN:
                 del attributes[name]
-            attributes.update({x: value for x, value in before.items() if x not in _OWN})
+            attributes.update(before)
 
 
 @contextlib.contextmanager
 def keeping_attributes(modules: Iterable[nn.Module], kind: type) -> Iterator[None]:
     """Restore, at the end, the plain attributes in which objects of a kind were put."""
     before = [
-        (vars(module), {key: mapped(x, itself) for key, x in vars(module).items()})
-        for module in modules
-    ]  # fmt: skip
+        (own, {key: mapped(x, itself) for key, x in own.items()}) for own in map(vars, modules)
+    ]
     try:
         yield
     finally:

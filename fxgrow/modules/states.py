@@ -19,20 +19,39 @@ _HELD = frozenset(vars(nn.Module()))  # attributes of every module
 _OTHERS = ("_flat_weights", "_tensor_constant")
 _DEEPEST = 3  # containers in containers
 _CONTAINERS = (dict, list, tuple)
+_KINDS = frozenset((Tensor, *_CONTAINERS))
 _PARTS = ("_v", "_g", "_orig")  # what hooks compute a weight of, which is then a plain attribute
 
 
-def first_states(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the first states that a module holds itself, and their names there.
+def first_states(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the first states that a module holds itself, and their names there.
 
     Those on the meta device count, as the shapes of states that were seen to be zeros.
     """
-    for name, value in vars(module).items():
-        kind = type(value)
-        if name in _HELD or name.startswith(_OTHERS) or not (kind is Tensor or kind in _CONTAINERS):
-            continue
-        if not any(name + part in module._parameters for part in _PARTS):
-            yield from _zeros(name, value, _DEEPEST)
+    return [
+        state
+        for name, value in _candidates(module)
+        if not any(name + part in module._parameters for part in _PARTS)
+        for state in _zeros(name, value, _DEEPEST)
+    ]
+
+
+def _candidates(module: nn.Module) -> list[tuple[str, object]]:
+    """Return the plain attributes of a module that may hold tensors; most modules have none."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _HELD
+        and type(value) in _KINDS
+        and (type(value) is Tensor or _may_hold(value))
+        and not name.startswith(_OTHERS)
+    ]
+
+
+def _may_hold(value: Any) -> bool:
+    """Return whether a container has tensors or containers in it."""
+    items = value.values() if type(value) is dict else value
+    return not _KINDS.isdisjoint(map(type, items))
 
 
 def _zeros(name: str, value: object, depth: int) -> Iterator[tuple[str, Tensor]]:
@@ -40,10 +59,10 @@ def _zeros(name: str, value: object, depth: int) -> Iterator[tuple[str, Tensor]]
     if type(value) is Tensor:
         if _is_first(value):
             yield name, value
-    elif type(value) in _CONTAINERS and depth:
+    elif isinstance(value, _CONTAINERS) and depth:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
-            if str(key) and "." not in str(key):  # it is a part of a name
+            if type(item) in _KINDS and str(key) and "." not in str(key):  # a part of a name
                 yield from _zeros(f"{name}.{key}", item, depth - 1)
 
 
@@ -68,7 +87,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor], depth: int = _DEEPEST
     kind = type(value)
     if kind is Tensor:
         return change(value)
-    if kind not in _CONTAINERS or not depth:
+    if kind not in _CONTAINERS or not depth or not _may_hold(value):
         return value
     items = value.items() if kind is dict else enumerate(value)
     made = {key: mapped(item, change, depth - 1) for key, item in items}
@@ -99,9 +118,7 @@ def values_in(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
 
     Such are the constants of its code, and what a forward left there.
     """
-    for name, value in vars(module).items():
-        if name in _HELD or not (type(value) is Tensor or type(value) in _CONTAINERS):
-            continue
+    for name, value in _candidates(module):
         yield name, [x for x in plain_tensors(value) if not x.is_meta]
 
 

@@ -18,13 +18,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters, buffers and first states by name, tied ones under each name."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for prefix, module in _prefixed_modules(model):
         for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
             for local, tensor in held.items():
                 if tensor is not None:
                     found[prefix + local] = tensor
+        states |= {prefix + local: tensor for local, tensor in first_states(module)}
     found = parameters | buffers
-    states = states_of(model)
     if not states:
         return found
     registered = {id(tensor) for tensor in found.values()}
