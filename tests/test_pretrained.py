@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.errors import SourceError
+from fxgrow.files.comparison import keys_difference
 from fxgrow.files.models import OpenedModel, open_model, write_grown
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
@@ -340,6 +342,30 @@ def test_fields_that_only_together_leave_all_sizes_are_found(tmp_path, keys):
     assert "head_dim" not in config
     after = transformers.Qwen2ForCausalLM.from_pretrained(out)
     assert max_rel(*(first_output(m, opened.inputs) for m in (opened.model, after))) < 1e-5
+
+
+def test_thousands_of_labels_are_no_fields_and_cost_what_reading_them_costs(tmp_path):
+    count = 3000
+    labels = {index: f"class {index}" for index in range(count)}
+    path = directory(tmp_path, "vit", num_labels=count)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    (path / "config.json").write_text(json.dumps(config))
+    opened, grown = widened(path, where="all")
+    out, start = tmp_path / "out", time.process_time()
+    assert write_grown(opened, grown, out) == []
+    assert time.process_time() - start < 20  # seconds; each label as a field took 200 models
+    after = json.loads((out / "config.json").read_text())
+    assert GROWTHS["vit"][1].items() <= after.items()
+    assert len(after["id2label"]) == len(after["label2id"]) == count
+
+
+def test_keys_are_compared_at_a_cost_that_their_number_sets():
+    keys = [f"key {index}" for index in range(50_000)]
+    start = time.process_time()
+    assert keys_difference(keys, list(keys), "") == ""
+    assert "'more'" in keys_difference([*keys, "more"], keys, "")
+    assert time.process_time() - start < 5  # seconds; one set for each key took hours
 
 
 def test_what_the_class_refuses_is_told_with_what_it_would_take(tmp_path):
