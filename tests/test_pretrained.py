@@ -444,3 +444,55 @@ def test_a_directory_of_timm_grows_and_its_record_tells_what_it_is(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     assert grown.layer1[0].conv1.out_channels == 2 * model.layer1[0].conv1.out_channels
     assert max_rel(model(images), grown(images)) < 1e-5
+
+
+def _beside(path: Path, kind: str, old: dict[str, Tensor]) -> Path:
+    """Put a file with something of a network's weights, or nothing, into its directory."""
+    name, layer = "model.layers.1.mlp.down_proj", old["model.layers.1.mlp.down_proj.weight"]
+    saved: dict[str, tuple[str, object]] = {
+        "average": ("ema.pt", {"shadow": [layer.clone()]}),
+        "optimizer": ("state.pth", {"o": {"state": {0: {"exp_avg": layer}}, "param_groups": []}}),
+        "adapter": ("adapter_model.bin", {f"base.{name}.lora_A.weight": torch.zeros(4, 24)}),
+        "legacy": ("old.bin", {"w": layer}),
+        "below": ("step-5/model.safetensors", {name: layer}),
+        "code": ("code.bin", {"w": torch.zeros(3), "code": print}),
+        "settings": ("training_args.bin", {"function": print}),
+        "other weights": ("2_Dense/pytorch_model.bin", {"linear.weight": torch.zeros(3, 7)}),
+        "text": ("notes.bin.txt", b"nothing"),
+        "form": ("onnx/model.onnx", b"\x08\x07\x12\x07pytorch"),
+        "raw": ("openvino/model.bin", b"\0\1\2\3"),
+    }
+    file, what = saved[kind]
+    (path / file).parent.mkdir(exist_ok=True)
+    if isinstance(what, bytes):
+        (path / file).write_bytes(what)
+    elif file.endswith(".safetensors"):
+        safetensors.torch.save_file(what, path / file)
+    else:
+        torch.save(what, path / file, _use_new_zipfile_serialization=kind != "legacy")
+    return path / file
+
+
+OLD_WIDTHS = {
+    "average": "model.layers.0.mlp.down_proj.weight", "optimizer": "o.state.0.exp_avg",
+    "adapter": "lora_A", "legacy": "of the old widths", "below": "of the old widths",
+    "code": "without running code", "form": "ONNX", "raw": "without running code",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OLD_WIDTHS, "settings", "other weights", "text"])
+def test_a_copied_file_that_holds_old_widths_is_named(tmp_path, kind):
+    path = directory(tmp_path, "llama")
+    file = _beside(path, kind, safetensors.torch.load_file(path / "model.safetensors"))
+    held = file.read_bytes()
+    opened, grown = widened(path, include="*mlp*", verify=False)
+    out = tmp_path / "out"
+    notes = write_grown(opened, grown, out)
+    assert (out / file.relative_to(path)).read_bytes() == held
+    if kind not in OLD_WIDTHS:
+        assert notes == []
+        return
+    (note,) = notes
+    assert str(file) in note
+    assert OLD_WIDTHS[kind] in note
+    assert "is copied as it is" in note

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
 from fxgrow.errors import FxgrowError, FxgrowWarning, SourceError
+from fxgrow.files.beside import left_beside
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.foreign import refuse_foreign_output
 from fxgrow.files.checkpoint.formats import Contents
@@ -230,6 +231,8 @@ def write_grown(
     if source.kind == "checkpoint" and target not in TENSORS_ONLY:
         notes += left_behind(source, opened.model, grown.model, grown.plan)
         notes += stale_settings(source, grown.plan)
+    if target == "directory" and (folder := source._contents.folder) is not None:
+        notes += left_beside(folder, opened.model, grown.model, grown.plan)
     return notes + written
 
 
