@@ -18,14 +18,13 @@ from typing import ClassVar, overload
 from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.effort import Effort, measured
+from fxgrow.grow.data.effort import Effort, first_run, measured
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.laid_out import laid_out
 from fxgrow.grow.data.pairs import LayerPair, find_pair
@@ -179,7 +178,7 @@ class DataDriven(PlacedInit):
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
-        statistics.check_runs(network := stand_in(model, {}).eval(), self.batches[0])
+        network = stand_in(model, {}).eval()
         asked = rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
         rooms = self._twinned(asked, pairs)
@@ -268,30 +267,30 @@ class DataDriven(PlacedInit):
             analyses: of the network, or of the parts of it that are followed.
             rooms: of the groups.
         """
-        pairs: dict[str, LayerPair] = {}
-        unfit: list[Refusal] = []
+        run = first_run(network, self.batches[0])
+        found: dict[str, LayerPair] = {}
+        unfit: dict[str, str] = {}
         for part in analyses:
-            for group in part.groups:
-                if group.name not in rooms:
-                    continue
-                pair = self._pair(part, group, network, rooms[group.name])
-                if isinstance(pair, str):
-                    unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
+            for group in (group for group in part.groups if group.name in rooms):
+                around = find_pair(part, group, network)
+                if isinstance(around, Refusal):
+                    unfit[group.name] = around.reason
                 else:
-                    pairs[group.name] = pair
-        self._effort = measured(network, pairs, self.batches, fits=self.fits)
-        for name, why in self._effort.too_large().items():
-            unfit.append(Refusal(name, f"{self.name}: {why}"))
-            del pairs[name]
-        return pairs, tuple(unfit)
+                    found[group.name] = around
+        self._effort = measured(network, found, self.batches, run, fits=self.fits)
+        unfit |= self._effort.too_large()
+        pairs: dict[str, LayerPair] = {}
+        for name in (name for name in found if name not in unfit):
+            pair = self._asked(found[name], network, rooms[name])
+            if isinstance(pair, str):
+                unfit[name] = pair
+            else:
+                pairs[name] = pair
+        order = [name for name in rooms if name in unfit]
+        return pairs, tuple(Refusal(name, f"{self.name}: {unfit[name]}") for name in order)
 
-    def _pair(
-        self, part: Analysis, group: ChannelGroup, network: nn.Module, room: Room
-    ) -> LayerPair | str:
-        """Return the layers around a group, or why the method cannot treat them."""
-        found = find_pair(part, group, network)
-        if isinstance(found, Refusal):
-            return found.reason
+    def _asked(self, found: LayerPair, network: nn.Module, room: Room) -> LayerPair | str:
+        """Return layers with what lies between them told, or why the method cannot treat them."""
         pair = ask(network, found, arguments_of(self.batches[0][0]))
         if isinstance(pair, str):
             return pair
