@@ -2,8 +2,9 @@
 
 The network's own code runs with other numbers in place of what the writer puts out, as many
 channels at a time as there are, and stops where the last reader gets its input. Norms over the
-batch are the identity for these channels, as they will be for new ones. Everything is in float64,
-near zero: slopes there are what new channels see first.
+batch are the identity for these channels, as they will be for new ones; a norm over all channels
+divides them by what it divides the old ones by. Everything is in float64, near zero: slopes there
+are what new channels see first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxgrow.errors import PlanError
+from fxgrow.grow.data.held import Deviation, UnknownNorm, deviation, over_entries
 from fxgrow.grow.data.pairs import LayerPair, Reader, Slopes
 from fxgrow.modules.calling import Arguments, call, map_tensors
 from fxgrow.modules.standin import first_line, stand_in
@@ -70,6 +72,15 @@ class Passage:
         if owner not in doubles:
             doubles[owner] = stand_in(network.get_submodule(owner), {}).double()
         self._module = doubles[owner]
+        self._deviation: Deviation | None = None
+        if pair.over:
+            norm, run = self._local(pair.over), self._run_plain
+            self._deviation = deviation(self._module, norm, pair, run)
+
+    def _run_plain(self) -> object:
+        """Return what the module makes of its arguments."""
+        args, kwargs = map_tensors(lambda x: x.clone(), (self._entered.args, self._entered.kwargs))
+        return self._module(*args, **kwargs)
 
     @property
     def written(self) -> Tensor:
@@ -119,6 +130,10 @@ class Passage:
                 lambda *_: written.clone()
             )
         ]
+        if self._deviation is not None:
+            hook = self._deviation.hook(RAISED if raised and pair.over_bias else 0.0)
+            norm = module.get_submodule(self._local(pair.over))
+            handles.append(norm.register_forward_hook(hook))
         for name, reader in readers.items():
 
             def read(_: nn.Module, args: tuple[Tensor, ...], reader: Reader = reader) -> None:
@@ -143,6 +158,7 @@ class Passage:
         for norm, eps in self._pair.norms.items():
             bias = RAISED if raised else 0.0
             values |= norm_entries(norm, weight=1.0, bias=bias, mean=0.0, variance=1.0 - eps)
+        values |= over_entries(self._pair, 0.0)  # which its hook makes of no matter
         tensors = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
         names = {name: self._local(name) for name in self._pair.carriers}
         return {
@@ -257,6 +273,8 @@ def ask(network: nn.Module, pair: LayerPair, inputs: Arguments) -> LayerPair | s
         return _told(pair, passage)
     except PlanError:
         raise
+    except UnknownNorm as reason:
+        return str(reason)
     except Exception as error:
         return (
             f"what lies between {pair.writer} and {pair.reader} does not run in float64 with other "
@@ -291,7 +309,9 @@ def _told(pair: LayerPair, passage: Passage) -> LayerPair | str:
         others = first[index].narrow(own, 1, pair.block - 1)
         if not (_close(first[index].narrow(own, 0, 1), head, size) and not others.any()):
             return f"{between} does not treat each channel by itself"
-        slopes = _slopes(reader, drawn, (left[index], right[index]), dim)
+        # A norm over all channels has other slopes in another batch.
+        sides = left[index], right[index]
+        slopes = None if pair.over else _slopes(reader, drawn, sides, dim)
         readers.append(replace(reader, slopes=slopes))
     if not _has_slopes(passage, same, right):
         return f"{between} has no slope at zero"
@@ -352,7 +372,7 @@ def rows_of(values: Tensor, dim: int) -> Tensor:
 
 def _gradients(pair: LayerPair, passage: Passage, raised: bool) -> list[float]:
     """Return the slope of what each reader gets as autograd has it; the steepest if they differ."""
-    written = passage.written + (RAISED if raised and pair.has_bias else 0.0)
+    written = passage.written + (RAISED if raised and pair.is_raisable else 0.0)
     written.requires_grad_()
     found = []
     with torch.enable_grad():
