@@ -76,29 +76,28 @@ def deviation(
         UnknownNorm: what it returns is no weight times what it is given, centred or as it is,
             divided by one number for each position.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
 
-    def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((args[0].detach(), output.detach()))
+    def see(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+        seen.append((args[0], output, weight, bias))
         raise _Stop
 
-    layer = module.get_submodule(norm)
-    handle = layer.register_forward_hook(see)
+    handle = module.get_submodule(norm).register_forward_hook(see)
     try:
         with torch.no_grad(), contextlib.suppress(_Stop):
             run()
     finally:
         handle.remove()
-    for given, output in seen:
-        weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+    for given, output, weight, bias in seen:
         for dim in (-1, 1):
-            if given.shape[dim] != len(weight):
+            if weight is None or given.shape[dim] != len(weight):
                 continue
             shape = [1] * given.ndim
             shape[dim] = -1
             centred = given - given.mean(dim, keepdim=True) if pair.holds == "mean" else given
-            weighed = centred * weight.detach().view(shape)
-            found = output if bias is None else output - bias.detach().view(shape)
+            weighed = centred * weight.view(shape)
+            found = output if bias is None else output - bias.view(shape)
             squares = weighed.square().sum(dim, keepdim=True).clamp(min=1e-300)
             inverse = (found * weighed).sum(dim, keepdim=True) / squares
             off = (found - inverse * weighed).abs().amax()
