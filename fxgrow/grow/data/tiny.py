@@ -183,6 +183,8 @@ def _left(read: Read, move: tuple[Tensor, Tensor]) -> Tensor:
         move: of its weights, as factors (inputs, r) and (r, out).
     """
     basis, factors = move
+    if not len(factors):  # it reads nothing but zeros, and torch runs no convolution without rows
+        return read.descent
     kernel = read.layer.weight.shape[1:]
     count = kernel.numel()
     weight = basis[:count].T.reshape(basis.shape[1], *kernel)  # (h · kernel, r) -> (r, h, *kernel)
