@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.errors import listed
 from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.pairing import PAIRINGS
@@ -38,13 +39,10 @@ def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
                 names.setdefault(layer_of(name) or name)
     if not names:
         return ()
-    shown = ", ".join([*names][:_SHOWN]) + (
-        f" and {n} more" if (n := len(names) - _SHOWN) > 0 else ""
-    )
     took, they, use = ("take", "they are", "them") if len(names) > 1 else ("takes", "it is", "it")
     return (
-        f"{shown} {took} no part in the run on these inputs, in eval mode or in train mode, so "
-        f"that {they} not followed and not widened: where the network uses {use} on channels that "
+        f"{listed([*names], _SHOWN)} {took} no part in the run on these inputs, in eval mode or in "
+        f"train mode, so that {they} not followed and not widened: where the network uses {use} on channels that "
         f"grew, sizes no longer fit. Give example inputs that use {use}, or leave these channels "
         "out (--exclude)",
     )
@@ -72,8 +70,7 @@ def tied_twins(made: Plan) -> tuple[str, ...]:
             names.append(group.name)
     if not names:
         return ()
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"the new channels of {names[0]}{more} are twins that are read by zeros, get the same "
+        f"the new channels of {listed(names)} are twins that are read by zeros, get the same "
         "gradients and never part: with pairing v_zero they do, or with columns that are not zeros",
     )
