@@ -42,9 +42,9 @@ def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
     took, they, use = ("take", "they are", "them") if len(names) > 1 else ("takes", "it is", "it")
     return (
         f"{listed([*names], _SHOWN)} {took} no part in the run on these inputs, in eval mode or in "
-        f"train mode, so that {they} not followed and not widened: where the network uses {use} on channels that "
-        f"grew, sizes no longer fit. Give example inputs that use {use}, or leave these channels "
-        "out (--exclude)",
+        f"train mode, so that {they} not followed and not widened: where the network uses {use} on "
+        f"channels that grew, sizes no longer fit. Give example inputs that use {use}, or leave "
+        "these channels out (--exclude)",
     )
 
 
