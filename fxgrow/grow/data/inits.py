@@ -41,7 +41,7 @@ from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
-from fxgrow.plan.step import GroupPlan, Refusal
+from fxgrow.plan.step import GroupPlan, Refusal, told_refusals
 
 
 class DataDriven(PlacedInit):
@@ -316,9 +316,9 @@ class DataDriven(PlacedInit):
             PlanError: there is none.
         """
         if not names:
-            why = f" {refused[-1].name}: {refused[-1].reason}." if refused else ""
+            why = told_refusals(refused)
             raise PlanError(
-                f"{self.name} can grow none of the groups that the request selects.{why}",
+                f"{self.name} can grow none of the groups that the request selects. {why}".rstrip(),
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 
