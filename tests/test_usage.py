@@ -97,7 +97,7 @@ def test_wrong_usage_is_told_before_the_source_is_read(
 @pytest.mark.parametrize("rescaling", ["none", "default_vt", {"0": "vt_output"}])
 @pytest.mark.parametrize("gain", [2.0, "relu", {"0": 2.0}])
 def test_a_gain_that_nothing_takes_is_an_error(rescaling: object, gain: object) -> None:
-    with pytest.raises(UsageError, match="a gain says nothing.*vt_constraint_old_shape"):
+    with pytest.raises(UsageError, match=r"a gain says nothing.*vt_constraint_old_shape"):
         fxgrow.widen(net(), "2x", rescaling=rescaling, gain=gain)
     by_layer = {"0": "vt_constraint_old_shape", "*": "none"}
     fxgrow.widen(net(), "2x", rescaling=by_layer, gain=gain, verify=False)
@@ -134,3 +134,17 @@ def test_the_table_of_growth_counts_directions(folder: Path) -> None:
     result = run(folder, "inspect", "model.pt", "--growth", "--data", "batches.pt")
     assert "directions" in result.stdout
     assert "one new channel, or two twins" in result.stdout
+
+
+def test_growth_tells_the_one_reason_and_every_name() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    model, x = nn.Sequential(*layers, nn.Linear(6, 2)).double(), torch.randn(4, 6).double()
+    reached = [(x, model(x).detach() + 1)]  # the last layer's bias can do that
+    found = fxgrow.inspect(model, growth=fxgrow.Tiny(nn.functional.mse_loss, reached)).growth
+    reasons = {group.name: group.reason for group in found.groups}
+    assert reasons["8"] == "Tiny: old weights can do what the loss asks for"
+    assert all(" or " not in reason for reason in reasons.values())
+    text = str(found)
+    assert all(name in text for name in reasons)
+    assert "more" not in text.partition("none, because:")[2]

@@ -42,5 +42,5 @@ def growth_table(found: dict[str, Any]) -> RenderableType:
             parts.append(Text(_MEANING[found["method"]]))
     told = [(group["name"], group["reason"]) for group in found["groups"] if group["reason"]]
     if told:
-        parts += [Text("none, because:"), reasons(told)]
+        parts += [Text("none, because:"), reasons(told, len(told))]
     return Group(*parts)

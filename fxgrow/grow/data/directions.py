@@ -29,6 +29,7 @@ class Directions:
         biases: (k,) of the writer; None if it has none.
         columns: (entries, k) of the readers: of each its outputs · kernel, one after the other.
         gains: what the loss falls by to first order, per learning rate or amplitude, (k,).
+        none: why none may be left, where the method's own reason is not the one.
     """
 
     strengths: Tensor
@@ -36,6 +37,7 @@ class Directions:
     biases: Tensor | None
     columns: Tensor
     gains: Tensor
+    none: str = ""
 
     def __len__(self) -> int:
         return len(self.strengths)
@@ -48,6 +50,7 @@ class Directions:
             None if self.biases is None else self.biases[index],
             self.columns[:, index],
             self.gains[index],
+            self.none,
         )
 
     def first(self, count: int) -> Directions:

@@ -194,9 +194,8 @@ class DataDriven(PlacedInit):
         if request.budget:
             present = sum(parameter.numel() for parameter in network.parameters())
             paid = limits.paid(chosen, rooms, Costs(analyses), present)
-            refused += self._without(
-                chosen, paid, "the budget goes to groups that gain more per parameter"
-            )
+            why = "the budget goes to groups that gain more per parameter"
+            refused += self._without(chosen, paid, why)
             chosen = paid
         made = laid_out(analyses, request, variance_of, chosen, rooms)
         made = replace(
@@ -250,10 +249,11 @@ class DataDriven(PlacedInit):
         return self._fitted(network, made, found)
 
     def _without(
-        self, before: Iterable[str], after: Collection[str], why: str
+        self, before: Mapping[str, Directions], after: Collection[str], why: str
     ) -> tuple[Refusal, ...]:
         """Return refusals of the groups that have no directions any more."""
-        return tuple(Refusal(n, f"{self.name}: {why}") for n in before if n not in after)
+        told = {n: found.none or why for n, found in before.items() if n not in after}
+        return tuple(Refusal(n, f"{self.name}: {reason}") for n, reason in told.items())
 
     def pairs(
         self,
