@@ -13,7 +13,6 @@ from fxgrow.api.report.data import Report
 from fxgrow.apply.module import check_source, remade
 from fxgrow.errors import PlanError, SourceError, shown
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.training.followers import averaged, check_schedulers, optimizers_of, unwrapped
 from fxgrow.training.history import add_stage, named_module, stages_within
@@ -100,7 +99,7 @@ def regrow_(
     for name, lr, plan in stages[len(present) :]:
         part, whole = named_module(network, name), plan
         grown = part
-        check_source(plan.steps[0], named_tensors(part))
+        check_source(plan.steps[0], part)
         for step in plan.steps:
             grown = remade(step, grown)
         report = Report(whole, Verification("skipped"))
