@@ -24,7 +24,7 @@ from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.effort import Effort, first_run, measured
+from fxgrow.grow.data.effort import Effort, first_run, measured, most_held
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.held import over_entries
 from fxgrow.grow.data.laid_out import laid_out, twinned
@@ -345,7 +345,9 @@ class DataDriven(PlacedInit):
             def told(name: str, first: int = len(found), part: list[str] = part) -> None:
                 progress(f"{name} ({first + part.index(name) + 1} of {len(names)})")
 
-            found |= self._directions(network, {name: pairs[name] for name in part}, told)
+            some = {name: pairs[name] for name in part}
+            most = {n: min(limits.kept(rooms[n]), most_held(network, some[n])) for n in part}
+            found |= self._directions(network, some, most, told)
         strong = algebra.above(list(found.values()), limits.threshold)
         chosen = {
             name: directions.first(limits.kept(rooms[name]))
@@ -392,6 +394,7 @@ class DataDriven(PlacedInit):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
+        most: Mapping[str, int],
         progress: Callable[[str], object],
     ) -> dict[str, Directions]:
-        """Return all directions of each pair of layers, telling which it comes to."""
+        """Return directions of each pair of layers, at most so many, telling which it comes to."""
