@@ -27,6 +27,8 @@ from fxgrow.grow.data.statistics import (
 from fxgrow.grow.data.sums import Product, stacked
 from fxgrow.plan.pairing import Layout
 
+_ROWS = 64  # of a large weight that are in float64 at a time
+
 
 class GradMax(DataDriven):
     """New channels that give zeros and learn fastest (Evci et al. 2022).
@@ -119,12 +121,14 @@ def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
     """Return the mean norm of the columns of a pair's readers, 1 where they have none."""
     if not pair.width:
         return 1.0
-    columns = []
+    squares = torch.zeros(pair.width, dtype=torch.float64)
     for reader in pair.readers:
-        weight = network.get_parameter(f"{reader.name}.weight").detach().double()
-        by_column = weight.transpose(0, 1).flatten(1)  # (columns, out · kernel)
-        columns.append(by_column[reader.columns.to(weight.device)].flatten(1))  # (channels, …)
-    return float(torch.cat(columns, 1).norm(dim=1).mean())
+        weight = network.get_parameter(f"{reader.name}.weight").detach()
+        found = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        for rows in torch.split(weight, _ROWS):
+            found += rows.double().square().transpose(0, 1).flatten(1).sum(1)
+        squares += found.cpu()[reader.columns].sum(1)
+    return float(squares.sqrt().mean())
 
 
 def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
