@@ -87,7 +87,8 @@ def expected_growth(
     for group in groups:
         directions = found.get(group.name)
         some = directions is not None and len(directions) > 0
-        nothing = "" if some else f"{init.name}: {init.nothing}"
+        why = init.nothing if directions is None else directions.none or init.nothing
+        nothing = "" if some else f"{init.name}: {why}"
         told.append(
             GroupGrowth(
                 group.name,

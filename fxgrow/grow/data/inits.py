@@ -41,7 +41,7 @@ from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
-from fxgrow.plan.step import GroupPlan, Refusal
+from fxgrow.plan.step import GroupPlan, Refusal, told_refusals
 
 _LONG = 5.0  # seconds, from which on they are told
 
@@ -197,9 +197,8 @@ class DataDriven(PlacedInit):
         if request.budget:
             present = sum(parameter.numel() for parameter in network.parameters())
             paid = limits.paid(chosen, rooms, Costs(analyses), present)
-            refused += self._without(
-                chosen, paid, "the budget goes to groups that gain more per parameter"
-            )
+            why = "the budget goes to groups that gain more per parameter"
+            refused += self._without(chosen, paid, why)
             chosen = paid
         made = laid_out(analyses, request, variance_of, chosen, rooms, stepping)
         made = replace(
@@ -244,10 +243,11 @@ class DataDriven(PlacedInit):
         return self._fitted(network, made, found)
 
     def _without(
-        self, before: Iterable[str], after: Collection[str], why: str
+        self, before: Mapping[str, Directions], after: Collection[str], why: str
     ) -> tuple[Refusal, ...]:
         """Return refusals of the groups that have no directions any more."""
-        return tuple(Refusal(n, f"{self.name}: {why}") for n in before if n not in after)
+        told = {n: found.none or why for n, found in before.items() if n not in after}
+        return tuple(Refusal(n, f"{self.name}: {reason}") for n, reason in told.items())
 
     def pairs(
         self,
@@ -314,9 +314,9 @@ class DataDriven(PlacedInit):
             PlanError: there is none.
         """
         if not names:
-            why = f" {refused[-1].name}: {refused[-1].reason}." if refused else ""
+            why = told_refusals(refused)
             raise PlanError(
-                f"{self.name} can grow none of the groups that the request selects.{why}",
+                f"{self.name} can grow none of the groups that the request selects. {why}".rstrip(),
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 

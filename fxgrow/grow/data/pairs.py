@@ -206,7 +206,10 @@ def _columns(analysis: Analysis, group: ChannelGroup, layer: str) -> Tensor:
 def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Iterator[str]:
     """Yield why the layers around a group cannot be treated; each holds if those before do not."""
     if group.kind != "hidden":
-        yield f"it is a {group.kind} group, with more than one layer on either side"
+        yield (
+            f"it is a {group.kind} group, which has to be written by one layer alone (it is by "
+            f"{len(group.writers)}) and not to be added to another"
+        )
     if len(group.writers) != 1:
         yield f"{len(group.writers)} layers write it ({', '.join(group.writers)})"
     if not group.readers:

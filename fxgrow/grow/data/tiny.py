@@ -53,7 +53,7 @@ class Tiny(DataDriven):
     """
 
     pairing = "none"
-    nothing = "old weights can do what the loss asks for, or new channels would raise it"
+    nothing = "old weights can do what the loss asks for"
     runs = 2
     fits = True
 
@@ -111,7 +111,8 @@ class Tiny(DataDriven):
             better = mirrored > plain
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))
-            result[name] = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
+            left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
+            result[name] = replace(left, none="new channels would raise the loss, to first order")
         return result
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
@@ -191,6 +192,8 @@ def _left(read: Read, move: tuple[Tensor, Tensor]) -> Tensor:
         move: of its weights, as factors (inputs, r) and (r, out).
     """
     basis, factors = move
+    if not len(factors):  # it reads nothing but zeros, and torch runs no convolution without rows
+        return read.descent
     kernel = read.layer.weight.shape[1:]
     count = kernel.numel()
     weight = basis[:count].T.reshape(basis.shape[1], *kernel)  # (h · kernel, r) -> (r, h, *kernel)
