@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import listed
 from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.by_layer import setting_for
+from fxgrow.plan.names import names_after
 from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
@@ -39,13 +40,45 @@ def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
                 names.setdefault(layer_of(name) or name)
     if not names:
         return ()
-    took, they, use = ("take", "they are", "them") if len(names) > 1 else ("takes", "it is", "it")
+    they, use = ("they are", "them") if len(names) > 1 else ("it is", "it")
     return (
-        f"{listed([*names], _SHOWN)} {took} no part in the run on these inputs, in eval mode or in "
-        f"train mode, so that {they} not followed and not widened: where the network uses {use} on "
-        f"channels that grew, sizes no longer fit. Give example inputs that use {use}, or leave "
-        "these channels out (--exclude)",
+        f"{_idle(names)}, so that {they} not followed and not widened: where the network uses {use}"
+        f" on channels that grew, sizes no longer fit. Give example inputs that use {use}, or "
+        "leave these channels out (--exclude)",
     )
+
+
+def left_new(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
+    """Return a warning that names layers which are new and took no part, as many as there are.
+
+    Nothing makes these the identity.
+
+    Args:
+        made: the plan, which adds blocks.
+        analyses: of the network, or of each part of it that was followed; of a conversion, of its
+            target too.
+    """
+    idle = {name for analysis in analyses for name in analysis.traced.unused}
+    known = {name for analysis in analyses for name in named_tensors(analysis.traced.standin)}
+    if made.names:
+        new = [name for name, before in made.names.items() if not before and name in idle]
+    else:
+        new = [name for name, like, is_new in names_after(known, made) if is_new and like in idle]
+    names = dict.fromkeys(layer_of(name) or name for name in sorted(new))
+    if not names:
+        return ()
+    they, use = ("they are", "them") if len(names) > 1 else ("it is", "it")
+    return (
+        f"{_idle(names)}, and {they} new: where the network uses {use}, it computes something "
+        f"else. Give example inputs that use {use}",
+    )
+
+
+def _idle(names: Collection[str]) -> str:
+    """Return a sentence that some layers took no part, without its end."""
+    took = "take" if len(names) > 1 else "takes"
+    where = "on these inputs, in eval mode or in train mode"
+    return f"{listed([*names], _SHOWN)} {took} no part in the run {where}"
 
 
 def tied_twins(made: Plan) -> tuple[str, ...]:

@@ -107,9 +107,10 @@ def recognise(shapes: Mapping[str, Shape], hint: str = "") -> Architecture:
         if nearest is None or len(fit.differences) < len(nearest.differences):
             nearest = fit
     if nearest is None or len(nearest.differences) > len(wanted) / 2:
-        foreign = [shown(name, 80) for name in _foreign(wanted)] or ["none"]
+        foreign = [f"{shown(name, 80)} {_text(wanted[name])}" for name in _foreign(wanted)]
         raise SourceError(
-            f"no torchvision architecture has weights of {_list_some('such names as', foreign)}.",
+            "no torchvision architecture has these weights, and none is near: "
+            f"{_list_some('among them are', foreign) or 'they are none'}.",
             way_out=_NAME_IT,
         )
     raise SourceError(

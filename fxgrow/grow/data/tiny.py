@@ -47,7 +47,9 @@ class Tiny(DataDriven):
 
     For a σ with a kink at 0 (ReLU, max pooling), the mean of its slopes on both sides stands for
     σ'(0), and each channel takes the sign for which it lowers the loss more. A batch norm between
-    the layers is the identity on new channels, by their statistics over the batches.
+    the layers is the identity on new channels, by their statistics over the batches. Before a norm
+    over all channels (LayerNorm, RMSNorm) they are twins on either side of the mean of the old ones
+    (of zero), read with opposite signs, so that it stays what it was to first order.
     """
 
     pairing = "none"
@@ -100,6 +102,8 @@ class Tiny(DataDriven):
         result = dict(chosen)
         gains = self.averages(network, growing, lambda name, seen: _gains(seen, chosen[name]))
         for name, (plain, mirrored) in gains.items():
+            if pairs[name].over:  # twins of both signs
+                plain = mirrored = (plain + mirrored) / 2
             better = mirrored > plain
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))

@@ -142,18 +142,19 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     tracer: Tracer = "torch.fx" if in_graph else traced.tracer  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
+    edited = _tensor_edits(
+        analysis, shapes, sizes, edits, times(factors, paid.factors), flow, roles, aliases
+    )
     return Plan(
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(
-            analysis, shapes, sizes, edits, times(factors, paid.factors), flow, roles, aliases
-        ),
+        tensors=edited,
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
         aliases=aliases,
-        source=fingerprint(tensors),
+        source=fingerprint(traced.standin, edited),
         scopes=(scope,),
         parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.flops // batch, resized.tape.flops // batch),
