@@ -14,13 +14,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fxgrow.training.certificate import Certificate as Certificate
+    from fxgrow.training.certificate import certify as certify
+    from fxgrow.training.clipping import clip_grad_norm_ as clip_grad_norm_
     from fxgrow.training.in_place import Grown as Grown
     from fxgrow.training.in_place import deepen_ as deepen_
     from fxgrow.training.in_place import grow_ as grow_
+    from fxgrow.training.parts import Part as Part
+    from fxgrow.training.parts import parts_of as parts_of
     from fxgrow.training.resume import regrow_ as regrow_
     from fxgrow.training.resume import state_dict as state_dict
 
 _HOMES: dict[str, str] = {
+    **dict.fromkeys(("Certificate", "certify"), "fxgrow.training.certificate"),
+    "clip_grad_norm_": "fxgrow.training.clipping",
+    **dict.fromkeys(("Part", "parts_of"), "fxgrow.training.parts"),
     **dict.fromkeys(("Grown", "deepen_", "grow_"), "fxgrow.training.in_place"),
     **dict.fromkeys(("regrow_", "state_dict"), "fxgrow.training.resume"),
 }
