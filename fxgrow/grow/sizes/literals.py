@@ -134,6 +134,29 @@ def _shape(call: SizedCall, new: NewShapes) -> Sizes:
     return new.shape(call.outputs[0])
 
 
+@WANTED.register("repeat")
+def _times(call: SizedCall, new: NewShapes) -> Sizes:
+    """How often the tensor is there along each dim."""
+    x, out = call.inputs[0], call.outputs[0]
+    added = len(out.shape) - len(x.shape)
+    wanted: list[Count | None] = []
+    for dim, times in enumerate(call.sizes):
+        size = new.size(x, dim - added) if dim >= added else 1
+        wanted.append(Fraction(new.size(out, dim)) / size if size else times)
+    return tuple(wanted)
+
+
+@WANTED.register("repeat_interleave")
+def _times_each(call: SizedCall, new: NewShapes) -> Sizes:
+    """How often each position is there."""
+    x, out = call.inputs[0], call.outputs[0]
+    dim = call.argument(2, "dim")
+    if dim is None or not isinstance(call.sizes[0], int) or not x.shape[dim]:
+        return tuple(call.sizes)  # they are data, or positions of all dims
+    dim %= len(x.shape)
+    return (Fraction(new.size(out, dim)) / new.size(x, dim),)
+
+
 @WANTED.register("zeros", "ones", "full", "empty")
 @WANTED.register("new", "new_zeros", "new_ones", "new_full", "new_empty")
 def _made(call: SizedCall, new: NewShapes) -> Sizes:
