@@ -114,11 +114,13 @@ class CallSite(NamedTuple):
 
     Attributes:
         module: the module that was running.
-        at: the line of code (:func:`fxgrow.labels.in_code.line_of_call`).
+        at: the line of code (:class:`fxgrow.labels.in_code.Line`).
+        call: which call of that line it was.
     """
 
     module: str
     at: str
+    call: str
 
 
 # A function of an old call and the new shapes: the sizes that its arguments should hold, in order;
@@ -296,7 +298,9 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
-        self.sites.append(CallSite(self._place()[1], line_of_call(name)))
+        line = line_of_call(name)
+        told = (line.at, line.call) if line else ("", "")
+        self.sites.append(CallSite(self._place()[1], *told))
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")
