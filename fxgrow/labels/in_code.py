@@ -124,8 +124,8 @@ class _InCode(TorchFunctionMode):
         name = function_name(func)
         if name in SIZED:
             line = line_of_call(name)
-            for table in self._tables if line else ():
-                sized = table.get(line.at) or (table.get(line.call) if table else None)
+            for table in self._tables:
+                sized = (table.get(line.at) or table.get(line.call)) if line else None
                 if sized is not None:
                     args, kwargs = _changed(name, args, kwargs, sized)
         return func(*args, **kwargs)
