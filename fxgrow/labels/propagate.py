@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, ten
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import Chance, law_of, same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.tensors import lasting_tensors
+from fxgrow.modules.tensors import held_in, lasting_tensors
 
 Place = tuple[str, str]  # fx node, module
 # Entries of one tensor: 1 GB in float64. Following needs no memory for values, and comparing does.
@@ -45,6 +46,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: entries that a tensor may have.
         decider: answers where the network looks at values.
         chance: what masks with values are made of.
+        held: names of constants that modules hold in plain attributes, by their ids.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
         chance: Chance = "spread",
+        held: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(decider, chance)
-        self._most = most
+        self._most, self._held = most, held
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
@@ -96,7 +99,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                     if size > 1  # a width of one may be broadcast
                 ])  # fmt: skip
             origins = (name,) if name else ()
-            found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
+            found = self._enter(
+                tensor, layers, parameter=name, is_weight=True, origins=origins,
+                held=self._held.get(id(tensor), ""),
+            )  # fmt: skip
         return found
 
     def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
@@ -146,7 +152,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
-        own = facts | _own_facts(step)
+        own = facts | step.own_facts
         index = len(self.tape.operations)
         told = step.positions
         positions = self._made(step, inputs, layers)
@@ -313,15 +319,9 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_masked": noise.is_masked(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
+        "held": next((x.held for x in inputs if x.held), "") if kept else "",
         "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
-
-
-def _own_facts(step: Step) -> dict[str, Any]:
-    """Return what the first output of an operation has for itself."""
-    if not step.stands_for:
-        return {}
-    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -384,7 +384,7 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most, decider, chance)
+    labeller = Labeller(named, space, place, zeros, most, decider, chance, held_in(model))
     with torch.no_grad(), same_chance(chance) as common, labeller, WholeCalls(labeller):
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)

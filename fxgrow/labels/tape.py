@@ -51,6 +51,7 @@ class Value:
         taken: for a padded one, layers it met: they tell what its sizes stand for.
         made: numbers of the positions of constants in it, as layers
             (:mod:`fxgrow.labels.made`).
+        held: fully qualified name of the plain attribute that holds it, if one does.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Value:
     positions: tuple[tuple[Layer, str], ...] | None = None
     taken: list[Layer] = field(default_factory=list)
     made: Layers = ()
+    held: str = ""
 
 
 @dataclass(eq=False, slots=True)  # as above; nothing ever changes
