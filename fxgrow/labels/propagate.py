@@ -201,8 +201,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Return the numbers of positions of constants in each output."""
         if step.traits.is_factory:
             shapes = [output.shape for output in step.outputs]
-            return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
-        if step.traits.name == "aten.expand" and not inputs[0].layers:
+            like = inputs[0].made if inputs and inputs[0].shape == shapes[0] else ()
+            even = step.traits.is_uniform
+            return [made.numbered(self.space, x, like) if even else () for x in shapes]
+        if step.traits.name in ("aten.expand", "aten.repeat") and not inputs[0].layers:
             return (made.expanded(self.space, step, inputs[0].made),)
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
