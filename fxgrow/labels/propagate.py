@@ -291,7 +291,7 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_view": traits.is_view,
         "is_uniform": traits.is_uniform or moved,
         "number": inputs[0].number if lone and same else constant_of(step.target, step.args),
-        "is_padded": traits.is_padding,
+        "is_padded": traits.is_padding or generic.is_joined_by_constants(step, inputs),
         "drawn": noise.drawn_in(step, inputs),
         "is_masked": noise.is_masked(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),

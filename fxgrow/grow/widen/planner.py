@@ -202,10 +202,11 @@ def _warnings(
             "state_dict does not hold them, fxgrow.load sets them"
         )
     if rewritten:
+        others = len(rewritten) - 1
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
             f"names: its code fixes sizes that had to be rewritten in its graph "
-            f"({rewritten[0].node} and {len(rewritten) - 1} more)"
+            f"({rewritten[0].node}{f' and {others} more' if others else ''})"
         )
     yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
 
