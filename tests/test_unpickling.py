@@ -29,7 +29,6 @@ from hostile import load_pickled
 from torch import nn
 
 import fxgrow
-
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.harmless import resolve

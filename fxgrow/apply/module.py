@@ -34,8 +34,8 @@ from fxgrow.modules.states import is_carried
 from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
-from fxgrow.plan.init import Init
-from fxgrow.plan.inits_by_side import init_for_step
+from fxgrow.plan.init import Init, PlacedInit
+from fxgrow.plan.inits_by_side import init_for, init_for_step
 from fxgrow.plan.names import names_after
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
@@ -126,7 +126,10 @@ def init_of_step(init: Init | None, step: Plan, plan: Plan) -> Init | None:
     """Return the init of a step: one that is given is for the last, and for those that name it."""
     if init is None:
         return None
-    return init_for_step(init, step.request.drawing, plan.request.drawing)
+    drawing = step.request.drawing
+    own = init_for_step(init, drawing, plan.request.drawing)
+    # One that knows its places was made for the plan; a function fills what the plan names it for.
+    return own if own is None or isinstance(own, PlacedInit) else init_for(drawing, own)
 
 
 def apply_to_module(

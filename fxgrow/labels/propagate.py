@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +19,7 @@ from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.labels.unread import forget, kept_tensors, unread
 from fxgrow.labels.whole import WholeCalls
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
@@ -57,13 +57,14 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
         chance: Chance = "spread",
-        held: Mapping[int, str] = MappingProxyType({}),
+        held: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(decider, chance)
-        self._most, self._held = most, held
+        self._most, self._held = most, held or {}
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
+        self._said: list[tuple[int, int]] = []  # mixers and pins known before each operation
         self._place = place
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
@@ -96,11 +97,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                     for dim, size in enumerate(shape)
                     if size > 1  # a width of one may be broadcast
                 ])  # fmt: skip
-            origins = (name,) if name else ()
-            found = self._enter(
-                tensor, layers, parameter=name, is_weight=True, origins=origins,
-                held=self._held.get(id(tensor), ""),
-            )  # fmt: skip
+            held, origins = self._held.get(id(tensor), ""), (name,) if name else ()
+            known: dict[str, Any] = {"parameter": name, "origins": origins, "held": held}
+            found = self._enter(tensor, layers, is_weight=True, **known)
         return found
 
     def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
@@ -128,6 +127,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     ) -> None:
         """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
+        self._said.append((len(self.space.mixers), len(self.space.pins)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
         for output in outputs:  # before anything is made of that size; weights may be larger
             if output.numel() > self._most and _is_larger(output, operands):
@@ -204,6 +204,24 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
         return made.follow(step, [value.made for value in inputs], labels)
+
+    def end(self, model: nn.Module, result: object) -> None:
+        """Note what the network returned, and which operations did not lead to it.
+
+        Args:
+            model: the network that ran.
+            result: what it returned.
+        """
+        for tensor in results_in(result):
+            value = self.value(self.current(tensor))
+            self._use(value)
+            self.tape.outputs.append(value)
+            for layer in value.layers:
+                self.space.pin(layer, PinKind.OUTPUT)
+        held = [self.current(x) for x in (*tensors_in(result), *kept_tensors(model))]
+        kept = [self._values[id(x)] for x in held if id(x) in self._values]
+        self.tape.unread = unread(self.tape, kept)
+        forget(self.space, self.tape.unread, self._said)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -378,10 +396,5 @@ def propagate(
     space.place = ""
     masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
     labeller.tape.by_chance = common.drew or masks
-    for tensor in results_in(result):
-        value = labeller.value(labeller.current(tensor))
-        labeller._use(value)
-        labeller.tape.outputs.append(value)
-        for layer in value.layers:
-            space.pin(layer, PinKind.OUTPUT)
+    labeller.end(model, result)
     return space, labeller.tape

@@ -133,12 +133,26 @@ class Operation:
 
 @dataclass
 class Tape:
-    """The operations of one run in order, its values and outputs; and whether it drew masks."""
+    """What one run did.
+
+    Attributes:
+        operations: in order.
+        values: all that they got and made.
+        outputs: of the network.
+        by_chance: whether it drew masks.
+        unread: the operations (by index) that lead to no output (:mod:`fxgrow.labels.unread`).
+    """
 
     operations: list[Operation] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     by_chance: bool = False
+    unread: frozenset[int] = frozenset()
+
+    @property
+    def read(self) -> list[Operation]:
+        """The operations that lead to an output, in order."""
+        return [op for op in self.operations if op.index not in self.unread]
 
     @property
     def flops(self) -> int:

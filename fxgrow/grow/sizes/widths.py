@@ -21,7 +21,7 @@ _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FROM_NONE = 'ask for a number ("8", "+8")'
 _FREED = (PinKind.NO_RULE, PinKind.FIXED)  # of which a refusal tells how to
 _SHOWN = 3  # groups that a message names
-_MOST = 1 << 31  # channels
+_MOST = 1 << 22  # channels of a layer, each of which is followed
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 

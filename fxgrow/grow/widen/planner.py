@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import PlanError, UsageError, listed
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
 from fxgrow.grow.norms.folding import Fold, folded
@@ -195,18 +195,17 @@ def _warnings(
     rewritten = [edit for edit in found.resized.sizes if edit.node]
     in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
     if in_code:
-        first, *more = in_code
+        places = [place or "the model" for place in in_code]
         yield (
-            f"the code of {first or 'the model'}{f' and {len(more)} more' if more else ''} fixes "
+            f"the code of {listed(places)} fixes "
             "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
             "state_dict does not hold them, fxgrow.load sets them"
         )
     if rewritten:
-        others = len(rewritten) - 1
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
             f"names: its code fixes sizes that had to be rewritten in its graph "
-            f"({rewritten[0].node}{f' and {others} more' if others else ''})"
+            f"({listed([edit.node for edit in rewritten])})"
         )
     yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
 
