@@ -149,7 +149,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
-        own = facts | _own_facts(step)
+        own = facts | step.own_facts
         index = len(self.tape.operations)
         told = step.positions
         positions = self._made(step, inputs, layers)
@@ -317,13 +317,6 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "held": next((x.held for x in inputs if x.held), "") if kept else "",
         "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
-
-
-def _own_facts(step: Step) -> dict[str, Any]:
-    """Return what the first output of an operation has for itself."""
-    if not step.stands_for:
-        return {}
-    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:

@@ -59,6 +59,13 @@ class Step:
         args, kwargs = map_tensors(self.value, (self.args, self.kwargs))
         return OpCall(self.target, args, kwargs)
 
+    @property
+    def own_facts(self) -> dict[str, Any]:
+        """What the first output has for itself, as attributes of its value."""
+        if not self.stands_for:
+            return {}
+        return {"parameter": self.stands_for, "origins": (self.stands_for,), "is_curved": False}
+
     def ignores_copies(self, tensor: Tensor, dims: Sequence[int]) -> bool:
         """Return whether the result stays as it is if all along some dims is there twice."""
         return ask.ignores_copies(self.call, self.value(tensor), dims)

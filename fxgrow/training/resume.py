@@ -16,7 +16,8 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.training.followers import averaged, check_schedulers, optimizers_of, unwrapped
 from fxgrow.training.history import add_stage, named_module, stages_within
-from fxgrow.training.in_place import RATES, put_in_place
+from fxgrow.training.in_place import put_in_place
+from fxgrow.training.rates import RATES, WARM_UP, follow, steps_left
 from fxgrow.verification.findings import Verification
 
 SCHEMA = 1
@@ -44,7 +45,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         {"module": name, "lr": stage.lr, "plan": stage.plan.to_json()}
         for name, stage in stages_within(unwrapped(model))
     ]
-    return {"schema": SCHEMA, "stages": stages}
+    return {"schema": SCHEMA, "stages": stages, "warming": steps_left(unwrapped(model))}
 
 
 @exclusive
@@ -105,7 +106,24 @@ def regrow_(
         inner = [named_module(mean, name) for mean in means]
         put_in_place(part, api.Grown(grown, whole, report), optimizers, inner)
         add_stage(part, whole, lr, within=network)
+        follow(part, lr)
+    follow(network, "none", left=_steps_left(state))
     return model
+
+
+def _steps_left(state: Mapping[str, Any]) -> int:
+    """Return how many steps of a warm-up a state tells are left.
+
+    Raises:
+        SourceError: it tells something else.
+    """
+    left = state.get("warming", 0)
+    if type(left) is not int or not 0 <= left <= WARM_UP:
+        raise SourceError(
+            f"{shown(repr(left))} is no number of steps that are left of a warm-up of {WARM_UP}.",
+            way_out="Give what fxgrow.training.state_dict(model) returned.",
+        )
+    return left
 
 
 def _checked(state: object) -> list[tuple[str, str, Plan]]:
