@@ -70,6 +70,7 @@ class Attempts:
         grouped: how grouped convolutions grow.
         pairing: lays out new channels.
         pairings: by group name, what lays out those of groups with a pairing of their own.
+        rounded: the groups whose widths are ratios, which may be rounded up.
         with_eps: for each layer the attributes that may be its eps.
         scale_writers: whether 1/η may be a factor on old weights.
         rescaled: weights on which it may not, whatever ``scale_writers``.
@@ -83,6 +84,7 @@ class Attempts:
     scale_writers: bool = True
     rescaled: frozenset[str] = frozenset()
     pairings: Mapping[str, Pairing] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
     _zero_channels: dict[str, frozenset[int] | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
@@ -184,7 +186,7 @@ class Attempts:
             widths = {name: width for name, width in widths.items() if name not in refused}
             sizes = new_sizes(
                 analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
-                copying=copying,
+                copying=copying, rounded=self.rounded,
             )  # fmt: skip
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             written = {writer for padding in mixed.padding.values() for writer in padding.writers}
