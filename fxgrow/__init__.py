@@ -12,7 +12,8 @@ The rooms, from the bottom up: a user's module (:mod:`~fxgrow.modules`), the lab
 (:mod:`~fxgrow.labels`), what belongs together (:mod:`~fxgrow.channels`), plans as data
 (:mod:`~fxgrow.plan`), what carries them out (:mod:`~fxgrow.apply`), the planners
 (:mod:`~fxgrow.grow`), the judge (:mod:`~fxgrow.verification`), the public functions
-(:mod:`~fxgrow.api`), what is on disk (:mod:`~fxgrow.files`), the command line (:mod:`~fxgrow.cli`).
+(:mod:`~fxgrow.api`), what is on disk (:mod:`~fxgrow.files`), growth in training
+(:mod:`~fxgrow.training`), the command line (:mod:`~fxgrow.cli`).
 A room imports those below it alone. A command goes through them so: load, trace, label, find the
 groups, plan, apply, verify, save.
 
@@ -128,6 +129,8 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> object:
+    if name == "training":
+        return importlib.import_module("fxgrow.training")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'fxgrow' has no attribute {name!r}")

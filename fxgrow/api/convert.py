@@ -163,7 +163,7 @@ def convert_by(
         PlanError: the plan is for another network.
         VerificationError: the new network does not compute what the old one does.
     """
-    check_source(made, named_tensors(model))
+    check_source(made, model)
     chosen = init_for(made.request.drawing, init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.errors import listed
 from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.by_layer import setting_for
 from fxgrow.plan.names import names_after
@@ -75,10 +76,9 @@ def left_new(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
 
 def _idle(names: Collection[str]) -> str:
     """Return a sentence that some layers took no part, without its end."""
-    more = f" and {n} more" if (n := len(names) - _SHOWN) > 0 else ""
     took = "take" if len(names) > 1 else "takes"
     where = "on these inputs, in eval mode or in train mode"
-    return f"{', '.join([*names][:_SHOWN])}{more} {took} no part in the run {where}"
+    return f"{listed([*names], _SHOWN)} {took} no part in the run {where}"
 
 
 def tied_twins(made: Plan) -> tuple[str, ...]:
@@ -103,8 +103,7 @@ def tied_twins(made: Plan) -> tuple[str, ...]:
             names.append(group.name)
     if not names:
         return ()
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"the new channels of {names[0]}{more} are twins that are read by zeros, get the same "
+        f"the new channels of {listed(names)} are twins that are read by zeros, get the same "
         "gradients and never part: with pairing v_zero they do, or with columns that are not zeros",
     )

@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from fxgrow.errors import FxgrowWarning, SourceError, shown
+from fxgrow.errors import FxgrowWarning, SourceError, listed, shown
 from fxgrow.modules.architectures import Architecture, torchvision_names
 
 Shape = tuple[int, ...]
@@ -309,8 +309,7 @@ def _text(shape: Shape) -> str:
 def _list_some(what: str, items: list[str]) -> str:
     if not items:
         return ""
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"{what} {', '.join(items[:_SHOWN])}{more}"
+    return f"{what} {listed(items, _SHOWN)}"
 
 
 if __name__ == "__main__":

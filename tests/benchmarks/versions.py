@@ -84,18 +84,19 @@ def run(environment: Environment, folder: Path, arguments: Sequence[str], *, kee
         subprocess.CalledProcessError: it cannot be made.
     """
     place = folder / environment.name.replace(" ", "-")
-    settings = {**os.environ, "VIRTUAL_ENV": str(place), "UV_HTTP_TIMEOUT": "600"}
+    settings = {**os.environ, "UV_HTTP_TIMEOUT": "600"}
+    there = ["--python", str(place)]  # uv run as a module takes its own environment for the active
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--clear", "--python", environment.python, place], check=True)
     resolution = ["--resolution", "lowest-direct"] if environment.lowest else []
     # Compiled once, or every command that the tests start compiles torch again.
-    install = [*uv, "pip", "install", "-q", "--compile-bytecode", *resolution]
+    install = [*uv, "pip", "install", "-q", *there, "--compile-bytecode", *resolution]
     install += ["-e", f"{ROOT}[test]", *environment.pins]
     try:
         subprocess.run(install, check=True, env=settings)
         python = place / "bin" / "python"
         listed = subprocess.run(
-            [*uv, "pip", "list", "-q", "--format", "json"],
+            [*uv, "pip", "list", "-q", *there, "--format", "json"],
             check=True, env=settings, capture_output=True, text=True,
         )  # fmt: skip
         versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}

@@ -1,0 +1,75 @@
+"""What a network has grown through in training, kept on the module itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxgrow.errors import PlanError
+from fxgrow.modules.tensors import module_names, modules_of
+from fxgrow.plan.schema import Plan
+
+_HISTORY = "_fxgrow_history"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One growth in training.
+
+    Attributes:
+        plan: what was done.
+        lr: the rule of learning rates from then on; see :func:`fxgrow.training.grow_`.
+        number: counts all growths of the network and of modules in it, from 1.
+    """
+
+    plan: Plan
+    lr: str = "none"
+    number: int = 1
+
+    def __deepcopy__(self, memo: object) -> Stage:
+        """Return the stage itself: it is data that nobody changes."""
+        del memo
+        return self
+
+
+def stages_of(model: nn.Module) -> tuple[Stage, ...]:
+    """Return the growths that a module has been through, oldest first."""
+    found: tuple[Stage, ...] = vars(model).get(_HISTORY, ())
+    return found
+
+
+def stages_within(model: nn.Module) -> list[tuple[str, Stage]]:
+    """Return the growths of a network and of modules in it, with the modules' names, in order."""
+    names = module_names(model)
+    found = [(names[id(m)], stage) for m in modules_of(model) for stage in stages_of(m)]
+    return sorted(found, key=lambda item: item[1].number)
+
+
+def add_stage(model: nn.Module, plan: Plan, lr: str, *, within: nn.Module | None = None) -> None:
+    """Note that a module has grown.
+
+    Args:
+        model: the module.
+        plan: how.
+        lr: the rule of learning rates.
+        within: the network that it is in, if that is known.
+    """
+    number = max((stage.number for _, stage in stages_within(within or model)), default=0) + 1
+    vars(model)[_HISTORY] = (*stages_of(model), Stage(plan, lr, number))
+
+
+def named_module(model: nn.Module, name: str) -> nn.Module:
+    """Return a module of a network by its name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise PlanError(
+            f"the network has no module {name!r}, which the record says has grown.",
+            name=name,
+            way_out="Build the network as it was before its first growth.",
+        ) from error
