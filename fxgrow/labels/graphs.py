@@ -134,9 +134,14 @@ def same_graphs(model: nn.Module, first: fx.Graph, second: fx.Graph) -> bool:
     if _CONSTANT.sub("", str(first)) != _CONSTANT.sub("", str(second)):
         return False
     return len(constants[0]) == len(constants[1]) and all(
-        one == other or torch.equal(getattr(model, one), getattr(model, other))
+        one == other or _same_values(getattr(model, one), getattr(model, other))
         for one, other in zip(*constants, strict=True)
     )
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same values; on the meta device, whether they are one."""
+    return one is other or (not one.is_meta and not other.is_meta and torch.equal(one, other))
 
 
 class _ClosedTracer(OpenTracer):

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from fxgrow.training.in_place import Grown as Grown
     from fxgrow.training.in_place import deepen_ as deepen_
     from fxgrow.training.in_place import grow_ as grow_
-    from fxgrow.training.parts import Part as Part
-    from fxgrow.training.parts import parts_of as parts_of
     from fxgrow.training.ledger import FlopLedger as FlopLedger
     from fxgrow.training.ledger import Flops as Flops
     from fxgrow.training.ledger import flops as flops
     from fxgrow.training.ledger import forecast as forecast
+    from fxgrow.training.parts import Part as Part
+    from fxgrow.training.parts import parts_of as parts_of
     from fxgrow.training.resume import regrow_ as regrow_
     from fxgrow.training.resume import state_dict as state_dict
     from fxgrow.training.schedule import GrowthSchedule as GrowthSchedule

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import PlanError
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer
-from fxgrow.grow.data.statistics import Batch, size_of
+from fxgrow.grow.data.statistics import Batch, not_running, size_of
 from fxgrow.modules.calling import arguments_of, call
-from fxgrow.modules.standin import first_line
 
 MOST_MEMORY = 1 << 30  # bytes of sums held at a time
 _SIZE = 192  # of the matrices that are timed
@@ -147,11 +145,7 @@ def first_run(network: nn.Module, batch: Batch) -> FirstRun:
             call(network, arguments_of(batch[0]))
             return FirstRun(positions, time.perf_counter() - begun)
     except Exception as error:  # a user's forward may raise anything
-        raise PlanError(
-            f"the network does not run on the first batch: {first_line(error)}.",
-            way_out="Each batch is (inputs, targets), with inputs as the forward takes them, in "
-            "its dtype; several are a tuple or a dict of keyword arguments.",
-        ) from error
+        raise not_running(error) from error
     finally:
         for handle in handles:
             handle.remove()

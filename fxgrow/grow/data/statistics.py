@@ -20,6 +20,7 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
 from fxgrow.grow.data.passages import Passage, by_channel, one_sided, rows_of
 from fxgrow.modules.calling import arguments_of, call, tensors_in
+from fxgrow.modules.standin import first_line
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = tuple[Any, Any]  # inputs and targets
@@ -172,6 +173,28 @@ def checked_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
         if not size_of(batch):
             raise PlanError(f"batch {number} is empty.", way_out="Leave it out.")
     return tuple((inputs, targets) for inputs, targets in found)
+
+
+def check_runs(model: nn.Module, batch: Batch) -> None:
+    """Return if a network runs on the first of batches.
+
+    Raises:
+        PlanError: it does not.
+    """
+    try:
+        with torch.no_grad():
+            call(model, arguments_of(batch[0]))
+    except Exception as error:  # a user's forward may raise anything
+        raise not_running(error) from error
+
+
+def not_running(error: Exception) -> PlanError:
+    """Return the refusal of batches on which a network does not run, because of an error."""
+    return PlanError(
+        f"the network does not run on the first batch: {first_line(error)}.",
+        way_out="Each batch is (inputs, targets), with inputs as the forward takes them, in "
+        "its dtype; several are a tuple or a dict of keyword arguments.",
+    )
 
 
 def _loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
