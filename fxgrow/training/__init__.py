@@ -14,6 +14,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fxgrow.training.certificate import Certificate as Certificate
+    from fxgrow.training.certificate import certify as certify
+    from fxgrow.training.clipping import clip_grad_norm_ as clip_grad_norm_
     from fxgrow.training.in_place import Grown as Grown
     from fxgrow.training.in_place import deepen_ as deepen_
     from fxgrow.training.in_place import grow_ as grow_
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from fxgrow.training.monitoring import Monitor as Monitor
     from fxgrow.training.monitoring import effective_rank as effective_rank
     from fxgrow.training.monitoring import monitor as monitor
+    from fxgrow.training.parts import Part as Part
+    from fxgrow.training.parts import parts_of as parts_of
+    from fxgrow.training.plateau import Plateau as Plateau
     from fxgrow.training.probing import Ranking as Ranking
     from fxgrow.training.probing import Tried as Tried
     from fxgrow.training.probing import probe as probe
@@ -31,15 +37,18 @@ if TYPE_CHECKING:
     from fxgrow.training.resume import state_dict as state_dict
     from fxgrow.training.schedule import GrowthSchedule as GrowthSchedule
     from fxgrow.training.schedule import GrowthStage as GrowthStage
-    from fxgrow.training.schedule import Plateau as Plateau
     from fxgrow.training.seed import seed_network as seed_network
     from fxgrow.training.stages import GrowthClock as GrowthClock
     from fxgrow.training.stages import enter_stage_ as enter_stage_
 
 _HOMES: dict[str, str] = {
+    **dict.fromkeys(("Certificate", "certify"), "fxgrow.training.certificate"),
+    "clip_grad_norm_": "fxgrow.training.clipping",
+    **dict.fromkeys(("Part", "parts_of"), "fxgrow.training.parts"),
     **dict.fromkeys(("Grown", "deepen_", "grow_"), "fxgrow.training.in_place"),
     **dict.fromkeys(("regrow_", "state_dict"), "fxgrow.training.resume"),
-    **dict.fromkeys(("GrowthSchedule", "GrowthStage", "Plateau"), "fxgrow.training.schedule"),
+    **dict.fromkeys(("GrowthSchedule", "GrowthStage"), "fxgrow.training.schedule"),
+    "Plateau": "fxgrow.training.plateau",
     "seed_network": "fxgrow.training.seed",
     **dict.fromkeys(("Monitor", "effective_rank", "monitor"), "fxgrow.training.monitoring"),
     **dict.fromkeys(("Ranking", "Tried", "probe"), "fxgrow.training.probing"),

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxgrow.errors import SourceError, UsageError
-from fxgrow.training.in_place import Grown, Rates, deepen_, grow_
+from fxgrow.training.in_place import Grown, deepen_, grow_
+from fxgrow.training.rates import Rates
 from fxgrow.training.schedule import GrowthSchedule
 
 _OF_BOTH = ("seed", "strict", "verify", "progress")

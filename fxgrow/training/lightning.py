@@ -1,0 +1,247 @@
+"""A callback of Lightning that grows the network while it trains.
+
+It works with ``lightning`` and with ``pytorch_lightning``, and extends the callback of the one that
+is loaded already (of the former, if neither is).
+
+Lightning restores modules before the states of callbacks, and all other callbacks make their copies
+of the network before that. So the network grows again at the moment when a checkpoint has been
+read, before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxgrow.errors import PlanError, SourceError
+from fxgrow.training.in_place import Grown
+from fxgrow.training.resume import regrow_
+from fxgrow.training.scheduled import Averages, Growing, Schedule, copies_held
+
+KEY = "fxgrow_growth"  # in a checkpoint, what each part of the network has grown through
+
+
+def _library() -> str:
+    """Return the name of the package of Lightning that is used, or "" if there is none."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        return name
+    return ""
+
+
+_NAME = _library()
+_Callback: Any = importlib.import_module(_NAME).Callback if _NAME else object
+_CheckpointIO: Any = importlib.import_module(f"{_NAME}.plugins").CheckpointIO if _NAME else object
+
+
+class GrowthCallback(_Callback):  # type: ignore[misc]
+    """Grows the network before scheduled epochs or steps; a run that is killed resumes.
+
+    Optimizers, schedulers and the averages that other callbacks hold
+    (``StochasticWeightAveraging``, ``WeightAveraging``) go on, in any order of the callbacks, and
+    so do loggers. Checkpoints hold how the network has grown: ``trainer.fit(net, …, ckpt_path=…)``
+    gives a new network that shape before its weights are loaded.
+
+    Args:
+        schedule: for each epoch (or number of optimizer steps) before which the network grows,
+            from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
+            ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
+        unit: ``"epochs"`` (default), or ``"steps"`` for ``trainer.global_step``.
+        part: the name of the module that grows, for ``self.net`` of the LightningModule
+            ``"net"``; "" (default) for all of it.
+        inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None takes ``example_input_array``
+            if all of the LightningModule grows, or infers them.
+        averages: returns what averages the part's weights in the LightningModule itself, such as
+            ``lambda module: [module.ema]``; those of callbacks are found.
+        **options: of :func:`fxgrow.training.grow_`, for all growths: ``lr``, ``pairing``, ….
+
+    Attributes:
+        grown: the results of the growths in this process, with plans and reports.
+
+    Raises:
+        UsageError: the schedule is none.
+        SourceError: Lightning is not installed.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        unit: str = "epochs",
+        part: str = "",
+        inputs: object = None,
+        averages: Averages | None = None,
+        **options: Any,
+    ) -> None:
+        if not _NAME:
+            raise SourceError(
+                "this callback needs Lightning.",
+                way_out="pip install 'fxgrow[lightning]' brings it.",
+            )
+        super().__init__()
+        self._growing = Growing(
+            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options
+        )
+        self._fitted: Callable[[], object] = lambda: None
+
+    @property
+    def grown(self) -> list[Grown]:
+        """The results of the growths in this process."""
+        return self._growing.grown
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint."""
+        return f"{type(self).__qualname__}{{'part': {self._growing.part!r}}}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many growths of the schedule are done."""
+        return {"done": self._growing.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the growths that a checkpoint has seen."""
+        self._growing.done = int(state_dict["done"])
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Prepare to grow the network again as soon as a checkpoint has been read."""
+        del stage
+        if getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+            raise PlanError(
+                "this strategy hands weights back to a process in which the network never grew.",
+                name=type(trainer.strategy).__name__,
+                way_out="Train with strategy='ddp' or on one device.",
+            )
+        if self._fitted() is not pl_module:
+            self._growing.done, self._fitted = 0, weakref.ref(pl_module)
+
+        def regrow(checkpoint: Mapping[str, Any]) -> None:
+            parts = checkpoint.get(KEY)
+            record = parts.get(self._growing.part) if isinstance(parts, Mapping) else None
+            self._growing.regrow(
+                pl_module, record, trainer.optimizers, self._copies(trainer, pl_module)
+            )
+
+        def recorded(checkpoint: dict[str, Any]) -> dict[str, Any]:
+            parts = {**checkpoint.get(KEY, {}), self._growing.part: self._growing.record(pl_module)}
+            return {**checkpoint, KEY: parts}
+
+        strategy = trainer.strategy
+        strategy.checkpoint_io = _GrowthIO(strategy.checkpoint_io, regrow, recorded, owner=self)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Grow before an epoch."""
+        if self._growing.unit == "epochs":
+            self._grow_due(trainer.current_epoch, trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: object, batch_idx: int
+    ) -> None:
+        """Grow before a step."""
+        del batch, batch_idx
+        if self._growing.unit == "steps":
+            self._grow_due(trainer.global_step, trainer, pl_module)
+
+    def _grow_due(self, count: int, trainer: Any, pl_module: Any) -> None:
+        """Carry out what is due."""
+        if not self._growing.is_due(count):
+            return
+        strategy = trainer.strategy
+        wrapped = strategy.model is not pl_module
+        if wrapped and not isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+            kind = type(strategy).__name__
+            raise PlanError(
+                f"{kind} keeps the network in a wrapper that cannot follow.",
+                name=kind,
+                way_out="Train with strategy='ddp' or on one device.",
+            )
+        example = getattr(pl_module, "example_input_array", None)
+        if self._growing.inputs is None and not self._growing.part:
+            self._growing.inputs = example
+        self._growing.grow_due(
+            count,
+            pl_module,
+            trainer.optimizers,
+            [config.scheduler for config in trainer.lr_scheduler_configs],
+            self._copies(trainer, pl_module),
+        )
+        if wrapped:  # the wrapper's hooks are on the parameters that it was made with
+            strategy.model = pl_module
+            strategy.configure_ddp()
+
+    def _copies(self, trainer: Any, pl_module: Any) -> list[nn.Module]:
+        """Return the averages of the network's weights that other callbacks hold."""
+        return copies_held((one for one in trainer.callbacks if one is not self), pl_module)
+
+
+def regrow_from(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a LightningModule the shape that the one in a checkpoint had grown to.
+
+    Called in ``on_load_checkpoint``, it makes ``load_from_checkpoint`` work, which knows no
+    callbacks.
+
+    Args:
+        module: the module as its code builds it, or grown so already.
+        checkpoint: what Lightning has read.
+
+    Raises:
+        SourceError: what it says of growth is not a record of it.
+        PlanError: it is of another network.
+    """
+    parts = checkpoint.get(KEY, {})
+    if not isinstance(parts, Mapping):
+        raise SourceError("the checkpoint's record of growth is not a mapping.", name=KEY)
+    for part, record in parts.items():
+        regrow_(module.get_submodule(part), record)
+
+
+class _GrowthIO(_CheckpointIO):  # type: ignore[misc]
+    """Reads and writes checkpoints as another one does, with how the network has grown.
+
+    Args:
+        inner: what reads and writes.
+        regrow: called with each checkpoint that was read.
+        recorded: returns a checkpoint with what it is to hold.
+        owner: the callback; what it put around an IO before is replaced.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        regrow: Callable[[Mapping[str, Any]], None],
+        recorded: Callable[[dict[str, Any]], dict[str, Any]],
+        owner: object,
+    ) -> None:
+        while isinstance(inner, _GrowthIO) and inner.owner() is owner:
+            inner = inner.inner
+        self.inner: Any = inner
+        self.owner: Callable[[], object] = weakref.ref(owner)
+        self._regrow, self._recorded = regrow, recorded
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kw: Any) -> None:
+        """Write a checkpoint."""
+        self.inner.save_checkpoint(self._recorded(checkpoint), path, *args, **kw)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kw: Any) -> Any:
+        """Read a checkpoint, and grow the network as it says."""
+        checkpoint = self.inner.load_checkpoint(path, *args, **kw)
+        self._regrow(checkpoint)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """End what is under way."""
+        self.inner.teardown()

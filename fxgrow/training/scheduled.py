@@ -1,0 +1,277 @@
+"""What callbacks of trainers share: what grows when, what goes along, and what resumes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fxgrow.api.deepen import deepen
+from fxgrow.errors import PlanError, UsageError
+from fxgrow.training.followers import averaged, optimizers_of
+from fxgrow.training.history import named_module, stages_within
+from fxgrow.training.in_place import Grown, deepen_, grow_
+from fxgrow.training.resume import regrow_, state_dict
+from fxgrow.training.schedule import GrowthSchedule
+
+Schedule: TypeAlias = Mapping[int, object] | GrowthSchedule
+Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
+
+UNITS = ("epochs", "steps")
+_BUILD_ANEW = (
+    "Weights fit the stage that they were saved at: load them into the network as its code builds "
+    "it, in a new object."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """One growth of a schedule.
+
+    Attributes:
+        at: the epoch, or the number of steps, before which the network grows, from 0.
+        deepens: whether it becomes deeper, not wider.
+        options: of :func:`fxgrow.training.grow_`, or :func:`fxgrow.training.deepen_`.
+    """
+
+    at: int
+    deepens: bool
+    options: Mapping[str, Any]
+
+
+def mapping_of(schedule: Schedule) -> Mapping[int, object]:
+    """Return a schedule by its epochs.
+
+    Raises:
+        UsageError: when it grows depends on a metric.
+    """
+    return schedule.growths() if isinstance(schedule, GrowthSchedule) else schedule
+
+
+def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]:
+    """Return the growths of a schedule, in order.
+
+    Args:
+        schedule: for each epoch or number of steps, a width (``"1.5x"``), options of
+            :func:`fxgrow.widen` with ``width`` among them, those of :func:`fxgrow.deepen` with
+            ``deepen`` for the blocks, or several of these in a list; or a
+            :class:`fxgrow.training.GrowthSchedule` of epochs.
+        shared: options for all that do not say otherwise.
+
+    Raises:
+        UsageError: it is none.
+    """
+    schedule = mapping_of(schedule)
+    if not isinstance(schedule, Mapping) or not schedule:
+        raise UsageError(
+            "a schedule says for each epoch or step how the network grows.",
+            way_out='Give {10: "1.5x", 20: {"width": "2x", "where": "all"}}.',
+        )
+    found = []
+    for at, growths in schedule.items():
+        if not isinstance(at, int) or isinstance(at, bool) or at < 0:
+            raise UsageError(f"a schedule's epochs and steps are whole numbers from 0, not {at!r}.")
+        several = growths if isinstance(growths, (list, tuple)) else [growths]
+        found += [_growth(at, one, shared) for one in several]
+    return tuple(sorted(found, key=lambda growth: growth.at))
+
+
+def _growth(at: int, given: object, shared: Mapping[str, Any]) -> Due:
+    """Return one growth of a schedule."""
+    options = {"width": given} if isinstance(given, str) else given
+    if not isinstance(options, Mapping) or ("width" in options) == ("deepen" in options):
+        raise UsageError(
+            f"what happens at {at} says not whether the network becomes wider or deeper.",
+            way_out='Give "1.5x", {"width": "1.5x", …}, {"deepen": {"layer3": "+1"}, …}, or a list '
+            "of such.",
+        )
+    deepens, asked = "deepen" in options, dict(options)
+    if deepens:
+        asked["blocks"] = asked.pop("deepen")
+        known = {"lr", *inspect.signature(deepen).parameters}  # of what all growths share
+        shared = {key: value for key, value in shared.items() if key in known}
+    return Due(at, deepens, {**shared, **asked})
+
+
+class Growing:
+    """The growths of one network (or one module in it) through a training.
+
+    Args:
+        schedule: as for :func:`growths_of`.
+        unit: ``"epochs"`` or ``"steps"``.
+        part: the name of the module that grows, in the network; "" for all of it.
+        inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None infers them.
+        averages: returns averages of the module's weights, of the network.
+        options: for all growths.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        unit: str,
+        part: str,
+        inputs: object,
+        averages: Averages | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        if unit not in UNITS:
+            raise UsageError(f"a schedule counts {' or '.join(UNITS)}, not {unit!r}.")
+        self.growths = growths_of(schedule, options)
+        self.unit, self.part, self.inputs, self._averages = unit, part, inputs, averages
+        self.done = 0
+        self.grown: list[Grown] = []
+
+    def is_due(self, count: int) -> bool:
+        """Return whether a growth is due before an epoch or step, or was before."""
+        return self.done < len(self.growths) and self.growths[self.done].at <= count
+
+    def grow_due(
+        self,
+        count: int,
+        root: nn.Module,
+        optimizers: Sequence[Optimizer],
+        schedulers: Iterable[object],
+        others: Iterable[nn.Module] = (),
+    ) -> None:
+        """Carry out all growths that are due.
+
+        Args:
+            count: of epochs or steps that have ended.
+            root: the network.
+            optimizers: what trains it, and possibly other things.
+            schedulers: of the learning rates.
+            others: copies of the whole network that average its weights.
+
+        Raises:
+            TraceError, PlanError, NotPreservedError, VerificationError: as for
+                :func:`fxgrow.training.grow_`.
+        """
+        while self.is_due(count):
+            due, part = self.growths[self.done], self._part_of(root)
+            training = _training(optimizers, part)
+            inputs = due.options.get("example_inputs", self.inputs)
+            options = {key: value for key, value in due.options.items() if key != "example_inputs"}
+            followers: dict[str, Any] = {
+                "optimizer": training,
+                "scheduler": [one for one in schedulers if _drives(one, training)],
+                "averages": self.averages(root, others),
+            }
+            grow: Callable[..., Grown] = deepen_ if due.deepens else grow_
+            self.grown.append(grow(part, example_inputs=inputs, **followers, **options))
+            self.done += 1
+
+    def record(self, root: nn.Module) -> dict[str, Any]:
+        """Return how the module has grown, as :func:`fxgrow.training.state_dict` does."""
+        return state_dict(self._part_of(root))
+
+    def regrow(
+        self,
+        root: nn.Module,
+        record: Mapping[str, Any] | None,
+        optimizers: Sequence[Optimizer] = (),
+        others: Iterable[nn.Module] = (),
+    ) -> None:
+        """Give the module the shape that a checkpoint's has.
+
+        Args:
+            root: the network.
+            record: what :meth:`record` returned; None if the module had never grown.
+            optimizers: what trains the network, if there are any yet.
+            others: copies of the whole network that average its weights.
+
+        Raises:
+            PlanError: the network has grown already, past what the checkpoint holds.
+        """
+        part = self._part_of(root)
+        if record is None and not stages_within(part):
+            return
+        try:
+            regrow_(
+                part,
+                record if record is not None else {"schema": 1, "stages": []},
+                optimizer=_training(optimizers, part),
+                averages=self.averages(root, others),
+            )
+        except PlanError as error:
+            raise PlanError(
+                f"a checkpoint does not fit {type(root).__name__}: {error.message}",
+                name=error.name,
+                way_out=_BUILD_ANEW,
+            ) from error
+
+    def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
+        """Return all averages of the module's weights: those named, and in copies of the root."""
+        named = list(self._averages(root)) if self._averages is not None else []
+        return [*named, *(named_module(other, self.part) for other in averaged(others))]
+
+    def _part_of(self, root: nn.Module) -> nn.Module:
+        """Return the module that grows."""
+        try:
+            return root.get_submodule(self.part)
+        except AttributeError as error:
+            kind = type(root).__name__
+            raise PlanError(f"{kind} has no module {self.part!r} to grow.") from error
+
+
+def _training(optimizers: Sequence[Optimizer], part: nn.Module) -> list[Optimizer]:
+    """Return the optimizers that hold parameters of a module."""
+    own = set(part.parameters())
+    return [
+        one
+        for one in optimizers_of(list(optimizers))
+        if any(p in own for group in one.param_groups for p in group["params"])
+    ]
+
+
+def _drives(scheduler: object, optimizers: Sequence[Optimizer]) -> bool:
+    """Return whether a scheduler is torch's, and of one of some optimizers."""
+    if not isinstance(scheduler, LRScheduler):
+        return False
+    driven = optimizers_of(scheduler.optimizer)[0]
+    return any(driven is one for one in optimizers)
+
+
+def copies_held(holders: Iterable[object], model: nn.Module) -> list[nn.Module]:
+    """Return the copies of a network that other objects hold: averages of its weights.
+
+    Args:
+        holders: the objects, such as callbacks; their attributes are looked at.
+        model: the network.
+
+    Raises:
+        PlanError: one holds the network's tensors by their names, in a dict; it is named.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found: dict[int, nn.Module] = {}
+    for holder in holders:
+        for name, value in vars(holder).items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            for one in values:
+                if isinstance(one, nn.Module) and one is not model and _is_copy(one, shapes):
+                    found[id(one)] = one
+            if isinstance(value, Mapping) and shapes and shapes.items() <= _shapes(value).items():
+                kind = type(holder).__name__
+                raise PlanError(
+                    f"{kind} holds the network's tensors by name, in {name}, which cannot follow.",
+                    name=kind,
+                    way_out="Average with torch.optim.swa_utils.AveragedModel, or another copy of "
+                    "the network.",
+                )
+    return list(found.values())
+
+
+def _is_copy(module: nn.Module, shapes: Mapping[str, object]) -> bool:
+    """Return whether a module has the parameters of a network, itself or in its wrapper."""
+    (inner,) = averaged(module)
+    return {name: parameter.shape for name, parameter in inner.named_parameters()} == shapes
+
+
+def _shapes(tensors: Mapping[object, object]) -> dict[object, object]:
+    """Return the shapes of what tensors a dict holds."""
+    return {name: value.shape for name, value in tensors.items() if isinstance(value, Tensor)}

@@ -1,0 +1,318 @@
+"""A callback of Hugging Face's ``Trainer`` that grows the network while it trains.
+
+The Trainer loads weights before its first event in ``train``, tells no callback from where, and
+keeps the network in a local variable. So the network grows in place; and when weights of other
+shapes are about to be loaded, it first grows as the checkpoint says that has such weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
+from fxgrow.files.pretrained import example_inputs
+from fxgrow.training.in_place import Grown
+from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
+
+_STATE = "trainer_state.json"
+_CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
+
+
+def _bases() -> tuple[Any, ...]:
+    """Return what callbacks of the Trainer extend; nothing where transformers is not installed."""
+    try:
+        library = importlib.import_module("transformers.trainer_callback")
+    except ImportError:
+        return ()
+    return library.TrainerCallback, library.ExportableState
+
+
+_BASES = _bases()
+_Callback: Any = _BASES[0] if _BASES else object
+_Exportable: Any = _BASES[1] if _BASES else type("_Exportable", (), {})
+
+
+class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
+    """Grows the network before scheduled epochs or steps; a run that is killed resumes.
+
+    The optimizer and the scheduler go on. Checkpoints hold how the network has grown:
+    ``trainer.train(resume_from_checkpoint=…)`` gives a new network that shape before its weights
+    are loaded, from a checkpoint in ``args.output_dir``, or from the one that ``resume_from`` or
+    ``args.resume_from_checkpoint`` names.
+
+    Args:
+        schedule: for each epoch (or number of optimizer steps) before which the network grows,
+            from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
+            ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
+        unit: ``"epochs"`` (default), or ``"steps"`` for ``state.global_step``.
+        part: the name of the module that grows; "" (default) for all of the network.
+        inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None takes what the configuration of
+            a model of transformers tells, or infers them.
+        averages: returns what averages the part's weights: ``lambda model: [ema]``.
+        resume_from: the directory of the checkpoint to resume from, if it is in another one than
+            the Trainer's.
+        **options: of :func:`fxgrow.training.grow_`, for all growths: ``lr``, ``pairing``, ….
+
+    Attributes:
+        grown: the results of the growths in this process, with plans and reports.
+
+    Raises:
+        UsageError: the schedule is none.
+        SourceError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        unit: str = "epochs",
+        part: str = "",
+        inputs: object = None,
+        averages: Averages | None = None,
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if not _BASES:
+            raise SourceError(
+                "this callback needs transformers.",
+                way_out="pip install 'fxgrow[transformers]' brings it.",
+            )
+        schedule = mapping_of(schedule)
+        if isinstance(schedule, Mapping):  # what JSON holds has strings as keys
+            schedule = {_number(at): growths for at, growths in schedule.items()}
+        self._given = {"schedule": schedule, "unit": unit, "part": part, **options}
+        self._is_data = inputs is None and averages is None  # so that JSON holds all
+        self._growing = Growing(
+            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options
+        )
+        self._resume_from = resume_from
+        self._root: Callable[[], nn.Module | None] = lambda: None
+
+    @property
+    def grown(self) -> list[Grown]:
+        """The results of the growths in this process."""
+        return self._growing.grown
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How many growths are done, and how the network has grown: what a checkpoint holds."""
+        root = self._root()
+        record = self._growing.record(root) if root is not None else None
+        return {"done": self._growing.done, "part": self._growing.part, "growth": record}
+
+    @progress.setter
+    def progress(self, progress: Mapping[str, Any]) -> None:
+        self._growing.done = int(progress["done"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer keeps of this callback in a checkpoint, as JSON."""
+        given = self._given if _is_json(self._given) else {}
+        return {"args": given, "attributes": {"progress": self.progress}}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prepare to grow the network again when weights of a later stage are loaded."""
+        del state, control
+        again = getattr(args, "restore_callback_states_from_checkpoint", False)
+        if again and not (self._is_data and _is_json(self._given)):
+            raise UsageError(
+                "restore_callback_states_from_checkpoint makes callbacks anew from JSON, which "
+                "does not hold inputs, averages and options that are no text or numbers.",
+                way_out="Leave it out: this callback resumes without it.",
+            )
+        self._watch(kwargs["model"], args)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up the schedule where the checkpoint left it.
+
+        Raises:
+            PlanError: the network is spread over processes, or has not grown as the checkpoint's.
+        """
+        del control
+        model = kwargs["model"]
+        if getattr(args, "world_size", 1) > 1:
+            raise PlanError(
+                "the Trainer wraps the network for several processes, out of a callback's reach.",
+                way_out="Grow between two calls of train() with fxgrow.training.grow_, each with "
+                "a new Trainer; or train on one device.",
+            )
+        if self._root() is not model:
+            self._growing.done = 0
+            self._watch(model, args)
+        held = state.stateful_callbacks or {} if state.global_step else {}  # none is of step 0
+        saved = _progress_in(held, type(self).__name__, self._growing.part)
+        if saved is None:
+            return
+        if saved["growth"] is not None and saved["growth"] != self._growing.record(model):
+            raise PlanError(
+                "the network has not grown as the checkpoint's had.",
+                way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
+                "callback resume_from= with the checkpoint's directory.",
+            )
+        self._growing.done = int(saved["done"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Grow before an epoch."""
+        del args, control
+        if self._growing.unit == "epochs":
+            self._grow_due(int((state.epoch or 0) + 1e-6), kwargs)  # a sum of fractions
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Grow before a step."""
+        del args, control
+        if self._growing.unit == "steps":
+            self._grow_due(state.global_step, kwargs)
+
+    def _grow_due(self, count: int, given: Mapping[str, Any]) -> None:
+        """Carry out what is due."""
+        if not self._growing.is_due(count):
+            return
+        model = given["model"]
+        if self._growing.inputs is None and not self._growing.part:
+            self._growing.inputs = example_inputs(model)
+        optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
+        self._growing.grow_due(count, model, [optimizer], [scheduler])
+
+    def _watch(self, model: nn.Module, args: Any) -> None:
+        """Look at what is loaded into a network from now on."""
+        if self._root() is model:
+            return
+        self._root = weakref.ref(model)
+        hook = _Regrow(self, getattr(args, "output_dir", None), args.resume_from_checkpoint)
+        model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+    def regrow(
+        self, model: nn.Module, weights: Mapping[str, Tensor], output: Any, resume: Any
+    ) -> None:
+        """Give a network the shapes of weights that are about to be loaded, if it has others.
+
+        Args:
+            model: the network.
+            weights: a state_dict.
+            output: the directory with checkpoints.
+            resume: a checkpoint's directory, if it is known.
+
+        Raises:
+            PlanError: no checkpoint says how.
+        """
+        if not _differs(model, weights):
+            return
+        named = [Path(one) for one in (self._resume_from, resume) if isinstance(one, (str, Path))]
+        found = [] if output is None else list(Path(output).glob(_CHECKPOINTS))
+        newest = sorted(found, key=_step_of, reverse=True)
+        tried: list[object] = []
+        reason: FxgrowError | None = None
+        for folder in (*named, *newest):
+            for progress in _progress_of(folder, type(self).__name__, self._growing.part):
+                record = progress["growth"]
+                if record is None or record in tried:
+                    continue
+                tried.append(record)
+                trial = copy.deepcopy(model)
+                try:
+                    self._growing.regrow(trial, record)
+                except FxgrowError as error:
+                    reason = error
+                    continue
+                if not _differs(trial, weights):
+                    self._growing.regrow(model, record)
+                    return
+        if any(_has_other_shape(model, name, tensor) for name, tensor in weights.items()):
+            why = f" The last one that was tried: {reason.message}" if reason is not None else ""
+            raise PlanError(
+                f"{type(model).__name__} gets weights of other shapes, and no checkpoint in "
+                f"{output} says how to grow to these.{why}",
+                way_out="Build the network as it was before its first growth, and name the "
+                "checkpoint: GrowthCallback(…, resume_from=directory).",
+            ) from reason
+
+
+class _Regrow:
+    """Called by a network before it loads weights. Copies of it do nothing.
+
+    Args:
+        callback: whose network it is.
+        output: the directory with checkpoints.
+        resume: the checkpoint to resume from, if it is known.
+    """
+
+    def __init__(self, callback: GrowthCallback | None, output: Any, resume: Any) -> None:
+        self._callback: Callable[[], GrowthCallback | None] = lambda: None
+        if callback is not None:
+            self._callback = weakref.ref(callback)
+        self._output, self._resume = output, resume
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Regrow, (None, None, None)
+
+    def __call__(self, module: nn.Module, weights: Mapping[str, Tensor], *rest: object) -> None:
+        del rest
+        callback = self._callback()
+        if callback is not None and callback._root() is module:
+            callback.regrow(module, weights, self._output, self._resume)
+
+
+def _differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether weights have other shapes than a network's, or names that it has not."""
+    own = model.state_dict(keep_vars=True)
+    return any(name not in own or own[name].shape != w.shape for name, w in weights.items())
+
+
+def _has_other_shape(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Return whether a network has a tensor of a name, of another shape."""
+    own = model.state_dict(keep_vars=True).get(name)
+    return own is not None and own.shape != weight.shape
+
+
+def _step_of(folder: Path) -> int:
+    """Return the step in a checkpoint's name; -1 if there is none."""
+    step = folder.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def _progress_of(folder: Path, name: str, part: str) -> Iterator[dict[str, Any]]:
+    """Yield what a checkpoint says of a callback, if it says anything."""
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # no checkpoint, or one that was being written
+    held = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    progress = _progress_in(held, name, part) if isinstance(held, dict) else None
+    if progress is not None:
+        yield progress
+
+
+def _progress_in(held: Mapping[str, Any], name: str, part: str) -> dict[str, Any] | None:
+    """Return what the state of callbacks says of one of them; None if it is not among them."""
+    several = held.get(name)
+    for one in several if isinstance(several, list) else [several]:
+        attributes = one.get("attributes") if isinstance(one, dict) else None
+        progress = attributes.get("progress") if isinstance(attributes, dict) else None
+        if isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}:
+            found: dict[str, Any] = progress
+            if found["part"] == part:
+                return found
+    return None
+
+
+def _number(key: Any) -> Any:
+    """Return a key of a schedule as a number, if it is the text of one."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
+def _is_json(value: object) -> bool:
+    """Return whether a value can be written as JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
