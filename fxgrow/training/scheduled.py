@@ -18,7 +18,7 @@ from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.resume import regrow_, state_dict
 
-Schedule: TypeAlias = Mapping[int, object]
+Schedule: TypeAlias = object  # a mapping, or a GrowthSchedule
 Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
 
 UNITS = ("epochs", "steps")
@@ -49,13 +49,18 @@ def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]
     Args:
         schedule: for each epoch or number of steps, a width (``"1.5x"``), options of
             :func:`fxgrow.widen` with ``width`` among them, those of :func:`fxgrow.deepen` with
-            ``deepen`` for the blocks, or several of these in a list.
+            ``deepen`` for the blocks, or several of these in a list. Or a schedule whose ``stages``
+            tell how many epochs each lasts, and the ``width`` and the ``blocks`` that it begins
+            with, as :class:`fxgrow.training.GrowthSchedule`.
         shared: options for all that do not say otherwise.
 
     Raises:
         UsageError: it is none.
     """
-    if not isinstance(schedule, Mapping) or not schedule:
+    stages = getattr(schedule, "stages", None)
+    if isinstance(stages, tuple):
+        schedule = _by_epoch(stages, getattr(schedule, "where", "hidden"))
+    if not isinstance(schedule, Mapping) or not (schedule or stages):
         raise UsageError(
             "a schedule says for each epoch or step how the network grows.",
             way_out='Give {10: "1.5x", 20: {"width": "2x", "where": "all"}}.',
@@ -67,6 +72,30 @@ def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]
         several = growths if isinstance(growths, (list, tuple)) else [growths]
         found += [_growth(at, one, shared) for one in several]
     return tuple(sorted(found, key=lambda growth: growth.at))
+
+
+def _by_epoch(stages: Sequence[Any], where: str) -> dict[int, list[dict[str, object]]]:
+    """Return what a list of stages says for each epoch in which one begins: deeper, then wider.
+
+    Raises:
+        UsageError: a stage lasts until a metric says otherwise.
+    """
+    found: dict[int, list[dict[str, object]]] = {}
+    begin = 0
+    for stage in stages:
+        growths = found.setdefault(begin, [])
+        if begin and stage.blocks:
+            growths.append({"deepen": dict(stage.blocks)})
+        if begin and stage.width:
+            growths.append({"width": dict(stage.width), "where": where})
+        if stage.epochs is None and stage is not stages[-1]:
+            raise UsageError(
+                "a stage of the schedule lasts until a metric is on its plateau, which this "
+                "callback does not see.",
+                way_out="Give all stages but the last a number of epochs.",
+            )
+        begin += stage.epochs or 0
+    return found
 
 
 def _growth(at: int, given: object, shared: Mapping[str, Any]) -> Due:
@@ -195,8 +224,11 @@ class Growing:
 
     def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
         """Return all averages of the module's weights: those named, and in copies of the root."""
-        named = list(self._averages(root)) if self._averages is not None else []
-        return [*named, *(named_module(other, self.part) for other in averaged(others))]
+        copies = averaged(others)
+        found = [named_module(copy, self.part) for copy in copies]
+        for one in (root, *copies) if self._averages is not None else ():
+            found += self._averages(one)
+        return found
 
     def _part_of(self, root: nn.Module) -> nn.Module:
         """Return the module that grows."""
