@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everyone uses
 
-import fxgrow
+from fxgrow.training import grow_
 
 
 class Block(nn.Module):
@@ -80,7 +80,7 @@ def main(steps: int = 150) -> None:
         with torch.no_grad():
             return F.cross_entropy(model.eval()(held_out), labels).item()
 
-    model: nn.Module = Network()
+    model = Network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for width in ("2x", "+16", None):
         loss = train(model, optimizer, steps, generator)
@@ -89,9 +89,7 @@ def main(steps: int = 150) -> None:
         if width is None:
             break
         before = held_out_loss(model)
-        grown = fxgrow.widen(model, width, held_out[:8], rescaling="default_vt", strict=True)
-        fxgrow.grow_optimizer_(optimizer, model, grown)
-        model = grown.model
+        grow_(model, width, held_out[:8], optimizer=optimizer, rescaling="default_vt", strict=True)
         print(f"  widened by {width}: held out {held_out_loss(model):.4f}")
         if abs(held_out_loss(model) - before) > 1e-4:
             sys.exit("widening changed the function")

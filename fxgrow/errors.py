@@ -7,6 +7,7 @@ act on them without parsing the text. ``exit_code`` is what the command line end
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -22,6 +23,17 @@ def shown(text: str, most: int = 300) -> str:
     """
     line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[: most + 1])
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+def listed(names: Sequence[str], most: int = 1) -> str:
+    """Return the first of some names, and how many more there are, as a part of a sentence.
+
+    Example:
+        >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 2)
+        ('a', 'a and 2 more', 'a, b and 1 more')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def one_line(text: str, most: int = 300) -> str:

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from typer.testing import CliRunner
@@ -395,3 +395,65 @@ def test_larger_kernels_of_a_target_are_told():
     assert (kernel.name, kernel.before, kernel.after) == ("0", (3, 1), (5, 3))
     assert kernel.padding == ((1, 0), (2, 1))
     assert "3x1 → 5x3" in str(grown.report)
+
+
+class _Optional(nn.Module):
+    """A residual block with a layer that is used on request alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(width, 12), nn.Linear(12, width)
+        self.extra = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, more: bool) -> Tensor:
+        x = x + self.out(self.into(x).relu())
+        return x + self.extra(x) if more else x
+
+
+class _Network(nn.Module):
+    def __init__(self, width: int = 8, depth: int = 2) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(_Optional(width) for _ in range(depth))
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, more)
+        return self.last(x)
+
+
+def test_new_layers_that_no_run_used_are_named():
+    net, x = _Network().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    grown = fxgrow.convert(net, _Network(depth=3).double().eval(), (x, True))
+    assert not [text for text in grown.plan.warnings if "no part" in text]
+    torch.testing.assert_close(grown.model(x, True), net(x, True))
+    with pytest.warns(fxgrow.FxgrowWarning, match=r"blocks\.2\.extra takes no part .* it is new"):
+        fxgrow.convert(net, _Network(depth=3).double().eval(), x)
+    with pytest.warns(fxgrow.FxgrowWarning, match=r"blocks\.2\.extra takes no part .* it is new"):
+        fxgrow.deepen(net, {"blocks": "+1"}, x)
+    with pytest.raises(
+        fxgrow.PlanError, match=r"blocks\.0\.extra.* no part .* Give example inputs"
+    ):
+        fxgrow.convert(net, _Network(16).double().eval(), x)
+
+
+class _Apart(nn.Module):
+    """A residual network whose blocks are lists of layers."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        pairs = ([nn.Linear(8, 12), nn.Linear(12, 8)] for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for into, out in self.blocks:
+            x = x + out(into(x).relu())
+        return self.last(x)
+
+
+def test_new_blocks_that_are_not_called_as_wholes_are_named():
+    with pytest.raises(fxgrow.PlanError, match=r"blocks\.2 is not called as a whole"):
+        fxgrow.convert(_Apart(2), _Apart(3), torch.randn(2, 4))

@@ -83,6 +83,7 @@ BAD_PARTS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "gain": (lambda: fxgrow.widen(pair(8), gain=1e30), "the gain must be from"),
     "width": (lambda: fxgrow.widen(pair(8), "9" * 30), "more than any layer"),
+    "increment": (lambda: fxgrow.widen(pair(8), "+100000000"), "more than any layer"),
     "sides by layer": (lambda: fxgrow.widen(pair(8), output_init="0=lecun"), "is by layer"),
     "keep": (lambda: fxgrow.Tiny(F.mse_loss, [(torch.ones(2), torch.ones(2))], keep=0), "keep"),
     "threshold": (

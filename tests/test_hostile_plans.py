@@ -272,6 +272,15 @@ def test_what_is_no_list_and_what_has_more_entries_than_occur_is_refused(
     assert loaded(changed(kind, where, [None]), tmp_path)
 
 
+def test_more_globs_than_are_tried_are_refused_before_they_are_read() -> None:
+    """Each of them would be tried against each tensor."""
+    for part in ("width", "include", "exclude", "pairing"):
+        globs = [f"layer{number}" for number in range((1 << 12) + 1)]
+        many = dict.fromkeys(globs, "2x") if part in ("width", "pairing") else globs
+        data = changed("widen", ("request", part), many)
+        assert f"request.{part}" in refusal(lambda data=data: fxgrow.Plan.from_dict(data))
+
+
 # ── plans of the right types that say what no planner says ─────────────────────────────────────
 
 Change = Callable[[Data], object]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import fxgrow
 from fxgrow.cli.app import app
 from fxgrow.errors import SourceError
+from fxgrow.files.comparison import keys_difference
 from fxgrow.files.models import OpenedModel, open_model, write_grown
 
 pytestmark = pytest.mark.filterwarnings("default")  # what transformers and its parts deprecate
@@ -342,6 +344,30 @@ def test_fields_that_only_together_leave_all_sizes_are_found(tmp_path, keys):
     assert max_rel(*(first_output(m, opened.inputs) for m in (opened.model, after))) < 1e-5
 
 
+def test_thousands_of_labels_are_no_fields_and_cost_what_reading_them_costs(tmp_path):
+    count = 3000
+    labels = {index: f"class {index}" for index in range(count)}
+    path = directory(tmp_path, "vit", num_labels=count)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    (path / "config.json").write_text(json.dumps(config))
+    opened, grown = widened(path, where="all")
+    out, start = tmp_path / "out", time.process_time()
+    assert write_grown(opened, grown, out) == []
+    assert time.process_time() - start < 20  # seconds; each label as a field took 200 models
+    after = json.loads((out / "config.json").read_text())
+    assert GROWTHS["vit"][1].items() <= after.items()
+    assert len(after["id2label"]) == len(after["label2id"]) == count
+
+
+def test_keys_are_compared_at_a_cost_that_their_number_sets():
+    keys = [f"key {index}" for index in range(50_000)]
+    start = time.process_time()
+    assert keys_difference(keys, list(keys), "") == ""
+    assert "'more'" in keys_difference([*keys, "more"], keys, "")
+    assert time.process_time() - start < 5  # seconds; one set for each key took hours
+
+
 def test_what_the_class_refuses_is_told_with_what_it_would_take(tmp_path):
     opened, grown = widened(directory(tmp_path, "llama"), "1.5x", verify=False)
     told = r"refuses num_attention_heads 6: The hidden size \(16\) is not a multiple"
@@ -418,3 +444,55 @@ def test_a_directory_of_timm_grows_and_its_record_tells_what_it_is(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     assert grown.layer1[0].conv1.out_channels == 2 * model.layer1[0].conv1.out_channels
     assert max_rel(model(images), grown(images)) < 1e-5
+
+
+def _beside(path: Path, kind: str, old: dict[str, Tensor]) -> Path:
+    """Put a file with something of a network's weights, or nothing, into its directory."""
+    name, layer = "model.layers.1.mlp.down_proj", old["model.layers.1.mlp.down_proj.weight"]
+    saved: dict[str, tuple[str, object]] = {
+        "average": ("ema.pt", {"shadow": [layer.clone()]}),
+        "optimizer": ("state.pth", {"o": {"state": {0: {"exp_avg": layer}}, "param_groups": []}}),
+        "adapter": ("adapter_model.bin", {f"base.{name}.lora_A.weight": torch.zeros(4, 24)}),
+        "legacy": ("old.bin", {"w": layer}),
+        "below": ("step-5/model.safetensors", {name: layer}),
+        "code": ("code.bin", {"w": torch.zeros(3), "code": print}),
+        "settings": ("training_args.bin", {"function": print}),
+        "other weights": ("2_Dense/pytorch_model.bin", {"linear.weight": torch.zeros(3, 7)}),
+        "text": ("notes.bin.txt", b"nothing"),
+        "form": ("onnx/model.onnx", b"\x08\x07\x12\x07pytorch"),
+        "raw": ("openvino/model.bin", b"\0\1\2\3"),
+    }
+    file, what = saved[kind]
+    (path / file).parent.mkdir(exist_ok=True)
+    if isinstance(what, bytes):
+        (path / file).write_bytes(what)
+    elif file.endswith(".safetensors"):
+        safetensors.torch.save_file(what, path / file)
+    else:
+        torch.save(what, path / file, _use_new_zipfile_serialization=kind != "legacy")
+    return path / file
+
+
+OLD_WIDTHS = {
+    "average": "model.layers.0.mlp.down_proj.weight", "optimizer": "o.state.0.exp_avg",
+    "adapter": "lora_A", "legacy": "of the old widths", "below": "of the old widths",
+    "code": "without running code", "form": "ONNX", "raw": "without running code",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OLD_WIDTHS, "settings", "other weights", "text"])
+def test_a_copied_file_that_holds_old_widths_is_named(tmp_path, kind):
+    path = directory(tmp_path, "llama")
+    file = _beside(path, kind, safetensors.torch.load_file(path / "model.safetensors"))
+    held = file.read_bytes()
+    opened, grown = widened(path, include="*mlp*", verify=False)
+    out = tmp_path / "out"
+    notes = write_grown(opened, grown, out)
+    assert (out / file.relative_to(path)).read_bytes() == held
+    if kind not in OLD_WIDTHS:
+        assert notes == []
+        return
+    (note,) = notes
+    assert str(file) in note
+    assert OLD_WIDTHS[kind] in note
+    assert "is copied as it is" in note

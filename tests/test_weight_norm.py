@@ -282,3 +282,15 @@ def test_what_cannot_be_seen_through_says_how_to_take_it_off(
     net = made(lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), rule(nn.Linear(5, 2))))
     with pytest.raises(fxgrow.PlanError, match=f"the weight of 2 is computed by {told}"):
         fxgrow.widen(net, "2x", data(4, 3), where=where)
+
+
+def test_what_no_pickle_holds_is_refused_with_what_gives_it_back(tmp_path):
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))
+    grown = fxgrow.widen(net, "2x")
+    with pytest.raises(fxgrow.SourceError, match=r"0 has a parametrization") as caught:
+        fxgrow.save(grown, tmp_path / "net.pt")
+    assert "Plan.from_json(text).apply(old_network)" in str(caught.value)
+    again = fxgrow.Plan.from_json(grown.plan.to_json()).apply(net)
+    again.load_state_dict(grown.model.state_dict())
+    inputs = torch.randn(3, 4)
+    torch.testing.assert_close(again(inputs), net(inputs))

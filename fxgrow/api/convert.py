@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from fxgrow.api.arguments import check_tensors, effort_of, number, whole
+from fxgrow.api.left_out import left_new, left_out
 from fxgrow.api.report.data import Report
 from fxgrow.api.widen import Grown, Progress, silent
 from fxgrow.apply.module import apply_to_state_dict, check_source
@@ -133,7 +134,8 @@ def plan_for_target(
         )
     progress("planning")
     made = plan_conversion(source[0], larger[0], alignment, request)
-    return replace(made, warnings=(*parts, *made.warnings, *notes))
+    idle = (*left_out(made, source), *left_new(made, [*source, *larger]))
+    return replace(made, warnings=(*parts, *made.warnings, *idle, *notes))
 
 
 def convert_by(
@@ -161,7 +163,7 @@ def convert_by(
         PlanError: the plan is for another network.
         VerificationError: the new network does not compute what the old one does.
     """
-    check_source(made, named_tensors(model))
+    check_source(made, model)
     chosen = init_for(made.request.drawing, init)
     progress("making the weights")
     grown = filled(target, made, named_tensors(model), chosen).train(model.training)

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from fxgrow.api.arguments import check_tensors, whole
+from fxgrow.api.left_out import left_new
 from fxgrow.api.widen import Grown, Progress, carry_out, silent
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.channels.scope import follow
@@ -60,7 +61,8 @@ def plan_deepening(
         (a.traced for a in analyses if is_inside(first, a.traced.module)), analyses[0].traced
     )
     made = plan_blocks(traced, request)
-    return following(after, replace(made, warnings=(*parts, *made.warnings, *notes)))
+    told = (*parts, *made.warnings, *left_new(made, analyses), *notes)
+    return following(after, replace(made, warnings=told))
 
 
 _NET2DEEPER = 'Leave calibration out, or use method="net2deeper".'

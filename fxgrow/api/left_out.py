@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.errors import listed
 from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.by_layer import setting_for
+from fxgrow.plan.names import names_after
 from fxgrow.plan.pairing import PAIRINGS
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
@@ -38,16 +40,45 @@ def left_out(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
                 names.setdefault(layer_of(name) or name)
     if not names:
         return ()
-    shown = ", ".join([*names][:_SHOWN]) + (
-        f" and {n} more" if (n := len(names) - _SHOWN) > 0 else ""
-    )
-    took, they, use = ("take", "they are", "them") if len(names) > 1 else ("takes", "it is", "it")
+    they, use = ("they are", "them") if len(names) > 1 else ("it is", "it")
     return (
-        f"{shown} {took} no part in the run on these inputs, in eval mode or in train mode, so "
-        f"that {they} not followed and not widened: where the network uses {use} on channels that "
-        f"grew, sizes no longer fit. Give example inputs that use {use}, or leave these channels "
-        "out (--exclude)",
+        f"{_idle(names)}, so that {they} not followed and not widened: where the network uses {use}"
+        f" on channels that grew, sizes no longer fit. Give example inputs that use {use}, or "
+        "leave these channels out (--exclude)",
     )
+
+
+def left_new(made: Plan, analyses: Sequence[Analysis]) -> tuple[str, ...]:
+    """Return a warning that names layers which are new and took no part, as many as there are.
+
+    Nothing makes these the identity.
+
+    Args:
+        made: the plan, which adds blocks.
+        analyses: of the network, or of each part of it that was followed; of a conversion, of its
+            target too.
+    """
+    idle = {name for analysis in analyses for name in analysis.traced.unused}
+    known = {name for analysis in analyses for name in named_tensors(analysis.traced.standin)}
+    if made.names:
+        new = [name for name, before in made.names.items() if not before and name in idle]
+    else:
+        new = [name for name, like, is_new in names_after(known, made) if is_new and like in idle]
+    names = dict.fromkeys(layer_of(name) or name for name in sorted(new))
+    if not names:
+        return ()
+    they, use = ("they are", "them") if len(names) > 1 else ("it is", "it")
+    return (
+        f"{_idle(names)}, and {they} new: where the network uses {use}, it computes something "
+        f"else. Give example inputs that use {use}",
+    )
+
+
+def _idle(names: Collection[str]) -> str:
+    """Return a sentence that some layers took no part, without its end."""
+    took = "take" if len(names) > 1 else "takes"
+    where = "on these inputs, in eval mode or in train mode"
+    return f"{listed([*names], _SHOWN)} {took} no part in the run {where}"
 
 
 def tied_twins(made: Plan) -> tuple[str, ...]:
@@ -72,8 +103,7 @@ def tied_twins(made: Plan) -> tuple[str, ...]:
             names.append(group.name)
     if not names:
         return ()
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"the new channels of {names[0]}{more} are twins that are read by zeros, get the same "
+        f"the new channels of {listed(names)} are twins that are read by zeros, get the same "
         "gradients and never part: with pairing v_zero they do, or with columns that are not zeros",
     )

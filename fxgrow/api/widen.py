@@ -43,7 +43,7 @@ from fxgrow.plan.inits_by_layer import Inits, find_inits, inits_names
 from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.presets import settings
 from fxgrow.plan.requests import Grouped, Where, Widen
-from fxgrow.plan.rescaling import gain_by_layer
+from fxgrow.plan.rescaling import check_gain, gain_by_layer
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.fault import failure
 from fxgrow.verification.findings import Effort, Verification
@@ -109,6 +109,7 @@ def plan(
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
+    check_gain(gain, chosen_rescaling)
     find_inits(init)
     check_sides(init, [side for side in (output_init, input_init) if side is not None])
     if isinstance(init, DataDriven):
@@ -332,7 +333,7 @@ def carry_out(
         NotPreservedError, VerificationError: as for :func:`widen`.
     """
     effort = effort_of(verify)
-    check_source(made.steps[0], named_tensors(model))
+    check_source(made.steps[0], model)
     if strict:
         require_exact(made)
     if effort != "none":

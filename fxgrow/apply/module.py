@@ -30,11 +30,12 @@ from fxgrow.apply.untie import untie
 from fxgrow.errors import FxgrowError, PlanError, shown
 from fxgrow.labels.in_code import Sized, change_sizes
 from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
-from fxgrow.modules.tensors import named_tensors, scalar_buffers
+from fxgrow.modules.states import is_carried
+from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 from fxgrow.plan.fingerprint import fingerprint
-from fxgrow.plan.init import Init
-from fxgrow.plan.inits_by_side import init_for_step
+from fxgrow.plan.init import Init, PlacedInit
+from fxgrow.plan.inits_by_side import init_for, init_for_step
 from fxgrow.plan.names import names_after
 from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
@@ -42,21 +43,27 @@ from fxgrow.plan.schema import Plan
 _FITTING = "Apply the plan to the network it was made for."
 
 
-def check_source(plan: Plan, tensors: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
+def check_source(plan: Plan, model: nn.Module, *, dtypes: bool = True) -> None:
     """Refuse a plan on anything but the network it was made for.
 
     Args:
         plan: the plan.
-        tensors: the parameters and buffers of the network at hand.
+        model: the network at hand.
         dtypes: compare dtypes too.
 
     Raises:
         PlanError: a name, a shape or a dtype differs; the first difference is named.
     """
-    found = fingerprint(tensors)
+    found = fingerprint(model, plan.source)
     way_out = "Make a plan for this network: fxgrow widen SOURCE --dry-run --plan PLAN.json."
     for name in sorted(plan.source.keys() | found.keys()):
         expected, present = plan.source.get(name), found.get(name)
+        if present is None and is_carried(model, name):
+            raise PlanError(
+                f"{shown(name)} holds what a forward left there, and the plan is for zeros.",
+                name=name,
+                way_out="Reset the state of the network first.",
+            )
         if expected is None or present is None:
             which = "has no" if present is None else "has an unexpected"
             raise PlanError(
@@ -119,7 +126,10 @@ def init_of_step(init: Init | None, step: Plan, plan: Plan) -> Init | None:
     """Return the init of a step: one that is given is for the last, and for those that name it."""
     if init is None:
         return None
-    return init_for_step(init, step.request.drawing, plan.request.drawing)
+    drawing = step.request.drawing
+    own = init_for_step(init, drawing, plan.request.drawing)
+    # One that knows its places was made for the plan; a function fills what the plan names it for.
+    return own if own is None or isinstance(own, PlacedInit) else init_for(drawing, own)
 
 
 def apply_to_module(
@@ -157,7 +167,7 @@ def _grown_module(
     for step in plan.steps:
         _check_makes_module(step)
         tensors, own = named_tensors(model), init_of_step(init, step, plan)
-        check_source(step, tensors, dtypes=dtypes)
+        check_source(step, model, dtypes=dtypes)
         grown = dict(new_tensors(step, tensors.__getitem__, own, like))
         like = None if like is None else apply_to_state_dict(step, like, own)
         model = reshaped(step, model, grown)
@@ -170,7 +180,7 @@ def meta_module(plan: Plan, model: nn.Module) -> nn.Module:
     Raises:
         PlanError: the plan is for another network.
     """
-    check_source(plan.steps[0], named_tensors(model))
+    check_source(plan.steps[0], model)
     tensors = named_tensors(model)
     numbers = scalar_buffers(model)  # they may be made of a width
     meta = {name: x.to("meta") for name, x in tensors.items() if name not in numbers}
@@ -191,7 +201,7 @@ def remade(plan: Plan, model: nn.Module) -> nn.Module:
         PlanError: the plan does not fit the network.
     """
     _check_makes_module(plan)
-    old = named_tensors(model)
+    old, zeros = named_tensors(model), zero_buffers(model)
     tensors: dict[str, Tensor] = {}
     for name, edit in plan.tensors.items():
         like = old.get(edit.source or name)
@@ -204,7 +214,8 @@ def remade(plan: Plan, model: nn.Module) -> nn.Module:
             )
         # A copy may be of a constant that no file holds.
         copied = edit.source and not edit.axes and not edit.fill
-        tensors[name] = like.clone() if copied else torch.empty(edit.new_shape, dtype=like.dtype)
+        made = torch.zeros if name in zeros else torch.empty
+        tensors[name] = like.clone() if copied else made(edit.new_shape, dtype=like.dtype)
     return reshaped(plan, model, tensors)
 
 

@@ -164,7 +164,7 @@ def _made(edit: TensorEdit, old: Tensor, lookup: Lookup, draws: Draws) -> Tensor
         tensor = tensor - edit.offset
     if tensor is old:
         tensor = old.clone()
-    return _laid_out(tensor.to(old.dtype))
+    return _laid_out(tensor.to(old.dtype), memory_format_of(old))
 
 
 def regroup(tensor: Tensor, groups: tuple[int, int], between: Init = zeros) -> Tensor:
@@ -190,14 +190,28 @@ def regroup(tensor: Tensor, groups: tuple[int, int], between: Init = zeros) -> T
     return grouped.reshape(after * times * rows, times * width, *kernel)
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
-    """Return a tensor with the strides of a new one.
+def _laid_out(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return a tensor with the strides of a new one in a memory format.
 
     A convolution takes the strides of its weight, even of dims of size one, for a memory format.
     """
-    if tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
+    fresh = torch.empty(tensor.shape, device="meta", memory_format=memory_format)
+    if tensor.stride() == fresh.stride():
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return torch.empty_like(tensor, memory_format=memory_format).copy_(tensor)
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Return the memory format that a tensor has by its strides: channels last, or contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is not None and tensor.numel():
+        plain, other = (
+            torch.empty(tensor.shape, device="meta", memory_format=fmt).stride()
+            for fmt in (torch.contiguous_format, last)
+        )
+        if tensor.stride() == other != plain:
+            return last
+    return torch.contiguous_format
 
 
 def absorbed(edit: TensorEdit, old: Tensor, lookup: Lookup) -> Tensor:

@@ -99,11 +99,11 @@ class Analysis:
 
     @cached_property
     def _operations(self) -> dict[str, list[Operation]]:
-        """The operations that touch each channel group, by its name, in order."""
+        """The operations that touch each channel group and lead to an output, by its name."""
         group_of = group_of_channel(self.channels, self.groups)
         touched: dict[int, tuple[int, ...]] = {}  # groups by value
         found: dict[str, list[Operation]] = {group.name: [] for group in self.groups}
-        for op in self.tape.operations:
+        for op in self.tape.read:
             own: set[int] = set()
             for value in op.inputs:
                 if value.layers and value.index not in touched:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fxgrow.cli.options import INIT_NAMES
 from fxgrow.errors import UsageError
+from fxgrow.plan.by_layer import values_in
 from fxgrow.plan.requests import Deepen, MorphKernel, Request, Widen
 
 if TYPE_CHECKING:
@@ -58,6 +60,33 @@ def parse_by_layer(texts: Sequence[str] | None, option: str) -> str | dict[str, 
         ({'layer4.*': 'default_vt', '*': 'none'}, None)
     """
     return parse_widths(texts, option) if texts else None
+
+
+def check_names(inits: str | Mapping[str, str] | None, own: Sequence[str] = ()) -> None:
+    """Return if there are inits of the names that are given; without torch where there are.
+
+    Args:
+        inits: one for all, or by layer; None for none.
+        own: names that the command line knows besides.
+
+    Raises:
+        UsageError: there is no init of a name.
+    """
+    for name in () if inits is None else values_in(inits):
+        if name not in (*own, *INIT_NAMES) and ":" not in name:
+            from fxgrow.plan.init import find_init
+
+            find_init(name)
+
+
+def check_word(option: str, word: str, known: Sequence[str]) -> None:
+    """Return if an option has one of the words that it may have.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if word not in known:
+        raise UsageError(f"{option} is {word!r}.", way_out=f"Known: {', '.join(known)}.")
 
 
 def width_label(width: str | Mapping[str, str]) -> str:

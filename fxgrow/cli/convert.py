@@ -112,7 +112,7 @@ def convert(
             return
         label = to.removesuffix("/config.json").rpartition(":")[2].rpartition("/")[2]
         files = Outputs(output or default_output(source, label), plan, reports)
-        wanted = (plan,) if dry_run else (files.out, plan, *reports)
+        wanted = (None if dry_run else files.out, plan, *reports)
         check_outputs(wanted, [source], force=force)
         opened = run.open(source, arch, arch_arg, trust_pickle=trust_pickle)
         architecture = target_architecture(to, opened.architecture, parse_arguments(to_arg or ()))
@@ -126,7 +126,7 @@ def convert(
                 split_noise=split_noise, name=architecture.name, progress=run.steps,
             )  # fmt: skip
         if dry_run:
-            tell_plan(run, made, plan, strict=False, force=force)
+            tell_plan(run, made, files, strict=False, force=force)
             return
         with about(source):
             grown = convert_by(

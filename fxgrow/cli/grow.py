@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 from fxgrow.cli import data_options as data_opt
 from fxgrow.cli import options as opt
-from fxgrow.cli.arguments import parse_by_layer, parse_widths, width_label
+from fxgrow.cli.arguments import (
+    check_names,
+    check_word,
+    parse_by_layer,
+    parse_widths,
+    width_label,
+)
 from fxgrow.cli.base import app
-from fxgrow.cli.data import data_init
+from fxgrow.cli.data import METHODS, data_init
 from fxgrow.cli.growing import Settings, effort_of, grow
 from fxgrow.cli.terminal import Steps
 from fxgrow.errors import UsageError
-from fxgrow.plan.presets import check_preset
+from fxgrow.plan.budget import budgeted
+from fxgrow.plan.presets import settings
+from fxgrow.plan.requests import Grouped, Where
+from fxgrow.plan.rescaling import check_gain, gain_by_layer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,10 +92,22 @@ def widen(
         parse_by_layer(texts, name)
         for texts, name in ((rescaling, "rescaling"), (pairing, "pairing"))
     )
-    check_preset(preset, rescalings, pairings)
+    chosen, _ = settings(preset, rescalings, pairings)
     inits = parse_by_layer(init, "init") or "copy_rows"
     gains = parse_by_layer(gain, "gain") or "1"
+    check_gain(gain_by_layer(gains), chosen)
     from_data = data_init(inits, data, loss, keep, threshold)
+    for names in (inits, output_init, input_init):
+        check_names(names, METHODS)
+    if budget:
+        budgeted(budget, 1)
+        if from_data is None:
+            raise UsageError(
+                "a budget is spent where new channels gain most, which only data tells.",
+                way_out=f"Give --init {' or --init '.join(METHODS)}, and --data.",
+            )
+    check_word("--where", where, get_args(Where))
+    check_word("--grouped", grouped, get_args(Grouped))
 
     def make(
         model: nn.Module,

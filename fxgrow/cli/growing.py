@@ -86,8 +86,11 @@ def grow(
     shapes = parse_shapes(settings.input_shape or ())
     reports = tuple(settings.report or ())
     check_report_names(reports)
-    if settings.dry_run and (settings.output or reports):
-        raise UsageError("--dry-run writes only a plan.", way_out="Leave out -o and --report.")
+    if settings.dry_run and settings.output:
+        raise UsageError(
+            "--dry-run makes no network that -o could name.",
+            way_out="Leave out one of the two; --plan and --report are written.",
+        )
     source, after = settings.source, settings.after
     with CommandRun() as run:
         from fxgrow.api.widen import carry_out
@@ -101,7 +104,7 @@ def grow(
         if settings.output is not None:
             refuse_foreign_output(settings.output)
         files = Outputs(settings.output or default_output(source, label), settings.plan, reports)
-        wanted = (files.plan,) if settings.dry_run else (files.out, files.plan, *reports)
+        wanted = (None if settings.dry_run else files.out, files.plan, *reports)
         read = [path for path in (source, after) if path is not None]
         check_outputs(wanted, read, force=settings.force)
         opened = run.open(
@@ -114,7 +117,7 @@ def grow(
             plan = functools.partial(make, opened.model, inputs, first, run.steps)
             made = _fitted(opened, plan, files.out, inputs, init) if adapts else plan()
         if settings.dry_run:
-            tell_plan(run, made, settings.plan, strict=settings.strict, force=settings.force)
+            tell_plan(run, made, files, strict=settings.strict, force=settings.force)
             return
         with about(source):
             grown = carry_out(

@@ -353,7 +353,7 @@ Device = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, output("--dry-run", help="Show what would be done; write nothing but PLAN.")
+    bool, output("--dry-run", help="Show what would be done; write nothing but PLAN and reports.")
 ]
 PlanOutput = Annotated[
     Path | None,

@@ -90,6 +90,12 @@ class Outputs:
         for path in self.reports:
             write_text(path, report_text(grown.report, path, title), force=force)
 
+    def told(self) -> list[str]:
+        """Return a line on each file that tells of the growth."""
+        reports = ((path, "the report") for path in self.reports)
+        named = ((self.plan, "the plan"), *reports)
+        return [f"wrote {path} ({what})" for path, what in named if path is not None]
+
     def tell(self, opened: OpenedModel) -> None:
         """Say what was written and how to load it."""
         kind = opened.source.kind.replace("module", "pickled module")
@@ -99,33 +105,43 @@ class Outputs:
         kind = "directory" if self.out.is_dir() else written
         named = f" of {opened.architecture}" if opened.architecture is not None else ""
         typer.echo(f"\nwrote {self.out} (a {kind}{named})")
-        reports = ((path, "the report") for path in self.reports)
-        for path, what in ((self.plan, "the plan"), *reports):
-            if path is not None:
-                typer.echo(f"wrote {path} ({what})")
+        for line in self.told():
+            typer.echo(line)
         # A record never makes fxgrow import code of the user's: that is named anew.
         found = opened.architecture
         own = f", arch={found.name!r}" if found is not None and found.is_code else ""
         typer.echo(f"load it with fxgrow.load({str(self.out)!r}{own})")
 
 
-def tell_plan(run: CommandRun, made: Plan, out: Path | None, *, strict: bool, force: bool) -> None:
-    """Show a plan and write it, instead of carrying it out.
+def tell_plan(run: CommandRun, made: Plan, files: Outputs, *, strict: bool, force: bool) -> None:
+    """Show a plan, and write it and reports on it, instead of carrying it out.
 
     Raises:
         NotPreservedError: ``strict``, and the plan predicts a change of the output.
     """
+    from fxgrow.api.report.data import Report
     from fxgrow.api.report.tables import plan_table
     from fxgrow.api.requirements import require_exact
+    from fxgrow.plan.init import is_from_data
+    from fxgrow.verification.findings import Verification
 
     if strict:
         require_exact(made)
     for text in made.warnings:
         run.notices.warn(text)
-    if out is not None:
-        write_text(out, made.to_json(), force=force)
+    if files.plan is not None:
+        if is_from_data(str(made.request.drawing.init)):
+            run.notices.warn(
+                f"{files.plan} says where channels go and holds no new weights, which come from "
+                "data: `fxgrow apply` cannot carry it out. Run the same command without --dry-run."
+            )
+        write_text(files.plan, made.to_json(), force=force)
+    report = Report(made, Verification("skipped"), made.warnings)
+    for path in files.reports:
+        write_text(path, report_text(report, path, "what would be done"), force=force)
     print_table(plan_table(made))
-    typer.echo(f"\nwrote {out} (the plan)" if out is not None else "\nnothing was written")
+    told = files.told()
+    typer.echo("\n" + ("\n".join(told) or "nothing was written"))
 
 
 def move(model: nn.Module, device: str) -> None:

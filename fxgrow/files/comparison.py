@@ -163,10 +163,11 @@ def structure_difference(
 def keys_difference(found: list[Any], wanted: list[Any], place: str) -> str:
     """Return which key is missing, is one too many or stands elsewhere, or ""."""
     where = f" in {place}" if place else ""
-    lacking = [key for key in wanted if key not in set(found)]
+    have, should = set(found), set(wanted)
+    lacking = [key for key in wanted if key not in have]
     if lacking:
         return f"{lacking[0]!r:.80} is missing{where}"
-    more = [key for key in found if key not in set(wanted)]
+    more = [key for key in found if key not in should]
     if more:
         return f"{more[0]!r:.80} is one too many{where}"
     return "" if found == wanted else f"the entries stand in another order{where}"

@@ -15,6 +15,7 @@ from fxgrow.files.checkpoint import Source
 from fxgrow.files.checkpoint.kept import Kept
 from fxgrow.files.checkpoint.location import Keys
 from fxgrow.files.checkpoint.matching import Shape, is_weight, walk
+from fxgrow.files.checkpoint.weights import is_optimizer
 from fxgrow.plan.init import Init
 from fxgrow.plan.names import carried_names
 from fxgrow.plan.schema import Plan
@@ -69,12 +70,7 @@ def left_behind(source: Source, before: nn.Module, after: nn.Module, plan: Plan)
         after: the grown one.
         plan: how it grew.
     """
-    old = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
-    new = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
-    carried = carried_names(old, plan)
-    changed = {
-        old[was]: was for name, was in reversed(carried.items()) if new.get(name) != old[was]
-    }
+    changed = {shape: name for name, shape in reversed(grown_shapes(before, after, plan).items())}
     found: dict[str, list[str]] = {}
     for keys, item in _others(source):
         if (shape := _shape(item)) in changed:
@@ -90,6 +86,20 @@ def left_behind(source: Source, before: nn.Module, after: nn.Module, plan: Plan)
     if len(found) > _MOST_TOLD:
         notes.append(f"so do {len(found) - _MOST_TOLD} more entries of {source.path}.")
     return notes
+
+
+def grown_shapes(before: nn.Module, after: nn.Module, plan: Plan) -> dict[str, Shape]:
+    """Return the old names and the old shapes of the tensors whose shapes a plan changes.
+
+    Args:
+        before: the old network.
+        after: the grown one.
+        plan: how it grew.
+    """
+    old = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
+    new = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
+    carried = carried_names(old, plan).items()
+    return {was: old[was] for name, was in carried if new.get(name) != old[was]}
 
 
 def stale_settings(source: Source, plan: Plan) -> list[str]:
@@ -135,18 +145,33 @@ def _others(source: Source) -> Iterator[tuple[Keys, object]]:
     taken = {(*each.keys, name) for each in by_name for name in each.stored_names.values()}
     whole = [each.keys for each in source._locations if not each.is_by_name]
     whole += [each.keys for each in source.places if each.is_of_layers]  # told of when it was read
+    for keys, item in numbers_in(source._contents.data):
+        if keys not in taken and not any(keys[: len(place)] == place for place in whole):
+            yield keys, item
+
+
+def numbers_in(data: object, *, optimizers: bool = False) -> Iterator[tuple[Keys, object]]:
+    """Yield the tensors and arrays in what was saved with their places.
+
+    Args:
+        data: what was saved.
+        optimizers: whether those of optimizers' states are asked for, too.
+
+    Raises:
+        ValueError: there are too many entries to look at.
+    """
     seen: set[int] = set()
-    waiting: list[tuple[Keys, object]] = [((), source._contents.data)]
+    waiting: list[tuple[Keys, object]] = [((), data)]
     while waiting:
         start, item = waiting.pop()
         for inner, each in walk(item):
             keys = (*start, *inner)
-            if keys in taken or any(keys[: len(place)] == place for place in whole):
-                continue
             if isinstance(each, nn.Module):
                 yield from (((*keys, name), tensor) for name, tensor in each.state_dict().items())
             elif is_weight(each):
                 yield keys, each
+            elif optimizers and isinstance(each, Mapping) and is_optimizer(each):
+                waiting.append(((*keys, "state"), each["state"]))
             elif id(each) not in seen and isinstance(getattr(each, "__dict__", None), dict):
                 seen.add(id(each))
                 waiting.append((keys, vars(each)))

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
 
+from fxgrow.modules.huggingface import LABELS
+
 Config: TypeAlias = dict[str, Any]
 Place: TypeAlias = tuple[str | int, ...]
 Change: TypeAlias = tuple[tuple[Place, object], ...]
 Number: TypeAlias = int | float
+
+_MOST_ITEMS = 256  # that are looked at one by one; sizes are given for each layer at most
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,19 @@ def proposals(
 
 
 def _leaves(config: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Yield all numbers in a configuration, lists of them, and fields without a value."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _leaves(value, (*place, key))
-    elif isinstance(config, list):
-        if config and all(is_number(item) for item in config):
-            yield place, config
-        for index, value in enumerate(config):
-            yield from _leaves(value, (*place, index))
+    """Yield all numbers in a configuration, lists of them, and fields without a value.
+
+    The entries of long lists and mappings are ids and names, such as a vocabulary's, and no fields.
+    """
+    if isinstance(config, list) and config and all(is_number(item) for item in config):
+        yield place, config
+    if isinstance(config, (dict, list)):
+        if len(config) > _MOST_ITEMS and place:
+            return
+        entries = config.items() if isinstance(config, dict) else enumerate(config)
+        for key, value in entries:
+            if key not in LABELS:
+                yield from _leaves(value, (*place, key))
     elif is_number(config) or config is None:
         yield place, config
 
@@ -89,11 +97,18 @@ def is_number(value: object) -> bool:
 
 
 def changed(config: Config, changes: Iterable[tuple[Place, object]]) -> Config:
-    """Return a configuration with some fields set."""
-    result = copy.deepcopy(config)
+    """Return a configuration with some fields set; what is not on the way to them is shared."""
+    result: Any = config
     for place, value in changes:
-        holder: Any = result
-        for key in place[:-1]:
-            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else holder[key]
-        holder[place[-1]] = list(value) if isinstance(value, tuple) else value
-    return result
+        result = _with(result, place, list(value) if isinstance(value, tuple) else value)
+    return dict(result)
+
+
+def _with(holder: Any, place: Place, value: object) -> Any:
+    """Return a part of a configuration with one field set."""
+    if not place:
+        return value
+    copied = copy.copy(holder)
+    inner = copied.get(place[0], {}) if isinstance(copied, dict) else copied[place[0]]
+    copied[place[0]] = _with(inner, place[1:], value)
+    return copied

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgrow.api.widen import Grown
-from fxgrow.errors import FxgrowError, FxgrowWarning, SourceError
+from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.files.beside import left_beside
 from fxgrow.files.checkpoint import Source, load_source, save_source
 from fxgrow.files.checkpoint.foreign import refuse_foreign_output
 from fxgrow.files.checkpoint.formats import Contents
@@ -32,6 +32,7 @@ from fxgrow.files.fitting import config_of
 from fxgrow.files.identity import arranged, identified
 from fxgrow.files.optimizer import grow_state_dict
 from fxgrow.files.optimizer.checking import check_optimizer
+from fxgrow.files.pickled import check_pickled
 from fxgrow.files.pretrained import (
     architecture_of,
     example_inputs,
@@ -57,12 +58,6 @@ from fxgrow.plan.schema import Plan
 _PICKLED_GRAPH = (
     "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
     "--trust-pickle. Widen a state_dict to avoid that."
-)
-_BY_PLAN = (
-    "Write torch.save(grown.model.state_dict(), 'weights.pt') and the text of "
-    "grown.plan.to_json(). Then "
-    "net = fxgrow.Plan.from_json(text).apply(old_network), then "
-    "net.load_state_dict(torch.load('weights.pt')) gives it back."
 )
 _NO_NAME = (
     "config.json is left out: timm has no architecture of these widths. fxgrow.load reads the "
@@ -230,6 +225,8 @@ def write_grown(
     if source.kind == "checkpoint" and target not in TENSORS_ONLY:
         notes += left_behind(source, opened.model, grown.model, grown.plan)
         notes += stale_settings(source, grown.plan)
+    if target == "directory" and (folder := source._contents.folder) is not None:
+        notes += left_beside(folder, opened.model, grown.model, grown.plan)
     return notes + written
 
 
@@ -314,38 +311,6 @@ def _recognised(
         return None
 
 
-def _check_pickled(model: nn.Module, out: Path, target: str) -> None:
-    """Check that a module can be pickled whole, and warn where few programs can read it again.
-
-    Raises:
-        SourceError: the file holds tensors alone, or the module is a graph, which a pickle compiles
-            again when it is read.
-    """
-    if target != "torch":
-        raise SourceError(
-            f"{out} cannot hold this model: it grew from no known architecture, and a module is no "
-            "tensor.",
-            name=str(out),
-            way_out=_BY_PLAN,
-        )
-    if isinstance(model, fx.GraphModule):
-        raise SourceError(
-            f"{out} cannot hold this model: it grew from no known architecture, and became a "
-            "GraphModule, whose pickle is code.",
-            name=str(out),
-            way_out=_BY_PLAN,
-        )
-    own = {type(m).__qualname__ for m in model.modules() if type(m).__module__ == "__main__"}
-    if own:
-        warnings.warn(
-            f"{out} holds {', '.join(sorted(own))} of __main__, which only this script finds: "
-            f"there, fxgrow.load({str(out)!r}, trust_pickle=True) reads it. Put the class into a "
-            "module of its own, and others can.",
-            FxgrowWarning,
-            stacklevel=4,
-        )
-
-
 @exclusive
 def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     """Write a model grown in Python, so that :func:`load` gives it back.
@@ -381,7 +346,7 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     architecture = _recognised(shapes, plans, grown.model)
     target = "safetensors" if out.suffix == ".safetensors" else "torch"
     if architecture is None:
-        _check_pickled(grown.model, out, target)
+        check_pickled(grown.model, out, target)
     contents = Contents(state_dict)
     if architecture is None:
         contents = Contents(grown.model)

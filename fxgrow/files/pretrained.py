@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import SourceError, shown
+from fxgrow.errors import SourceError, listed, shown
 from fxgrow.files.checkpoint import Source
 from fxgrow.files.checkpoint.directory import CONFIG, read_config
 from fxgrow.files.checkpoint.reading import reading, refuse_source
@@ -178,8 +178,7 @@ def reaching(config: Mapping[str, Any], file: Path) -> list[str]:
 
 def _listed(names: Sequence[str], most: int = 1) -> str:
     """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name, 200) for name in names[:most]) + more
+    return listed([shown(name, 200) for name in names], most)
 
 
 def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxgrow.apply.module import remade
-from fxgrow.errors import SourceError, shown
+from fxgrow.errors import SourceError, listed, shown
 from fxgrow.files.checkpoint import Source
 from fxgrow.files.comparison import structure_difference
 from fxgrow.modules.architectures import Architecture
@@ -86,8 +86,7 @@ def put_weights(model: nn.Module, source: Source, architecture: Architecture) ->
     missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
     if wrong := missing or result.unexpected_keys:
         what = "miss" if missing else "have an unexpected"
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise _misfit(source, architecture, f"they {what} {wrong[0]}{more}.", wrong[0])
+        raise _misfit(source, architecture, f"they {what} {listed(wrong)}.", wrong[0])
     for name, same in ties.items():
         one, other = model.get_parameter(same), model.get_parameter(name)
         if one.data_ptr() == other.data_ptr() or other.is_meta:

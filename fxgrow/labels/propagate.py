@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -19,13 +20,14 @@ from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
 from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Tape, Value
+from fxgrow.labels.unread import forget, kept_tensors, unread
 from fxgrow.labels.whole import WholeCalls
 from fxgrow.labels.writes import written_back
 from fxgrow.modules.calling import Arguments, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import Chance, law_of, same_chance
 from fxgrow.modules.on_meta import OnMeta
-from fxgrow.modules.tensors import lasting_tensors
+from fxgrow.modules.tensors import held_in, lasting_tensors
 
 Place = tuple[str, str]  # fx node, module
 # Entries of one tensor: 1 GB in float64. Following needs no memory for values, and comparing does.
@@ -44,6 +46,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: entries that a tensor may have.
         decider: answers where the network looks at values.
         chance: what masks with values are made of.
+        held: names of constants that modules hold in plain attributes, by their ids.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
         chance: Chance = "spread",
+        held: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(decider, chance)
-        self._most = most
+        self._most, self._held = most, held
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
+        self._said: list[tuple[int, int]] = []  # mixers and pins known before each operation
         self._place = place
         self._names = {id(tensor): name for name, tensor in reversed([*named.items()])}
         self._alive: list[object] = [named]  # ids are only unique among the living
@@ -94,7 +99,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                     if size > 1  # a width of one may be broadcast
                 ])  # fmt: skip
             origins = (name,) if name else ()
-            found = self._enter(tensor, layers, parameter=name, is_weight=True, origins=origins)
+            found = self._enter(
+                tensor, layers, parameter=name, is_weight=True, origins=origins,
+                held=self._held.get(id(tensor), ""),
+            )  # fmt: skip
         return found
 
     def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
@@ -122,6 +130,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
     ) -> None:
         """Label what an operation gave, and append it to the tape."""
         node, module = self._place()
+        self._said.append((len(self.space.mixers), len(self.space.pins)))
         outputs = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
         for output in outputs:  # before anything is made of that size; weights may be larger
             if output.numel() > self._most and _is_larger(output, operands):
@@ -143,7 +152,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             self._note(done, inputs, ordered=not traits.is_commutative)
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
-        own = facts | _own_facts(step)
+        own = facts | step.own_facts
         index = len(self.tape.operations)
         told = step.positions
         positions = self._made(step, inputs, layers)
@@ -198,6 +207,24 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
         return made.follow(step, [value.made for value in inputs], labels)
+
+    def end(self, model: nn.Module, result: object) -> None:
+        """Note what the network returned, and which operations did not lead to it.
+
+        Args:
+            model: the network that ran.
+            result: what it returned.
+        """
+        for tensor in results_in(result):
+            value = self.value(self.current(tensor))
+            self._use(value)
+            self.tape.outputs.append(value)
+            for layer in value.layers:
+                self.space.pin(layer, PinKind.OUTPUT)
+        held = [self.current(x) for x in (*tensors_in(result), *kept_tensors(model))]
+        kept = [self._values[id(x)] for x in held if id(x) in self._values]
+        self.tape.unread = unread(self.tape, kept)
+        forget(self.space, self.tape.unread, self._said)
 
     def _use(self, value: Value) -> None:
         """Pin the channels among which a value that is used tells positions."""
@@ -290,15 +317,9 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_masked": noise.is_masked(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),
         "repeated": generic.repeated(step, inputs[0]) if lone else _NOWHERE,
+        "held": next((x.held for x in inputs if x.held), "") if kept else "",
         "runs": generic.runs(step, inputs[0]) if lone else 1,
     }
-
-
-def _own_facts(step: Step) -> dict[str, Any]:
-    """Return what the first output of an operation has for itself."""
-    if not step.stands_for:
-        return {}
-    return {"parameter": step.stands_for, "origins": (step.stands_for,), "is_curved": False}
 
 
 def no_watch(value: Callable[[Tensor], Value]) -> AbstractContextManager[object]:
@@ -361,7 +382,7 @@ def propagate(
     space = LabelSpace() if space is None else space
     named = lasting_tensors(model, besides=zeros)
     space.reserve(sum([sum(tensor.shape) for tensor in named.values()]))
-    labeller = Labeller(named, space, place, zeros, most, decider, chance)
+    labeller = Labeller(named, space, place, zeros, most, decider, chance, held_in(model))
     with torch.no_grad(), same_chance(chance) as common, labeller, WholeCalls(labeller):
         for tensor in tensors_in(inputs):
             labeller.enter_input(tensor)
@@ -371,10 +392,5 @@ def propagate(
     space.place = ""
     masks = any(law_of(op.target) == "mask" for op in labeller.tape.operations)
     labeller.tape.by_chance = common.drew or masks
-    for tensor in results_in(result):
-        value = labeller.value(labeller.current(tensor))
-        labeller._use(value)
-        labeller.tape.outputs.append(value)
-        for layer in value.layers:
-            space.pin(layer, PinKind.OUTPUT)
+    labeller.end(model, result)
     return space, labeller.tape

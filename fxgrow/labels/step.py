@@ -59,6 +59,13 @@ class Step:
         args, kwargs = map_tensors(self.value, (self.args, self.kwargs))
         return OpCall(self.target, args, kwargs)
 
+    @property
+    def own_facts(self) -> dict[str, Any]:
+        """What the first output has for itself, as attributes of its value."""
+        if not self.stands_for:
+            return {}
+        return {"parameter": self.stands_for, "origins": (self.stands_for,), "is_curved": False}
+
     def ignores_copies(self, tensor: Tensor, dims: Sequence[int]) -> bool:
         """Return whether the result stays as it is if all along some dims is there twice."""
         return ask.ignores_copies(self.call, self.value(tensor), dims)
@@ -123,6 +130,16 @@ class Step:
                 kept.append(layer.expand(*shape))
         return tuple(kept)
 
+    def met_by(self, done: str) -> str:
+        """Return what is done with an operand that has no labels, and whose it is if that is known.
+
+        Args:
+            done: what is done: "combined with".
+        """
+        held = (value.held for value in map(self.value, self.operands) if not value.layers)
+        name = next(filter(None, held), "")
+        return f"{done} {name}, a tensor" if name else f"{done} a tensor"
+
     def join_fixed(self, layer: Layer, tensor: Tensor, shape: Sequence[int]) -> set[int]:
         """Record that ``layer`` keeps its size along the dims in which ``tensor`` has entries.
 
@@ -139,7 +156,7 @@ class Step:
         }
         fixed = {dim for dim in dims - free if dim >= offset and tensor.shape[dim - offset] > 1}
         if fixed:
-            self.space.fix(core(layer, dims), sorted(fixed), "combined with a tensor")
+            self.space.fix(core(layer, dims), sorted(fixed), self.met_by("combined with"))
         return fixed
 
     def read(self, columns: Tensor, weight: Value) -> None:
@@ -174,7 +191,7 @@ class Step:
             if incoming is not None:
                 self.space.unify(columns, incoming)
         elif incoming is not None:
-            self.pin((incoming,), PinKind.FIXED, "multiplied by a tensor")
+            self.pin((incoming,), PinKind.FIXED, self.met_by("multiplied by"))
 
     def write(self, weight: Tensor, dim: int, out: int, bias: Tensor | None = None) -> Layers:
         """Return the channels that a weight writes along a dim of the first output.
@@ -202,7 +219,7 @@ class Step:
             self.space.unify(left, right)
         else:
             alone = tuple(labels for labels in (left, right) if labels is not None)
-            self.pin(alone, PinKind.FIXED, "combined with a tensor")
+            self.pin(alone, PinKind.FIXED, self.met_by("combined with"))
 
     def accompany(self, vector: Tensor | None, channels: Tensor | None, fill: Fill) -> None:
         """Unify a per-channel vector (bias, norm weight, statistic) with the channels it serves.
@@ -215,7 +232,7 @@ class Step:
         if vector is None:
             return
         if channels is None:
-            self.pin(self.layers(vector), PinKind.FIXED, "combined with a tensor")
+            self.pin(self.layers(vector), PinKind.FIXED, self.met_by("combined with"))
             return
         line = self.line(vector, len(vector.shape) - 1)
         if line is not None:

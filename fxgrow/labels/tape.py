@@ -51,6 +51,7 @@ class Value:
         taken: for a padded one, layers it met: they tell what its sizes stand for.
         made: numbers of the positions of constants in it, as layers
             (:mod:`fxgrow.labels.made`).
+        held: fully qualified name of the plain attribute that holds it, if one does.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Value:
     positions: tuple[tuple[Layer, str], ...] | None = None
     taken: list[Layer] = field(default_factory=list)
     made: Layers = ()
+    held: str = ""
 
 
 @dataclass(eq=False, slots=True)  # as above; nothing ever changes
@@ -131,12 +133,26 @@ class Operation:
 
 @dataclass
 class Tape:
-    """The operations of one run in order, its values and outputs; and whether it drew masks."""
+    """What one run did.
+
+    Attributes:
+        operations: in order.
+        values: all that they got and made.
+        outputs: of the network.
+        by_chance: whether it drew masks.
+        unread: the operations (by index) that lead to no output (:mod:`fxgrow.labels.unread`).
+    """
 
     operations: list[Operation] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     by_chance: bool = False
+    unread: frozenset[int] = frozenset()
+
+    @property
+    def read(self) -> list[Operation]:
+        """The operations that lead to an output, in order."""
+        return [op for op in self.operations if op.index not in self.unread]
 
     @property
     def flops(self) -> int:

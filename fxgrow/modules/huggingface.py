@@ -62,7 +62,7 @@ _REACHING = frozenset(
 )
 _QUANTIZED = ("quantization_config", "compression_config")
 _NAMES = ("_name_or_path", "name_or_path", "_commit_hash")  # of where it came from, for messages
-_LABELS = ("id2label", "label2id")  # their keys are not fields
+LABELS = ("id2label", "label2id")  # their keys are not fields
 _BACKBONES = ("backbone", "architecture")
 # What torch itself computes, by the end of the field's name.
 _BUILT_IN = {
@@ -142,7 +142,7 @@ class _Screen:
                     used[key] = value
             elif key in _NAMES or key in _QUANTIZED:
                 written[key] = value
-            elif key in _LABELS:
+            elif key in LABELS:
                 written[key] = used[key] = value
             elif key == "use_pretrained_backbone":
                 written[key], used[key] = value, False
@@ -253,9 +253,16 @@ def find_class(name: str) -> Callable[..., object]:
         kind = used.get("model_type")
         if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
             _refuse(f"{library} knows no model type {shown(repr(kind), 60)}", _UPDATE, name)
-        return cls(cls.config_class.from_dict(used))
+        return cls(_configured(cls.config_class, used))
 
     return create
+
+
+def _configured(kind: Any, used: Mapping[str, object]) -> object:
+    """Return a configuration object; ``from_dict`` writes all of it for a log that nobody reads."""
+    base: Any = sys.modules["transformers"].PreTrainedConfig
+    is_plain = getattr(kind.from_dict, "__func__", None) is base.from_dict.__func__
+    return kind(**used) if is_plain else kind.from_dict(used)
 
 
 class _Offline:

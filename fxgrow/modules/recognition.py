@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from fxgrow.errors import FxgrowWarning, SourceError, shown
+from fxgrow.errors import FxgrowWarning, SourceError, listed, shown
 from fxgrow.modules.architectures import Architecture, torchvision_names
 
 Shape = tuple[int, ...]
@@ -107,9 +107,10 @@ def recognise(shapes: Mapping[str, Shape], hint: str = "") -> Architecture:
         if nearest is None or len(fit.differences) < len(nearest.differences):
             nearest = fit
     if nearest is None or len(nearest.differences) > len(wanted) / 2:
-        foreign = [shown(name, 80) for name in _foreign(wanted)] or ["none"]
+        foreign = [f"{shown(name, 80)} {_text(wanted[name])}" for name in _foreign(wanted)]
         raise SourceError(
-            f"no torchvision architecture has weights of {_list_some('such names as', foreign)}.",
+            "no torchvision architecture has these weights, and none is near: "
+            f"{_list_some('among them are', foreign) or 'they are none'}.",
             way_out=_NAME_IT,
         )
     raise SourceError(
@@ -308,8 +309,7 @@ def _text(shape: Shape) -> str:
 def _list_some(what: str, items: list[str]) -> str:
     if not items:
         return ""
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"{what} {', '.join(items[:_SHOWN])}{more}"
+    return f"{what} {listed(items, _SHOWN)}"
 
 
 if __name__ == "__main__":

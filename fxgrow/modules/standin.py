@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import TraceError
+from fxgrow.modules.states import itself, mapped, plain_tensors
 from fxgrow.modules.tensors import modules_of, named_tensors
 
 _NONE = object()
@@ -64,8 +65,8 @@ def stand_in(
         memo[id(tensor)] = fresh
     for module in modules_of(model):
         for value in vars(module).values():  # what a forward computed of others cannot be copied
-            for held in value if type(value) in (list, tuple) else (value,):
-                if type(held) is Tensor and not held.is_leaf:
+            for held in plain_tensors(value):
+                if not held.is_leaf and id(held) not in memo:
                     memo[id(held)] = held.detach()
     try:
         return _deep_copy(model, memo)
@@ -179,7 +180,10 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
     """
     modules = [*modules_of(model)]
     held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
-    told = [(vars(module), dict(vars(module))) for module in modules]
+    told = [
+        (own, {key: mapped(x, itself) for key, x in own.items() if key not in _OWN})
+        for own in map(vars, modules)
+    ]
     try:
         yield
     finally:
@@ -187,15 +191,17 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
             if any(tensor is not buffers.get(name) for name, tensor in before.items()):
                 buffers.update(before)
         for attributes, before in told:
-            for name in attributes.keys() - before.keys():
+            for name in attributes.keys() - before.keys() - _OWN:
                 del attributes[name]
-            attributes.update({x: value for x, value in before.items() if x not in _OWN})
+            attributes.update(before)
 
 
 @contextlib.contextmanager
 def keeping_attributes(modules: Iterable[nn.Module], kind: type) -> Iterator[None]:
     """Restore, at the end, the plain attributes in which objects of a kind were put."""
-    before = [(vars(module), dict(vars(module))) for module in modules]
+    before = [
+        (own, {key: mapped(x, itself) for key, x in own.items()}) for own in map(vars, modules)
+    ]
     try:
         yield
     finally:
@@ -209,6 +215,8 @@ def keeping_attributes(modules: Iterable[nn.Module], kind: type) -> Iterator[Non
 
 
 def _holds(kind: type, value: object) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         return any(_holds(kind, item) for item in value)
     return isinstance(value, kind)

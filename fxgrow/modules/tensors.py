@@ -1,4 +1,8 @@
-"""The parameters and buffers of a module by their fully qualified names, tied ones under each."""
+"""The tensors of a module by their fully qualified names, tied ones under each.
+
+These are parameters, buffers and the first states in plain attributes
+(:mod:`fxgrow.modules.states`).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,34 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 
 from fxgrow.errors import PlanError
+from fxgrow.modules.states import first_states, values_in
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by fully qualified name, tied ones under each name."""
+    """Return parameters, buffers and first states by name, tied ones under each name."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for prefix, module in _prefixed_modules(model):
         for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
             for local, tensor in held.items():
                 if tensor is not None:
                     found[prefix + local] = tensor
-    return parameters | buffers
+        states |= {prefix + local: tensor for local, tensor in first_states(module)}
+    found = parameters | buffers
+    if not states:
+        return found
+    registered = {id(tensor) for tensor in found.values()}
+    return found | {name: x for name, x in states.items() if id(x) not in registered}
+
+
+def states_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the first states that modules hold in plain attributes, by fully qualified name."""
+    return {
+        prefix + local: tensor
+        for prefix, module in _prefixed_modules(model)
+        for local, tensor in first_states(module)
+    }
 
 
 def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -62,7 +82,7 @@ def _prefixed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return :func:`named_tensors` without buffers that no state_dict holds, but for some.
+    """Return :func:`named_tensors` without those that no state_dict holds, but for some.
 
     Such a buffer (the frequencies of rotary embeddings) is a constant that the class computes.
     """
@@ -73,8 +93,18 @@ def lasting_tensors(model: nn.Module, besides: Collection[str] = ()) -> dict[str
     return found
 
 
+def held_in(model: nn.Module) -> dict[int, str]:
+    """Return, by id, the names of the tensors with values that modules hold in plain attributes."""
+    return {
+        id(tensor): prefix + attribute
+        for prefix, module in _prefixed_modules(model)
+        for attribute, tensors in values_in(module)
+        for tensor in tensors
+    }
+
+
 def zero_buffers(model: nn.Module) -> frozenset[str]:
-    """Return the names of buffers that no state_dict holds and that are zeros, at any width."""
+    """Return the names of what no state_dict holds and that is zeros, at any width."""
     fleeting = list(_fleeting(model))
     found = named_tensors(model) if fleeting else {}
     held = ((name, found[name]) for name in fleeting if name in found)
@@ -90,7 +120,8 @@ def scalar_buffers(model: nn.Module) -> dict[str, float]:
 
 
 def _fleeting(model: nn.Module) -> Iterator[str]:
-    """Yield the names of buffers that no state_dict holds."""
+    """Yield the names of buffers that no state_dict holds, and of first states."""
+    yield from states_of(model)
     for prefix, module in _prefixed_modules(model):
         if module._non_persistent_buffers_set:
             yield from (prefix + local for local in module._non_persistent_buffers_set)

@@ -16,6 +16,7 @@ from fxgrow.labels.sizes import SIZED
 from fxgrow.plan.edits import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, TensorEdit
 
 _MOST_ENTRIES = 1 << 20  # of a list or a mapping
+MOST_GLOBS = 1 << 12  # of a setting; each tensor is tried against them
 _MOST_SIZE = 1 << 31  # of a dim, or an attribute
 _MOST_COUNT = 1 << 64  # of parameters and operations; a seed
 _MOST_PARTS = 100  # of a name: modules in modules
@@ -64,8 +65,10 @@ def check_extent(data: object, place: str = "", depth: int = 0) -> None:
     if isinstance(data, (dict, list, tuple)):
         if depth > _MOST_LEVELS:
             refuse(place, "it is nested too deeply")
-        if len(data) > _MOST_ENTRIES:
-            refuse(place, f"it has {len(data)} entries, and there can be {_MOST_ENTRIES}")
+        is_asked = "request" in place.split(".")
+        most = MOST_GLOBS if is_asked else _MOST_ENTRIES
+        if len(data) > most:
+            refuse(place, f"it has {len(data)} entries, and there can be {most}")
         parts = data.items() if isinstance(data, dict) else enumerate(data)
     for key, part in parts:
         if not isinstance(part, (str, float)):

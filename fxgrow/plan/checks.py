@@ -42,6 +42,7 @@ import torch
 from fxgrow.errors import UsageError
 from fxgrow.labels.space import Normed
 from fxgrow.plan.bounds import (
+    MOST_GLOBS,
     check_amount,
     check_attribute,
     check_factor,
@@ -61,7 +62,6 @@ from fxgrow.plan.step import PlanStep
 
 _MOST_INPUTS = 1 << 27  # entries of all inputs together
 _MOST_CHILDREN = 1 << 14  # of a module
-_MOST_GLOBS = 1 << 12  # of a setting; each tensor is tried against them
 _LONGEST_GLOB = 1 << 10
 T = TypeVar("T")
 
@@ -302,8 +302,8 @@ def _check_each(setting: T | dict[str, T], place: str, check: Callable[[T, str],
     if not isinstance(setting, dict):
         check(setting, place)
         return
-    if not 0 < len(setting) <= _MOST_GLOBS:
-        refuse(place, f"there are {len(setting)} globs, not 1 to {_MOST_GLOBS}")
+    if not 0 < len(setting) <= MOST_GLOBS:
+        refuse(place, f"there are {len(setting)} globs, not 1 to {MOST_GLOBS}")
     for glob, value in setting.items():
         if not 0 < len(glob) <= _LONGEST_GLOB:
             refuse(place, f"a glob has {len(glob)} characters, not 1 to {_LONGEST_GLOB}")

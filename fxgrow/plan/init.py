@@ -269,12 +269,25 @@ def find_init(init: str | Init) -> Init:
     return typed
 
 
+def is_from_data(name: str) -> bool:
+    """Return whether a plan's name of an init is that of one that computes weights from data."""
+    return name.startswith("fxgrow.grow.data.")
+
+
 def init_of_plan(name: str) -> Init:
     """Return the init a plan names; a plan is data, so code that it names is not imported.
 
     Raises:
         PlanError: the init is not a registered one.
     """
+    if is_from_data(name):
+        raise PlanError(
+            f"the new weights of this plan come from data ({name.rpartition(':')[2]}), and a plan "
+            "holds none.",
+            name=name,
+            way_out="In Python, give it the init object that it was made with; on the command "
+            "line, run `fxgrow widen` with the same options and without --dry-run.",
+        )
     if ":" in name:
         raise PlanError(
             f"the plan fills new weights by code of its own, {name}, which is not run unasked.",

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
 from fxgrow.errors import PlanError, UsageError
-from fxgrow.plan.by_layer import checked
+from fxgrow.plan.by_layer import checked, values_in
 from fxgrow.plan.norm_tensors import NormTensors
 from fxgrow.registry import Registry
 
@@ -56,6 +56,7 @@ class LayerStatistics:
 Factor: TypeAlias = Callable[[LayerStatistics], float]
 RESCALINGS: Registry[Factor] = Registry("rescaling")
 _GAINS = "Give a number, or a nonlinearity torch.nn.init.calculate_gain knows."
+_GAINLESS = {"none", "default_vt", "vt_output"}
 USES_VARIANCE = {"vt_constraint_old_shape", "vt_constraint_new_shape"}
 
 
@@ -126,6 +127,25 @@ def gain_value(gain: float | str) -> float:
             way_out=_GAINS,
         )
     return float(gain)
+
+
+def check_gain(gain: object, rescaling: str | Mapping[str, str]) -> None:
+    """Return if some rescaling takes the gain that is asked for.
+
+    Args:
+        gain: one for all, or by layer.
+        rescaling: likewise.
+
+    Raises:
+        UsageError: a gain other than 1 is given, and none of the rescalings looks at it.
+    """
+    gains = gain.values() if isinstance(gain, Mapping) else (gain,)
+    names = values_in(rescaling)
+    if any(str(one) not in ("1", "1.0") for one in gains) and _GAINLESS.issuperset(names):
+        raise UsageError(
+            f"a gain says nothing under the rescaling {' or '.join(sorted({*names}))}.",
+            way_out=f"Leave it out, or use --rescaling {' or '.join(sorted(USES_VARIANCE))}.",
+        )
 
 
 def gain_by_layer(

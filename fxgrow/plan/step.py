@@ -6,9 +6,11 @@ Plain, frozen data without tensors. A step says nothing of what is carried out b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from fxgrow.errors import listed
 from fxgrow.labels.gains import Verdict
 from fxgrow.labels.trace import Traced, Tracer
 from fxgrow.plan.edits import ModuleEdit, Multiplier, NormGain, Rearrangement, SizeEdit, TensorEdit
@@ -129,6 +131,22 @@ class Refusal:
 
     name: str
     reason: str
+
+
+def told_refusals(refused: Sequence[Refusal], most: int = 3) -> str:
+    """Return why groups cannot grow, those of one reason together; cut after some reasons.
+
+    Example:
+        >>> told_refusals([Refusal("a", "no"), Refusal("b", "never"), Refusal("c", "no")])
+        'a, c: no. b: never.'
+    """
+    names: dict[str, list[str]] = {}
+    for one in refused:
+        names.setdefault(one.reason, []).append(one.name)
+    told = [f"{listed(some, 3)}: {reason}." for reason, some in names.items()]
+    if len(told) > most:
+        told[most:] = [f"And {len(told) - most} other reasons."]
+    return " ".join(told)
 
 
 @dataclass(frozen=True)

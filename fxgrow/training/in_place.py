@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 import fxgrow.api.widen as api
 from fxgrow.api.deepen import deepen
-from fxgrow.errors import UsageError
 from fxgrow.files.optimizer.growth import grow_optimizer_
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.training import stale
@@ -25,9 +24,8 @@ from fxgrow.training.followers import (
     unwrapped,
 )
 from fxgrow.training.history import add_stage
-
-Rates: TypeAlias = Literal["none"]
-RATES: tuple[Rates, ...] = ("none",)
+from fxgrow.training.parts import Part, parts_of
+from fxgrow.training.rates import Rates, advice, check_growth, check_rule, follow, scale_states
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,11 @@ class Grown(api.Grown):
         report: what was measured.
         init: what filled the new weights.
         advice: what to do about learning rates, with its reason.
+        parts: which growth wrote which entries of the parameters, and how often each is copied.
     """
 
     advice: str = ""
+    parts: tuple[Part, ...] = ()
 
 
 @exclusive
@@ -74,11 +74,14 @@ def grow_(
             as they are.
         averages: copies of the network that average its weights
             (:class:`torch.optim.swa_utils.AveragedModel` or any other), which grow in place too.
-        lr: what happens to learning rates.
+        lr: what happens to learning rates from then on, see :mod:`fxgrow.training.rates`:
+            ``none``; ``width``, with which copies (``pairing="replicate"``) go on as the narrow
+            network would; ``variance_transfer``, by the norms of what each growth wrote;
+            ``warm_up``. Settings of optimizers and schedulers stay as they are.
         **options: all others of :func:`fxgrow.widen`.
 
     Returns:
-        The same module, with plan, report and advice.
+        The same module, with plan, report, advice and parts.
 
     Raises:
         TraceError: the network cannot be followed.
@@ -149,13 +152,16 @@ def _in_place(
     """Grow a copy, then make the network what that is, with all that follows it."""
     network, optimizers, means = unwrapped(model), optimizers_of(optimizer), averaged(averages)
     check_schedulers(scheduler, optimizers)
-    if lr not in RATES:
-        known = ", ".join(RATES)
-        raise UsageError(f"there is no rule {lr!r} for learning rates.", way_out=f"Give {known}.")
+    check_rule(lr)
     grown = grow(network)
+    check_growth(network, grown, lr, optimizers)
     put_in_place(network, grown, optimizers, means)
     add_stage(network, grown.plan, lr, within=model)
-    return Grown(model, grown.plan, grown.report, grown.init)
+    if lr == "width":
+        scale_states(network, grown.plan, optimizers)
+    follow(network, lr)
+    told, parts = advice(grown.plan, lr), parts_of(network)
+    return Grown(model, grown.plan, grown.report, grown.init, advice=told, parts=parts)
 
 
 def put_in_place(

@@ -13,11 +13,11 @@ from fxgrow.api.report.data import Report
 from fxgrow.apply.module import check_source, remade
 from fxgrow.errors import PlanError, SourceError, shown
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.training.followers import averaged, check_schedulers, optimizers_of, unwrapped
 from fxgrow.training.history import add_stage, named_module, stages_within
-from fxgrow.training.in_place import RATES, put_in_place
+from fxgrow.training.in_place import put_in_place
+from fxgrow.training.rates import RATES, WARM_UP, follow, steps_left
 from fxgrow.verification.findings import Verification
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         {"module": name, "lr": stage.lr, "plan": stage.plan.to_json()}
         for name, stage in stages_within(unwrapped(model))
     ]
-    return {"schema": SCHEMA, "stages": stages}
+    return {"schema": SCHEMA, "stages": stages, "warming": steps_left(unwrapped(model))}
 
 
 @exclusive
@@ -99,14 +99,31 @@ def regrow_(
     for name, lr, plan in stages[len(present) :]:
         part, whole = named_module(network, name), plan
         grown = part
-        check_source(plan.steps[0], named_tensors(part))
+        check_source(plan.steps[0], part)
         for step in plan.steps:
             grown = remade(step, grown)
         report = Report(whole, Verification("skipped"))
         inner = [named_module(mean, name) for mean in means]
         put_in_place(part, api.Grown(grown, whole, report), optimizers, inner)
         add_stage(part, whole, lr, within=network)
+        follow(part, lr)
+    follow(network, "none", left=_steps_left(state))
     return model
+
+
+def _steps_left(state: Mapping[str, Any]) -> int:
+    """Return how many steps of a warm-up a state tells are left.
+
+    Raises:
+        SourceError: it tells something else.
+    """
+    left = state.get("warming", 0)
+    if type(left) is not int or not 0 <= left <= WARM_UP:
+        raise SourceError(
+            f"{shown(repr(left))} is no number of steps that are left of a warm-up of {WARM_UP}.",
+            way_out="Give what fxgrow.training.state_dict(model) returned.",
+        )
+    return left
 
 
 def _checked(state: object) -> list[tuple[str, str, Plan]]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.standin import stand_in
+from fxgrow.modules.states import itself, mapped
 from fxgrow.modules.tensors import aliases_of, named_tensors
 
 # Returns a tensor of a network by name: floating-point ones in float64, others as they are.
@@ -78,11 +79,15 @@ class Exact:
         self._kept = {name: nn.Parameter(x.clone(), False) for name, x in self._settled.items()}
         self._last = None
         registered = {id(buffer) for buffer, _ in self._buffers}
+
+        def anew(tensor: Tensor) -> Tensor:
+            return tensor if id(tensor) in registered else tensor.clone()
+
         for inner, attributes in self._attributes:
             for key in vars(inner).keys() - attributes.keys() - _OWN:
                 del inner.__dict__[key]  # the forward has set it
             for key, value in attributes.items():
-                inner.__dict__[key] = value if id(value) in registered else _anew(value)
+                inner.__dict__[key] = mapped(value, anew)
         for inner, buffers in self._held:
             inner._buffers.clear()
             inner._buffers.update(buffers)  # a forward may have replaced some by others
@@ -160,11 +165,6 @@ class _Lent(dict[str, Tensor | None]):
         return (self[local] for local in self)
 
 
-def _anew(value: object) -> object:
-    """Return a copy of a plain tensor, and whatever else as it is."""
-    return value.clone() if isinstance(value, Tensor) and type(value) is Tensor else value
-
-
 def _attributes_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]]]:
     """Return the attributes of modules, and put tensors that none of them registers in float64.
 
@@ -172,11 +172,16 @@ def _attributes_of(module: nn.Module) -> list[tuple[nn.Module, dict[str, object]
     """
     known = {id(buffer) for buffer in module.buffers()}  # parameters are no plain tensors
     found = []
+
+    def doubled(tensor: Tensor) -> Tensor:
+        floats = tensor.is_floating_point() and id(tensor) not in known
+        return tensor.double() if floats else tensor
+
     for inner in module.modules():
         own = {key: value for key, value in vars(inner).items() if key not in _OWN}
         for key, value in own.items():
-            if type(value) is Tensor and id(value) not in known and value.is_floating_point():
-                own[key] = inner.__dict__[key] = value.double()
+            held = inner.__dict__[key] = mapped(value, doubled)
+            own[key] = mapped(held, itself)  # a forward may change what a list holds
         found.append((inner, own))
     return found
 

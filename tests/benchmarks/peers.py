@@ -55,6 +55,8 @@ FOLLOWED = (
 GROWN = ("mobilenet_v3_small", "resnet50", "vit_b_16")
 JUDGED = ("mobilenet_v3_small", "resnet18", "resnet50")
 DEPTHS, HIDDEN = (50, 100, 200, 400), (64, 128, 256, 512, 1024)
+STEPPING_SEEDS = 12
+Batches = list[tuple[Tensor, Tensor]]
 BARE = "import typer\napp = typer.Typer()\n@app.command()\ndef run(name: str = 'x'): ...\napp()\n"
 COMMAND = "from fxgrow.cli import main; main()"
 
@@ -174,8 +176,9 @@ def block() -> Iterator[Row]:
         yield Row(**{**asdict(row), "note": f"off by {off[0]:.1e} and {off[1]:.1e}"})
 
 
-def stepping_blocks() -> dict[str, nn.Module]:
+def stepping_blocks(seed: int) -> dict[str, nn.Module]:
     """Return small blocks with a shortcut around, by what they are made of."""
+    torch.manual_seed(seed)
     conv = partial(nn.Conv2d, kernel_size=3, padding=1)
     return {
         "MLP": Shortcut(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 12)),
@@ -192,9 +195,18 @@ class Shortcut(nn.Sequential):
         return x + super().forward(x)
 
 
-def stepping_peer(model: nn.Sequential) -> Any:
-    """Return gromo's block that computes the same as a shortcut's layers."""
+def stepping_peer(model: nn.Sequential, *, full: bool = True) -> Any:
+    """Return gromo's block that computes the same as a shortcut's layers.
+
+    Args:
+        model: the layers.
+        full: whether new columns of a convolution have all its taps; gromo's default is one tap.
+    """
     from gromo.containers.growing_block import Conv2dGrowingBlock, LinearGrowingBlock
+    from gromo.modules.conv2d_growing_module import (
+        FullConv2dGrowingModule,
+        RestrictedConv2dGrowingModule,
+    )
     from gromo.modules.growing_normalisation import GrowingBatchNorm2d
 
     first, *between, second = model
@@ -214,14 +226,16 @@ def stepping_peer(model: nn.Sequential) -> Any:
         made = LinearGrowingBlock(outer, outer, hidden_features=hidden, **told)
     else:
         made = Conv2dGrowingBlock(
-            outer, outer, 3, hidden_channels=hidden, kwargs_layer={"padding": 1}, **told
-        )
+            outer, outer, 3, hidden_channels=hidden, kwargs_layer={"padding": 1},
+            growing_conv_type=FullConv2dGrowingModule if full else RestrictedConv2dGrowingModule,
+            **told,
+        )  # fmt: skip
     made.first_layer.layer.load_state_dict(first.state_dict())
     made.second_layer.layer.load_state_dict(second.state_dict())
     return made.eval()
 
 
-def stepped_peer(made: Any, batches: list[tuple[Tensor, Tensor]], count: int) -> float:
+def stepped_peer(made: Any, batches: Batches, count: int) -> float:
     """Return the loss after gromo has grown a block by the amplitude that lowers it most.
 
     The factor is the best of powers of √2, as fxgrow's amplitude is of 2.
@@ -248,44 +262,55 @@ def stepped_peer(made: Any, batches: list[tuple[Tensor, Tensor]], count: int) ->
     return min(losses)
 
 
+def stepping_batches(name: str) -> Batches:
+    """Return random inputs and targets for one of the small blocks."""
+    shape = (12,) if name == "MLP" else (6, 8, 8)
+    return [(torch.randn(32, *shape), torch.randn(32, *shape)) for _ in range(4)]
+
+
+def mean_loss(model: nn.Module, batches: Batches) -> float:
+    """Return the mean of the batches' losses."""
+    with torch.no_grad():
+        return sum(float(nn.functional.mse_loss(model(x), y)) for x, y in batches) / len(batches)
+
+
+def stepped(model: nn.Module, batches: Batches) -> float:
+    """Return the loss after fxgrow has grown a block likewise."""
+    init = fxgrow.Tiny(nn.functional.mse_loss, batches)
+    return mean_loss(
+        fxgrow.widen(model, "+2", batches[0][0], init=init, verify=False).model, batches
+    )
+
+
 def step() -> Iterator[Row]:
-    """Compute two new channels of small blocks from data."""
-    for name, model in stepping_blocks().items():
-        torch.manual_seed(0)
-        shape = (12,) if name == "MLP" else (6, 8, 8)
-        batches = [(torch.randn(32, *shape), torch.randn(32, *shape)) for _ in range(4)]
-        model.eval()
-        with torch.no_grad():
-            before = sum(float(nn.functional.mse_loss(model(x), y)) for x, y in batches) / 4
-        losses: dict[str, float] = {}
+    """Compute two new channels of small blocks from data; losses are medians over seeds."""
+    names = list(stepping_blocks(0))
+    for name in names:
+        losses = []
+        for seed in range(STEPPING_SEEDS):
+            model = stepping_blocks(seed)[name].eval()
+            batches = stepping_batches(name)
+            losses.append((
+                mean_loss(model, batches),
+                stepped(model, batches),
+                stepped_peer(stepping_peer(model), batches, 2),
+                stepped_peer(stepping_peer(model, full=False), batches, 2),
+            ))  # fmt: skip
+        model, batches = stepping_blocks(0)[name].eval(), stepping_batches(name)
 
-        def ours(
-            model: nn.Module = model,
-            batches: list[tuple[Tensor, Tensor]] = batches,
-            losses: dict[str, float] = losses,
-        ) -> float:
-            def widen() -> None:
-                init = fxgrow.Tiny(nn.functional.mse_loss, batches)
-                grown = fxgrow.widen(model, "+2", batches[0][0], init=init, verify=False).model
-                with torch.no_grad():
-                    found = [float(nn.functional.mse_loss(grown(x), y)) for x, y in batches]
-                losses["ours"] = sum(found) / len(found)
+        def ours(model: nn.Module = model, batches: Batches = batches) -> float:
+            return seconds(lambda: stepped(model, batches))
 
-            return seconds(widen)
+        def theirs(model: Any = model, batches: Batches = batches) -> float:
+            return seconds(lambda: stepped_peer(stepping_peer(model), batches, 2))
 
-        def theirs(
-            model: Any = model,
-            batches: list[tuple[Tensor, Tensor]] = batches,
-            losses: dict[str, float] = losses,
-        ) -> float:
-            def grow() -> None:
-                losses["theirs"] = stepped_peer(stepping_peer(model), batches, 2)
-
-            return seconds(grow)
-
-        row = compared("step", name, ours, theirs, 3)
-        note = f"loss {before:.4f} to {losses['ours']:.4f} and {losses['theirs']:.4f}"
-        yield Row(**{**asdict(row), "note": note})
+        before, own, full, one_tap = np.median(losses, axis=0)
+        lower = sum(row[1] < row[2] for row in losses)
+        note = (
+            f"loss {before:.3f} to {own:.3f} and {full:.3f} (ours lower in {lower} of "
+            f"{len(losses)}), {one_tap:.3f} with one tap"
+        )
+        yield compared("step", name, ours, theirs, 3, note)
 
 
 def graph() -> Iterator[Row]:

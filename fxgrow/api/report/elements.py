@@ -28,14 +28,19 @@ def new_table(*columns: str, right: Collection[str] = ()) -> Table:
     return table
 
 
-def reasons(told: Iterable[tuple[str, str]]) -> Padding:
-    """Return pairs of a name and a reason as a list of the reasons, with names where each holds."""
+def reasons(told: Iterable[tuple[str, str]], most: int = 2) -> Padding:
+    """Return pairs of a name and a reason as a list of the reasons, with names where each holds.
+
+    Args:
+        told: names and reasons.
+        most: so many names of each reason, and one more, are told.
+    """
     names: dict[str, list[str]] = {}
     for name, reason in told:
         names.setdefault(reason, []).append(name)
     grid = Table.grid(padding=(0, 2))
     for reason, found in names.items():
-        grid.add_row(Text(some(found, 2), overflow="fold"), Text(reason))
+        grid.add_row(Text(some(found, most), overflow="fold"), Text(reason))
     return indented(grid)
 
 

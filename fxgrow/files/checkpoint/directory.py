@@ -98,6 +98,15 @@ def is_weights(name: str) -> bool:
     return any(fnmatch(name, glob) for glob in _OLD)
 
 
+def others(folder: Path) -> Iterator[Path]:
+    """Yield the files of a directory that go with any weights, and are copied.
+
+    Raises:
+        SourceError: something there is no file of the directory.
+    """
+    yield from _files(folder, skipped=(*_old(folder), CONFIG))
+
+
 def _old(folder: Path) -> list[str]:
     """Return the names in a directory of what does not fit new weights."""
     return [name for name in sorted(entry.name for entry in folder.iterdir()) if is_weights(name)]
@@ -109,7 +118,7 @@ def _copy_others(folder: Path, path: Path) -> None:
     Raises:
         SourceError: something there is no file of the directory, or there is no room for all.
     """
-    files = list(_files(folder, skipped=(*_old(folder), CONFIG)))
+    files = list(others(folder))
     size = sum(os.stat(file).st_size for file in files)
     if size > shutil.disk_usage(path).free:
         what = f"holds {size} bytes beside the weights, for which there is no room"

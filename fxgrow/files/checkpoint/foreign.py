@@ -110,10 +110,27 @@ def refuse_foreign(path: Path, file: Readable) -> None:
     if os.path.isdir(path):
         _refuse_folder(path)
         return
+    if (kind := _kind_of(path, file)) is not None:
+        refuse_source(path, f"is {kind.what}", kind.way_out)
+
+
+def foreign_kind(path: Path, file: Readable) -> str:
+    """Return what a file is called that may hold weights as others keep them; "" for the rest.
+
+    Args:
+        path: the file.
+        file: its bytes.
+    """
+    kind = _kind_of(path, file)
+    return "" if kind is None or "not the file itself" in kind.what else kind.what
+
+
+def _kind_of(path: Path, file: Readable) -> _Kind | None:
     for kind in _FILES:
         marked = any(_has(file, place, mark) for place, mark in kind.marks)
         if marked or any(fnmatch(path.name.lower(), pattern) for pattern in kind.names):
-            refuse_source(path, f"is {kind.what}", kind.way_out)
+            return kind
+    return None
 
 
 def refuse_foreign_output(out: Path) -> None:

@@ -1,7 +1,8 @@
 """Files in memory without being copied there: for what fxgrow has just written itself.
 
 What comes from elsewhere is never mapped; see :mod:`.reading`. What was just written lies in a
-folder of fxgrow's own, and nothing else changes it before it has its name.
+folder of fxgrow's own, and nothing else changes it before it has its name. Of a file that is looked
+at for its names and shapes alone, the tensors are not read at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from fxgrow.files.checkpoint.reading import FileReader
 
 _ALIGNED = 8  # bytes; torch reads numbers only from multiples of their own size
+_LARGE = 1 << 16  # bytes; for less, reading costs no more than not reading
 _DROP = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none
 
 
@@ -58,3 +60,16 @@ class Mappings:
         """Give back the memory of what was looked at in all of them."""
         for file in self._files:
             file.release()
+
+
+class HollowFile(FileReader):
+    """A regular file of which tensors' shapes are read and their numbers are not.
+
+    What is asked for as a tensor's memory is zeros, which take none as long as nobody writes there.
+    """
+
+    def mapped(self, start: int, length: int) -> memoryview | None:
+        """Return zeros in place of a range of many bytes."""
+        if length < _LARGE or start + length > self.size:
+            return None
+        return memoryview(mmap.mmap(-1, length))

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import SourceError
+from fxgrow.errors import SourceError, listed
 from fxgrow.files.checkpoint.formats import Contents, Opener, read_file
 from fxgrow.files.checkpoint.location import RECORD_KEY, Location
 from fxgrow.files.checkpoint.matching import Wanted, copies_of, first_of, is_weight, nearest_of
@@ -178,12 +178,11 @@ def _other_weights(path: Path, found: Sequence[Location], taken: Sequence[Locati
             stored = cast("Mapping[str, object]", location.stored)
             layers = [n for n, v in stored.items() if n not in names and is_weight(v)]
             if layers:
-                more = f" and {len(layers) - 1} more are" if len(layers) > 1 else " is"
-                as_it = "they are" if len(layers) > 1 else "it is"
+                left = "are left as they are" if len(layers) > 1 else "is left as it is"
                 prefix = f" under {own[0].prefix!r}" if own[0].prefix else ""
                 told.append(
-                    f"{path} holds the network's weights{prefix}; beside them, {layers[0]}{more} "
-                    f"left as {as_it}."
+                    f"{path} holds the network's weights{prefix}; beside them, "
+                    f"{listed(layers)} {left}."
                 )
     return told
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxgrow.apply.module import apply_to_state_dict
 from fxgrow.apply.tensors import Lookup
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, listed
 from fxgrow.files.optimizer.buffers import State
 from fxgrow.files.optimizer.state import grow_state
 from fxgrow.plan.init import zeros
@@ -53,8 +53,7 @@ def grow_states(
                 lost.setdefault(error.message, []).append(name)
         current, names = grown, [name for name, _, _ in moved]
     return current, [
-        f"the state of {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''} was dropped "
-        f"and starts anew, because {reason}."
+        f"the state of {listed(found)} was dropped and starts anew, because {reason}."
         for reason, found in lost.items()
     ]
 

@@ -139,7 +139,8 @@ def _renamed(
             shape = made.source[before][0]
             edit = made.tensors.get(before) or TensorEdit(shape, shape)
             edit = replace(edit, groups=regrouping.get(before, edit.groups))
-            kernel = _kernel_axes(name, edit, tuple(tensor.shape))
+            idle = name in target.traced.unused
+            kernel = _kernel_axes(name, edit, tuple(tensor.shape), idle=idle)
             if kernel or before in made.tensors or before in regrouping:
                 edits[name] = replace(
                     edit,
@@ -166,8 +167,14 @@ def _renamed_parts(parts: Normed | None, names: Mapping[str, str]) -> Normed | N
     return replace(parts, direction=names[parts.direction], length=names[parts.length])
 
 
-def _kernel_axes(name: str, edit: TensorEdit, shape: tuple[int, ...]) -> tuple[AxisEdit, ...]:
-    """Return the edits of a kernel's dims: zeros around what was there."""
+def _kernel_axes(
+    name: str, edit: TensorEdit, shape: tuple[int, ...], *, idle: bool
+) -> tuple[AxisEdit, ...]:
+    """Return the edits of a kernel's dims: zeros around what was there.
+
+    Raises:
+        PlanError: another dim differs; where it is ``idle``, because no run used the tensor.
+    """
     grown = {axis.dim for axis in edit.axes}
     if edit.groups[0] != edit.groups[1]:
         grown.add(1)  # the columns of a group
@@ -177,6 +184,9 @@ def _kernel_axes(name: str, edit: TensorEdit, shape: tuple[int, ...]) -> tuple[A
             continue
         if dim < 2 or (after - before) % 2:
             text = f"dim {dim} of {name} has size {before}, which cannot become {after}"
+            if idle:
+                why = ": it takes no part in the run on these inputs, so it is not followed."
+                raise PlanError(text + why, name=name, way_out="Give example inputs that use it.")
             raise PlanError(f"{text} so that nothing changes.", name=name)
         margin = Run("zero", 0, (after - before) // 2)
         found.append(AxisEdit(dim, "kernel", 1, (margin, Run("old", 0, before), margin)))

@@ -6,7 +6,7 @@ new rows do, so that a new channel is at its reader what it was computed to be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,25 +18,33 @@ from fxgrow.plan.edits import AxisEdit, Run, TensorEdit
 from fxgrow.plan.schema import Plan
 
 
-def opened(made: Plan, pairs: Mapping[str, LayerPair]) -> Plan:
-    """Return a plan in which the init fills the new entries of carriers, slice by slice as rows."""
+def opened(made: Plan, pairs: Mapping[str, LayerPair], stepping: Collection[str]) -> Plan:
+    """Return a plan in which the init fills the new entries of carriers, slice by slice as rows.
+
+    Args:
+        made: the plan.
+        pairs: the layers around each group.
+        stepping: groups whose rows the init fills, where the plan has means or zeros.
+    """
     tensors = dict(made.tensors)
     for group in made.groups:
         pair = pairs[group.name]
         rows = next(a for a in tensors[f"{pair.writer}.weight"].axes if a.role == "writer")
         runs = _drawn(rows)
-        for name in pair.carriers:
+        written = (f"{pair.writer}.weight", f"{pair.writer}.bias")
+        more = [n for n in written if n in tensors] if group.name in stepping else []
+        for name in (*pair.carriers, *more):
             edit = tensors[name]
-            axes = tuple(replace(a, runs=runs) if a.role == "carrier" else a for a in edit.axes)
-            tensors[name] = replace(edit, axes=axes)
+            axes = (replace(a, runs=runs) if a.role != "reader" else a for a in edit.axes)
+            tensors[name] = replace(edit, axes=tuple(axes))
     return replace(made, tensors=tensors)
 
 
 def _drawn(rows: AxisEdit) -> tuple[Run, ...]:
-    """Return the runs of new rows with those of zeros as slices that are drawn, one by one."""
+    """Return the runs of new rows with zeros and means as slices that are drawn, one by one."""
     runs, drawn = [], 0
     for run in rows.runs:
-        if run.kind == "zero":
+        if run.kind in ("zero", "mean"):
             run, drawn = Run("new", drawn, run.length), drawn + run.length
         runs.append(run)
     return tuple(runs)

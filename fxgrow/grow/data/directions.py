@@ -29,6 +29,7 @@ class Directions:
         biases: (k,) of the writer; None if it has none.
         columns: (entries, k) of the readers: of each its outputs · kernel, one after the other.
         gains: what the loss falls by to first order, per learning rate or amplitude, (k,).
+        none: why none may be left, where the method's own reason is not the one.
     """
 
     strengths: Tensor
@@ -36,6 +37,7 @@ class Directions:
     biases: Tensor | None
     columns: Tensor
     gains: Tensor
+    none: str = ""
 
     def __len__(self) -> int:
         return len(self.strengths)
@@ -48,6 +50,7 @@ class Directions:
             None if self.biases is None else self.biases[index],
             self.columns[:, index],
             self.gains[index],
+            self.none,
         )
 
     def first(self, count: int) -> Directions:
@@ -96,6 +99,8 @@ def inverse_root(gram: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: what the vectors were computed in; what may be their rounding counts as zero.
     """
     values, vectors = torch.linalg.eigh(gram)
+    if not len(gram):  # a reader that reads nothing yet, and has no bias
+        return gram.new_zeros(0, 0)
     kept = values > values.clamp(min=0).amax() * tolerance(len(gram), dtype)
     root: Tensor = vectors[:, kept] / values[kept].sqrt()
     return root
@@ -222,6 +227,8 @@ def search_amplitude(
 ) -> tuple[float, float]:
     """Return the best amplitude that doubling or halving finds, and its loss.
 
+    The lowest of the parabola through it and its neighbours is tried, too.
+
     Args:
         loss: of an amplitude; NaN counts as a loss that is too large.
         before: the loss at amplitude 0.
@@ -233,19 +240,37 @@ def search_amplitude(
 
     Example:
         >>> search_amplitude(lambda a: (a - 4) ** 2, 16.0, gain=8.0)
-        (3.2, 0.6399999999999997)
+        (4.0, 0.0)
     """
     amplitude = 0.1 * abs(before) / gain if before else 1.0
-    best = loss(amplitude)
+    best, behind = loss(amplitude), (0.0, before)
     factor = 2.0 if best < before else 0.5
+    ahead = None
     for _ in range(_MOST_STEPS):
         found = loss(amplitude * factor)
         if best < before and not found < best:
+            ahead = (amplitude * factor, found)
             break
+        behind = (amplitude, best)
         amplitude, best = amplitude * factor, found
     if not best < before:
         raise PlanError(
             f"no amplitude of the new channels lowers the loss below {before:.6g}.",
             way_out="Its gradient may be no more than rounding; give more batches, or float64.",
         )
+    if ahead is not None:
+        refined = _lowest(behind, (amplitude, best), ahead)
+        if (found := loss(refined)) < best:
+            return refined, found
     return amplitude, best
+
+
+def _lowest(*points: tuple[float, float]) -> float:
+    """Return where the parabola through three points is lowest, the middle one if nowhere.
+
+    The middle one must be the lowest of them.
+    """
+    (a, fa), (b, fb), (c, fc) = points
+    left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
+    found = b - ((b - a) * left - (b - c) * right) / (2 * (left - right)) if left != right else b
+    return found if math.isfinite(found) and min(a, c) < found < max(a, c) else b

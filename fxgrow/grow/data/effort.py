@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxgrow.grow.data.pairs import LayerPair
-from fxgrow.grow.data.statistics import Batch, size_of
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer
+from fxgrow.grow.data.statistics import Batch, not_running, size_of
 from fxgrow.modules.calling import arguments_of, call
 
 MOST_MEMORY = 1 << 30  # bytes of sums held at a time
@@ -65,7 +65,12 @@ class Effort:
 
 
 def measured(
-    network: nn.Module, pairs: Mapping[str, LayerPair], batches: Sequence[Batch], *, fits: bool
+    network: nn.Module,
+    pairs: Mapping[str, LayerPair],
+    batches: Sequence[Batch],
+    run: FirstRun,
+    *,
+    fits: bool,
 ) -> Effort:
     """Return what the growth of groups takes, from one forward pass.
 
@@ -73,13 +78,11 @@ def measured(
         network: in eval mode; a copy that may be run.
         pairs: the layers around each group.
         batches: (inputs, targets) each.
+        run: of the first batch.
         fits: whether second moments and least-squares fits are needed, beside a correlation.
     """
-    layers = {pair.writer for pair in pairs.values()}
-    layers |= {reader.name for pair in pairs.values() for reader in pair.readers}
-    positions, seconds = _run(network, layers, batches[0])
     share = sum(map(size_of, batches)) / max(size_of(batches[0]), 1)
-    seen = {name: math.ceil(count * share) for name, count in positions.items()}
+    seen = {name: math.ceil(count * share) for name, count in run.positions.items()}
     product, decomposition = _rates()
     times, memory = {}, {}
     for name, pair in pairs.items():
@@ -90,7 +93,7 @@ def measured(
             cubes += float(least) ** 3
             held += 8 * least * (inputs + outputs)
         times[name], memory[name] = products * product + cubes * decomposition, held
-    return Effort(_BACKWARD * seconds * share, times, memory)
+    return Effort(_BACKWARD * run.seconds * share, times, memory)
 
 
 def _sums(
@@ -106,22 +109,43 @@ def _sums(
         yield seen.get(reader.name, 1), math.prod(read.shape[1:]) + 1, len(read)
 
 
-def _run(network: nn.Module, layers: Iterable[str], batch: Batch) -> tuple[dict[str, int], float]:
-    """Return how many positions layers put out for a batch, and the seconds of a forward pass."""
+@dataclass(frozen=True)
+class FirstRun:
+    """What a forward pass of the first batch told.
+
+    Attributes:
+        positions: so many each layer puts out, over all samples.
+        seconds: that it took.
+    """
+
+    positions: Mapping[str, int]
+    seconds: float
+
+
+def first_run(network: nn.Module, batch: Batch) -> FirstRun:
+    """Return what a forward pass of the first batch tells.
+
+    Raises:
+        PlanError: the network does not run on it.
+    """
     positions: dict[str, int] = {}
     handles = []
-    for name in layers:
-        layer = network.get_submodule(name)
+    for name, layer in network.named_modules():
+        if not isinstance(layer, LinearLayer):
+            continue
+        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
-        def after(layer: nn.Module, _: object, output: Tensor, name: str = name) -> None:
-            positions[name] = output.numel() // max(len(layer.get_parameter("weight")), 1)
+        def after(_: nn.Module, __: object, output: Tensor, n: str = name, c: int = size) -> None:
+            positions[n] = output.numel() // max(c, 1)
 
         handles.append(layer.register_forward_hook(after))
     try:
         with torch.no_grad():
             begun = time.perf_counter()
             call(network, arguments_of(batch[0]))
-            return positions, time.perf_counter() - begun
+            return FirstRun(positions, time.perf_counter() - begun)
+    except Exception as error:  # a user's forward may raise anything
+        raise not_running(error) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,6 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
-from fxgrow.grow.data.statistics import check_runs
 from fxgrow.grow.sizes.widths import select
 from fxgrow.modules.standin import stand_in
 from fxgrow.plan.requests import Widen
@@ -79,7 +78,6 @@ def expected_growth(
     pairing = init.paired(None)
     rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
     network = stand_in(model, {}).eval()
-    check_runs(network, init.batches[0])
     pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")
     found = init.selected(network, pairs, rooms, limits, progress) if pairs else {}
@@ -89,7 +87,8 @@ def expected_growth(
     for group in groups:
         directions = found.get(group.name)
         some = directions is not None and len(directions) > 0
-        nothing = "" if some else f"{init.name}: {init.nothing}"
+        why = init.nothing if directions is None else directions.none or init.nothing
+        nothing = "" if some else f"{init.name}: {why}"
         told.append(
             GroupGrowth(
                 group.name,

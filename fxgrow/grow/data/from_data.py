@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.grow.data.directions import Directions
+from fxgrow.grow.data.held import ROW_POWER, in_twins
 from fxgrow.grow.data.pairs import LayerPair, Reader
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.edits import TensorEdit
@@ -30,7 +31,9 @@ class FromData(PlacedInit):
         strengths: of each group's new channels, by its name: a singular value each.
         gains: likewise, by what each lowers the loss to first order, before any rescaling: per
             learning rate (the squared norm of the gradient of its row) or per amplitude.
-        amplitude: what rows, biases and columns hold the square root of.
+        amplitude: what rows, biases and columns hold a power of: the root, unless ``powers`` tells.
+        powers: by tensor and what is new in it: ``"0.weight rows"``, ``"2.weight columns"``.
+        on_mean: tensors whose new rows are what is added to the mean of the old ones.
         notes: what a report should tell.
     """
 
@@ -41,6 +44,8 @@ class FromData(PlacedInit):
     gains: Mapping[str, tuple[float, ...]]
     entries: Mapping[str, Tensor] = field(default_factory=dict)
     amplitude: float = 1.0
+    powers: Mapping[str, float] = field(default_factory=dict)
+    on_mean: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
@@ -49,25 +54,32 @@ class FromData(PlacedInit):
         Raises:
             PlanError: nothing was computed for it.
         """
-        del reference
         name = place.name
         written = dict(self.entries) | dict(self.rows)
         values = (self.columns if place.role.startswith("reader") else written).get(name)
+
+        is_row = not place.role.startswith("reader")
+        mean: Tensor | float = 0.0
+        if is_row and name in self.on_mean and reference is not None:
+            mean = reference.double().mean(place.dim, keepdim=True)
 
         def fill(tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
             del reference, fan_in
             if values is None or values.shape != tensor.shape:
                 raise PlanError(f"no new weights of {name} were computed for this plan.", name=name)
-            tensor.copy_(values)
+            tensor.copy_(values + mean)
 
         return fill
 
     def scaled(self, amplitude: float) -> FromData:
         """Return the same at another amplitude."""
-        root = math.sqrt(amplitude / self.amplitude)
+        ratio = amplitude / self.amplitude
         rows, columns = (
-            {name: root * value for name, value in values.items()}
-            for values in (self.rows, self.columns)
+            {
+                name: ratio ** self.powers.get(f"{name} {side}", 0.5) * value
+                for name, value in values.items()
+            }
+            for side, values in (("rows", self.rows), ("columns", self.columns))
         )
         return replace(self, rows=rows, columns=columns, amplitude=amplitude)
 
@@ -76,15 +88,24 @@ def from_data(
     made: Plan,
     pairs: Mapping[str, LayerPair],
     chosen: Mapping[str, Directions],
+    stepping: Collection[str],
 ) -> FromData:
     """Return directions as the new entries of the tensors of a plan.
 
     They were selected on the old network. Columns take the factor of the reader's old weights, and
     rows that of the writer's unless a norm takes it up, so that what new channels add is rescaled
     with what the old ones do.
+
+    Args:
+        made: the plan.
+        pairs: the layers around each group.
+        chosen: the directions of each group.
+        stepping: groups whose new rows are beside the mean of the old ones.
     """
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
+    powers: dict[str, float] = {}
+    on_mean: set[str] = set()
 
     def scale(name: str) -> float:
         return made.tensors[name].scale
@@ -92,7 +113,13 @@ def from_data(
     for group in made.groups:
         pair, directions = pairs[group.name], chosen[group.name]
         first = f"{pair.writer}.weight"
-        plain = not pair.norms
+        plain = not (pair.norms or pair.over)
+        if group.name in stepping:
+            directions = in_twins(directions, group, made.tensors[first])
+            written = (first, f"{pair.writer}.bias")
+            on_mean |= {*written} if pair.holds == "mean" else set()
+            powers |= {f"{name} rows": ROW_POWER for name in written}
+            powers |= {f"{r.name}.weight columns": 1 - ROW_POWER for r in pair.readers}
         whole = directions.rows * (scale(first) if plain else 1.0)
         rows[first] = _widened(whole, made.tensors[first])
         if directions.biases is not None:
@@ -109,6 +136,8 @@ def from_data(
         columns={name: value.cpu() for name, value in columns.items()},
         strengths={name: tuple(d.strengths.tolist()) for name, d in found.items()},
         gains={name: tuple(d.gains.tolist()) for name, d in found.items()},
+        powers=powers,
+        on_mean=frozenset(on_mean),
     )
 
 

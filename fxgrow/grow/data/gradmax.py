@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data.directions import Directions
+from fxgrow.grow.data.held import over_entries
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair, shapes_of
 from fxgrow.grow.data.passages import RAISED, norm_entries
@@ -39,6 +40,9 @@ class GradMax(DataDriven):
     both signs read: the function is kept, and each twin learns as a row of zeros would where the
     slope is that right of 0. A batch norm gets the weight √eps and the variance 0 there, so that it
     passes them on unchanged, in training too.
+
+    Behind a norm over all channels (LayerNorm, RMSNorm) new channels hold the mean of the old ones
+    (zero), as twins that columns of both signs read.
     """
 
     pairing = "zero_z"
@@ -59,8 +63,8 @@ class GradMax(DataDriven):
             return (
                 f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
                 "differentiates it, and no bias holds new channels above it, so new rows of zeros "
-                f"would never learn (give {pair.writer} a bias; or nn.Threshold(-1e-30, 0), which "
-                "differs from a ReLU by 1e-30, has slope 1)"
+                f"would never learn (give {pair.over or pair.writer} a bias; or "
+                "nn.Threshold(-1e-30, 0), which differs from a ReLU by 1e-30, has slope 1)"
             )
         if not _mean_norm(model, pair):
             return f"{pair.reader} has no weights but zeros to take a scale from"
@@ -87,7 +91,7 @@ class GradMax(DataDriven):
             matrix, basis = stacked(averages[name])
             found[name] = algebra.gradmax(matrix, 1.0, scale, shapes, basis)
             biases = found[name].biases
-            if biases is not None and _is_raised(pair):
+            if biases is not None and _is_raised(pair) and not pair.over:
                 found[name] = replace(found[name], biases=torch.full_like(biases, RAISED))
         return found
 
@@ -96,7 +100,7 @@ class GradMax(DataDriven):
         found: dict[str, float] = {}
         for norm, eps in pair.norms.items():
             found |= norm_entries(norm, weight=math.sqrt(eps), bias=bias, mean=0.0, variance=0.0)
-        return found
+        return found | over_entries(pair, bias)
 
 
 def _is_raised(pair: LayerPair) -> bool:
@@ -152,7 +156,7 @@ def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:
     passage = seen.passage
     if passage is None:
         return []
-    start = passage.written + (RAISED if raised and pair.has_bias else 0.0)
+    start = passage.written + (RAISED if raised and pair.is_raisable else 0.0)
     start.requires_grad_()
     with torch.enable_grad():
         got = passage.run(start, raised=raised)

@@ -18,16 +18,16 @@ from typing import ClassVar, overload
 from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.effort import Effort, measured
+from fxgrow.grow.data.effort import Effort, first_run, measured
 from fxgrow.grow.data.from_data import FromData, from_data
-from fxgrow.grow.data.laid_out import laid_out
+from fxgrow.grow.data.held import over_entries
+from fxgrow.grow.data.laid_out import laid_out, twinned
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
@@ -41,7 +41,7 @@ from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
-from fxgrow.plan.step import GroupPlan, Refusal
+from fxgrow.plan.step import GroupPlan, Refusal, told_refusals
 
 
 class DataDriven(PlacedInit):
@@ -179,10 +179,12 @@ class DataDriven(PlacedInit):
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
-        statistics.check_runs(network := stand_in(model, {}).eval(), self.batches[0])
+        network = stand_in(model, {}).eval()
         asked = rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
-        rooms = self._twinned(asked, pairs)
+        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
+        rooms = twinned(asked, pairs, [*needing])
+        stepping = {n for n, p in pairs.items() if p.over and not cancels(asked[n].pairing)}
         tight = limits.too_tight(rooms)
         refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
         pairs = {name: pair for name, pair in pairs.items() if name not in tight}
@@ -194,11 +196,10 @@ class DataDriven(PlacedInit):
         if request.budget:
             present = sum(parameter.numel() for parameter in network.parameters())
             paid = limits.paid(chosen, rooms, Costs(analyses), present)
-            refused += self._without(
-                chosen, paid, "the budget goes to groups that gain more per parameter"
-            )
+            why = "the budget goes to groups that gain more per parameter"
+            refused += self._without(chosen, paid, why)
             chosen = paid
-        made = laid_out(analyses, request, variance_of, chosen, rooms)
+        made = laid_out(analyses, request, variance_of, chosen, rooms, stepping)
         made = replace(
             made,
             refused=refused + made.refused,
@@ -208,21 +209,12 @@ class DataDriven(PlacedInit):
             ),
             warnings=made.warnings + limits.warnings(chosen, rooms),
         )
-        made = opened(made, pairs)
+        made = opened(made, pairs, stepping)
         entries = entries_of(made, pairs, self._norm_entries)
-        computed = replace(from_data(made, pairs, chosen), entries=entries)
+        computed = replace(from_data(made, pairs, chosen, stepping), entries=entries)
         computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
-
-    def _twinned(
-        self, rooms: Mapping[str, Room], pairs: Mapping[str, LayerPair]
-    ) -> dict[str, Room]:
-        """Return how far each group with a pair may grow, in twins where these are needed."""
-        needing = {name for name, pair in pairs.items() if self._needs_twins(pair)}
-        twins = set[str]() if self._is_asked else needing
-        paired = {name: replace(rooms[name], pairing="vv_z_negz") for name in twins}
-        return {name: paired.get(name, rooms[name]) for name in pairs}
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -234,7 +226,7 @@ class DataDriven(PlacedInit):
         found: dict[str, float] = {}
         for norm, eps in pair.norms.items():
             found |= norm_entries(norm, weight=1.0, bias=0.0, mean=0.0, variance=1.0 - eps)
-        return found
+        return found | over_entries(pair, 0.0)
 
     def _settled(
         self, network: nn.Module, made: Plan, pairs: Mapping[str, LayerPair], found: FromData
@@ -250,10 +242,11 @@ class DataDriven(PlacedInit):
         return self._fitted(network, made, found)
 
     def _without(
-        self, before: Iterable[str], after: Collection[str], why: str
+        self, before: Mapping[str, Directions], after: Collection[str], why: str
     ) -> tuple[Refusal, ...]:
         """Return refusals of the groups that have no directions any more."""
-        return tuple(Refusal(n, f"{self.name}: {why}") for n in before if n not in after)
+        told = {n: found.none or why for n, found in before.items() if n not in after}
+        return tuple(Refusal(n, f"{self.name}: {reason}") for n, reason in told.items())
 
     def pairs(
         self,
@@ -268,30 +261,30 @@ class DataDriven(PlacedInit):
             analyses: of the network, or of the parts of it that are followed.
             rooms: of the groups.
         """
-        pairs: dict[str, LayerPair] = {}
-        unfit: list[Refusal] = []
+        run = first_run(network, self.batches[0])
+        found: dict[str, LayerPair] = {}
+        unfit: dict[str, str] = {}
         for part in analyses:
-            for group in part.groups:
-                if group.name not in rooms:
-                    continue
-                pair = self._pair(part, group, network, rooms[group.name])
-                if isinstance(pair, str):
-                    unfit.append(Refusal(group.name, f"{self.name}: {pair}"))
+            for group in (group for group in part.groups if group.name in rooms):
+                around = find_pair(part, group, network)
+                if isinstance(around, Refusal):
+                    unfit[group.name] = around.reason
                 else:
-                    pairs[group.name] = pair
-        self._effort = measured(network, pairs, self.batches, fits=self.fits)
-        for name, why in self._effort.too_large().items():
-            unfit.append(Refusal(name, f"{self.name}: {why}"))
-            del pairs[name]
-        return pairs, tuple(unfit)
+                    found[group.name] = around
+        self._effort = measured(network, found, self.batches, run, fits=self.fits)
+        unfit |= self._effort.too_large()
+        pairs: dict[str, LayerPair] = {}
+        for name in (name for name in found if name not in unfit):
+            pair = self._asked(found[name], network, rooms[name])
+            if isinstance(pair, str):
+                unfit[name] = pair
+            else:
+                pairs[name] = pair
+        order = [name for name in rooms if name in unfit]
+        return pairs, tuple(Refusal(name, f"{self.name}: {unfit[name]}") for name in order)
 
-    def _pair(
-        self, part: Analysis, group: ChannelGroup, network: nn.Module, room: Room
-    ) -> LayerPair | str:
-        """Return the layers around a group, or why the method cannot treat them."""
-        found = find_pair(part, group, network)
-        if isinstance(found, Refusal):
-            return found.reason
+    def _asked(self, found: LayerPair, network: nn.Module, room: Room) -> LayerPair | str:
+        """Return layers with what lies between them told, or why the method cannot treat them."""
         pair = ask(network, found, arguments_of(self.batches[0][0]))
         if isinstance(pair, str):
             return pair
@@ -300,7 +293,11 @@ class DataDriven(PlacedInit):
     def _asleep(self, pair: LayerPair, room: Room) -> str:
         """Return why new channels would never learn as they are laid out; "" if they would."""
         twins = self._needs_twins(pair)
-        if not PAIRINGS[room.pairing](2, 1, "").writes_zeros or (twins and not self._is_asked):
+        if pair.over and room.pairing == "v_zero":
+            return f"new rows leave {pair.over} as it is, and with zeros as columns never learn"
+        are_zeros = bool(pair.over) or PAIRINGS[room.pairing](2, 1, "").writes_zeros
+        are_raised = twins and (bool(pair.over) or not self._is_asked)
+        if are_raised or not are_zeros or not cancels(room.pairing):
             return ""
         if not twins and any(reader.slope for reader in pair.readers):
             return ""
@@ -316,9 +313,9 @@ class DataDriven(PlacedInit):
             PlanError: there is none.
         """
         if not names:
-            why = f" {refused[-1].name}: {refused[-1].reason}." if refused else ""
+            why = told_refusals(refused)
             raise PlanError(
-                f"{self.name} can grow none of the groups that the request selects.{why}",
+                f"{self.name} can grow none of the groups that the request selects. {why}".rstrip(),
                 way_out="See `fxgrow inspect` for the groups, or choose another init.",
             )
 

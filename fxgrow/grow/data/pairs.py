@@ -4,14 +4,15 @@ Both methods ask what a new channel does near zero: what one linear layer writes
 whatever lies between, and read by one linear layer or several. What lies between is not
 interpreted, it is asked by running it (:mod:`fxgrow.grow.data.passages`): norms over the batch,
 activations, pooling, a flattening into columns. Whether it treats each channel by itself is read
-off the operations that ran, and tried. What does not is refused by name: a norm over channels, a
-gate, another layer.
+off the operations that ran, and tried. What does not is refused by name: a group norm, a gate,
+another layer. A norm over all channels is left as it was by new channels that hold the mean of the
+others (or zero, before an RMSNorm); see :mod:`fxgrow.grow.data.held`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,8 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.data.directions import Shapes
+from fxgrow.grow.norms.padding import follow_padding
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.labels.operators import operator_name, traits_of
+from fxgrow.labels.padding import Holds
 from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.step import Refusal
@@ -72,6 +75,8 @@ class LayerPair:
             mean of what old ones have.
         carriers: all tensors with an entry for each channel but the writer's own.
         flat: why new channels cannot be zeros that learn; "" if they can.
+        over: name of the norm over the channels (a LayerNorm, an RMSNorm); "" if there is none.
+        holds: what new channels hold before that norm, so that its result stays what it was.
     """
 
     group: str
@@ -83,6 +88,19 @@ class LayerPair:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     carriers: tuple[str, ...] = ()
     flat: str = ""
+    over: str = ""
+    holds: Holds = "zero"
+
+    @property
+    def is_raisable(self) -> bool:
+        """Whether the writer's bias can hold new channels above zero: no norm is over it."""
+        return self.has_bias and not self.over
+
+    @property
+    def over_bias(self) -> str:
+        """The bias of the norm over the channels, by name; "" if there is none."""
+        name = f"{self.over}.bias"
+        return name if self.over and name in self.carriers else ""
 
     @property
     def reader(self) -> str:
@@ -97,7 +115,7 @@ class LayerPair:
     @property
     def has_offset(self) -> bool:
         """Whether the writer or a norm has a bias, which can hold new channels above zero."""
-        return self.has_bias or bool(self.norms)
+        return self.is_raisable or bool(self.norms) or bool(self.over_bias)
 
 
 def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> LayerPair | Refusal:
@@ -111,11 +129,15 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Laye
     problem = next(_problems_around(analysis, group, model), None)
     if problem is not None:
         return Refusal(group.name, problem)
-    problem = next(_problems_between(analysis, group), None)
+    over = norm_over(analysis, group, model)
+    problem = next(_problems_between(analysis, group, over), None)
     if problem is not None:
         return Refusal(group.name, problem)
     (writer,) = group.writers
-    zeros = follow_zeros(analysis, group)
+    padding = follow_padding(analysis, group) if over else None
+    if padding is not None and padding.refusal:
+        return Refusal(group.name, f"{over} is over all channels, and {padding.refusal}")
+    zeros = "" if padding else follow_zeros(analysis, group)
     norms = {
         layer: module.eps
         for layer in group.carriers
@@ -130,10 +152,14 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Laye
         has_bias=model.get_submodule(writer)._parameters["bias"] is not None,
         norms=norms,
         carried={
-            name: _mean_entry(model, name) for name in carriers if layer_of(name) not in norms
+            name: _mean_entry(model, name)
+            for name in carriers
+            if layer_of(name) not in {*norms, over}
         },
         carriers=carriers,
         flat=zeros if isinstance(zeros, str) else "",
+        over=over,
+        holds=padding.holds if padding else "zero",
     )
 
 
@@ -180,7 +206,10 @@ def _columns(analysis: Analysis, group: ChannelGroup, layer: str) -> Tensor:
 def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Iterator[str]:
     """Yield why the layers around a group cannot be treated; each holds if those before do not."""
     if group.kind != "hidden":
-        yield f"it is a {group.kind} group, with more than one layer on either side"
+        yield (
+            f"it is a {group.kind} group, which has to be written by one layer alone (it is by "
+            f"{len(group.writers)}) and not to be added to another"
+        )
     if len(group.writers) != 1:
         yield f"{len(group.writers)} layers write it ({', '.join(group.writers)})"
     if not group.readers:
@@ -238,26 +267,70 @@ def _problems_of_carrier(model: nn.Module, name: str) -> Iterator[str]:
         yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
 
 
-def _problems_between(analysis: Analysis, group: ChannelGroup) -> Iterator[str]:
-    """Yield why what lies between the layers does not treat each channel by itself."""
+def _problems_between(analysis: Analysis, group: ChannelGroup, over: str) -> Iterator[str]:
+    """Yield why what lies between the layers does not treat each channel by itself.
+
+    Args:
+        analysis: of the network.
+        group: between them.
+        over: the one norm over all channels that may lie there, or "".
+    """
     (writer,) = group.writers
     for layer in (writer, *group.readers):
         used = [op for op in analysis.tape.operations if f"{layer}.weight" in op.parameters]
         if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
             yield f"{layer} is used more than once"
     passed: set[int] = set()
+    early: set[int] = set()  # of these, what no norm over all channels is before
     mixers = analysis.mixers_of(group)
     for op in analysis.tape.operations:
         if op.module == writer:
             passed |= {value.index for value in op.outputs if not value.is_weight}
+            early |= passed if over else set()
         elif op.module not in group.readers and any(v.index in passed for v in op.inputs):
-            mixes = f"{operator_name(op.target)}{op.place.removeprefix(op.name)}" in mixers
             # One over positions divides by their deviation, which small numbers do not show.
             is_norm = "norm" in op.name and op.module not in group.carriers
+            mixes = _mixes(op, mixers) and op.module != over
             if mixes or is_norm or not _is_alone(op, passed):
                 where = f" at {op.module}" if op.module else ""
-                yield f"{op.name}{where} lies between the layers"
+                yield f"{op.name}{where} lies between the layers{_why(op, mixers)}"
             passed |= {value.index for value in op.outputs}
+            if op.module != over and any(v.index in early for v in op.inputs):
+                early |= {value.index for value in op.outputs}
+        elif any(v.index in early for v in op.inputs):
+            yield f"{op.module} reads them before {over}, a norm over all of them"
+
+
+def _mixes(op: Operation, mixers: Collection[str]) -> bool:
+    """Return whether an operation is one of those that depend on several channels together."""
+    return f"{operator_name(op.target)}{op.place.removeprefix(op.name)}" in mixers
+
+
+def _why(op: Operation, mixers: Collection[str]) -> str:
+    """Return what to say besides of a group norm; "" of anything else."""
+    if not (_mixes(op, mixers) and op.name == "native_group_norm"):
+        return ""
+    return (
+        ": its mean and deviation are also over positions, so that no new channel leaves them as "
+        "they are (choose another init)"
+    )
+
+
+def norm_over(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> str:
+    """Return the name of the one module that normalises over all channels of a group; "" if none.
+
+    It has a weight for each channel, and a bias at most besides.
+    """
+    mixers = analysis.mixers_of(group)
+    found = {op.module for op in analysis.operations_of(group) if _mixes(op, mixers)}
+    if len(found) != 1 or not {*found} <= {*group.carriers}:
+        return ""
+    (name,) = found
+    module = model.get_submodule(name)
+    tensors = {n: t for n, t in {**module._parameters, **module._buffers}.items() if t is not None}
+    is_known = "weight" in tensors and {*tensors} <= {"weight", "bias"}
+    is_known = is_known and all(tensor.ndim == 1 for tensor in tensors.values())
+    return name if is_known and not isinstance(module, (nn.GroupNorm, _BatchNorm)) else ""
 
 
 def _is_alone(op: Operation, passed: set[int]) -> bool:

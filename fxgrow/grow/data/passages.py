@@ -2,15 +2,15 @@
 
 The network's own code runs with other numbers in place of what the writer puts out, as many
 channels at a time as there are, and stops where the last reader gets its input. Norms over the
-batch are the identity for these channels, as they will be for new ones. Everything is in float64,
-near zero: slopes there are what new channels see first.
+batch are the identity for these channels, as they will be for new ones; a norm over all channels
+divides them by what it divides the old ones by. Everything is in float64, near zero: slopes there
+are what new channels see first.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,33 +18,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.pairs import LayerPair, Reader, Slopes
-from fxgrow.modules.calling import Arguments, call, map_tensors
+from fxgrow.grow.data.entered import Stop, channel_dim_of, enter
+from fxgrow.grow.data.held import Deviation, UnknownNorm, deviation, over_entries
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
+from fxgrow.grow.data.skipped import skipping
+from fxgrow.modules.calling import Arguments, map_tensors
 from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.tensors import layer_of
 
 _STEP = 1e-5  # of the one-sided slopes, for inputs up to 1
 RAISED = 1e-3  # biases of new channels that would else be where the slope is 0
 _TOLERANCE = 1e-3  # relative, of slopes at different distances: a kink elsewhere is no matter
-
-
-class _Stop(Exception):  # noqa: N818 - no error
-    """Ends a run where all is known that was asked for."""
-
-
-@dataclass(frozen=True)
-class _Entered:
-    """How the innermost module around a pair of layers was called.
-
-    Attributes:
-        owner: its name.
-        args, kwargs: its arguments, in float64.
-        written: what the writer puts out, zeros in its shape.
-    """
-
-    owner: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    written: Tensor
 
 
 class Passage:
@@ -54,7 +38,7 @@ class Passage:
         network: in eval mode; a copy that may be run.
         pair: the layers.
         inputs: of the batch.
-        doubles: modules in float64 by their names, to which those that are needed are added.
+        doubles: modules by their names, to which those that are needed are added.
     """
 
     def __init__(
@@ -65,11 +49,41 @@ class Passage:
         doubles: dict[str, nn.Module],
     ) -> None:
         self._pair = pair
-        self._entered = _enter(network, pair, inputs)
+        self._entered = enter(network, pair, inputs)
         owner = self._entered.owner
         if owner not in doubles:
-            doubles[owner] = stand_in(network.get_submodule(owner), {}).double()
+            doubles[owner] = stand_in(network.get_submodule(owner), {})
         self._module = doubles[owner]
+        self._between = self._doubled() | self._carriers(False)
+        self._deviation: Deviation | None = None
+        if pair.over:
+            norm, run = self._local(pair.over), self._run_plain
+            self._deviation = deviation(self._module, norm, pair, run)
+
+    def _run_plain(self) -> object:
+        """Return what the module makes of its arguments."""
+        args, kwargs = map_tensors(lambda x: x.clone(), (self._entered.args, self._entered.kwargs))
+        return functional_call(self._module, self._doubled(whole=True), args, kwargs)
+
+    def _doubled(self, *, whole: bool = False) -> dict[str, Tensor]:
+        """Return tensors in float64, by name; without those of large layers that do not run.
+
+        Args:
+            whole: whether those are needed, too.
+        """
+        idle = {*self._entered.ended, self._local(self._pair.writer)}
+        idle |= (
+            {self._local(r.name) for r in self._pair.readers}
+            if len(self._pair.readers) == 1
+            else set()
+        )
+        idle = {n for n in idle if isinstance(self._module.get_submodule(n), LinearLayer)}
+        named = [*self._module.named_parameters(), *self._module.named_buffers()]
+        return {
+            name: tensor.detach().double()
+            for name, tensor in named
+            if tensor.is_floating_point() and (whole or layer_of(name) not in idle)
+        }
 
     @property
     def written(self) -> Tensor:
@@ -114,24 +128,26 @@ class Passage:
         pair, module = self._pair, self._module
         found: dict[str, Tensor] = {}
         readers = {self._local(reader.name): reader for reader in pair.readers}
-        handles = [
-            module.get_submodule(self._local(pair.writer)).register_forward_hook(
-                lambda *_: written.clone()
-            )
-        ]
+        handles = []
+        if self._deviation is not None:
+            hook = self._deviation.hook(RAISED if raised and pair.over_bias else 0.0)
+            norm = module.get_submodule(self._local(pair.over))
+            handles.append(norm.register_forward_hook(hook))
         for name, reader in readers.items():
 
             def read(_: nn.Module, args: tuple[Tensor, ...], reader: Reader = reader) -> None:
                 found[reader.name] = by_channel(reader, args[0].clone())
                 if len(found) == len(readers):
-                    raise _Stop
+                    raise Stop
 
             handles.append(module.get_submodule(name).register_forward_pre_hook(read))
         entered = self._entered
         args, kwargs = map_tensors(lambda x: x.clone(), (entered.args, entered.kwargs))
         try:
-            with contextlib.suppress(_Stop):
-                functional_call(module, self._carriers(raised), args, kwargs)
+            skipped = skipping(module, entered.ended, self._local(pair.writer), written)
+            with skipped, contextlib.suppress(Stop):
+                tensors = self._between | (self._carriers(raised) if raised else {})
+                functional_call(module, tensors, args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -143,10 +159,11 @@ class Passage:
         for norm, eps in self._pair.norms.items():
             bias = RAISED if raised else 0.0
             values |= norm_entries(norm, weight=1.0, bias=bias, mean=0.0, variance=1.0 - eps)
+        values |= over_entries(self._pair, 0.0)  # which its hook makes of no matter
         tensors = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
         names = {name: self._local(name) for name in self._pair.carriers}
         return {
-            local: torch.full_like(tensors[local], float(values[name]))
+            local: torch.full_like(tensors[local], float(values[name]), dtype=torch.float64)
             for name, local in names.items()
         }
 
@@ -161,11 +178,6 @@ def norm_entries(norm: str, *, weight: Any, bias: Any, mean: Any, variance: Any)
     }
 
 
-def channel_dim_of(module: nn.Module, layer: str) -> int:
-    """Return the dim of the channels in what a layer puts out, counted from the end."""
-    return 1 - module.get_parameter(f"{layer}.weight").ndim
-
-
 def dim_read(reader: Reader) -> int:
     """Return the dim of the channels in what a reader gets, counted from the end."""
     return -len(reader.column)
@@ -177,59 +189,6 @@ def by_channel(reader: Reader, values: Tensor) -> Tensor:
         return values
     columns = reader.columns.to(values.device)
     return values.index_select(-1, columns.flatten()).reshape(-1, *columns.shape)
-
-
-def _enter(network: nn.Module, pair: LayerPair, inputs: Arguments) -> _Entered:
-    """Run a network up to a writer, and return how the innermost module around it was called."""
-    names = [pair.writer, *(reader.name for reader in pair.readers), *pair.carriers]
-    called: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    written: list[Tensor] = []
-    dim = channel_dim_of(network, pair.writer)
-
-    def enter(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            called[name] = map_tensors(_doubled, (args, kwargs))
-
-        return note
-
-    def write(_: nn.Module, __: object, output: Tensor) -> None:
-        shape = list(output.shape)
-        shape[dim] = pair.block
-        written.append(torch.zeros(shape, dtype=torch.float64, device=output.device))
-        raise _Stop
-
-    handles = [network.get_submodule(pair.writer).register_forward_hook(write)]
-    for name in _around(names):
-        module = network.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-    try:
-        with torch.no_grad(), contextlib.suppress(_Stop):
-            call(network, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not written:
-        raise PlanError(f"a batch does not run {pair.writer}.", name=pair.group)
-    owner = max(called, key=len)
-    return _Entered(owner, *called[owner], written[0])
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor, in float64 if it holds floating-point numbers."""
-    copy = tensor.detach().clone()
-    return copy.double() if copy.is_floating_point() else copy
-
-
-def _around(names: list[str]) -> Iterator[str]:
-    """Yield the names of the modules that hold all of some parts, the innermost first."""
-    split = [name.split(".")[:-1] for name in names]
-    shared = 0
-    for level in zip(*split, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared += 1
-    for length in range(shared, -1, -1):
-        yield ".".join(split[0][:length])
 
 
 def one_sided(passage: Passage, written: Tensor) -> list[Tensor]:
@@ -257,6 +216,8 @@ def ask(network: nn.Module, pair: LayerPair, inputs: Arguments) -> LayerPair | s
         return _told(pair, passage)
     except PlanError:
         raise
+    except UnknownNorm as reason:
+        return str(reason)
     except Exception as error:
         return (
             f"what lies between {pair.writer} and {pair.reader} does not run in float64 with other "
@@ -291,7 +252,9 @@ def _told(pair: LayerPair, passage: Passage) -> LayerPair | str:
         others = first[index].narrow(own, 1, pair.block - 1)
         if not (_close(first[index].narrow(own, 0, 1), head, size) and not others.any()):
             return f"{between} does not treat each channel by itself"
-        slopes = _slopes(reader, drawn, (left[index], right[index]), dim)
+        # A norm over all channels has other slopes in another batch.
+        sides = left[index], right[index]
+        slopes = None if pair.over else _slopes(reader, drawn, sides, dim)
         readers.append(replace(reader, slopes=slopes))
     if not _has_slopes(passage, same, right):
         return f"{between} has no slope at zero"
@@ -352,7 +315,7 @@ def rows_of(values: Tensor, dim: int) -> Tensor:
 
 def _gradients(pair: LayerPair, passage: Passage, raised: bool) -> list[float]:
     """Return the slope of what each reader gets as autograd has it; the steepest if they differ."""
-    written = passage.written + (RAISED if raised and pair.has_bias else 0.0)
+    written = passage.written + (RAISED if raised and pair.is_raisable else 0.0)
     written.requires_grad_()
     found = []
     with torch.enable_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,12 +26,24 @@ class Room:
         asked: the most new channels.
         pairing: how its new channels are laid out.
         multiple_of: of what the new width is to be a multiple.
+        wanted: what was asked for, where something else limits it; else 0.
+        limit: what that is.
     """
 
     width: int
     asked: int
     pairing: str
     multiple_of: int
+    wanted: int = 0
+    limit: str = ""
+
+    def under_copies(self, norm: str) -> Room:
+        """Return a room beside a norm over all channels, in which no old channel is copied."""
+        most = max(self.width - 1, 0)
+        if self.asked <= most:
+            return self
+        limit = f"beside {norm} fewer than there are"
+        return replace(self, asked=most, wanted=self.asked, limit=limit)
 
     @property
     def each(self) -> int:
@@ -115,7 +127,12 @@ class Limits:
     def _no_room(self, room: Room) -> str:
         """Return why a group has no room for any direction."""
         if not room.most:
-            return f"each direction makes {room.each} channels, and {room.asked} is asked for"
+            most = (
+                f"{room.asked} is the most: {room.limit}"
+                if room.limit
+                else f"{room.asked} is asked for"
+            )
+            return f"each direction makes {room.each} channels, and {most}"
         return (
             f"up to {self.kept(room)} directions of {room.each} new channels each make no width "
             f"that is a multiple of {room.multiple_of}"
@@ -128,15 +145,15 @@ class Limits:
     def told(self, count: int, room: Room) -> str:
         """Return why a group gets fewer channels than its width asks for; "" if it does not."""
         channels = count * room.each
-        if channels == room.asked:
+        if channels == (asked := room.wanted or room.asked):
             return ""
         if count < self._allowed(room):
             why = f"the budget is {self.budget}" if self.budget else self._why_fewer
         elif self.keep is not None and self.keep < room.most:
             why = f"keep is {self.keep}" + (", and each makes two" if room.each > 1 else "")
         else:
-            why = "each direction makes two"
-        return f"{channels} of {room.asked} new channels: {why}"
+            why = room.limit or "each direction makes two"
+        return f"{channels} of {asked} new channels: {why}"
 
     def warnings(
         self, chosen: Mapping[str, Directions], rooms: Mapping[str, Room]

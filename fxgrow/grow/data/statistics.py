@@ -185,11 +185,16 @@ def check_runs(model: nn.Module, batch: Batch) -> None:
         with torch.no_grad():
             call(model, arguments_of(batch[0]))
     except Exception as error:  # a user's forward may raise anything
-        raise PlanError(
-            f"the network does not run on the first batch: {first_line(error)}.",
-            way_out="Each batch is (inputs, targets), with inputs as the forward takes them, in "
-            "its dtype; several are a tuple or a dict of keyword arguments.",
-        ) from error
+        raise not_running(error) from error
+
+
+def not_running(error: Exception) -> PlanError:
+    """Return the refusal of batches on which a network does not run, because of an error."""
+    return PlanError(
+        f"the network does not run on the first batch: {first_line(error)}.",
+        way_out="Each batch is (inputs, targets), with inputs as the forward takes them, in "
+        "its dtype; several are a tuple or a dict of keyword arguments.",
+    )
 
 
 def _loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:

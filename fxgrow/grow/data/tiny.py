@@ -47,11 +47,13 @@ class Tiny(DataDriven):
 
     For a σ with a kink at 0 (ReLU, max pooling), the mean of its slopes on both sides stands for
     σ'(0), and each channel takes the sign for which it lowers the loss more. A batch norm between
-    the layers is the identity on new channels, by their statistics over the batches.
+    the layers is the identity on new channels, by their statistics over the batches. Before a norm
+    over all channels (LayerNorm, RMSNorm) they are twins on either side of the mean of the old ones
+    (of zero), read with opposite signs, so that it stays what it was to first order.
     """
 
     pairing = "none"
-    nothing = "old weights can do what the loss asks for, or new channels would raise it"
+    nothing = "old weights can do what the loss asks for"
     runs = 2
     fits = True
 
@@ -100,10 +102,13 @@ class Tiny(DataDriven):
         result = dict(chosen)
         gains = self.averages(network, growing, lambda name, seen: _gains(seen, chosen[name]))
         for name, (plain, mirrored) in gains.items():
+            if pairs[name].over:  # twins of both signs
+                plain = mirrored = (plain + mirrored) / 2
             better = mirrored > plain
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))
-            result[name] = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
+            left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
+            result[name] = replace(left, none="new channels would raise the loss, to first order")
         return result
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
@@ -183,6 +188,8 @@ def _left(read: Read, move: tuple[Tensor, Tensor]) -> Tensor:
         move: of its weights, as factors (inputs, r) and (r, out).
     """
     basis, factors = move
+    if not len(factors):  # it reads nothing but zeros, and torch runs no convolution without rows
+        return read.descent
     kernel = read.layer.weight.shape[1:]
     count = kernel.numel()
     weight = basis[:count].T.reshape(basis.shape[1], *kernel)  # (h · kernel, r) -> (r, h, *kernel)

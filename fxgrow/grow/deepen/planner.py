@@ -119,7 +119,7 @@ def _plan(trial: Trial) -> Plan:
         tensors=edits,
         modules=trial.modules,
         aliases=aliases,
-        source=fingerprint(tensors),
+        source=fingerprint(traced.standin, ()),
         scopes=(Scope.of(traced),),
         parameters=(total, total + sum(block.parameters for block in blocks)),
         flops=(insertion.before.tape.flops // batch, evaluated.tape.flops // batch),

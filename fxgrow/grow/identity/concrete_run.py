@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from fxgrow.errors import PlanError
 from fxgrow.labels.ask import run_on
 from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.propagate import propagate
@@ -72,7 +73,18 @@ class Recording:
         return taken.union(self.tape.outputs)
 
     def ends(self, modules: Sequence[str]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
-        """Return what came into the first of some modules, and what came out of the last."""
+        """Return what came into the first of some modules, and what came out of the last.
+
+        Raises:
+            PlanError: one of these two is never called as a whole.
+        """
+        idle = next((name for name in (modules[0], modules[-1]) if not self.calls.get(name)), None)
+        if idle is not None:
+            raise PlanError(
+                f"{idle} is not called as a whole: the network's code takes its parts, or none.",
+                name=idle,
+                way_out="Choose a network whose blocks are modules that are called.",
+            )
         return self.calls[modules[0]][0].inputs, self.calls[modules[-1]][0].outputs
 
     def vanishes(self, op: Operation, zeros: Collection[Value]) -> bool:

@@ -181,7 +181,7 @@ def _plan_of(
         tensors={name: edits[name] for name in tensors if name in edits},
         modules=tuple(edit for name, growth in growths.items() for edit in _edits(name, growth)),
         aliases=aliases,
-        source=fingerprint(tensors),
+        source=fingerprint(traced.standin, ()),
         scopes=(Scope.of(traced),),
         parameters=(parameters, parameters + added),
         flops=(0, 0),

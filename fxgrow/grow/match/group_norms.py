@@ -16,6 +16,7 @@ import numpy as np
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
+from fxgrow.errors import listed
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.requests import Grouped
@@ -117,8 +118,7 @@ def warnings_of(before: Mapping[str, int], after: Mapping[str, int]) -> list[str
     told = [f"{layer_of(weight)}: {before[weight]} → {count}" for weight, count in after.items()]
     if not told:
         return []
-    more = f" and {len(told) - 1} more" if told[1:] else ""
     return [
-        f"group norms get new groups ({told[0]}{more}); a state_dict does not hold how many there "
+        f"group norms get new groups ({listed(told)}); a state_dict does not hold how many there "
         "are, fxgrow.load sets it"
     ]

@@ -42,7 +42,7 @@ def propagate_gains(
     flow = GainFlow(acting, with_eps, statistics, undone, owed, passed, numbers)
     if not (acting or statistics or owed or numbers):
         return flow
-    interpret(tape.operations, flow)
+    interpret(tape.read, flow)
     for value in tape.outputs:
         gain = flow.of(value)
         if gain.scale != 1.0 and value.producer is not None:

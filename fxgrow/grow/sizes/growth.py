@@ -22,7 +22,7 @@ from fxgrow.labels.forest import IntArray
 
 
 @dataclass(frozen=True)
-class Growth:
+class Expansion:
     """What becomes of each channel.
 
     Attributes:
@@ -42,7 +42,7 @@ class Growth:
         """Return whether there are more of any of some channels."""
         return bool((self.parts[channels] != self.whole).any())
 
-    def among(self, known: Channels, others: Channels) -> Growth:
+    def among(self, known: Channels, others: Channels) -> Expansion:
         """Return the same for the channels of another run.
 
         Args:
@@ -62,11 +62,11 @@ class Growth:
 
 def growth_of(
     channels: Channels, groups: Sequence[ChannelGroup], widths: Mapping[str, int]
-) -> Growth:
+) -> Expansion:
     """Return what becomes of channels whose groups get new widths, by name."""
     ratios = [group.ratio(widths) for group in groups]
     whole = lcm(*(ratio.denominator for ratio in ratios))
     parts = [int(ratio * whole) for ratio in ratios]
     most = max((*parts, whole)) * max(len(channels.channel), 1)  # more than any sum of them
     exact = np.asarray([*parts, whole], dtype=np.int64 if most < 2**63 else object)
-    return Growth(exact[group_of_channel(channels, groups)], whole)
+    return Expansion(exact[group_of_channel(channels, groups)], whole)

@@ -85,11 +85,18 @@ def candidates(
 
 
 def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
-    """Yield what each size that grows may be a small multiple of, as it is and as it should be."""
+    """Yield what each size that grows may be a small multiple of, as it is and as it should be.
+
+    Where none grows, as in a network that is made narrower, those count that shrink.
+    """
+    pairs = [
+        (given, wanted)
+        for given, wanted in zip(repair.given, repair.wanted, strict=True)
+        if given is not None and wanted is not None and wanted != given
+    ]
+    pairs = [(given, wanted) for given, wanted in pairs if wanted > given] or pairs
     for multiple in (1, 2, 3, 4) if repair.function else (1,):
-        for given, wanted in zip(repair.given, repair.wanted, strict=True):
-            if given is None or wanted is None or wanted <= given:
-                continue
+        for given, wanted in pairs:
             if given % multiple == wanted % multiple == 0:
                 yield given // multiple, wanted // multiple
 

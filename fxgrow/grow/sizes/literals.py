@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxgrow.channels.channels import Channels
 from fxgrow.errors import TraceError
-from fxgrow.grow.sizes.growth import Growth
+from fxgrow.grow.sizes.growth import Expansion
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.in_code import line_of_call
 from fxgrow.labels.layers import core, cover, support
@@ -44,7 +44,7 @@ class NewShapes:
         norm_groups: new number of groups of each group norm that gets new ones, by its weight.
     """
 
-    growth: Growth
+    growth: Expansion
     channels: Channels
     norm_groups: Mapping[str, int]
 

@@ -24,7 +24,7 @@ from fxgrow.channels.analysis import Analysis, analyse_resized
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.sizes.attributes import attribute_edits
-from fxgrow.grow.sizes.single import Flow, Single, single_layers
+from fxgrow.grow.sizes.single import Single, Uses, single_layers
 from fxgrow.grow.sizes.swapped import resized
 from fxgrow.labels.operators import place_of, traits_of
 from fxgrow.labels.pins import Pin, PinKind
@@ -49,7 +49,7 @@ def at_other_widths(plain: Analysis, leaving: Collection[str] = ()) -> Analysis:
         The same if there is none, else an analysis at other widths of these. Those that stay are
         pinned, with the reason.
     """
-    flow = Flow(plain.tape)
+    flow = Uses(plain.tape)
     found = [x for x in single_layers(plain.tape, flow) if x.layer not in leaving]
     if not found:
         return plain
@@ -65,7 +65,7 @@ def at_other_widths(plain: Analysis, leaving: Collection[str] = ()) -> Analysis:
 
 
 def _followed(
-    plain: Analysis, flow: Flow, some: Sequence[Single]
+    plain: Analysis, flow: Uses, some: Sequence[Single]
 ) -> tuple[Analysis, dict[str, Pin]]:
     """Return what is known with some layers at another width, and why others of them stay."""
     pinned: dict[str, Pin] = {}
@@ -138,7 +138,7 @@ def _cannot(why: str, place: str = "") -> Pin:
     return Pin(PinKind.SINGLE, place, (why,))
 
 
-class _Stop(NamedTuple):
+class _Failed(NamedTuple):
     """A call that failed.
 
     Attributes:
@@ -207,7 +207,7 @@ class _Search:
     """
 
     plain: Analysis
-    flow: Flow
+    flow: Uses
     some: dict[int, Single]
     shapes: Shapes = field(default_factory=dict)
 
@@ -294,7 +294,7 @@ class _Search:
             found |= dict.fromkeys(single.vectors, (self.width,))
         return found
 
-    def _run(self, shapes: Shapes) -> _Stop | None:
+    def _run(self, shapes: Shapes) -> _Failed | None:
         """Run the network at some sizes; return where it fails, None if it does not."""
         watches: list[_Watch] = []
         traced = self.plain.traced
@@ -307,14 +307,14 @@ class _Search:
             with self.at(shapes):
                 _, self._tape = traced.label(watch)
         except PlanError as error:
-            return _Stop(0, error.message)
+            return _Failed(0, error.message)
         except TraceError as error:
             calls = sum(x.calls for x in watches)
             sizes, weights = watches[-1].failed if watches else ((), ())
-            return _Stop(calls, first_line(error.__cause__ or error), sizes, weights)
+            return _Failed(calls, first_line(error.__cause__ or error), sizes, weights)
         return None
 
-    def _repaired(self, shapes: Shapes, stop: _Stop) -> tuple[Shapes, _Stop | None] | None:
+    def _repaired(self, shapes: Shapes, stop: _Failed) -> tuple[Shapes, _Failed | None] | None:
         """Return sizes with which a run goes further than to a call that failed."""
         for trial in _trials(stop, [n for n in stop.sizes if n not in self._sizes]):
             found = self._run(shapes | trial)
@@ -347,7 +347,7 @@ class _Search:
         return None
 
 
-def _trials(stop: _Stop, sizes: Sequence[int]) -> Iterator[Shapes]:
+def _trials(stop: _Failed, sizes: Sequence[int]) -> Iterator[Shapes]:
     """Yield other shapes for the parameters of a call: columns, then vectors, then other dims.
 
     Args:

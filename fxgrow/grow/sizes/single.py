@@ -45,7 +45,7 @@ class Single:
         return layer_of(self.weight)
 
 
-class Flow:
+class Uses:
     """What becomes of the values of a run: who takes them, and what they are made of.
 
     Args:
@@ -106,7 +106,7 @@ class Flow:
         return found
 
 
-def single_layers(tape: Tape, flow: Flow) -> Iterator[Single]:
+def single_layers(tape: Tape, flow: Uses) -> Iterator[Single]:
     """Yield the layers that write no channel, or one, if anything reads that; in order of use."""
     known: set[tuple[str, int]] = set()
     for op in tape.operations:
@@ -122,7 +122,7 @@ def single_layers(tape: Tape, flow: Flow) -> Iterator[Single]:
         yield Single(*written, width, op.index, vectors, _seen_pin(op, width, flow))
 
 
-def _seen_pin(op: Operation, width: int, flow: Flow) -> Pin | None:
+def _seen_pin(op: Operation, width: int, flow: Uses) -> Pin | None:
     """Return why the channels that an operation writes stay, where one run shows that."""
     place = place_of(op.target, op.node, op.module)
     if not width:

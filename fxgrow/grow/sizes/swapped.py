@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.apply.trial import set_attributes
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.modules.states import set_state
+from fxgrow.modules.tensors import named_tensors, states_of
 from fxgrow.plan.edits import ModuleEdit
 
 
@@ -36,7 +37,11 @@ def resized(
 
 
 def _swap(standin: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    states = states_of(standin)
     for name, tensor in tensors.items():
+        if name in states:
+            set_state(standin, name, tensor)
+            continue
         owner, _, local = name.rpartition(".")
         module = standin.get_submodule(owner)
         held = module._parameters if local in module._parameters else module._buffers

@@ -19,8 +19,9 @@ from fxgrow.plan.step import Refusal
 
 _WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FROM_NONE = 'ask for a number ("8", "+8")'
+_FREED = (PinKind.NO_RULE, PinKind.FIXED)  # of which a refusal tells how to
 _SHOWN = 3  # groups that a message names
-_MOST = 1 << 31  # channels
+_MOST = 1 << 22  # channels of a layer, each of which is followed
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
@@ -154,11 +155,13 @@ def _nothing_selected(count: int, passed: Sequence[ChannelGroup]) -> FxgrowError
         told.append(f"and {len(order) - _SHOWN} more")
     why = f" {'; '.join(told)}." if told else ""
     unknown = bool(order) and _is_unknown(order[0])
+    pin = order[0].pin if order else None
+    how = f"To free it: {pin.remedy}. " if pin and pin.kind in _FREED else ""
     see = "See `fxgrow inspect` for the groups, and --where, --include, --exclude."
     return (UnsupportedOperationError if unknown else PlanError)(
         f"nothing to widen: the request selects none of the {count} channel groups.{why}",
         name=order[0].name if order else "",
-        way_out=f"To free it: {PinKind.NO_RULE.remedy}. {see}" if unknown else see,
+        way_out=f"{how}{see}",
     )
 
 

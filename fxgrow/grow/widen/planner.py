@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import PlanError, UsageError, listed
 from fxgrow.grow.match.axis_edits import axis_edits
 from fxgrow.grow.match.group_norms import warnings_of
 from fxgrow.grow.norms.folding import Fold, folded
@@ -142,18 +142,19 @@ def plan_of(analysis: Analysis, request: Widen, found: Feasible, variance_of: Va
     tracer: Tracer = "torch.fx" if in_graph else traced.tracer  # such a graph ran
     scope = Scope(traced.module, traced.input_shapes, traced.inferred, tracer)
     batch = traced.input_shapes[0][0] if traced.inferred else 1
+    edited = _tensor_edits(
+        analysis, shapes, sizes, edits, times(factors, paid.factors), flow, roles, aliases
+    )
     return Plan(
         request=request,
         groups=groups,
         refused=found.refused,
-        tensors=_tensor_edits(
-            analysis, shapes, sizes, edits, times(factors, paid.factors), flow, roles, aliases
-        ),
+        tensors=edited,
         modules=(*resized.modules, *eps_edits),
         multipliers=multiplied,
         prediction=predicted,
         aliases=aliases,
-        source=fingerprint(tensors),
+        source=fingerprint(traced.standin, edited),
         scopes=(scope,),
         parameters=_parameter_counts(traced.standin.parameters(), shapes, tensors, sizes),
         flops=(analysis.flops // batch, resized.tape.flops // batch),
@@ -193,9 +194,9 @@ def _warnings(
     rewritten = [edit for edit in found.resized.sizes if edit.node]
     in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
     if in_code:
-        first, *more = in_code
+        places = [place or "the model" for place in in_code]
         yield (
-            f"the code of {first or 'the model'}{f' and {len(more)} more' if more else ''} fixes "
+            f"the code of {listed(places)} fixes "
             "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
             "state_dict does not hold them, fxgrow.load sets them"
         )
@@ -203,7 +204,7 @@ def _warnings(
         yield (
             f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
             f"names: its code fixes sizes that had to be rewritten in its graph "
-            f"({rewritten[0].node} and {len(rewritten) - 1} more)"
+            f"({listed([edit.node for edit in rewritten])})"
         )
     yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
 

@@ -32,9 +32,11 @@ def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         consumer = names[mismatch.consumer] if names and mismatch.consumer >= 0 else "output"
         if not producer or producer == consumer:
             raise PlanError(
-                f"what this rescaling does to the output cannot be predicted: {mismatch.reason}, "
-                "inside a part of the network without a graph.",
-                way_out="Use --rescaling none.",
+                f"this rescaling would change what the network computes: {mismatch.reason}. By how "
+                "much cannot be predicted, since torch.fx cannot write that part of its code as a "
+                "graph.",
+                way_out="Keep the old weights there: --rescaling none, or by layer, such as "
+                "--rescaling 'LAYER=none' --rescaling '*=default_vt'.",
             )
         ends = operands_from(nodes[producer], nodes[consumer], set(names))
         if not ends:

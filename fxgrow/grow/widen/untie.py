@@ -62,7 +62,7 @@ def plan_untied(
     return Plan(
         request=Untie(module=module),
         scopes=tuple(Scope.of(analysis.traced) for analysis in analyses),
-        source=fingerprint(tensors),
+        source=fingerprint(model, ()),
         tensors={name: _copy(tensors[first], first) for name, first in found.items()},
         untied=found,
         aliases=aliases,

@@ -83,7 +83,7 @@ def _accompanied(
         step.space.mark(kernels, "carrier")
     else:
         alone = tuple(labels for labels in (kernels, incoming) if labels is not None)
-        step.pin(alone, PinKind.FIXED, "combined with a tensor")
+        step.pin(alone, PinKind.FIXED, step.met_by("combined with"))
     step.accompany(bias, kernels, "draw")
     return () if kernels is None else (along(kernels, 1, step.outputs[0].shape),)
 

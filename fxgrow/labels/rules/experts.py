@@ -27,7 +27,7 @@ def grouped_product(step: Step) -> tuple[Layers, ...]:
     if x.ndim != 2 or weight.ndim != 3:
         return step.give_up(PinKind.NO_RULE, str(step.target))
     for tensor in others:  # offsets, and what is added
-        step.pin(step.layers(tensor), PinKind.FIXED, "combined with a tensor")
+        step.pin(step.layers(tensor), PinKind.FIXED, step.met_by("combined with"))
     rows = tuple(layer for layer in step.layers(x) if 0 in support(layer))
     step.pin(rows, PinKind.POSITIONS, "a product for each group")
     step.contract(step.line(x, 1), weight, 1)

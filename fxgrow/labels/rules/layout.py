@@ -67,7 +67,7 @@ def _same_channels(step: Step, tensors: list[Tensor], members: list[Layer | None
     for tensor, layer in zip(tensors, members, strict=True):
         if layer is None and not step.value(tensor).is_uniform:
             fixed = [dim for dim in support(first) if tensor.shape[dim] > 1]
-            step.space.fix(first, fixed, "joined with a tensor")
+            step.space.fix(first, fixed, step.met_by("joined with"))
     return first
 
 

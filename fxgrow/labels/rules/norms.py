@@ -191,7 +191,7 @@ def weight_norm(step: Step) -> tuple[Layers, ...]:
         step.space.unify(rows, beside)
         step.space.mark(beside, "carrier", "copy")
     elif rows is not None or beside is not None:
-        return step.give_up(PinKind.FIXED, "combined with a tensor")
+        return step.give_up(PinKind.FIXED, step.met_by("combined with"))
     return (step.layers(direction), *(() for _ in step.outputs[1:]))
 
 

@@ -73,7 +73,7 @@ def _met(step: Step, places: _Places, mine: Layer | None, theirs: Layer | None) 
         if alone is None:
             return None
         if not step.value(other).is_uniform and other.ndim:
-            step.pin((alone,), PinKind.FIXED, "combined with a tensor")
+            step.pin((alone,), PinKind.FIXED, step.met_by("combined with"))
             return None
         if mine is None:
             step.value(other).taken.append(places.whole(alone))

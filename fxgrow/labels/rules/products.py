@@ -158,7 +158,7 @@ def _pin_contracted(step: Step, lines: Sequence[Tensor | None], weights: Sequenc
     elif len(found) == 2:
         step.pin(found, PinKind.ACTIVATIONS)
     else:
-        step.pin(found, PinKind.FIXED, "multiplied by a tensor")
+        step.pin(found, PinKind.FIXED, step.met_by("multiplied by"))
 
 
 def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Layer]) -> Layers:

@@ -69,7 +69,7 @@ def _placed(step: Step, kept: Layers, other: Tensor, leading: Sequence[int], nam
             step.space.unify(core(own, dims).contiguous(), core(theirs, dims).contiguous())
             out.append(own)
         elif len(members) < 2 and any(other.shape[dim] > 1 for dim in dims):
-            step.pin(members, PinKind.FIXED, "combined with a tensor")
+            step.pin(members, PinKind.FIXED, step.met_by("combined with"))
         else:
             step.pin(members, PinKind.POSITIONS, name)
     return tuple(out)

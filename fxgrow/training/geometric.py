@@ -1,0 +1,147 @@
+"""Widths, depths and lengths of stages that grow by one rate (Yuan et al. 2023).
+
+C_t = C_{t−1} + round-to-even(p·C_{t−1}); the lengths T_t likewise, rounded to whole epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+from fxgrow.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Channel groups that grow by one ratio.
+
+    Attributes:
+        lead: the width that counts, at full size.
+        step: what that can be a multiple of.
+        widths: the full width of each group, by name.
+        least: what the width that counts has at least: a channel by itself cannot be told from what
+            is broadcast.
+    """
+
+    lead: int
+    step: int
+    widths: dict[str, int]
+    least: int = 2
+
+    def at(self, width: int) -> dict[str, int]:
+        """Return the width of each group where the leading one is so wide."""
+        return {name: full * width // self.lead for name, full in self.widths.items()}
+
+
+def widths_by_stage(
+    units: Sequence[Unit], initial: float, rate: float, multiple_of: int, most: int
+) -> list[dict[str, int]]:
+    """Return the width of each channel group by stage, up to the full ones.
+
+    Args:
+        units: what grows together.
+        initial: the first width, of the full one.
+        rate: p.
+        multiple_of: of what widths are; what grows together may ask for more.
+        most: how many stages there can be; the last has the full widths.
+
+    Example:
+        >>> found = widths_by_stage([Unit(64, 1, {"conv": 64})], 0.25, 0.2, 2, 64)
+        >>> [widths["conv"] for widths in found]
+        [16, 20, 24, 28, 34, 40, 48, 58, 64]
+    """
+    # Where a full width is no such multiple, it is reached from the last one below.
+    steps = [lcm(unit.step, multiple_of) for unit in units]
+    steps = [s if s <= u.lead else u.step for s, u in zip(steps, units, strict=True)]
+    present = [
+        min(u.lead, max(s, s * -(-u.least // s), s * round(initial * u.lead / s)))
+        for s, u in zip(steps, units, strict=True)
+    ]
+    found = [present]
+    full = [unit.lead for unit in units]
+    while present != full and len(found) < most:
+        present = [
+            min(u.lead, now + max(s, s * round(rate * now / s)))
+            for now, s, u in zip(present, steps, units, strict=True)
+        ]
+        found.append(present)
+    if present != full:
+        found[-1] = full
+    return [
+        {name: width for u, n in zip(units, each, strict=True) for name, width in u.at(n).items()}
+        for each in found
+    ]
+
+
+def depths_by_stage(blocks: Mapping[str, tuple[int, int]], count: int) -> list[dict[str, str]]:
+    """Return the numbers of blocks that change, by stage; all of them in the first.
+
+    Raises:
+        UsageError: fewer blocks at last than at first, or none.
+
+    Example:
+        >>> depths_by_stage({"layer1": (1, 3)}, 5)
+        [{'layer1': '1'}, {}, {'layer1': '2'}, {}, {'layer1': '3'}]
+    """
+    for name, (first, last) in blocks.items():
+        if not 0 < first <= last:
+            raise UsageError(
+                f"{name} cannot grow from {first} to {last} blocks.",
+                name=name,
+                way_out='Give the first and the last number of blocks: {"layer1": (1, 3)}.',
+            )
+    found: list[dict[str, str]] = []
+    known: dict[str, int] = {}
+    for stage in range(count):
+        part = stage / (count - 1) if count > 1 else 1.0
+        now = {n: first + int((last - first) * part + 1e-9) for n, (first, last) in blocks.items()}
+        found.append({name: str(n) for name, n in now.items() if known.get(name) != n})
+        known = now
+    return found
+
+
+def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> list[int]:
+    """Return how many epochs each stage has, the rest in the last one.
+
+    Args:
+        epochs: in all.
+        count: how many stages.
+        rate: by which they become longer.
+        first: of the first stage; None is the longest for which the last one gets no less than its
+            share, or one.
+
+    Raises:
+        UsageError: nothing is left for the last stage.
+
+    Example:
+        >>> lengths(160, 9, 0.2, 8)
+        [8, 10, 12, 14, 17, 20, 24, 29, 26]
+    """
+
+    def all_from(start: int) -> list[int]:
+        found = [start]
+        while len(found) < count:
+            found.append(found[-1] + round(rate * found[-1]))
+        return found
+
+    if type(epochs) is not int or not count <= epochs:
+        raise UsageError(
+            f"{epochs} epochs are not enough for {count} stages.",
+            way_out="Give more epochs, a greater rate, or fewer stages=.",
+        )
+    if first is None:
+        share = epochs / sum((1 + rate) ** stage for stage in range(count))
+        first = max(1, round(share))
+        while first > 1 and sum(all_from(first)[:-1]) >= epochs:
+            first -= 1
+    if type(first) is not int or first < 1:
+        raise UsageError(f"a first stage of {first} epochs cannot be.", way_out="Give a number.")
+    found = all_from(first)[:-1]
+    rest = epochs - sum(found)
+    if rest < 1:
+        raise UsageError(
+            f"the stages before the last take {sum(found)} of {epochs} epochs.",
+            way_out="Give more epochs, a shorter first stage, or fewer stages=.",
+        )
+    return [*found, rest]

@@ -1,0 +1,181 @@
+"""First states of zeros in plain attributes: they grow with the channels that they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxgrow
+from fxgrow.modules.tensors import states_of
+from fxgrow.verification.exact import Exact
+from fxgrow.verification.weights import own
+
+HIDDEN, BATCH = 8, 3
+
+
+class Stateful(nn.Module):
+    """A recurrent layer whose first state is kept in an attribute, or in a container there."""
+
+    def __init__(self, kind: type[nn.Module], keep: Callable[[], Any], *, goes_on: bool) -> None:
+        super().__init__()
+        self.layer, self.head = kind(5, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 4)
+        self.state, self.goes_on = keep(), goes_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = [*self.state.values()] if isinstance(self.state, dict) else self.state
+        if isinstance(state, Tensor):
+            first = state.to(x.device).detach().expand(1, len(x), -1).contiguous()
+            out, last = self.layer(x, first)
+        else:
+            out, last = self.layer(x, tuple(s.detach() for s in state))
+        if self.goes_on and isinstance(self.state, list):
+            self.state[0], self.state[1] = last[0].detach(), last[1].detach()
+        elif self.goes_on and isinstance(self.state, dict):
+            self.state["h"], self.state["c"] = last
+        elif self.goes_on:
+            self.state = last
+        return self.head(out[:, -1])
+
+
+def zeros() -> Tensor:
+    return torch.zeros(1, BATCH, HIDDEN)
+
+
+KEPT: dict[str, tuple[type[nn.Module], Callable[[], Any]]] = {
+    "GRU, a tensor": (nn.GRU, zeros),
+    "GRU, one row": (nn.GRU, lambda: torch.zeros(1, 1, HIDDEN)),
+    "RNN, a tensor": (nn.RNN, zeros),
+    "LSTM, a tuple": (nn.LSTM, lambda: (zeros(), zeros())),
+    "LSTM, a list": (nn.LSTM, lambda: [zeros(), zeros()]),
+    "LSTM, a dict": (nn.LSTM, lambda: {"h": zeros(), "c": zeros()}),
+}
+
+
+class Convolved(nn.Module):
+    """A ConvLSTM that overwrites its state at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.head = nn.Conv2d(3 + 6, 24, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.h, self.c = torch.zeros(2, 6, 5, 5), torch.zeros(2, 6, 5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in x.unbind(1):
+            i, f, o, g = self.gates(torch.cat([step, self.h], 1)).chunk(4, 1)
+            self.c = f.sigmoid() * self.c + i.sigmoid() * g.tanh()
+            self.h = o.sigmoid() * self.c.tanh()
+        return self.head(self.h)
+
+
+class Cell(nn.Module):
+    """A cell whose state is expanded to the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(5, HIDDEN), nn.Linear(HIDDEN, 4)
+        self.h0 = torch.zeros(1, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.h0.expand(len(x), -1)
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+        return self.head(h)
+
+
+def network(name: str, *, goes_on: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    if name in KEPT:
+        return Stateful(*KEPT[name], goes_on=goes_on).eval()
+    return {"ConvLSTM": Convolved, "GRUCell": Cell}[name]().eval()
+
+
+def data(name: str) -> Tensor:
+    return torch.randn(2, 3, 3, 5, 5) if name == "ConvLSTM" else torch.randn(BATCH, 4, 5)
+
+
+@pytest.mark.parametrize("name", [*KEPT, "ConvLSTM", "GRUCell"])
+@pytest.mark.parametrize("width", ["2x", "1.5x"])
+def test_a_state_in_an_attribute_grows_with_what_it_meets(name: str, width: str) -> None:
+    net, x = network(name, goes_on="one row" not in name), data(name)
+    grown = fxgrow.widen(net, width, x, where="all")
+    verification = grown.report.verification
+    assert verification is not None
+    assert verification.verdict == "preserved"
+    before, after = states_of(net), states_of(grown.model)
+    assert before.keys() == after.keys()
+    for state in before:
+        assert after[state].ndim == before[state].ndim
+        assert after[state].numel() > before[state].numel()
+        assert not after[state].any()
+    again = fxgrow.Plan.from_json(grown.plan.to_json()).apply(net)
+    with torch.no_grad():
+        for _ in range(3):  # a state that goes on is another one each time
+            want = net(x)
+            torch.testing.assert_close(grown.model(x), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(again(x), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LSTM, a list", "LSTM, a dict", "GRU, a tensor", "ConvLSTM"])
+def test_a_state_that_a_forward_left_is_told_by_name(name: str) -> None:
+    net, x = network(name), data(name)
+    plan = fxgrow.widen(net, "2x", x, where="all").plan
+    net(x)
+    state = "c" if name == "ConvLSTM" else "state"
+    with pytest.raises(fxgrow.PlanError, match=f"{state}, a tensor of fixed width.*to zeros"):
+        fxgrow.widen(net, "2x", x, where="all")
+    with pytest.raises(fxgrow.PlanError, match=f"{state}.* holds what a forward left.*Reset"):
+        plan.apply(net)
+
+
+def test_zeros_that_no_channels_meet_are_no_part_of_a_plan() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4)
+            self.mean = torch.zeros(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.b(self.a(x).relu())
+            self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+            return out - self.mean
+
+    net, x = Centred(), torch.randn(3, 5)
+    plan = fxgrow.widen(net, "2x", x).plan
+    assert "mean" not in plan.source
+    net(x)
+    assert plan.apply(net).a.out_features == 16
+
+
+def test_a_forward_changes_no_list_of_states_of_the_network_that_grows() -> None:
+    net = network("LSTM, a list")
+    first = [*net.state]
+    fxgrow.widen(net, "2x", data("LSTM, a list"), where="all")
+    assert all(x is y for x, y in zip(net.state, first, strict=True))
+    assert not any(x.any() for x in first)
+
+
+def test_runs_in_float64_begin_with_the_first_state_in_a_container() -> None:
+    net = network("LSTM, a list")
+    exact, x = Exact(net, own(net)), data("LSTM, a list").double()
+    with torch.no_grad():
+        first = exact.module(x)
+        assert not torch.equal(exact.module(x), first)
+        exact.reset()
+        assert torch.equal(exact.module(x), first)
+
+
+def test_a_module_with_a_state_goes_through_a_file(tmp_path: Path) -> None:
+    net, x = network("LSTM, a list"), data("LSTM, a list")
+    net.state = [zeros(), zeros()]
+    torch.save(net, tmp_path / "net.pt")
+    opened = fxgrow.open_model(tmp_path / "net.pt", trust_pickle=True)
+    grown = fxgrow.widen(opened.model, "2x", x, where="all")
+    fxgrow.write_grown(opened, grown, tmp_path / "wide.pt")
+    wide = fxgrow.load(tmp_path / "wide.pt", trust_pickle=True)
+    assert [tuple(state.shape) for state in wide.state] == [(1, BATCH, 2 * HIDDEN)] * 2
+    torch.testing.assert_close(wide(x), net(x), atol=1e-5, rtol=1e-5)
