@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import PlanError, UsageError
+from fxgrow.training import GrowthSchedule, Plateau
 from fxgrow.training.scheduled import Growing, copies_held, growths_of
 
 
@@ -33,25 +33,19 @@ def test_a_schedule_is_a_mapping_of_widths_options_and_lists_of_these():
     assert dict(found[2].options) == {"blocks": {"layers": "+1"}, "seed": 4}
 
 
-@dataclass(frozen=True)
-class Stage:
-    epochs: int | None
-    width: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, str] = field(default_factory=dict)
-
-
 def test_a_schedule_of_stages_becomes_deeper_and_wider_as_each_begins():
-    stages = (
-        Stage(3, {"*": "8"}),
-        Stage(4),
-        Stage(5, {"a": "16"}, {"b": "2"}),
-        Stage(None, {"a": "20"}),
-    )
-    found = growths_of(SimpleNamespace(stages=stages, where="all"), {})
+    stages = [
+        {"epochs": 3, "width": {"*": "8"}},
+        {"epochs": 4},
+        {"epochs": 5, "width": {"a": "16"}, "blocks": {"b": "2"}},
+        {"epochs": 9, "width": {"a": "20"}},
+    ]
+    found = growths_of(GrowthSchedule.of(stages), {})
     assert [(growth.at, growth.deepens) for growth in found] == [(7, True), (7, False), (12, False)]
     assert dict(found[1].options) == {"width": {"a": "16"}, "where": "all"}
+    waiting = GrowthSchedule.of([{"epochs": None}, {"epochs": 4}], plateau=Plateau())
     with pytest.raises(UsageError, match="plateau"):
-        growths_of(SimpleNamespace(stages=(Stage(None), Stage(4)), where="all"), {})
+        growths_of(waiting, {})
 
 
 @pytest.mark.parametrize(

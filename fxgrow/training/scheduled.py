@@ -226,8 +226,9 @@ class Growing:
         """Return all averages of the module's weights: those named, and in copies of the root."""
         copies = averaged(others)
         found = [named_module(copy, self.part) for copy in copies]
-        for one in (root, *copies) if self._averages is not None else ():
-            found += self._averages(one)
+        if self._averages is not None:
+            for one in (root, *copies):
+                found += self._averages(one)
         return found
 
     def _part_of(self, root: nn.Module) -> nn.Module:
