@@ -207,8 +207,12 @@ class Growing:
 
     def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
         """Return all averages of the module's weights: those named, and in copies of the root."""
-        named = list(self._averages(root)) if self._averages is not None else []
-        return [*named, *(named_module(other, self.part) for other in averaged(others))]
+        copies = averaged(others)
+        found = [named_module(copy, self.part) for copy in copies]
+        if self._averages is not None:
+            for one in (root, *copies):
+                found += self._averages(one)
+        return found
 
     def _part_of(self, root: nn.Module) -> nn.Module:
         """Return the module that grows."""

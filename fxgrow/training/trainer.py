@@ -152,12 +152,15 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         saved = _progress_in(held, type(self).__name__, self._growing.part)
         if saved is None:
             return
-        if saved["growth"] is not None and saved["growth"] != self._growing.record(model):
+        record, now = saved["growth"] or {}, self._growing.record(model)
+        if record.get("stages", []) != now["stages"]:
             raise PlanError(
                 "the network has not grown as the checkpoint's had.",
                 way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
                 "callback resume_from= with the checkpoint's directory.",
             )
+        if record:  # another checkpoint of the same stage may have told the shapes
+            self._growing.regrow(model, record, [kwargs["optimizer"]])
         self._growing.done = int(saved["done"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -188,15 +191,13 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             return
         self._root = weakref.ref(model)
         hook = _Regrow(self, getattr(args, "output_dir", None), args.resume_from_checkpoint)
-        model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        # The public way keeps a reference to the module, with which copies of copies fail.
+        model._register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
-    def regrow(
-        self, model: nn.Module, weights: Mapping[str, Tensor], output: Any, resume: Any
-    ) -> None:
-        """Give a network the shapes of weights that are about to be loaded, if it has others.
+    def regrow(self, weights: Mapping[str, Tensor], output: Any, resume: Any) -> None:
+        """Give the network the shapes of weights that are about to be loaded, if it has others.
 
         Args:
-            model: the network.
             weights: a state_dict.
             output: the directory with checkpoints.
             resume: a checkpoint's directory, if it is known.
@@ -204,7 +205,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         Raises:
             PlanError: no checkpoint says how.
         """
-        if not _differs(model, weights):
+        model = self._root()
+        if model is None or not _differs(model, weights):
             return
         named = [Path(one) for one in (self._resume_from, resume) if isinstance(one, (str, Path))]
         found = [] if output is None else list(Path(output).glob(_CHECKPOINTS))
@@ -214,9 +216,9 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         for folder in (*named, *newest):
             for progress in _progress_of(folder, type(self).__name__, self._growing.part):
                 record = progress["growth"]
-                if record is None or record in tried:
+                if not isinstance(record, dict) or record.get("stages") in tried:
                     continue
-                tried.append(record)
+                tried.append(record.get("stages"))
                 trial = copy.deepcopy(model)
                 try:
                     self._growing.regrow(trial, record)
@@ -254,11 +256,12 @@ class _Regrow:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Regrow, (None, None, None)
 
-    def __call__(self, module: nn.Module, weights: Mapping[str, Tensor], *rest: object) -> None:
+    def __call__(self, weights: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
         del rest
         callback = self._callback()
-        if callback is not None and callback._root() is module:
-            callback.regrow(module, weights, self._output, self._resume)
+        if callback is not None:
+            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            callback.regrow(own, self._output, self._resume)
 
 
 def _differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
