@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,6 +244,40 @@ def test_copies_of_a_network_keep_their_rates(lr: Any) -> None:
     train(loaded, ADAMW(loaded.parameters()), batches(), 5)
     assert torch.equal(model[2].weight, same[2].weight)
     assert torch.equal(model[2].weight, loaded[2].weight)
+
+
+def test_a_copy_that_grows_apart_has_whole_steps() -> None:
+    model = network()
+    fxgrow.training.grow_(model, "1.5x", lr="width", **COPIES)
+    apart = fxgrow.widen(model, "2x").model
+    train(apart, SGD(apart.parameters()), batches(), 1)
+    assert rate_of(apart.get_parameter("0.weight")).is_whole
+    assert not rate_of(model[0].weight).is_whole
+
+
+def test_a_part_of_a_network_with_rates_is_not_grown_alone() -> None:
+    model = nn.Sequential(network(), nn.Tanh(), nn.Linear(3, 2))
+    fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
+    with pytest.raises(PlanError, match="a part of"):
+        fxgrow.training.grow_(model[0], "2x")
+    assert model[0][0].out_features == 16
+
+
+def test_rates_of_a_part_resume() -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(network(), nn.Tanh(), nn.Linear(3, 2))
+
+    model = build()
+    fxgrow.training.grow_(model[0], "2x", lr="variance_transfer", rescaling="default_vt")
+    again = fxgrow.training.regrow_(build(), fxgrow.training.state_dict(model))
+    mine, theirs = rate_of(model[0][2].weight), rate_of(again[0][2].weight)
+    assert (mine.first, mine.later) != ((), ())
+    assert (mine.first, mine.later) == (_named(theirs.first), tuple(map(_named, theirs.later)))
+
+
+def _named(parts: Any) -> tuple[Any, ...]:
+    """Return parts as the module that has grown names them."""
+    return tuple(replace(part, name=part.name.removeprefix("0.")) for part in parts)
 
 
 def test_what_cannot_be_kept_is_refused_by_name() -> None:

@@ -69,6 +69,7 @@ class Rate:
     """What is made of the steps of one parameter.
 
     Attributes:
+        shape: of the parameter.
         gradient: what the optimizer's gradient is multiplied by: a number, or broadcastable.
         update: the share of a step that is taken, likewise.
         first: the entries whose norm later ones are measured by.
@@ -76,6 +77,7 @@ class Rate:
         warming: a warm-up of all steps.
     """
 
+    shape: tuple[int, ...] = ()
     gradient: float | Tensor = 1.0
     update: float | Tensor = 1.0
     first: tuple[Part, ...] = ()
