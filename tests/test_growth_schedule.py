@@ -237,3 +237,9 @@ def test_callbacks_grow_by_a_schedule():
     assert due[1].options == {"width": {"stem": "+4"}, "where": "hidden", "lr": "none"}
     with pytest.raises(UsageError, match="depends on a metric"):
         growths_of(GrowthSchedule.of([{"epochs": 1}] * 2, plateau=Plateau()), {})
+
+
+def test_names_of_groups_are_not_taken_for_globs():
+    schedule = GrowthSchedule.geometric({"wte.weight[1]": 64}, epochs=100)
+    assert list(schedule.stages[1].width) == ["wte.weight[[]1]"]
+    assert schedule.widths_at(1) == {"wte.weight[1]": 20}

@@ -34,7 +34,8 @@ def monitor(model: nn.Module, *, every: int = 1, rank: bool = True) -> Monitor:
         model: the network, which may grow further.
         every: how many steps lie between measurements. Those between cost nothing; one takes a copy
             of the weights of grown layers the step before.
-        rank: whether to compute effective ranks, which takes singular values.
+        rank: whether to compute effective ranks, which takes the most time of all: with a ResNet-18
+            one or two seconds for each measurement.
 
     Raises:
         UsageError: ``every`` is less than 1.
@@ -234,6 +235,9 @@ def effective_rank(matrix: Tensor) -> float:
     """
     if not matrix.numel() or not matrix.any() or not matrix.isfinite().all():
         return 0.0
-    values = torch.linalg.svdvals(matrix.float())
+    wide = matrix.detach().to("cpu" if matrix.device.type == "mps" else matrix.device).double()
+    wide = wide if len(wide) <= wide.shape[1] else wide.T
+    # Squares of singular values are a few times as fast, and precise enough in float64.
+    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()
     parts = values / values.sum()
     return float(torch.special.entr(parts).sum().exp())

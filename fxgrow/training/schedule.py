@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from glob import escape
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -30,6 +32,7 @@ from fxgrow.training.plateau import MOST_EPOCHS, Plateau, refuse, whole
 SCHEMA = 1
 _MOST_ENTRIES = 1 << 16
 _MOST_NAME = 1000  # characters
+_ESCAPED = re.compile(r"\[([*?[])\]")  # by glob.escape: "wte.weight[1]" is a group's name
 _T = TypeVar("_T")
 
 
@@ -265,7 +268,8 @@ class GrowthSchedule:
         Raises:
             UsageError: a width is told relative to another, or there is no such stage.
         """
-        return {name: int(text) for name, text in self._at(stage, "width").items()}
+        told = self._at(stage, "width")
+        return {_ESCAPED.sub(r"\1", name): int(text) for name, text in told.items()}
 
     def blocks_at(self, stage: int) -> dict[str, int]:
         """Return the number of blocks of each list in a stage, likewise.
@@ -342,7 +346,8 @@ def _changes(
     for width, depth in zip(widths, depths, strict=True):
         counts |= {name: int(text) for name, text in depth.items()}
         there = {name: n for name, n in width.items() if not _is_to_come(name, counts)}
-        found.append({name: str(n) for name, n in there.items() if known.get(name) != n})
+        changed = {name: str(n) for name, n in there.items() if known.get(name) != n}
+        found.append({escape(name): text for name, text in changed.items()})
         known |= there
     return found
 
