@@ -204,7 +204,7 @@ def run_all(
                 lines.write(json.dumps(row) + "\n")
             print(
                 f"{len(rows)} of {len(jobs)}: {arm}, seed {seed}: {row['accuracy']:.2f} % in "
-                f"{row['seconds']:.0f} s",
+                f"{row['seconds']:.0f} s of CPU",
                 file=sys.stderr,
             )
     return rows

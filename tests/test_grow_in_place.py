@@ -381,6 +381,16 @@ def test_an_optimizer_that_was_not_given_fails_at_its_next_step() -> None:
     elsewhere.step()
 
 
+def test_gradients_that_wait_make_no_partial_step() -> None:
+    net = mlp()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.randn(3, 4)).sum().backward()
+    training.grow_(net, "2x", include=["0"], optimizer=optimizer)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer.step()
+    assert_same(before, net.state_dict())
+
+
 def test_one_that_failed_to_grow_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -44,7 +44,7 @@ def test_a_schedule_of_stages_becomes_deeper_and_wider_as_each_begins():
     assert [(growth.at, growth.deepens) for growth in found] == [(7, True), (7, False), (12, False)]
     assert dict(found[1].options) == {"width": {"a": "16"}, "where": "all"}
     waiting = GrowthSchedule.of([{"epochs": None}, {"epochs": 4}], plateau=Plateau())
-    with pytest.raises(UsageError, match="plateau"):
+    with pytest.raises(UsageError, match="metric"):
         growths_of(waiting, {})
 
 

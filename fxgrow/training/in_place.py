@@ -61,7 +61,7 @@ def grow_(
 
     The module stays the same object, and so do its submodules, their hooks and every parameter that
     does not change; wider parameters are new objects, which the optimizer then holds. If anything
-    is refused, all is as it was.
+    is refused, all is as it was. Call it between steps: gradients that wait for one are dropped.
 
     Args:
         model: the network, or what ``torch.compile`` made of it. It is not called but on copies.
@@ -191,5 +191,7 @@ def put_in_place(
         for mean, other in zip(means, grown_means, strict=True):
             adopt(mean, other, plan)
     after = set(network.parameters())
+    for parameter in after:
+        parameter.grad = None  # of some parameters alone it would make a partial step
     stale.take_back(after)
     stale.leave((name, p) for name, p in before.items() if p not in after)

@@ -56,7 +56,8 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         schedule: for each epoch (or number of optimizer steps) before which the network grows,
             from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
-            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such.
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``trainer.global_step``.
         part: the name of the module that grows, for ``self.net`` of the LightningModule
             ``"net"``; "" (default) for all of it.

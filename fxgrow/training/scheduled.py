@@ -17,8 +17,9 @@ from fxgrow.training.followers import averaged, optimizers_of
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.resume import regrow_, state_dict
+from fxgrow.training.schedule import GrowthSchedule
 
-Schedule: TypeAlias = object  # a mapping, or a GrowthSchedule
+Schedule: TypeAlias = Mapping[int, object] | GrowthSchedule
 Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
 
 UNITS = ("epochs", "steps")
@@ -43,24 +44,30 @@ class Due:
     options: Mapping[str, Any]
 
 
+def mapping_of(schedule: Schedule) -> Mapping[int, object]:
+    """Return a schedule by its epochs.
+
+    Raises:
+        UsageError: when it grows depends on a metric.
+    """
+    return schedule.growths() if isinstance(schedule, GrowthSchedule) else schedule
+
+
 def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]:
     """Return the growths of a schedule, in order.
 
     Args:
         schedule: for each epoch or number of steps, a width (``"1.5x"``), options of
             :func:`fxgrow.widen` with ``width`` among them, those of :func:`fxgrow.deepen` with
-            ``deepen`` for the blocks, or several of these in a list. Or a schedule whose ``stages``
-            tell how many epochs each lasts, and the ``width`` and the ``blocks`` that it begins
-            with, as :class:`fxgrow.training.GrowthSchedule`.
+            ``deepen`` for the blocks, or several of these in a list; or a
+            :class:`fxgrow.training.GrowthSchedule` of epochs.
         shared: options for all that do not say otherwise.
 
     Raises:
         UsageError: it is none.
     """
-    stages = getattr(schedule, "stages", None)
-    if isinstance(stages, tuple):
-        schedule = _by_epoch(stages, getattr(schedule, "where", "hidden"))
-    if not isinstance(schedule, Mapping) or not (schedule or stages):
+    schedule = mapping_of(schedule)
+    if not isinstance(schedule, Mapping) or not schedule:
         raise UsageError(
             "a schedule says for each epoch or step how the network grows.",
             way_out='Give {10: "1.5x", 20: {"width": "2x", "where": "all"}}.',
@@ -72,30 +79,6 @@ def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]
         several = growths if isinstance(growths, (list, tuple)) else [growths]
         found += [_growth(at, one, shared) for one in several]
     return tuple(sorted(found, key=lambda growth: growth.at))
-
-
-def _by_epoch(stages: Sequence[Any], where: str) -> dict[int, list[dict[str, object]]]:
-    """Return what a list of stages says for each epoch in which one begins: deeper, then wider.
-
-    Raises:
-        UsageError: a stage lasts until a metric says otherwise.
-    """
-    found: dict[int, list[dict[str, object]]] = {}
-    begin = 0
-    for stage in stages:
-        growths = found.setdefault(begin, [])
-        if begin and stage.blocks:
-            growths.append({"deepen": dict(stage.blocks)})
-        if begin and stage.width:
-            growths.append({"width": dict(stage.width), "where": where})
-        if stage.epochs is None and stage is not stages[-1]:
-            raise UsageError(
-                "a stage of the schedule lasts until a metric is on its plateau, which this "
-                "callback does not see.",
-                way_out="Give all stages but the last a number of epochs.",
-            )
-        begin += stage.epochs or 0
-    return found
 
 
 def _growth(at: int, given: object, shared: Mapping[str, Any]) -> Due:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
 from fxgrow.files.pretrained import example_inputs
 from fxgrow.training.in_place import Grown
-from fxgrow.training.scheduled import Averages, Growing, Schedule
+from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
 
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
@@ -53,7 +53,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         schedule: for each epoch (or number of optimizer steps) before which the network grows,
             from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
-            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such.
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``state.global_step``.
         part: the name of the module that grows; "" (default) for all of the network.
         inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None takes what the configuration of
@@ -87,6 +88,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 "this callback needs transformers.",
                 way_out="pip install 'fxgrow[transformers]' brings it.",
             )
+        schedule = mapping_of(schedule)
         if isinstance(schedule, Mapping):  # what JSON holds has strings as keys
             schedule = {_number(at): growths for at, growths in schedule.items()}
         self._given = {"schedule": schedule, "unit": unit, "part": part, **options}
