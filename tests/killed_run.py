@@ -148,13 +148,21 @@ def lightning(folder: Path) -> nn.Module:
             count(batch[0])
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+        def on_train_end(self) -> None:
+            weights = torch.cat([p.detach().flatten() for p in self.parameters()])
+            for others in self.all_gather(weights).view(-1, len(weights)):
+                if not torch.equal(others, weights):
+                    raise RuntimeError("weights differ between processes")
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     module = Net()
     average = pl.callbacks.WeightAveraging()
     saving = pl.callbacks.ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
+    devices = int(os.environ.get("DEVICES", "1"))
     trainer = pl.Trainer(
+        devices=devices, strategy="ddp" if devices > 1 else "auto",
         max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[average, GrowthCallback(GROWTHS), saving],
     )  # fmt: skip

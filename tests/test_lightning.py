@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,6 @@ from fxgrow.training.lightning import GrowthCallback, regrow_from  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using"),
@@ -227,3 +229,23 @@ def test_a_strategy_that_ends_in_another_process_is_refused(tmp_path):
     run.strategy._launcher = type("Launcher", (), {"_start_method": "spawn"})()
     with pytest.raises(PlanError, match="never grew"):
         run.callbacks[0].setup(run, Net(), "fit")
+
+
+@pytest.mark.sweep
+def test_processes_stay_equal_and_resume(tmp_path):
+    script = Path(__file__).with_name("killed_run.py")
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+        "DEVICES": "2",
+    }  # fmt: skip
+    results = []
+    for name, last in (("whole", ""), ("killed", "58"), ("killed", "")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, "-W", "ignore", str(script), "lightning", str(tmp_path / name)]
+        done = subprocess.run([*command, *last.split()], env=environment, check=False)
+        assert (done.returncode == 0) is (not last)
+        if not last:
+            results.append(torch.load(tmp_path / name / "final.pt", weights_only=True))
+    expected, found = results
+    assert expected["net.blocks.1.conv1.weight"].shape[0] == 12
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

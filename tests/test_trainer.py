@@ -114,6 +114,19 @@ def test_the_loss_does_not_jump_and_what_is_new_trains(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_the_best_model_is_that_since_the_last_growth(tmp_path):
+    scores = iter([0.9, 0.8, 0.7, 0.6])
+    run = trainer(
+        tmp_path, GrowthCallback({2: "2x"}), num_train_epochs=4, eval_strategy="epoch",
+        save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True,
+    )  # fmt: skip
+    run.compute_metrics = lambda _: {"score": next(scores)}
+    run.train()
+    assert run.state.best_metric == 0.7
+    assert run.model.bert.pooler.dense.weight.shape == (32, 16)
+
+
 def test_averages_grow_too(tmp_path):
     model = bert()
     ema = torch.optim.swa_utils.AveragedModel(model)

@@ -14,6 +14,7 @@ import importlib
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -165,6 +166,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
                 name=kind,
                 way_out="Train with strategy='ddp' or on one device.",
             )
+        _drop_own_forward(pl_module)
         example = getattr(pl_module, "example_input_array", None)
         if self._growing.inputs is None and not self._growing.part:
             self._growing.inputs = example
@@ -182,6 +184,15 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
     def _copies(self, trainer: Any, pl_module: Any) -> list[nn.Module]:
         """Return the averages of the network's weights that other callbacks hold."""
         return copies_held((one for one in trainer.callbacks if one is not self), pl_module)
+
+
+def _drop_own_forward(module: nn.Module) -> None:
+    """Remove the attribute that Lightning leaves after a step in a wrapper: its class's forward.
+
+    It would go on to run where the class changes, and copies may run it on the original.
+    """
+    if vars(module).get("forward") == MethodType(type(module).forward, module):
+        del module.forward
 
 
 def regrow_from(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

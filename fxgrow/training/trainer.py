@@ -46,7 +46,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
     The optimizer and the scheduler go on. Checkpoints hold how the network has grown:
     ``trainer.train(resume_from_checkpoint=…)`` gives a new network that shape before its weights
     are loaded, from a checkpoint in ``args.output_dir``, or from the one that ``resume_from`` or
-    ``args.resume_from_checkpoint`` names.
+    ``args.resume_from_checkpoint`` names. ``load_best_model_at_end`` means the best one since the
+    last growth: weights of an earlier stage do not fit.
 
     Args:
         schedule: for each epoch (or number of optimizer steps) before which the network grows,
@@ -165,17 +166,17 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before an epoch."""
-        del args, control
+        del control
         if self._growing.unit == "epochs":
-            self._grow_due(int((state.epoch or 0) + 1e-6), kwargs)  # a sum of fractions
+            self._grow_due(int((state.epoch or 0) + 1e-6), args, state, kwargs)  # sums of fractions
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before a step."""
-        del args, control
+        del control
         if self._growing.unit == "steps":
-            self._grow_due(state.global_step, kwargs)
+            self._grow_due(state.global_step, args, state, kwargs)
 
-    def _grow_due(self, count: int, given: Mapping[str, Any]) -> None:
+    def _grow_due(self, count: int, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         """Carry out what is due."""
         if not self._growing.is_due(count):
             return
@@ -184,6 +185,9 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             self._growing.inputs = example_inputs(model)
         optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
         self._growing.grow_due(count, model, [optimizer], [scheduler])
+        if getattr(args, "load_best_model_at_end", False):
+            # Weights of an earlier stage would not fit at the end.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _watch(self, model: nn.Module, args: Any) -> None:
         """Look at what is loaded into a network from now on."""
