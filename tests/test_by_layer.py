@@ -188,7 +188,7 @@ def test_a_layer_that_is_rescaled_leaves_padding_of_others_alone() -> None:
 # ── as data, on the command line, and where it is not taken ────────────────────────────────────
 
 BY_LAYER: dict[str, Any] = {
-    "rescaling": {"4": "vt_output", "*": "default_vt"},
+    "rescaling": {"4": "vt_output", "2": "vt_constraint_old_shape", "*": "default_vt"},
     "pairing": {"0": "replicate", "*": "v_zero"},
     "init": {"2": "kaiming", "*": "copy_normal"},
     "gain": {"2": 1.5},
@@ -204,7 +204,9 @@ def test_a_plan_tells_settings_by_layer_in_their_order(tmp_path: Path) -> None:
     assert same(plan.apply(chain()), grown.model)
     fxgrow.save(grown, tmp_path / "wide.pt")
     assert same(fxgrow.load(tmp_path / "wide.pt"), grown.model)
-    assert "rescaling 4=vt_output, *=default_vt" in " ".join(str(grown.report).split())
+    assert "rescaling 4=vt_output, 2=vt_constraint_old_shape, *=default_vt" in " ".join(
+        str(grown.report).split()
+    )
 
 
 @pytest.mark.parametrize(

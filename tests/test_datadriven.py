@@ -510,7 +510,7 @@ def test_a_plan_is_carried_out_with_the_init_it_was_made_with() -> None:
     plan = api.plan(model, "+1", init=init)
     again = fxgrow.Plan.from_json(plan.to_json())
     assert again == plan
-    with pytest.raises(PlanError, match=r"GradMax, which is not run unasked"):
+    with pytest.raises(PlanError, match=r"come from data \(GradMax\), and a plan holds none"):
         again.apply(model)
     grown = api.carry_out(again, model, init=init)
     assert grown.report.verification.verdict == "preserved"

@@ -140,10 +140,14 @@ def table(rescaling: str, fan_in: int, new_fan_in: int, variance: float, gain: f
     }[rescaling]
 
 
-@pytest.mark.parametrize("gain", [1.0, 2.5])
 @pytest.mark.parametrize(
-    "rescaling", ["none", "default_vt", "vt_constraint_old_shape", "vt_constraint_new_shape"]
-)
+    ("rescaling", "gain"),
+    [
+        ("none", 1.0), ("default_vt", 1.0), ("vt_constraint_old_shape", 1.0),
+        ("vt_constraint_old_shape", 2.5), ("vt_constraint_new_shape", 1.0),
+        ("vt_constraint_new_shape", 2.5),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("make", SHAPES)
 def test_factors_of_all_kinds_of_layers_follow_the_table(
     make: Make, rescaling: str, gain: float

@@ -109,7 +109,6 @@ def plan(
         PlanError: the request is malformed, or nothing that it selects can grow.
     """
     chosen_rescaling, chosen_pairing = settings(preset, rescaling, pairing)
-    check_gain(gain, chosen_rescaling)
     find_inits(init)
     check_sides(init, [side for side in (output_init, input_init) if side is not None])
     if isinstance(init, DataDriven):
@@ -142,6 +141,7 @@ def plan(
         input_init=None if input_init is None else init_name(input_init),
         budget=checked_budget(budget),
     )
+    check_gain(request.gain, chosen_rescaling)
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
     notes = check_tensors(named_tensors(model))

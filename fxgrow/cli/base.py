@@ -47,7 +47,13 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog="[b]First steps[/b]\n\n"
+    "fxgrow inspect model.pt  (what can grow, and why the rest cannot)\n\n"
+    "fxgrow widen model.pt --width 2x --dry-run  (what would be done)\n\n"
+    "fxgrow widen model.pt --width 2x  (writes model-2x.pt once it has been measured)\n\n"
+    "In Python, fxgrow.load('model-2x.pt') is the wider network. SOURCE is never written to."
+)
 def fxgrow(
     version: Annotated[
         bool,

@@ -137,7 +137,11 @@ def widen(
     )  # fmt: skip
 
 
-@app.command(epilog="[b]Example[/b]\n\nfxgrow apply plan.json model.pt -o wider.pt")
+@app.command(
+    epilog="[b]Example[/b]\n\n"
+    "fxgrow widen model.pt --width 2x --dry-run --plan plan.json\n\n"
+    "fxgrow apply plan.json model.pt -o wider.pt"
+)
 def apply(
     plan: opt.PlanFile,
     source: opt.SourceFile,
@@ -156,7 +160,11 @@ def apply(
     report: opt.ReportOutput = None,
     force: opt.Force = False,
 ) -> None:
-    """Carry out a plan, on the network it was made for or on other weights of the same shapes."""
+    """Carry out a plan, on the network it was made for or on other weights of the same shapes.
+
+    A plan is what --dry-run --plan writes. It holds what is done to each tensor and the seed of new
+    weights, and no weights: one whose new weights come from data cannot be carried out later.
+    """
     inits = parse_by_layer(init, "init")
     common = Settings(
         source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict,

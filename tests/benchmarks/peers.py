@@ -245,7 +245,7 @@ def stepped_peer(made: Any, batches: Batches, count: int) -> float:
         made.zero_grad()
         nn.functional.mse_loss(made(x), y).backward()
         made.update_computation()
-    made.compute_optimal_updates(maximum_added_neurons=count)
+    made.compute_optimal_updates(maximum_added_neurons=count, statistical_threshold=0.0)
     made.reset_computation()
     for module in made.modules():  # what a forward left there cannot be copied
         for key, value in vars(module).items():

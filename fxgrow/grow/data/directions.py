@@ -107,7 +107,11 @@ def inverse_root(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gradmax(
-    correlation: Tensor, slope: float, scale: float, shapes: Shapes, basis: Tensor | None = None
+    correlation: Tensor,
+    scale: float,
+    shapes: Shapes,
+    expand: Callable[[Tensor], Tensor] = lambda vectors: vectors,
+    most: int | None = None,
 ) -> Directions:
     """Return the columns that give zero rows the largest gradients (Evci et al. 2022).
 
@@ -115,21 +119,21 @@ def gradmax(
     orthogonal columns of one norm, the leading singular vectors make the sum of squares largest.
 
     Args:
-        correlation: N, of the writer's patches and −∂L/∂z: (inputs, out · kernel); with ``basis``
-            A of N = A·Qᵀ, (inputs, n).
-        slope: σ'(0).
+        correlation: N, of the writer's patches and −∂L/∂z times σ'(0): (inputs, out · kernel);
+            with ``expand`` A of N = A·Qᵀ, (inputs, n).
         scale: norm of the columns.
         shapes: of the layers.
-        basis: Q, with orthonormal columns, (out · kernel, n); None for the identity.
+        expand: multiplies vectors, (k, n), by Qᵀ, of orthonormal rows: (k, out · kernel).
+        most: the most directions to return; None for all.
 
     Returns:
         As many directions as the correlation has ranks; ``strengths`` are the norms of the
         gradients of the new rows.
     """
     size = max(len(correlation), math.prod(shapes.column))
-    _, values, right = _decomposed(correlation, shapes.dtype, size=size, basis=basis)
+    _, values, right = _decomposed(correlation, shapes.dtype, size=size, expand=expand, most=most)
     count = len(values)
-    norms = values * abs(slope) * scale
+    norms = values * scale
     return Directions(
         strengths=norms,
         rows=correlation.new_zeros(count, *shapes.row),
@@ -139,26 +143,35 @@ def gradmax(
     )
 
 
-def tiny(matrix: Tensor, root: Tensor, slope: float, scale: float, shapes: Shapes) -> Directions:
+def tiny(
+    matrix: Tensor,
+    root: Tensor,
+    scale: float,
+    shapes: Shapes,
+    expand: Callable[[Tensor], Tensor] = lambda vectors: vectors,
+    most: int | None = None,
+) -> Directions:
     """Return the channels whose first-order move is nearest to V (Verbockhaven et al. 2024).
 
-    With S the second moments of the patches, and S^−½·N = Σ λ·u·vᵀ, these are a = √λ·S^−½·u/σ'(0)
+    With S the second moments of the patches, and S^−½·N = Σ λ·u·vᵀ, these are a = √λ·S^−½·u
     and ω = √λ·v; each moves the outputs such that ⟨V, δz⟩ = λ².
 
     Args:
-        matrix: Rᵀ·N, (r, out · kernel), with N the correlation of the writer's patches and V, the
-            part of −∂L/∂z that the reader's present inputs cannot reach.
+        matrix: Rᵀ·N, (r, out · kernel), with N the correlation of the writer's patches, as the
+            readers get them, and V, the part of −∂L/∂z that the reader's present inputs cannot
+            reach; with ``expand`` A of Rᵀ·N = A·Qᵀ.
         root: R, (inputs, r), with R·Rᵀ the pseudo-inverse of S, (inputs, inputs).
-        slope: σ'(0), or its mean on both sides of zero.
         scale: root of the mean square of −∂L/∂z, beside which what is left may be rounding.
         shapes: of the layers.
+        expand: as for :func:`gradmax`.
+        most: likewise.
 
     Returns:
         As many directions as there are ranks; ``strengths`` are λ.
     """
     noise = scale * _left_over(shapes.dtype)
-    left, values, right = _decomposed(matrix, shapes.dtype, noise)
-    rows = (root @ left).T * (values.sqrt() / slope)[:, None]  # (k, inputs)
+    left, values, right = _decomposed(matrix, shapes.dtype, noise, expand=expand, most=most)
+    rows = (root @ left).T * values.sqrt()[:, None]  # (k, inputs)
     weights, biases = (rows[:, :-1], rows[:, -1]) if shapes.has_bias else (rows, None)
     return Directions(
         strengths=values,
@@ -179,7 +192,9 @@ def _decomposed(
     dtype: torch.dtype,
     noise: float = 0.0,
     size: int = 0,
-    basis: Tensor | None = None,
+    *,
+    expand: Callable[[Tensor], Tensor],
+    most: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return singular vectors (m, k), values (k,) and vectors (k, n), without what is rounding.
 
@@ -190,14 +205,14 @@ def _decomposed(
         dtype: what it was computed in.
         noise: values below this are rounding, too.
         size: by which its rounding is judged; 0 for the larger of its own.
-        basis: with orthonormal columns, (n', n), which the right vectors are multiplied by.
+        expand: what is done to right vectors.
+        most: the most of them to return; None for all.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # (m, k), (k,), (k, n)
     largest = float(values.amax())
     kept = values > max(largest * tolerance(size or max(matrix.shape), dtype), noise)
-    left, values, right = left[:, kept], values[kept], right[kept]
-    if basis is not None:
-        right = right @ basis.T
+    count = int(kept.sum()) if most is None else min(int(kept.sum()), most)  # the largest first
+    left, values, right = left[:, :count], values[:count], expand(right[:count])
     signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
     return left * signs.T, values, right * signs
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxgrow.grow.data.pairs import LayerPair, LinearLayer
+from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
 from fxgrow.grow.data.statistics import Batch, not_running, size_of
 from fxgrow.modules.calling import arguments_of, call
 
@@ -101,12 +101,24 @@ def _sums(
 ) -> Iterator[tuple[int, int, int]]:
     """Yield rows, inputs and outputs of each sum of outer products that a pair needs."""
     weight = network.get_parameter(f"{pair.writer}.weight")
-    entries = sum(math.prod(reader.column) for reader in pair.readers)
     rows, inputs = seen.get(pair.writer, 1), math.prod(weight.shape[1:]) + pair.has_bias
-    yield rows * len(pair.readers), inputs, entries
-    for reader in pair.readers if fits else ():
-        read: Tensor = network.get_parameter(f"{reader.name}.weight")
-        yield seen.get(reader.name, 1), math.prod(read.shape[1:]) + 1, len(read)
+    for reader in pair.readers:
+        columns, out = reader.columns.shape[1], reader.column[0]
+        if columns > 1 or len(reader.column) == 1:  # by sample: rows of each column, and outputs
+            rows = seen.get(reader.name, 1)
+            yield rows * columns, inputs, -(-out // columns)
+        else:
+            yield rows, inputs, math.prod(reader.column)
+        if fits:
+            read: Tensor = network.get_parameter(f"{reader.name}.weight")
+            yield seen.get(reader.name, 1), math.prod(read.shape[1:]) + 1, len(read)
+
+
+def most_held(network: nn.Module, pair: LayerPair) -> int:
+    """Return how many directions of a pair are held within :data:`MOST_MEMORY`, at least one."""
+    shapes = shapes_of(network, pair)
+    entries = math.prod(shapes.row) + 3 * math.prod(shapes.column)  # as they are, and laid out
+    return max(MOST_MEMORY // (8 * entries), 1)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
+from fxgrow.grow.data.skipped import sharing
 from fxgrow.grow.sizes.widths import select
-from fxgrow.modules.standin import stand_in
 from fxgrow.plan.requests import Widen
 
 _MOST = 1 << 20  # channels, more than any group has directions
@@ -77,7 +77,7 @@ def expected_growth(
         groups = [group for group in groups if group.name in widths]
     pairing = init.paired(None)
     rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
-    network = stand_in(model, {}).eval()
+    network = sharing(model)
     pairs, unfit = init.pairs(network, analyses, rooms)
     limits = Limits(init.keep, init.threshold, "")
     found = init.selected(network, pairs, rooms, limits, progress) if pairs else {}

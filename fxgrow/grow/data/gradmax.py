@@ -14,17 +14,20 @@ from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.held import over_entries
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair, shapes_of
-from fxgrow.grow.data.passages import RAISED, norm_entries
+from fxgrow.grow.data.passages import RAISED, Passage, norm_entries
 from fxgrow.grow.data.statistics import (
     Read,
     Seen,
     applied,
     as_rows,
+    channel_dim,
     correlation,
     patches,
 )
 from fxgrow.grow.data.sums import Product, stacked
 from fxgrow.plan.pairing import Layout
+
+_ROWS = 64  # of a large weight that are in float64 at a time
 
 
 class GradMax(DataDriven):
@@ -77,6 +80,7 @@ class GradMax(DataDriven):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
+        most: Mapping[str, int],
         progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         averages = self.averages(
@@ -88,8 +92,8 @@ class GradMax(DataDriven):
         for name, pair in pairs.items():
             progress(name)
             scale, shapes = _mean_norm(network, pair), shapes_of(network, pair)
-            matrix, basis = stacked(averages[name])
-            found[name] = algebra.gradmax(matrix, 1.0, scale, shapes, basis)
+            matrix, expand = stacked(averages.pop(name))
+            found[name] = algebra.gradmax(matrix, scale, shapes, expand, most[name])
             biases = found[name].biases
             if biases is not None and _is_raised(pair) and not pair.over:
                 found[name] = replace(found[name], biases=torch.full_like(biases, RAISED))
@@ -117,12 +121,14 @@ def _mean_norm(network: nn.Module, pair: LayerPair) -> float:
     """Return the mean norm of the columns of a pair's readers, 1 where they have none."""
     if not pair.width:
         return 1.0
-    columns = []
+    squares = torch.zeros(pair.width, dtype=torch.float64)
     for reader in pair.readers:
-        weight = network.get_parameter(f"{reader.name}.weight").detach().double()
-        by_column = weight.transpose(0, 1).flatten(1)  # (columns, out · kernel)
-        columns.append(by_column[reader.columns.to(weight.device)].flatten(1))  # (channels, …)
-    return float(torch.cat(columns, 1).norm(dim=1).mean())
+        weight = network.get_parameter(f"{reader.name}.weight").detach()
+        found = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        for rows in torch.split(weight, _ROWS):
+            found += rows.double().square().transpose(0, 1).flatten(1).sum(1)
+        squares += found.cpu()[reader.columns].sum(1)
+    return float(squares.sqrt().mean())
 
 
 def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
@@ -136,7 +142,7 @@ def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
         raised: whether biases hold the channels above zero.
     """
     if seen.passage is not None:
-        return tuple(Product((part,)) for part in _pulled_through(seen, pair, raised))
+        return _pulled_through(seen, seen.passage, pair, raised)
     read = patches(seen.writer, seen.x)
     found = []
     for index, part in enumerate(seen.laid_out(read)):
@@ -151,17 +157,46 @@ def _pulled(seen: Seen, pair: LayerPair, raised: bool) -> tuple[Product, ...]:
     return tuple(found)
 
 
-def _pulled_through(seen: Seen, pair: LayerPair, raised: bool) -> list[Tensor]:
+def _pulled_through(
+    seen: Seen, passage: Passage, pair: LayerPair, raised: bool
+) -> tuple[Product, ...]:
     """Return the same for each reader, by the gradient of what lies between."""
-    passage = seen.passage
-    if passage is None:
-        return []
     start = passage.written + (RAISED if raised and pair.is_raisable else 0.0)
     start.requires_grad_()
     with torch.enable_grad():
         got = passage.run(start, raised=raised)
-    reads = zip(seen.reads, got, strict=True)
-    return [_rows_by_column(seen, one, h, start, pair.block) for one, h in reads]
+    found = []
+    for reader, one, h in zip(pair.readers, seen.reads, got, strict=True):
+        columns = reader.columns.shape[1]
+        if columns > 1 and len(h) == len(start):
+            rows = _rows_by_sample(seen, h, start, pair.block)
+            found.append(Product.of(one.descent.flatten(1), rows))
+        else:
+            found.append(Product((_rows_by_column(seen, one, h, start, pair.block),)))
+    return tuple(found)
+
+
+def _rows_by_sample(seen: Seen, h: Tensor, start: Tensor, width: int) -> Tensor:
+    """Return the gradient of each column's input with respect to a zero row: (N, columns, inputs).
+
+    All channels are alike, so that as many columns as there are channels are told at a time.
+
+    Args:
+        seen: of a batch.
+        h: what the reader gets, (N, channels, columns).
+        start: what the writer puts out.
+        width: the number of channels.
+    """
+    dim, columns = channel_dim(seen.writer), h.shape[2]
+    read = patches(seen.writer, seen.x).movedim(dim, -1).flatten(1, -2)  # (N, positions, inputs)
+    found = []
+    for first in range(0, columns, width):
+        channels = torch.arange(min(width, columns - first), device=h.device)
+        chosen = h[:, channels, first + channels].sum()
+        (pulled,) = torch.autograd.grad(chosen, start, retain_graph=True)
+        own = pulled.movedim(dim, 1).flatten(2)[:, : len(channels)]  # (N, columns, positions)
+        found.append(own @ read)
+    return torch.cat(found, 1)
 
 
 def _rows_by_column(seen: Seen, one: Read, h: Tensor, start: Tensor, width: int) -> Tensor:

@@ -24,24 +24,26 @@ from fxgrow.grow.data import statistics
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
-from fxgrow.grow.data.effort import Effort, first_run, measured
+from fxgrow.grow.data.effort import Effort, first_run, measured, most_held
 from fxgrow.grow.data.from_data import FromData, from_data
 from fxgrow.grow.data.held import over_entries
 from fxgrow.grow.data.laid_out import laid_out, twinned
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
+from fxgrow.grow.data.skipped import sharing
 from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.modules.calling import arguments_of
-from fxgrow.modules.standin import stand_in
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import Init, PlacedInit
 from fxgrow.plan.pairing import PAIRINGS, Layout, cancels
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan, Refusal, told_refusals
+
+_LONG = 5.0  # seconds, from which on they are told
 
 
 class DataDriven(PlacedInit):
@@ -179,8 +181,7 @@ class DataDriven(PlacedInit):
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
-        network = stand_in(model, {}).eval()
-        asked = rooms_of(groups, widths, request)
+        network, asked = sharing(model), rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
         needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
         rooms = twinned(asked, pairs, [*needing])
@@ -339,18 +340,17 @@ class DataDriven(PlacedInit):
         names, found = list(pairs), dict[str, Directions]()
         seconds = self._effort.total(names, self.runs)
         begun = f"computing growth of {len(names)} group{'' if len(names) == 1 else 's'}"
-        progress(f"{begun}: about {max(seconds, 1):.0f} s")
+        progress(f"{begun}: about {seconds:.0f} s" if seconds >= _LONG else begun)
         for part in self._effort.parts(names):
 
             def told(name: str, first: int = len(found), part: list[str] = part) -> None:
                 progress(f"{name} ({first + part.index(name) + 1} of {len(names)})")
 
-            found |= self._directions(network, {name: pairs[name] for name in part}, told)
-        strong = algebra.above(list(found.values()), limits.threshold)
-        chosen = {
-            name: directions.first(limits.kept(rooms[name]))
-            for name, directions in zip(found, strong, strict=True)
-        }
+            some = {name: pairs[name] for name in part}
+            most = {n: min(limits.kept(rooms[n]), most_held(network, some[n])) for n in part}
+            found |= self._directions(network, some, most, told)
+        strong = zip(found, algebra.above(list(found.values()), limits.threshold), strict=True)
+        chosen = {name: some.first(limits.kept(rooms[name])) for name, some in strong}
         gaining = self._gaining(network, pairs, chosen)
         return {name: d.first(rooms[name].fitting(len(d))) for name, d in gaining.items()}
 
@@ -392,6 +392,7 @@ class DataDriven(PlacedInit):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
+        most: Mapping[str, int],
         progress: Callable[[str], object],
     ) -> dict[str, Directions]:
-        """Return all directions of each pair of layers, telling which it comes to."""
+        """Return directions of each pair of layers, at most so many, telling which it comes to."""

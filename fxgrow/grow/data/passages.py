@@ -21,9 +21,9 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data.entered import Stop, channel_dim_of, enter
 from fxgrow.grow.data.held import Deviation, UnknownNorm, deviation, over_entries
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
-from fxgrow.grow.data.skipped import skipping
+from fxgrow.grow.data.skipped import sharing, skipping
 from fxgrow.modules.calling import Arguments, map_tensors
-from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.standin import first_line
 from fxgrow.modules.tensors import layer_of
 
 _STEP = 1e-5  # of the one-sided slopes, for inputs up to 1
@@ -52,7 +52,7 @@ class Passage:
         self._entered = enter(network, pair, inputs)
         owner = self._entered.owner
         if owner not in doubles:
-            doubles[owner] = stand_in(network.get_submodule(owner), {})
+            doubles[owner] = sharing(network.get_submodule(owner))
         self._module = doubles[owner]
         self._between = self._doubled() | self._carriers(False)
         self._deviation: Deviation | None = None

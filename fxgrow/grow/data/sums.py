@@ -6,7 +6,7 @@ S is never formed: with X·Xᵀ = U·Λ·Uᵀ, the root of its pseudo-inverse is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,20 +85,30 @@ class Moments:
 class Product:
     """YᵀX over all batches; add, and divide by a number.
 
+    Where a reader has several columns for each channel, X has a row for each of these: YᵀX is
+    (m, columns, d), of which the first two dims are taken as one.
+
     Attributes:
-        parts: Y and X, (n, m) and (n, d), while these are smaller; else YᵀX, (m, d), alone.
+        parts: Y and X, (n, m) and (n, columns · d), while these are smaller; else YᵀX alone,
+            (m · columns, d).
+        columns: of each channel.
     """
 
     parts: tuple[Tensor, ...]
+    columns: int = 1
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Product:
-        """Return the product of rows Y (n, m) and X (n, d)."""
-        return cls((left, right))._settled()
+        """Return the product of rows Y (n, m) and X, (n, d) or (n, columns, d)."""
+        columns = right.shape[1] if right.ndim > 2 else 1
+        return cls((left, right.flatten(1)), columns)._settled()
 
     def formed(self) -> Tensor:
-        """Return YᵀX, (m, d)."""
-        return self.parts[0] if len(self.parts) == 1 else self.parts[0].T @ self.parts[1]
+        """Return YᵀX, (m · columns, d)."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        left, right = self.parts
+        return (left.T @ right).reshape(left.shape[1] * self.columns, -1)
 
     def _settled(self) -> Product:
         if len(self.parts) == 1:
@@ -112,26 +122,42 @@ class Product:
         if len(self.parts) == 1 or len(other.parts) == 1:
             return Product((self.formed() + other.formed(),))
         joined = zip(self.parts, other.parts, strict=True)
-        return Product(tuple(torch.cat(both) for both in joined))._settled()
+        return Product(tuple(torch.cat(both) for both in joined), self.columns)._settled()
 
     def __truediv__(self, count: float) -> Product:
-        return Product((self.parts[0] / count, *self.parts[1:]))
+        return Product((self.parts[0] / count, *self.parts[1:]), self.columns)
 
     def small(self) -> tuple[Tensor, Tensor | None]:
-        """Return a matrix A and Q with orthonormal columns, such that XᵀY = A·Qᵀ.
+        """Return a matrix A and Q with orthonormal columns, such that XᵀY is A·Qᵀ.
 
-        A is (d, n) and Q (m, n) while there are fewer rows than either has entries; else A is the
-        product, (d, m), and Q None.
+        A is (d, n · columns) and Q (m, n), which acts on each column, while there are fewer rows
+        than either has entries; else A is the product, (d, m · columns), and Q None.
         """
         if len(self.parts) == 1:
             return self.parts[0].T, None
         left, right = self.parts
         basis, triangle = torch.linalg.qr(left.T)  # (m, n), (n, n)
-        return right.T @ triangle.T, basis
+        return (triangle @ right).reshape(len(triangle) * self.columns, -1).T, basis
 
 
-def stacked(products: Sequence[Product]) -> tuple[Tensor, Tensor | None]:
-    """Return the products one below the other, transposed, as A and Q; see Product.small."""
-    if len(products) == 1:
-        return products[0].small()
-    return torch.cat([product.formed() for product in products]).T, None
+def stacked(products: Sequence[Product]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the products one below the other, transposed, as A, and what multiplies by Qᵀ.
+
+    Of A·Qᵀ with orthonormal columns of Q: A is small where there are few rows.
+    """
+    matrix, basis = torch.cat([p.formed() for p in products]).T if len(products) > 1 else None, None
+    if matrix is None:
+        matrix, basis = products[0].small()
+    return matrix, lambda vectors: vectors if basis is None else expanded(vectors, basis)
+
+
+def expanded(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Return vectors, (k, n · columns), times the transpose of a basis: (k, m · columns).
+
+    Args:
+        vectors: over the columns of A.
+        basis: Q, (m, n); see :meth:`Product.small`.
+    """
+    count, (whole, rank) = len(vectors), basis.shape
+    by_column = vectors.reshape(count, rank, -1)
+    return torch.einsum("mn,knc->kmc", basis, by_column).reshape(count, whole * by_column.shape[2])

@@ -28,7 +28,7 @@ from fxgrow.grow.data.statistics import (
     patches,
     readings,
 )
-from fxgrow.grow.data.sums import Moments
+from fxgrow.grow.data.sums import Moments, Product, stacked
 from fxgrow.plan.pairing import cancels
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
@@ -70,6 +70,7 @@ class Tiny(DataDriven):
         self,
         network: nn.Module,
         pairs: Mapping[str, LayerPair],
+        most: Mapping[str, int],
         progress: Callable[[str], object],
     ) -> dict[str, Directions]:
         shapes = {name: shapes_of(network, pair) for name, pair in pairs.items()}
@@ -84,13 +85,16 @@ class Tiny(DataDriven):
             scales[name] = float(squares.rows.sum().sqrt())
             roots[name] = read.root(dtype)
             moves[name] = [fit.solution(dtype) for fit in fits]
-        found = self.averages(
-            network, pairs, lambda name, seen: (_unreached(seen, moves[name], roots[name]),)
+        left = self.averages(
+            network, pairs, lambda name, seen: _unreached(seen, moves[name], roots[name])
         )
-        return {
-            name: algebra.tiny(found[name][0].T, roots[name], 1.0, scales[name], shapes[name])
-            for name in pairs
-        }
+        found = {}
+        for name in pairs:
+            matrix, expand = stacked(left.pop(name))
+            found[name] = algebra.tiny(
+                matrix, roots[name], scales[name], shapes[name], expand, most[name]
+            )
+        return found
 
     def _gaining(
         self, network: nn.Module, pairs: Mapping[str, LayerPair], chosen: Mapping[str, Directions]
@@ -108,7 +112,8 @@ class Tiny(DataDriven):
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))
             left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
-            result[name] = replace(left, none="new channels would raise the loss, to first order")
+            why = "" if len(left) else "new channels would raise the loss, to first order"
+            result[name] = replace(left, none=why)
         return result
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
@@ -203,7 +208,9 @@ def _mixed(layer: LinearLayer, values: Tensor, factors: Tensor) -> Tensor:
     return (values.movedim(dim, -1) @ factors).movedim(-1, dim)
 
 
-def _unreached(seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor) -> Tensor:
+def _unreached(
+    seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor
+) -> tuple[Product, ...]:
     """Return the correlation of what the writer reads, times a root, with what is left of V.
 
     Args:
@@ -212,14 +219,18 @@ def _unreached(seen: Seen, moves: Sequence[tuple[Tensor, Tensor]], root: Tensor)
         root: of the pseudo-inverse of the moments of what the writer reads, (inputs, r).
 
     Returns:
-        (outputs · kernel of all readers, r).
+        (outputs · kernel, r) of each reader.
     """
     found = []
     has_bias = len(root) > math.prod(seen.writer.weight.shape[1:])
     for one, move, given in zip(seen.reads, moves, _given(seen, has_bias), strict=True):
-        whole = correlation(one.layer, _mixed(one.layer, given, root), _left(one, move))
-        found.append(whole.movedim(1, -1).flatten(0, -2))  # (out, r, *kernel)
-    return torch.cat(found)
+        left, mixed = _left(one, move), _mixed(one.layer, given, root)
+        if left.ndim == 3 and mixed.shape[2:] == one.layer.weight.shape[2:]:  # each read once
+            found.append(Product.of(left.flatten(1), mixed.transpose(1, 2)))
+        else:
+            whole = correlation(one.layer, mixed, left)  # (out, r, *kernel)
+            found.append(Product((whole.movedim(1, -1).flatten(0, -2),)))
+    return tuple(found)
 
 
 def _gains(seen: Seen, found: Directions) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,8 @@ def _seen_pin(op: Operation, width: int, flow: Uses) -> Pin | None:
     if not width:
         # On the meta device it runs, and nowhere else.
         runs = op.name != "convolution"
-        return None if runs else Pin(PinKind.NOT_RUN, place, ("a convolution that writes none",))
+        why = "a convolution that writes none (make it with one channel, which grows)"
+        return None if runs else Pin(PinKind.NOT_RUN, place, (why,))
     where = flow.broadcast(op, _OUT)
     return Pin(PinKind.BROADCAST, where) if where else None
 
