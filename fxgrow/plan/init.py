@@ -301,6 +301,17 @@ def is_from_data(name: str) -> bool:
     return name.startswith("fxgrow.grow.data.")
 
 
+def told_init(name: str) -> str:
+    """Return what an init is called, where a plan names it by its class.
+
+    Example:
+        >>> told_init("fxgrow.grow.data.tiny:Tiny"), told_init("copy_rows")
+        ('tiny', 'copy_rows')
+    """
+    by_class = {made: called for called, made in FROM_DATA.items()}
+    return by_class.get(name.rpartition(":")[2], name) if is_from_data(name) else name
+
+
 def init_of_plan(name: str) -> Init:
     """Return the init a plan names; a plan is data, so code that it names is not imported.
 

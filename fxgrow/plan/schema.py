@@ -156,7 +156,8 @@ class Plan(PlanStep):
             init: what fills new weights, where the plan names what is not run unasked: the function
                 of yours, or the :class:`fxgrow.GradMax` or :class:`fxgrow.Tiny` object, that it was
                 made with. None (default) is the registered one that the plan names.
-            output_init, input_init: likewise, where the plan has one of its own for that side.
+            output_init: likewise, where the plan has one of its own for new outputs.
+            input_init: likewise, for new inputs.
 
         Raises:
             PlanError: the plan is for another network, or was not made with this init.
