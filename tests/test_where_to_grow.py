@@ -219,7 +219,7 @@ def test_budgets_keep_multiples() -> None:
     assert all(group.width[1] % 4 == 0 for group in plan.groups)
 
 
-@pytest.mark.parametrize("budget", ["10%", "+0", "+0%", "+x", "+1.5", "-5", "+10 %", 5])
+@pytest.mark.parametrize("budget", ["10%", "+0", "+0%", "+x", "+1.5", "-5", "+10 %", 0, -5, True])
 def test_what_is_no_budget_is_refused(budget: object) -> None:
     model, batches = network()
     with pytest.raises(UsageError, match=r"budget .* cannot be read"):

@@ -62,11 +62,10 @@ def checked_budget(budget: str | int) -> str:
     Raises:
         UsageError: it cannot be.
     """
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        budget = f"+{budget}"
-    if budget:
-        budgeted(budget, 1)
-    return budget
+    text = budget if isinstance(budget, str) else f"+{budget}"
+    if text:
+        budgeted(text, 1)
+    return text
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

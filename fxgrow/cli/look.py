@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from fxgrow.cli.terminal import print_table
 from fxgrow.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from fxgrow.plan.schema import Plan
     from fxgrow.verification.findings import Verification
 
 _EXACT = 1e-10  # relative, in float64
@@ -111,17 +109,15 @@ def _growth_of(
     return DataInit(method, data, loss)
 
 
-def _with_rescaling_told(found: Verification, plans: Sequence[Plan]) -> Verification:
-    """Return measurements with a note where rescaled norms change train mode alone."""
+def _with_rescaling_told(found: Verification) -> Verification:
+    """Return measurements with a note on what a rescaling does, where train mode alone differs."""
     if found.eval is None or found.train is None:
         return found
-    absorbed = any(e.absorption for plan in plans for e in plan.tensors.values())
-    in_training_alone = found.eval.float64.max_rel <= _EXACT < found.train.float64.max_rel
-    if not (absorbed and in_training_alone):
+    if not found.eval.float64.max_rel <= _EXACT < found.train.float64.max_rel:
         return found
     from fxgrow.api.report.tables import TRAINING_EPS
 
-    note = f"{TRAINING_EPS}, as the plan in the second file predicts; eval mode is the same."
+    note = f"{TRAINING_EPS} (--rescaling), which widening predicts; eval mode is the same"
     return replace(found, notes=(*found.notes, note))
 
 
@@ -155,7 +151,7 @@ def verify(
         inputs = inputs_of(shapes, opened)
         with about(before):
             found = verify_models(opened.model, other.model, inputs, module)
-        found = _with_rescaling_told(found, other.plans)
+        found = _with_rescaling_told(found)
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:
