@@ -24,6 +24,7 @@ from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import TOGETHER
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.sizes.to_one import run_to_one, widths_of_two
 from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
@@ -202,7 +203,7 @@ class Attempts:
         found = tuple(Refusal(name, reason) for name, reason in refused.items())
         if not widths:
             return Obstacle(found[0].reason, found[0].name, refused, certain=True)
-        resized = run_resized(analysis, sizes)
+        resized = self._run(sizes, copying)
         if isinstance(resized, Obstacle):
             return resized
         resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
@@ -222,6 +223,16 @@ class Attempts:
         return Feasible(
             sizes, resized, matching, mixed.copied, mixed.padding, eta, found, zero_channels, scales
         )
+
+    def _run(self, sizes: Sizes, copying: Collection[str]) -> Resized | Obstacle:
+        """Run at new sizes."""
+        if 1 not in sizes.widths.values():
+            return run_resized(self.analysis, sizes)
+        wider = new_sizes(
+            self.analysis.channels, self.analysis.groups, widths_of_two(sizes.widths), self.shapes,
+            self.grouped, copying=copying,
+        )  # fmt: skip
+        return run_to_one(self.analysis, sizes, wider)
 
     def _read_together(self, writer: str) -> set[str]:
         """Return the groups that a layer writes, and all that share a reader with them, and so on.
