@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxgrow
 from fxgrow.errors import FxgrowError
 from fxgrow.grow.data import effort, inits
+from fxgrow.grow.data.pairs import LayerPair, Reader
 from fxgrow.grow.data.statistics import channel_dim, patches
 from fxgrow.grow.data.sums import Moments, Product, stacked
 from fxgrow.modules.calling import tensors_in
@@ -168,3 +171,18 @@ def test_no_matrix_of_all_columns_by_all_columns_is_made() -> None:
     with Watch(), pytest.raises(FxgrowError, match="old weights can do what the loss asks for"):
         fxgrow.widen(net, "+2", batch[0], init=init)
     assert max(sizes) < (16 * 64) ** 2 / 8
+
+
+def test_what_is_told_counts_all_runs() -> None:
+    """Of runs of known length, each part of the work is in what is told."""
+    plain = effort.Effort(2.0, {"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.25}, {"a": 8, "b": 8})
+    assert plain.total(["a"], 3) == 3 * (2.0 + 1.5) + 0.5
+    assert plain.total(["a"], 3, forwards=8) == plain.total(["a"], 3) + 8 * 2.0
+    assert plain.total(["a", "b"], 3) == plain.total(["a"], 3) + 0.25  # the same runs are for both
+    shown = replace(plain, before={"a": 0.5}, blocks={"a": 9})
+    reader = Reader("r", torch.zeros(4, 1, dtype=torch.int64), (2,))
+    pair = LayerPair("a", 4, "w", (reader,), has_bias=True)
+    asked = shown.asked(pair, 0.5 + 8 * 0.125)  # up to the writer, and eight runs behind it
+    assert asked.total(["a"], 3) == plain.total(["a"], 3) + 3 * (0.5 + 2 * 9 * 0.125)
+    scalar = replace(reader, slopes=(0.0, 1.0))
+    assert shown.asked(replace(pair, readers=(scalar,)), 9.0) is shown
