@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow import training
 from fxgrow.modules.tensors import states_of
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.weights import own
@@ -179,3 +180,14 @@ def test_a_module_with_a_state_goes_through_a_file(tmp_path: Path) -> None:
     wide = fxgrow.load(tmp_path / "wide.pt", trust_pickle=True)
     assert [tuple(state.shape) for state in wide.state] == [(1, BATCH, 2 * HIDDEN)] * 2
     torch.testing.assert_close(wide(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LSTM, a list", "ConvLSTM", "GRUCell"])
+def test_a_first_state_grows_in_place(name: str) -> None:
+    net, x = network(name), data(name)
+    want = fxgrow.widen(net, "2x", x, where="all")
+    shapes = {state: tensor.shape for state, tensor in states_of(want.model).items()}
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    training.grow_(net, "2x", x, optimizer=optimizer, where="all")
+    assert {state: tensor.shape for state, tensor in states_of(net).items()} == shapes
+    net(x).sum().backward()

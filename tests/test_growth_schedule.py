@@ -11,6 +11,7 @@ from torch import nn
 
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
 from fxgrow.training import GrowthClock, GrowthSchedule, GrowthStage, Plateau, enter_stage_
+from fxgrow.training.scheduled import growths_of
 
 
 def mlp(width: int = 32) -> nn.Module:
@@ -218,3 +219,27 @@ def test_numbers_that_cannot_be_meant_are_refused(wrong):
         GrowthSchedule.geometric({"a": 64}, epochs=100, **wrong)
     with pytest.raises(UsageError):
         GrowthSchedule.geometric({"a": 0}, epochs=100)
+
+
+def test_callbacks_grow_by_a_schedule():
+    schedule = GrowthSchedule.of(
+        [
+            {"epochs": 2},
+            {"epochs": 3, "width": {"stem": "+4"}, "blocks": {"blocks": "+1"}},
+            {"epochs": 1},
+            {"epochs": 4, "width": "2x"},
+        ],
+        where="hidden",
+    )
+    due = growths_of(schedule, {"lr": "none"})
+    assert [(one.at, one.deepens) for one in due] == [(2, True), (2, False), (6, False)]
+    assert due[0].options == {"blocks": {"blocks": "+1"}, "lr": "none"}
+    assert due[1].options == {"width": {"stem": "+4"}, "where": "hidden", "lr": "none"}
+    with pytest.raises(UsageError, match="depends on a metric"):
+        growths_of(GrowthSchedule.of([{"epochs": 1}] * 2, plateau=Plateau()), {})
+
+
+def test_names_of_groups_are_not_taken_for_globs():
+    schedule = GrowthSchedule.geometric({"wte.weight[1]": 64}, epochs=100)
+    assert list(schedule.stages[1].width) == ["wte.weight[[]1]"]
+    assert schedule.widths_at(1) == {"wte.weight[1]": 20}

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
 from fxgrow.modules.expectation import Expectation
+from fxgrow.verification.constants import exact_constants
 from fxgrow.verification.exact import Exact
 from fxgrow.verification.weights import own
 
@@ -138,3 +139,31 @@ def test_what_a_forward_keeps_in_attributes_begins_anew_in_each_run(bank: bool) 
     assert torch.equal(*found)
     assert net.__dict__.get("state") is None
     assert not bank or not bool(net.kept.any())
+
+
+class _Timed(nn.Module):
+    """Angles computed in torch's default dtype, beside a width that a graph has to hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = nn.Linear(8, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        angles = time[:, None] * torch.exp(-2.3 * torch.arange(4) / 4)
+        h = self.first(x) + self.embed(torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype))
+        return self.last(h.relu().reshape(-1, 2, 3).reshape(-1, 6))
+
+
+def test_what_a_graph_froze_in_float32_is_judged_as_the_code_computes_it():
+    net, inputs = _Timed().eval(), (torch.randn(4, 5), torch.arange(4) * 251)
+    with pytest.warns(fxgrow.FxgrowWarning, match="GraphModule"):
+        grown = fxgrow.widen(net, "2x", inputs, where="all")
+    assert isinstance(grown.model, torch.fx.GraphModule)
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.report.verification.eval.float64.max_rel < 1e-13
+    (name,) = exact_constants(net, grown.model)
+    frozen = getattr(grown.model, name)
+    assert frozen.dtype == torch.float32
+    frozen[1] *= 1 + 1e-5  # no rounding
+    assert not exact_constants(net, grown.model)
+    assert fxgrow.verify(net, grown.model, inputs).verdict == "failed"

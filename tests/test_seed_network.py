@@ -129,6 +129,16 @@ def test_what_no_layer_initialises_is_cut_from_the_definition():
     assert network.encoder.layers[0].self_attention.num_heads < 4
 
 
+def test_groups_of_a_convolution_keep_more_than_a_channel():
+    """With one in each it would be depthwise, of which the channels are others."""
+    full, x = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU()), torch.randn(2, 3, 4, 4)
+    full.append(nn.Conv2d(16, 32, 3, groups=4)).append(nn.ReLU()).append(nn.Conv2d(32, 2, 1))
+    schedule = GrowthSchedule.geometric(full, epochs=30, example_inputs=x, stages=3)
+    assert schedule.widths_at(0) == {"0": 8, "2": 8}
+    network = seed_network(full, schedule, x)
+    assert (network[2].groups, network[2].weight.shape[:2]) == (4, (8, 2))
+
+
 def test_a_schedule_of_another_network_is_refused():
     schedule = GrowthSchedule.geometric(mlp, epochs=30)
     with pytest.raises(PlanError, match="no channel group '0'"):

@@ -28,6 +28,7 @@ import torchvision
 from hostile import load_pickled
 from torch import nn
 
+import fxgrow
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.harmless import resolve
@@ -401,3 +402,15 @@ def test_code_that_cannot_be_imported_is_named(tmp_path):
             archive.writestr(name, data)
     with pytest.raises(SourceError, match=r"cannot be imported here.*gone_package"):
         load_pickled(path, trust_pickle=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_what_scripting_leaves_in_a_module_is_no_matter(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    torch.jit.script(net)
+    assert "__overloads__" in vars(net[0])
+    torch.save(net, tmp_path / "net.pt")
+    for trust in (True, False):
+        opened = fxgrow.open_model(tmp_path / "net.pt", trust_pickle=trust)
+        wide = fxgrow.widen(opened.model, "2x").model
+        torch.testing.assert_close(wide(torch.ones(1, 4)), net(torch.ones(1, 4)))

@@ -11,6 +11,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence, Set
+from fractions import Fraction
 
 from torch import fx, nn
 
@@ -126,11 +127,23 @@ def sized_graph(model: nn.Module, edits: Sequence[SizeEdit]) -> fx.Graph:
                 f"the sizes in {edit.node} are {present}, the plan expects {list(edit.before)}.",
                 name=edit.node,
             )
-        sizes = iter([now if old == new else new for now, old, new in changes])
+        with graph.inserting_before(node):
+            sizes = iter([_resized(graph, *change) for change in changes])
         node.args, node.kwargs = map_sizes(
             edit.function, node.args, node.kwargs, functools.partial(_next, sizes)
         )
     return graph
+
+
+def _resized(graph: fx.Graph, now: object, old: int | None, new: int | None) -> object:
+    """Return a size as it is to be; what is computed (by a batch's size) grows in its ratio."""
+    if not isinstance(now, fx.Node) or old == new or not old or not new:
+        return now if old == new else new
+    ratio = Fraction(new, old)
+    now = graph.call_function(operator.mul, (now, ratio.numerator))
+    if ratio.denominator == 1:
+        return now
+    return graph.call_function(operator.floordiv, (now, ratio.denominator))
 
 
 def _next(sizes: Iterator[object], _: object) -> object:
@@ -164,7 +177,8 @@ def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         raise PlanError(
             f"torch.fx cannot make a graph of {type(model).__name__}: {first_line(error)}."
         ) from error
-    result.training = model.training
+    for name, module in result.named_modules():  # what only holds others was made anew
+        module.training = module_at(model, name).training
     return result
 
 

@@ -132,8 +132,6 @@ def grown_config(
     Raises:
         UngovernedError: no fields give these widths; the first tensor in the way is named.
     """
-    if any(step.makes_graphs for step in plan.steps):
-        raise refusal("the grown model's code differs from that of its class", "", plan)
     config: Any = architecture.arguments["config"]  # in a record, it may say anything
     old = {**screened(config).written, **_flags(plan)}
     limit = Limit.of(grown.state_dict())
@@ -144,6 +142,8 @@ def grown_config(
         said = changed(full, unsaid)
         changes = search.run(said)
         full, old = (said, changed(old, unsaid)) if changes is not None else (full, old)
+    if changes is None and any(step.makes_graphs for step in plan.steps):
+        raise refusal("the grown model's code differs from that of its class", "", plan)
     if changes is None and search.unlike:
         fields = ", ".join(".".join(map(str, place)) for place, _ in search.unlike)
         reason = f"its sizes are those of another {fields}, with which it computes something else"

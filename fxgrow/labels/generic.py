@@ -256,6 +256,13 @@ def _fill_padding(
                 step.value(operands[place]).taken.append(other)
 
 
+def is_joined_by_constants(step: Step, inputs: Sequence[Value]) -> bool:
+    """Return whether channels are laid side by side with one constant, as padding beside them."""
+    return step.traits.name == "aten.cat" and any(
+        value.is_uniform and not value.layers for value in inputs
+    )
+
+
 def _merge(step: Step, left: Layer, right: Layer) -> Layer:
     """Unify two layers element by element and return one that stands for both."""
     dims = support(left) | support(right)

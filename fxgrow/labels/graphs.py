@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from fxgrow.errors import TraceError
+from fxgrow.labels.open_attention import open_attention
 from fxgrow.modules.standin import first_line, keeping_attributes, keeping_modes
 
+_MAKERS = (torch.ones, torch.zeros, torch.full, torch.empty, torch.arange, torch.eye)
 _CONSTANT = re.compile(r"\b_tensor_constant\d+\b")  # what torch.fx calls a tensor of the code's own
 
 
@@ -40,6 +41,8 @@ class ThreadTracer(fx.Tracer):
                 node.type, str
             ):  # never evaluated: torch before 2.11 pickles no such graph
                 node.type = None
+            if node.target in _MAKERS:  # torch's own, which code of the graph need not wrap again
+                node.meta.pop("is_wrapped", None)
         return graph
 
     def call_module(
@@ -112,8 +115,8 @@ def open_graph(model: nn.Module) -> fx.Graph:
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:
-            module.__class__ = OpenAttention
-    for tracer in (OpenTracer, _ClosedTracer):
+            open_attention(module)
+    for tracer in (_MakingTracer, _ClosedTracer):
         try:
             with keeping_modes(model), _without_proxies(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -144,7 +147,16 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     return one is other or (not one.is_meta and not other.is_meta and torch.equal(one, other))
 
 
-class _ClosedTracer(OpenTracer):
+class _MakingTracer(OpenTracer):
+    """Makes constants of traced sizes (``torch.ones(length, length)``) a part of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autowrap_function_ids |= {id(make) for make in _MAKERS}
+        self._autowrap_search.append(torch)
+
+
+class _ClosedTracer(_MakingTracer):
     """Leaves modules without parameters, buffers and children as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -170,46 +182,3 @@ def operands_from(producer: fx.Node, consumer: fx.Node, active: Set[str]) -> lis
         if node is producer:
             found.append(operand)
     return found
-
-
-class OpenAttention(nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` in the open, for tracing: heads are literal sizes here.
-
-    Source: the same computation as ``torch.nn.functional.multi_head_attention_forward``, for the
-    packed projection without masks.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the mixed values, and the attention weights if they are needed."""
-        masked = key_padding_mask is not None or attn_mask is not None or is_causal
-        if masked or self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
-            raise TraceError("nn.MultiheadAttention with masks or separate projections stays whole")
-        inputs = [query, key, value]
-        if not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
-        weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        sizes = (self.num_heads, self.head_dim)
-        q, k, v = (
-            torch.unflatten(
-                functional.linear(inputs[i], weights[i], biases[i]), -1, sizes
-            ).transpose(1, 2)
-            for i in range(3)
-        )
-        scores = functional.softmax(q @ k.transpose(-2, -1) * self.head_dim**-0.5, dim=-1)
-        mixed = functional.dropout(scores, self.dropout, self.training and self.dropout > 0) @ v
-        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        out = out if self.batch_first else out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        return out, scores.mean(1) if average_attn_weights else scores

@@ -7,11 +7,14 @@ with an edit get other sizes.
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +23,17 @@ from torch.overrides import TorchFunctionMode
 
 from fxgrow.labels.sizes import SIZED, function_name, map_sizes, sizes_in
 
+_CALLS = frozenset(
+    ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX")
+)
+
 
 class Sized(NamedTuple):
     """Sizes of the calls that one line makes.
 
     Attributes:
-        at: the line, as :func:`line_of_call` tells it.
+        at: the line, as :attr:`Line.at` tells it, or one call of several there, as
+            :attr:`Line.call` does.
         before, after: the sizes among the arguments; None where a slice has no bound.
     """
 
@@ -34,22 +42,55 @@ class Sized(NamedTuple):
     after: tuple[int | None, ...]
 
 
-def line_of_call(name: str) -> str:
-    """Return which line calls a function: ``"package.module:Class.forward:12:reshape"``.
+class Line(NamedTuple):
+    """Where a call is made.
 
-    Lines are counted from the beginning of the function that they are in.
+    Attributes:
+        at: ``"package.module:Class.forward:12:reshape"``; lines are counted from the beginning of
+            the function that they are in.
+        code, offset: the code that runs, and the place of the call in it.
+    """
+
+    at: str
+    code: CodeType
+    offset: int
+
+    @property
+    def call(self) -> str:
+        """Which of several calls of the line it is: ``"…:12:reshape#1"`` is the second of all."""
+        return f"{self.at}#{_ranks(self.code).get(self.offset, 0)}"
+
+
+@functools.lru_cache(1 << 8)
+def _ranks(code: CodeType) -> dict[int, int]:
+    """Return, by the place of each call in some code, how many come before it on its line."""
+    seen: Counter[int | None] = Counter()
+    found = {}
+    lines = [(first, last, line) for first, last, line in code.co_lines()]
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _CALLS:
+            place = instruction.offset
+            line = next((line for first, last, line in lines if first <= place < last), None)
+            found[place] = seen[line]
+            seen[line] += 1
+    return found
+
+
+def line_of_call(name: str) -> Line | None:
+    """Return where a function is called, None if no code calls it.
 
     Args:
-        name: of the function that is called; the caller is a mode that was asked to run it.
+        name: of the function; the caller is a mode that was asked to run it.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _hands_on(frame, name):
         frame = frame.f_back
     if frame is None:
-        return ""
+        return None
     code, module = frame.f_code, frame.f_globals.get("__name__", "")
     qualified = getattr(code, "co_qualname", code.co_name)  # since Python 3.11
-    return f"{module}:{qualified}:{frame.f_lineno - code.co_firstlineno}:{name}"
+    at = f"{module}:{qualified}:{frame.f_lineno - code.co_firstlineno}:{name}"
+    return Line(at, code, frame.f_lasti)
 
 
 def _hands_on(frame: FrameType, name: str) -> bool:
@@ -84,8 +125,9 @@ class _InCode(TorchFunctionMode):
         if name in SIZED:
             line = line_of_call(name)
             for table in self._tables:
-                if line in table:
-                    args, kwargs = _changed(name, args, kwargs, table[line])
+                sized = (table.get(line.at) or table.get(line.call)) if line else None
+                if sized is not None:
+                    args, kwargs = _changed(name, args, kwargs, sized)
         return func(*args, **kwargs)
 
 

@@ -23,11 +23,17 @@ from fxgrow.labels.step import Step
 _READ = {"aten.mm": (0, 1), "aten.addmm": (1, 2)}
 
 
-def numbered(space: LabelSpace, shape: Sequence[int]) -> Layers:
-    """Return numbers for the positions of a new constant, a layer for each dim."""
-    found = []
+def numbered(space: LabelSpace, shape: Sequence[int], like: Layers = ()) -> Layers:
+    """Return numbers for the positions of a new constant, a layer for each dim.
+
+    Args:
+        space: where numbers are given out.
+        shape: of the constant.
+        like: the numbers of what it is as large as, which it has, too.
+    """
+    found, taken = [*like], {dim for layer in like for dim in support(layer)}
     for dim, size in enumerate(shape):
-        if size > 1:  # a width of one may be broadcast
+        if size > 1 and dim not in taken:  # a width of one may be broadcast
             first = space.numbered + 1
             space.numbered += size
             found.append(along(torch.arange(first, first + size, dtype=torch.int32), dim, shape))
@@ -35,11 +41,11 @@ def numbered(space: LabelSpace, shape: Sequence[int]) -> Layers:
 
 
 def expanded(space: LabelSpace, step: Step, made: Layers) -> Layers:
-    """Return the numbers of what is expanded: it is one constant along each dim that had one entry.
+    """Return the numbers of what is expanded, or repeated: one constant where it had one entry.
 
     Args:
         space: where numbers are given out.
-        step: the expansion of data that holds no channels, such as a mask for all heads.
+        step: an expansion, or repetition, of data that holds no channels: a mask for all heads.
         made: the numbers of that data.
     """
     x, out = step.operands[0], step.outputs[0]
@@ -47,7 +53,8 @@ def expanded(space: LabelSpace, step: Step, made: Layers) -> Layers:
     sizes = (*[1] * added, *x.shape)
     wide = [full if size == 1 else 1 for size, full in zip(sizes, out.shape, strict=True)]
     fresh = (layer.expand(out.shape) for layer in numbered(space, wide))
-    return (*(layer.expand(out.shape) for layer in made), *fresh)
+    kept = generic.moved(step, [made])[0] if made else ()
+    return (*(layer.expand(out.shape) for layer in kept), *fresh)
 
 
 def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list[Layers]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -58,10 +57,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         most: int = MOST_ENTRIES,
         decider: Decider | None = None,
         chance: Chance = "spread",
-        held: Mapping[int, str] = MappingProxyType({}),
+        held: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(decider, chance)
-        self._most, self._held = most, held
+        self._most, self._held = most, held or {}
         self.space = space
         self._zeros = zeros
         self.tape = Tape()
@@ -98,11 +97,9 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                     for dim, size in enumerate(shape)
                     if size > 1  # a width of one may be broadcast
                 ])  # fmt: skip
-            origins = (name,) if name else ()
-            found = self._enter(
-                tensor, layers, parameter=name, is_weight=True, origins=origins,
-                held=self._held.get(id(tensor), ""),
-            )  # fmt: skip
+            held, origins = self._held.get(id(tensor), ""), (name,) if name else ()
+            known: dict[str, Any] = {"parameter": name, "origins": origins, "held": held}
+            found = self._enter(tensor, layers, is_weight=True, **known)
         return found
 
     def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
@@ -201,8 +198,10 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         """Return the numbers of positions of constants in each output."""
         if step.traits.is_factory:
             shapes = [output.shape for output in step.outputs]
-            return [made.numbered(self.space, x) if step.traits.is_uniform else () for x in shapes]
-        if step.traits.name == "aten.expand" and not inputs[0].layers:
+            like = inputs[0].made if inputs and inputs[0].shape == shapes[0] else ()
+            even = step.traits.is_uniform
+            return [made.numbered(self.space, x, like) if even else () for x in shapes]
+        if step.traits.name in ("aten.expand", "aten.repeat") and not inputs[0].layers:
             return (made.expanded(self.space, step, inputs[0].made),)
         if not any(value.made for value in inputs):
             return ((),) * len(step.outputs)
@@ -312,7 +311,7 @@ def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
         "is_view": traits.is_view,
         "is_uniform": traits.is_uniform or moved,
         "number": inputs[0].number if lone and same else constant_of(step.target, step.args),
-        "is_padded": traits.is_padding,
+        "is_padded": traits.is_padding or generic.is_joined_by_constants(step, inputs),
         "drawn": noise.drawn_in(step, inputs),
         "is_masked": noise.is_masked(step, inputs),
         "is_curved": weight and generic.is_curved(step, inputs),

@@ -24,6 +24,8 @@ SIZED: dict[str, tuple[int, int | None, tuple[str, ...]]] = {
     "view": (1, None, ("size",)),
     "reshape": (1, None, ("shape",)),
     "expand": (1, None, ("size",)),
+    "repeat": (1, None, ("repeats",)),
+    "repeat_interleave": (1, 2, ("repeats",)),
     "unflatten": (2, 3, ("sizes",)),
     "split": (1, 2, ("split_size_or_sections", "split_size")),
     "split_with_sizes": (1, 2, ("split_sizes",)),

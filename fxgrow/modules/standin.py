@@ -159,6 +159,8 @@ def set_training(model: nn.Module, *, mode: bool) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.eval()
+        elif isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            module.training = False  # its dropout is no module
 
 
 @contextlib.contextmanager

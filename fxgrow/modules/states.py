@@ -7,7 +7,7 @@ its place in a list, tuple or dict behind a dot (``states.0``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -155,7 +155,7 @@ def _held_at(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
 
 
 def _replaced(value: Any, path: list[str], tensor: Tensor) -> object:
-    """Return what holds a tensor with another one in its place; tuples are made anew."""
+    """Return what holds a tensor with another one in its place, in new containers."""
     if not path:
         return tensor
     first, *rest = path
@@ -164,7 +164,6 @@ def _replaced(value: Any, path: list[str], tensor: Tensor) -> object:
     else:
         key = int(first)
     inner = _replaced(value[key], rest, tensor)
-    if isinstance(value, (MutableMapping, MutableSequence)):
-        value[key] = inner
-        return value
-    return (*value[:key], inner, *value[key + 1 :])
+    if isinstance(value, dict):
+        return value | {key: inner}
+    return type(value)((*value[:key], inner, *value[key + 1 :]))

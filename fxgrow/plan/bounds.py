@@ -253,7 +253,7 @@ def check_sizes(edit: SizeEdit, place: str) -> None:
     """
     if not edit.at:
         _check_node(edit.node, f"{place}node")
-    elif edit.node or not edit.at.endswith(f":{edit.function}"):
+    elif edit.node or not re.fullmatch(rf".*:{re.escape(edit.function)}(#\d+)?", edit.at):
         refuse(f"{place}at", f"{edit.at!r} is no line that makes such a call")
     if edit.function not in SIZED:
         refuse(f"{place}function", f"{edit.function!r} takes no sizes")

@@ -183,7 +183,8 @@ class SizeEdit:
         function: what it calls (``view``).
         before, after: the sizes among its arguments; None where a slice has no bound.
         module: the submodule whose graph this is; "" for the whole network's.
-        at: the line of code that makes the call, where the module has no graph; ``node`` is "".
+        at: the line of code that makes the call, and which call of it (``#1``) if they differ,
+            where the module has no graph; ``node`` is "".
     """
 
     node: str

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from fxgrow.training.ledger import Flops as Flops
     from fxgrow.training.ledger import flops as flops
     from fxgrow.training.ledger import forecast as forecast
+    from fxgrow.training.monitoring import Monitor as Monitor
+    from fxgrow.training.monitoring import effective_rank as effective_rank
+    from fxgrow.training.monitoring import monitor as monitor
     from fxgrow.training.parts import Part as Part
     from fxgrow.training.parts import parts_of as parts_of
+    from fxgrow.training.plateau import Plateau as Plateau
+    from fxgrow.training.probing import Ranking as Ranking
+    from fxgrow.training.probing import Tried as Tried
+    from fxgrow.training.probing import probe as probe
     from fxgrow.training.resume import regrow_ as regrow_
     from fxgrow.training.resume import state_dict as state_dict
     from fxgrow.training.schedule import GrowthSchedule as GrowthSchedule
     from fxgrow.training.schedule import GrowthStage as GrowthStage
-    from fxgrow.training.schedule import Plateau as Plateau
     from fxgrow.training.seed import seed_network as seed_network
     from fxgrow.training.stages import GrowthClock as GrowthClock
     from fxgrow.training.stages import enter_stage_ as enter_stage_
@@ -41,8 +47,11 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("Part", "parts_of"), "fxgrow.training.parts"),
     **dict.fromkeys(("Grown", "deepen_", "grow_"), "fxgrow.training.in_place"),
     **dict.fromkeys(("regrow_", "state_dict"), "fxgrow.training.resume"),
-    **dict.fromkeys(("GrowthSchedule", "GrowthStage", "Plateau"), "fxgrow.training.schedule"),
+    **dict.fromkeys(("GrowthSchedule", "GrowthStage"), "fxgrow.training.schedule"),
+    "Plateau": "fxgrow.training.plateau",
     "seed_network": "fxgrow.training.seed",
+    **dict.fromkeys(("Monitor", "effective_rank", "monitor"), "fxgrow.training.monitoring"),
+    **dict.fromkeys(("Ranking", "Tried", "probe"), "fxgrow.training.probing"),
     **dict.fromkeys(("FlopLedger", "Flops", "flops", "forecast"), "fxgrow.training.ledger"),
     **dict.fromkeys(("GrowthClock", "enter_stage_"), "fxgrow.training.stages"),
 }

@@ -53,7 +53,7 @@ def _exchange(module: nn.Module, others: Mapping[int, Tensor]) -> None:
             if id(tensor) in others:
                 held[local] = others[id(tensor)]  # type: ignore[assignment]
     for name, value in vars(module).items():
-        if name not in _HELD and isinstance(value, (list, tuple, dict)):
+        if name not in _HELD and isinstance(value, (Tensor, list, tuple, dict)):
             changed = _with_others(value, others)
             if changed is not value:
                 vars(module)[name] = changed

@@ -59,6 +59,7 @@ def clip_grad_norm_(
 def _norm(gradient: Tensor, rate: Rate | None) -> Tensor:
     """Return the norm of a gradient, shape (), entries weighted by m/k."""
     if rate is not None and not rate.is_whole:
-        gradient = gradient * torch.as_tensor(rate.gradient * rate.update).sqrt().to(gradient)
+        weight = torch.as_tensor(rate.gradient * rate.update, dtype=torch.float64)
+        gradient = gradient * weight.sqrt().to(gradient)
     norm: Tensor = torch.linalg.vector_norm(gradient)
     return norm

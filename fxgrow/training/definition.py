@@ -86,8 +86,18 @@ class Definition:
         step = lcm(*(self._granule(group) * lead // group.width for group in groups))
         if step >= lead:
             return None
-        least = max(2 * lead // len(group.channels) for group in groups)
+        least = max(2 * self._kinds(group) * lead // group.width for group in groups)
         return Unit(lead, step, {group.name: group.width for group in groups}, least)
+
+    def _kinds(self, group: ChannelGroup) -> int:
+        """Return how many rows of a group make one of each kind, as in the groups of a convolution.
+
+        With one alone, that would be depthwise, and a lone head is told from nothing.
+        """
+        channels = self.analysis.channels
+        touched = {channels.axes[axis].tensor for axis in group.axes}
+        split = [n for weight, n in channels.convolution_groups.items() if weight in touched]
+        return max(group.width // len(group.channels), *split, 1)
 
     def _granule(self, group: ChannelGroup) -> int:
         """Return the least part of a group's width that it can have, and multiples of which."""

@@ -21,7 +21,7 @@ class Unit:
         step: what that can be a multiple of.
         widths: the full width of each group, by name.
         least: what the width that counts has at least: a channel by itself cannot be told from what
-            is broadcast.
+            is broadcast, nor a convolution of one in each group from a depthwise one.
     """
 
     lead: int

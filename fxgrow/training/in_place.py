@@ -25,7 +25,15 @@ from fxgrow.training.followers import (
 )
 from fxgrow.training.history import add_stage
 from fxgrow.training.parts import Part, parts_of
-from fxgrow.training.rates import Rates, advice, check_growth, check_rule, follow, scale_states
+from fxgrow.training.rates import (
+    Rates,
+    advice,
+    check_growth,
+    check_rule,
+    follow,
+    forget,
+    scale_states,
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,8 @@ def _in_place(
     add_stage(network, grown.plan, lr, within=model)
     if lr == "width":
         scale_states(network, grown.plan, optimizers)
+    for mean in means:
+        forget(mean)
     follow(network, lr)
     told, parts = advice(grown.plan, lr), parts_of(network)
     return Grown(model, grown.plan, grown.report, grown.init, advice=told, parts=parts)

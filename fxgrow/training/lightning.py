@@ -14,6 +14,7 @@ import importlib
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,8 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         schedule: for each epoch (or number of optimizer steps) before which the network grows,
             from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
-            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such.
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``trainer.global_step``.
         part: the name of the module that grows, for ``self.net`` of the LightningModule
             ``"net"``; "" (default) for all of it.
@@ -164,6 +166,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
                 name=kind,
                 way_out="Train with strategy='ddp' or on one device.",
             )
+        _drop_own_forward(pl_module)
         example = getattr(pl_module, "example_input_array", None)
         if self._growing.inputs is None and not self._growing.part:
             self._growing.inputs = example
@@ -181,6 +184,15 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
     def _copies(self, trainer: Any, pl_module: Any) -> list[nn.Module]:
         """Return the averages of the network's weights that other callbacks hold."""
         return copies_held((one for one in trainer.callbacks if one is not self), pl_module)
+
+
+def _drop_own_forward(module: nn.Module) -> None:
+    """Remove the attribute that Lightning leaves after a step in a wrapper: its class's forward.
+
+    It would go on to run where the class changes, and copies may run it on the original.
+    """
+    if vars(module).get("forward") == MethodType(type(module).forward, module):
+        del module.forward
 
 
 def regrow_from(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

@@ -56,8 +56,12 @@ class Table:
         self.warming = warming
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Take a state over, of a copy or of what was pickled, and have the copy's rates held."""
+        """Take a state over, of a copy or of what was pickled, and have the copy's rates held.
+
+        What has grown since, in a copy that no rule was asked for, has none.
+        """
         vars(self).update(state)
+        self.rates = [(p, rate) for p, rate in self.rates if tuple(p.shape) == rate.shape]
         stepping.hold(self.rates)
 
 
@@ -81,6 +85,7 @@ def check_growth(
         PlanError: it cannot; the parameter or the optimizer is named.
     """
     rules = {stage.lr for _, stage in stages_within(network)} | {rule}
+    _check_whole(network)
     if rule == "width":
         trained = {n for n, p in grown.model.named_parameters() if p.requires_grad}
         copies = copies_in(grown.plan)
@@ -91,6 +96,29 @@ def check_growth(
         stepping.check_optimizer(
             optimizer, scaled="width" in rules, parted=bool(rules & {"width", "variance_transfer"})
         )
+
+
+def _check_whole(network: nn.Module) -> None:
+    """Return if no network around this one has grown under a rule that goes for its parameters.
+
+    Raises:
+        PlanError: one has.
+    """
+    tables = (vars(module).get(_TABLE) for module in network.modules())
+    own = {id(p) for table in tables if table is not None for p, _ in table.rates}
+    for name, parameter in network.named_parameters():
+        rate = stepping.RATES.get(parameter)
+        if (
+            rate is not None
+            and id(parameter) not in own
+            and (not rate.is_whole or rate.warming.left)
+        ):
+            raise PlanError(
+                f"{name} has a rate of its own since a network that this one is a part of has grown"
+                " (lr=).",
+                name=name,
+                way_out="Grow that network, with include= and exclude= for what is to grow.",
+            )
 
 
 def _check_copies(plan: Plan, found: Mapping[str, Provenance]) -> None:
@@ -165,7 +193,7 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
     wrote = provenances(network) if "variance_transfer" in stages else {}
     rates = []
     for name, parameter in network.named_parameters():
-        rate = Rate(warming=warming)
+        rate = Rate(shape=tuple(parameter.shape), warming=warming)
         if name in copies:
             rate.gradient = _product(copies[name].axes, "rows")
             rate.update = _product(copies[name].axes, "columns", inverse=True)
@@ -173,17 +201,22 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
             rate.first, rate.later = _transferred(split(name, wrote[name]), stages)
         if left or not rate.is_whole:
             rates.append((parameter, rate))
-    for module in network.modules():
-        vars(module).pop(_TABLE, None)
+    forget(network)
     if rates:
         vars(network)[_TABLE] = Table(rates, warming)
         stepping.hold(rates)
 
 
 def steps_left(network: nn.Module) -> int:
-    """Return how many steps of a warm-up are left to a network."""
-    table: Table | None = vars(network).get(_TABLE)
-    return table.warming.left if table is not None else 0
+    """Return how many steps of a warm-up are left to a network, or to a module in it."""
+    tables = (vars(module).get(_TABLE) for module in network.modules())
+    return max((table.warming.left for table in tables if table is not None), default=0)
+
+
+def forget(network: nn.Module) -> None:
+    """Drop the rates of a copy of a network, which no optimizer trains."""
+    for module in network.modules():
+        vars(module).pop(_TABLE, None)
 
 
 def rate_of(parameter: Tensor) -> Rate:
@@ -210,8 +243,9 @@ def _transferred(
     parts: Sequence[Part], stages: Sequence[str]
 ) -> tuple[tuple[Part, ...], tuple[tuple[Part, ...], ...]]:
     """Return the parts that make up W_0, and those of each growth under variance transfer."""
-    under = [number for number, rule in enumerate(stages, 1) if rule == "variance_transfer"]
-    first = tuple(part for part in parts if part.stage < under[0])
+    own = {part.stage for part in parts}
+    under = [n for n, rule in enumerate(stages, 1) if rule == "variance_transfer" and n in own]
+    first = tuple(part for part in parts if part.stage < min(under, default=0))
     later = [tuple(part for part in parts if part.stage == number) for number in under]
     return (first, tuple(filter(None, later))) if first else ((), ())
 

@@ -17,7 +17,7 @@ from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.training.followers import averaged, check_schedulers, optimizers_of, unwrapped
 from fxgrow.training.history import add_stage, named_module, stages_within
 from fxgrow.training.in_place import put_in_place
-from fxgrow.training.rates import RATES, WARM_UP, follow, steps_left
+from fxgrow.training.rates import RATES, WARM_UP, follow, scale_states, steps_left
 from fxgrow.verification.findings import Verification
 
 SCHEMA = 1
@@ -106,6 +106,8 @@ def regrow_(
         inner = [named_module(mean, name) for mean in means]
         put_in_place(part, api.Grown(grown, whole, report), optimizers, inner)
         add_stage(part, whole, lr, within=network)
+        if lr == "width":
+            scale_states(part, whole, optimizers)
         follow(part, lr)
     follow(network, "none", left=_steps_left(state))
     return model

@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from glob import escape
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
@@ -25,50 +27,13 @@ from fxgrow.plan.requests import Where
 from fxgrow.plan.schema import MOST_STEPS
 from fxgrow.training.definition import definition_of, units_of
 from fxgrow.training.geometric import depths_by_stage, lengths, widths_by_stage
+from fxgrow.training.plateau import MOST_EPOCHS, Plateau, refuse, whole
 
 SCHEMA = 1
-_MOST_EPOCHS = 1 << 40  # steps may be counted for epochs
 _MOST_ENTRIES = 1 << 16
 _MOST_NAME = 1000  # characters
+_ESCAPED = re.compile(r"\[([*?[])\]")  # by glob.escape: "wte.weight[1]" is a group's name
 _T = TypeVar("_T")
-
-
-def _refuse(place: str, why: str) -> NoReturn:
-    raise UsageError(f"the schedule's {shown(place)} is wrong: {shown(why)}.", name=shown(place))
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """When a metric has stopped improving.
-
-    Attributes:
-        patience: after so many epochs without an improvement; at least 1.
-        threshold: what counts as one, relative to the best so far.
-        mode: whether smaller (``min``) or larger values (``max``) are better.
-    """
-
-    patience: int = 5
-    threshold: float = 1e-3
-    mode: Literal["min", "max"] = "min"
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            UsageError: one is none that could be meant.
-        """
-        _whole(self.patience, "plateau.patience", 1, _MOST_EPOCHS)
-        if type(self.threshold) not in (int, float) or not 0 <= self.threshold < 1:
-            _refuse("plateau.threshold", f"{self.threshold!r} is not between 0 and 1")
-        if self.mode not in ("min", "max"):
-            _refuse("plateau.mode", f"{self.mode!r} is neither min nor max")
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Return whether a value is better than the best so far; nan never is."""
-        if best is None:
-            return not math.isnan(value)
-        margin = self.threshold * abs(best)
-        return value < best - margin if self.mode == "min" else value > best + margin
 
 
 @dataclass(frozen=True)
@@ -95,16 +60,16 @@ class GrowthStage:
             UsageError: it cannot be read.
         """
         if self.epochs is not None:
-            _whole(self.epochs, "epochs", 1, _MOST_EPOCHS)
+            whole(self.epochs, "epochs", 1, MOST_EPOCHS)
         for name, found, read in (
             ("width", self.width, lambda text: new_width(text, 1)),
             ("blocks", self.blocks, lambda text: new_blocks(text, 0)),
         ):
             if type(found) is not dict or len(found) > _MOST_ENTRIES:
-                _refuse(name, f"it is no mapping of at most {_MOST_ENTRIES} names")
+                refuse(name, f"it is no mapping of at most {_MOST_ENTRIES} names")
             for key, value in found.items():
                 if type(key) is not str or type(value) is not str or len(key) > _MOST_NAME:
-                    _refuse(name, f"{str(key)[:80]!r} is not a name, or has no text for its size")
+                    refuse(name, f"{str(key)[:80]!r} is not a name, or has no text for its size")
                 _readable(read, value)
 
 
@@ -120,16 +85,6 @@ def _readable(read: Callable[[str], object], text: str) -> None:
         raise
     except PlanError:
         return  # of a form that can be read
-
-
-def _whole(value: object, place: str, least: int, most: int) -> None:
-    """Return if a value is a whole number between two others.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if type(value) is not int or not least <= value <= most:
-        _refuse(place, f"{str(value)[:40]!r} is no whole number from {least} to {most}")
 
 
 @dataclass(frozen=True)
@@ -153,12 +108,12 @@ class GrowthSchedule:
             UsageError: there are none, or too many, or one would never end.
         """
         if type(self.stages) is not tuple or not 0 < len(self.stages) <= MOST_STEPS:
-            _refuse("stages", f"there must be from 1 to {MOST_STEPS}")
+            refuse("stages", f"there must be from 1 to {MOST_STEPS}")
         if self.where not in get_args(Where):
-            _refuse("where", f"{str(self.where)[:40]!r} is none of {', '.join(get_args(Where))}")
+            refuse("where", f"{str(self.where)[:40]!r} is none of {', '.join(get_args(Where))}")
         for index, stage in enumerate(self.stages[:-1]):
             if stage.epochs is None and self.plateau is None:
-                _refuse(f"stages.{index}.epochs", "without a number and a plateau it never ends")
+                refuse(f"stages.{index}.epochs", "without a number and a plateau it never ends")
 
     @classmethod
     def geometric(
@@ -211,13 +166,13 @@ class GrowthSchedule:
                 f"initial={initial} and rate={rate} are no parts of a width.",
                 way_out="Give 0 < initial ≤ 1 and 0 < rate ≤ 4.",
             )
-        _whole(multiple_of, "multiple_of", 1, 1 << 31)
+        whole(multiple_of, "multiple_of", 1, 1 << 31)
         if isinstance(final, Mapping):
             units = units_of(final)
         else:
             units = definition_of(final, example_inputs).units(where, include, exclude)
         most = MOST_STEPS if stages is None else stages
-        _whole(most, "stages", 1, MOST_STEPS)
+        whole(most, "stages", 1, MOST_STEPS)
         deep = {name: (int(a), int(b)) for name, (a, b) in (blocks or {}).items()}
         widths = widths_by_stage(units, initial, rate, multiple_of, most)
         count = max(len(widths), *(b - a + 1 for a, b in deep.values()), 1)
@@ -283,13 +238,38 @@ class GrowthSchedule:
                 return index
         return len(self.stages) - 1
 
+    def growths(self) -> dict[int, list[dict[str, Any]]]:
+        """Return what grows by the epoch before which it does, as callbacks of trainers take it.
+
+        Raises:
+            UsageError: it depends on a metric.
+
+        Example:
+            >>> GrowthSchedule.of([{"epochs": 5}, {"epochs": 10, "width": "2x"}]).growths()
+            {5: [{'width': {'*': '2x'}, 'where': 'all'}]}
+        """
+        found: dict[int, list[dict[str, Any]]] = {}
+        begins = 0
+        for before, stage in itertools.pairwise(self.stages):
+            begins += before.epochs or 0
+            told: list[dict[str, Any]] = []
+            if stage.blocks:
+                told.append({"deepen": dict(stage.blocks)})
+            if stage.width:
+                told.append({"width": dict(stage.width), "where": self.where})
+            if told:
+                found[begins] = told
+        self.stage_at(0)  # which is refused where a metric decides
+        return found
+
     def widths_at(self, stage: int) -> dict[str, int]:
         """Return the width of each channel group in a stage, of a schedule in absolute widths.
 
         Raises:
             UsageError: a width is told relative to another, or there is no such stage.
         """
-        return {name: int(text) for name, text in self._at(stage, "width").items()}
+        told = self._at(stage, "width")
+        return {_ESCAPED.sub(r"\1", name): int(text) for name, text in told.items()}
 
     def blocks_at(self, stage: int) -> dict[str, int]:
         """Return the number of blocks of each list in a stage, likewise.
@@ -300,7 +280,7 @@ class GrowthSchedule:
         return {name: int(text) for name, text in self._at(stage, "blocks").items()}
 
     def _at(self, stage: int, what: str) -> dict[str, str]:
-        _whole(stage, "stage", 0, len(self.stages) - 1)
+        whole(stage, "stage", 0, len(self.stages) - 1)
         found: dict[str, str] = {}
         for each in self.stages[: stage + 1]:
             found |= getattr(each, what)
@@ -331,10 +311,10 @@ class GrowthSchedule:
         """
         held = _fields(data, "schedule", {"schema", *(x.name for x in fields(cls))})
         if type(held.get("schema")) is not int or held["schema"] != SCHEMA:
-            _refuse("schema", f"it is not {SCHEMA}")
+            refuse("schema", f"it is not {SCHEMA}")
         stages, plateau = held.get("stages"), held.get("plateau")
         if not isinstance(stages, (list, tuple)) or len(stages) > MOST_STEPS:
-            _refuse("stages", f"they are not a list of at most {MOST_STEPS}")
+            refuse("stages", f"they are not a list of at most {MOST_STEPS}")
         known = {x.name for x in fields(Plateau)}
         return cls(
             tuple(map(_stage, stages)),
@@ -366,7 +346,8 @@ def _changes(
     for width, depth in zip(widths, depths, strict=True):
         counts |= {name: int(text) for name, text in depth.items()}
         there = {name: n for name, n in width.items() if not _is_to_come(name, counts)}
-        found.append({name: str(n) for name, n in there.items() if known.get(name) != n})
+        changed = {name: str(n) for name, n in there.items() if known.get(name) != n}
+        found.append({escape(name): text for name, text in changed.items()})
         known |= there
     return found
 
@@ -389,7 +370,7 @@ def _stage(data: object) -> GrowthStage:
     if isinstance(held.get("width"), str):
         held["width"] = {"*": held["width"]}
     if "epochs" not in held:
-        _refuse("stages", "one has no epochs")
+        refuse("stages", "one has no epochs")
     return GrowthStage(**held)
 
 
@@ -400,8 +381,8 @@ def _fields(data: object, place: str, known: set[str]) -> Mapping[str, Any]:
         UsageError: it is not.
     """
     if not isinstance(data, Mapping):
-        _refuse(place, f"it is a {type(data).__name__}, and no mapping")
+        refuse(place, f"it is a {type(data).__name__}, and no mapping")
     foreign = [str(key) for key in data if not isinstance(key, str) or key not in known]
     if foreign:
-        _refuse(place, f"it has no {foreign[0][:40]!r}")
+        refuse(place, f"it has no {foreign[0][:40]!r}")
     return data

@@ -17,8 +17,9 @@ from fxgrow.training.followers import averaged, optimizers_of
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.resume import regrow_, state_dict
+from fxgrow.training.schedule import GrowthSchedule
 
-Schedule: TypeAlias = Mapping[int, object]
+Schedule: TypeAlias = Mapping[int, object] | GrowthSchedule
 Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
 
 UNITS = ("epochs", "steps")
@@ -43,18 +44,29 @@ class Due:
     options: Mapping[str, Any]
 
 
+def mapping_of(schedule: Schedule) -> Mapping[int, object]:
+    """Return a schedule by its epochs.
+
+    Raises:
+        UsageError: when it grows depends on a metric.
+    """
+    return schedule.growths() if isinstance(schedule, GrowthSchedule) else schedule
+
+
 def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]:
     """Return the growths of a schedule, in order.
 
     Args:
         schedule: for each epoch or number of steps, a width (``"1.5x"``), options of
             :func:`fxgrow.widen` with ``width`` among them, those of :func:`fxgrow.deepen` with
-            ``deepen`` for the blocks, or several of these in a list.
+            ``deepen`` for the blocks, or several of these in a list; or a
+            :class:`fxgrow.training.GrowthSchedule` of epochs.
         shared: options for all that do not say otherwise.
 
     Raises:
         UsageError: it is none.
     """
+    schedule = mapping_of(schedule)
     if not isinstance(schedule, Mapping) or not schedule:
         raise UsageError(
             "a schedule says for each epoch or step how the network grows.",
@@ -195,8 +207,12 @@ class Growing:
 
     def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
         """Return all averages of the module's weights: those named, and in copies of the root."""
-        named = list(self._averages(root)) if self._averages is not None else []
-        return [*named, *(named_module(other, self.part) for other in averaged(others))]
+        copies = averaged(others)
+        found = [named_module(copy, self.part) for copy in copies]
+        if self._averages is not None:
+            for one in (root, *copies):
+                found += self._averages(one)
+        return found
 
     def _part_of(self, root: nn.Module) -> nn.Module:
         """Return the module that grows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from glob import escape
 from typing import Any
 
 import torch
@@ -148,14 +149,14 @@ def _widening(
         raise
     except PlanError as error:
         raise PlanError(error.message, name=error.name, way_out=_LEAVE_OUT) from error
-    stuck = [refusal for refusal in plan.refused if refusal.name in width]
-    if stuck:
-        name = stuck[0].name
-        raise PlanError(
-            f"{name} cannot be widened to {width[name]}: {stuck[0].reason}.",
-            name=name,
-            way_out=_LEAVE_OUT,
-        )
+    for refusal in plan.refused:
+        asked = width.get(escape(refusal.name))
+        if asked is not None:
+            raise PlanError(
+                f"{refusal.name} cannot be widened to {asked}: {refusal.reason}.",
+                name=refusal.name,
+                way_out=_LEAVE_OUT,
+            )
     return plan
 
 

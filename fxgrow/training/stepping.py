@@ -27,6 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxgrow.errors import PlanError
 from fxgrow.training.parts import Part
 
+_Ratios: TypeAlias = dict[int, Sequence[Tensor]]  # by the id of a rate, for each later growth
+
 # Their steps are a function of each entry's own gradients: scaled ones make the steps of others.
 _BY_ENTRY = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
@@ -67,6 +69,7 @@ class Rate:
     """What is made of the steps of one parameter.
 
     Attributes:
+        shape: of the parameter.
         gradient: what the optimizer's gradient is multiplied by: a number, or broadcastable.
         update: the share of a step that is taken, likewise.
         first: the entries whose norm later ones are measured by.
@@ -74,6 +77,7 @@ class Rate:
         warming: a warm-up of all steps.
     """
 
+    shape: tuple[int, ...] = ()
     gradient: float | Tensor = 1.0
     update: float | Tensor = 1.0
     first: tuple[Part, ...] = ()
@@ -93,7 +97,6 @@ class Rate:
         return _is_one(self.gradient) and _is_one(self.update) and not self.later
 
 
-_Ratios: TypeAlias = dict[int, Sequence[Tensor]]
 RATES: MutableMapping[Tensor, Rate] = WeakTensorKeyDictionary()
 
 
@@ -113,11 +116,22 @@ def _watch() -> None:
 
 @dataclass
 class _Step:
-    """One step of an optimizer: gradients to give back, and (entries, where they were, share)."""
+    """One step of an optimizer.
 
-    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    Attributes:
+        gradients: to be given back to parameters.
+        held: entries, where they were, and the share of the step that they take.
+        along: parameters of SGD that move along their momentum: how far can be told without a
+            copy of where they were.
+        warming: the warm-ups that this is a step of, by id.
+        ratios: of norms of parts.
+    """
+
+    gradients: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     held: list[tuple[Tensor, Tensor, float | Tensor]] = field(default_factory=list)
+    along: list[tuple[Tensor, Rate, Mapping[str, Any]]] = field(default_factory=list)
     warming: dict[int, WarmUp] = field(default_factory=dict)
+    ratios: _Ratios = field(default_factory=dict)
 
 
 _RUNNING: MutableMapping[Optimizer, _Step] = weakref.WeakKeyDictionary()
@@ -201,11 +215,25 @@ def _prepare(optimizer: Optimizer) -> None:
         if rate.warming.left:
             step.warming[id(rate.warming)] = rate.warming
             step.held.append((parameter, parameter.clone(), rate.warming.share))
-        if not rate.is_whole:
-            rate.to(parameter)
+        if rate.is_whole:
+            continue
+        rate.to(parameter)
+        if _is_along(optimizer, group, rate):
+            step.along.append((parameter, rate, group))
+        else:
             _hold_back(step, parameter, rate, ratios, 1.0 - _shrunk(optimizer, group))
+        if not _is_one(rate.gradient):
             step.gradients.append((parameter, parameter.grad))
-            parameter.grad = _scaled(optimizer, group, parameter, rate, ratios)
+            parameter.grad = parameter.grad * rate.gradient
+        _add_decay(optimizer, group, parameter, rate, ratios)
+    step.ratios = ratios
+
+
+def _is_along(optimizer: Optimizer, group: Mapping[str, Any], rate: Rate) -> bool:
+    """Return whether an optimizer subtracts its momentum of a parameter, and nothing else."""
+    scaled = getattr(optimizer, "found_inf", None) is not None
+    plain = bool(group.get("momentum")) and not group.get("nesterov") and _is_one(rate.update)
+    return type(optimizer) is torch.optim.SGD and plain and not scaled
 
 
 def _hold_back(
@@ -226,35 +254,23 @@ def _hold_back(
         step.held.append((view, view * keeps, ratio))
 
 
-def _scaled(
-    optimizer: Optimizer,
-    group: Mapping[str, Any],
-    parameter: Tensor,
-    rate: Rate,
-    ratios: _Ratios,
-) -> Tensor:
-    """Return the gradient that an optimizer is given for a parameter.
-
-    Where decay joins the gradient, it gets as much more as is held back of it afterwards.
-    """
-    gradient = parameter.grad
-    decay = group.get("weight_decay") or 0.0
-    joins = bool(decay) and _is_one(1.0 - _shrunk(optimizer, group))
-    if gradient is None or (_is_one(rate.gradient) and not joins):
-        return gradient  # type: ignore[return-value]
-    scaled = gradient * rate.gradient
-    if not joins:
-        return scaled
+def _add_decay(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, rate: Rate, ratios: _Ratios
+) -> None:
+    """Add as much decay to the gradient as is held back of it afterwards, where it joins that."""
+    decay, gradient = group.get("weight_decay") or 0.0, parameter.grad
+    if not decay or gradient is None or not _is_one(1.0 - _shrunk(optimizer, group)):
+        return
     alpha = -decay if group.get("maximize") else decay
     scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, where the step undoes it
     alpha = alpha if scale is None else alpha * scale
-    whole = parameter / rate.update
+    whole = parameter
     if not _is_one(rate.update):
-        scaled += (whole - parameter) * alpha
+        whole = parameter / rate.update
+        gradient += (whole - parameter) * alpha
     wholes = _parted(rate, ratios, whole)
-    for (view, ratio), (weight, _) in zip(_parted(rate, ratios, scaled), wholes, strict=True):
-        view += weight * ((1 / ratio - 1) * alpha)
-    return scaled
+    for (view, ratio), (weight, _) in zip(_parted(rate, ratios, gradient), wholes, strict=True):
+        view.addcmul_(weight, (1 / ratio - 1) * alpha)
 
 
 def _parted(rate: Rate, ratios: _Ratios, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -280,7 +296,7 @@ def _ratios(members: Sequence[tuple[Tensor, Rate]]) -> _Ratios:
                 sums.extend([count] * (len(views) - len(sums)))
                 count += 1
         wide = torch.promote_types(here[0][0].dtype, torch.float32)
-        norms = torch.stack([norm.to(wide) for norm in torch._foreach_norm(views)])
+        norms = torch.stack([_norm(view, wide) for view in views])
         index = torch.tensor(sums, device=device)
         squares = norms.new_zeros(count).index_add_(0, index, norms.square())
         count = 0
@@ -291,6 +307,13 @@ def _ratios(members: Sequence[tuple[Tensor, Rate]]) -> _Ratios:
             ratio = ratio.where((own[1:] > 0) & (own[0] > 0), 1.0)
             found[id(rate)] = ratio.to(parameter.dtype).unbind()
     return found
+
+
+def _norm(view: Tensor, wide: torch.dtype) -> Tensor:
+    """Return the norm of a view; that of rows first is several times as fast over strides."""
+    rows: Tensor = torch.linalg.vector_norm(view.flatten(1), dim=1, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm
 
 
 def _shrunk(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
@@ -317,6 +340,13 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if step is None:
         return
     _give_back(optimizer)
+    for parameter, rate, group in step.along:
+        moved = optimizer.state[parameter]["momentum_buffer"]
+        steps = _parted(rate, step.ratios, moved)
+        for (view, ratio), (part, _) in zip(
+            _parted(rate, step.ratios, parameter), steps, strict=True
+        ):
+            view.addcmul_(part, (1 - ratio) * group["lr"])
     for entries, before, share in reversed(step.held):
         entries.lerp_(before, 1 - share)
     for warming in step.warming.values():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
 from fxgrow.files.pretrained import example_inputs
 from fxgrow.training.in_place import Grown
-from fxgrow.training.scheduled import Averages, Growing, Schedule
+from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
 
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
@@ -46,13 +46,15 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
     The optimizer and the scheduler go on. Checkpoints hold how the network has grown:
     ``trainer.train(resume_from_checkpoint=…)`` gives a new network that shape before its weights
     are loaded, from a checkpoint in ``args.output_dir``, or from the one that ``resume_from`` or
-    ``args.resume_from_checkpoint`` names.
+    ``args.resume_from_checkpoint`` names. ``load_best_model_at_end`` means the best one since the
+    last growth: weights of an earlier stage do not fit.
 
     Args:
         schedule: for each epoch (or number of optimizer steps) before which the network grows,
             from 0: a width, ``"1.5x"``; options of :func:`fxgrow.widen`,
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
-            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such.
+            ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
+            :class:`fxgrow.training.GrowthSchedule`.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``state.global_step``.
         part: the name of the module that grows; "" (default) for all of the network.
         inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None takes what the configuration of
@@ -86,6 +88,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 "this callback needs transformers.",
                 way_out="pip install 'fxgrow[transformers]' brings it.",
             )
+        schedule = mapping_of(schedule)
         if isinstance(schedule, Mapping):  # what JSON holds has strings as keys
             schedule = {_number(at): growths for at, growths in schedule.items()}
         self._given = {"schedule": schedule, "unit": unit, "part": part, **options}
@@ -150,27 +153,30 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         saved = _progress_in(held, type(self).__name__, self._growing.part)
         if saved is None:
             return
-        if saved["growth"] is not None and saved["growth"] != self._growing.record(model):
+        record, now = saved["growth"] or {}, self._growing.record(model)
+        if record.get("stages", []) != now["stages"]:
             raise PlanError(
                 "the network has not grown as the checkpoint's had.",
                 way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
                 "callback resume_from= with the checkpoint's directory.",
             )
+        if record:  # another checkpoint of the same stage may have told the shapes
+            self._growing.regrow(model, record, [kwargs["optimizer"]])
         self._growing.done = int(saved["done"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before an epoch."""
-        del args, control
+        del control
         if self._growing.unit == "epochs":
-            self._grow_due(int((state.epoch or 0) + 1e-6), kwargs)  # a sum of fractions
+            self._grow_due(int((state.epoch or 0) + 1e-6), args, state, kwargs)  # sums of fractions
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before a step."""
-        del args, control
+        del control
         if self._growing.unit == "steps":
-            self._grow_due(state.global_step, kwargs)
+            self._grow_due(state.global_step, args, state, kwargs)
 
-    def _grow_due(self, count: int, given: Mapping[str, Any]) -> None:
+    def _grow_due(self, count: int, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         """Carry out what is due."""
         if not self._growing.is_due(count):
             return
@@ -179,6 +185,9 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             self._growing.inputs = example_inputs(model)
         optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
         self._growing.grow_due(count, model, [optimizer], [scheduler])
+        if getattr(args, "load_best_model_at_end", False):
+            # Weights of an earlier stage would not fit at the end.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _watch(self, model: nn.Module, args: Any) -> None:
         """Look at what is loaded into a network from now on."""
@@ -186,15 +195,13 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             return
         self._root = weakref.ref(model)
         hook = _Regrow(self, getattr(args, "output_dir", None), args.resume_from_checkpoint)
-        model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        # The public way keeps a reference to the module, with which copies of copies fail.
+        model._register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
-    def regrow(
-        self, model: nn.Module, weights: Mapping[str, Tensor], output: Any, resume: Any
-    ) -> None:
-        """Give a network the shapes of weights that are about to be loaded, if it has others.
+    def regrow(self, weights: Mapping[str, Tensor], output: Any, resume: Any) -> None:
+        """Give the network the shapes of weights that are about to be loaded, if it has others.
 
         Args:
-            model: the network.
             weights: a state_dict.
             output: the directory with checkpoints.
             resume: a checkpoint's directory, if it is known.
@@ -202,7 +209,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         Raises:
             PlanError: no checkpoint says how.
         """
-        if not _differs(model, weights):
+        model = self._root()
+        if model is None or not _differs(model, weights):
             return
         named = [Path(one) for one in (self._resume_from, resume) if isinstance(one, (str, Path))]
         found = [] if output is None else list(Path(output).glob(_CHECKPOINTS))
@@ -212,9 +220,9 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         for folder in (*named, *newest):
             for progress in _progress_of(folder, type(self).__name__, self._growing.part):
                 record = progress["growth"]
-                if record is None or record in tried:
+                if not isinstance(record, dict) or record.get("stages") in tried:
                     continue
-                tried.append(record)
+                tried.append(record.get("stages"))
                 trial = copy.deepcopy(model)
                 try:
                     self._growing.regrow(trial, record)
@@ -252,11 +260,12 @@ class _Regrow:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Regrow, (None, None, None)
 
-    def __call__(self, module: nn.Module, weights: Mapping[str, Tensor], *rest: object) -> None:
+    def __call__(self, weights: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
         del rest
         callback = self._callback()
-        if callback is not None and callback._root() is module:
-            callback.regrow(module, weights, self._output, self._resume)
+        if callback is not None:
+            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            callback.regrow(own, self._output, self._resume)
 
 
 def _differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:

@@ -28,6 +28,7 @@ from fxgrow.plan.step import BlockPlan, Scope
 from fxgrow.verification import weights
 from fxgrow.verification.attributes import check_attributes, check_flags
 from fxgrow.verification.cases import Case, Network
+from fxgrow.verification.constants import exact_constants
 from fxgrow.verification.findings import (
     Effort,
     ExactResult,
@@ -165,7 +166,8 @@ def _ratio(found: Verification) -> float:
 def _case(task: Task) -> Case:
     """Return the networks of a task, to be judged as wholes."""
     made, model = task.plan, task.model
-    tensors, written = named_tensors(model), named_tensors(task.grown)
+    tensors = named_tensors(model)
+    written = named_tensors(task.grown) | exact_constants(model, task.grown)
     own = weights.own(model)
     drawn = (weights.drawn(model), weights.drawn(model, constant_only=True))
     before = Network(model, own, drawn)

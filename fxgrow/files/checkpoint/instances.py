@@ -20,6 +20,7 @@ from fxgrow.files.checkpoint.pickles import DamagedError, PickleError
 PLAIN = (bool, int, float, str, type(None))
 _HELD = {"_modules": nn.Module, "_parameters": nn.Parameter, "_buffers": Tensor}
 _NAME = re.compile(r"[^\"\\.\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_OF_SCRIPTS = "__overloads__"  # torch.jit.script leaves this, empty, in all that it compiles
 _MOST_LAYERS = 10_000  # of a recurrent module, which loops over their number
 
 
@@ -32,6 +33,8 @@ def set_attributes(instance: Any, state: object) -> None:
     kind: Any = type(instance)
     if not isinstance(state, dict):
         raise PickleError(f"the attributes of a {kind.__name__} are no dict")
+    if state.get(_OF_SCRIPTS) == {}:
+        state = {name: value for name, value in state.items() if name != _OF_SCRIPTS}
     _check_attributes(kind, state)
     if isinstance(instance, nn.Module):
         layers = state.get("num_layers")

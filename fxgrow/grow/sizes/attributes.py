@@ -25,7 +25,7 @@ Follow: TypeAlias = Callable[[nn.Module, Shapes, "int | None"], Attributes]
 
 TOGETHER = (
     "all heads of an nn.MultiheadAttention are together as wide as what comes in (embed_dim), so "
-    "that both grow alike (--where all), or neither does"
+    "that both grow alike, or neither does"
 )
 
 _FOLLOWS: dict[type[nn.Module], Follow] = {}

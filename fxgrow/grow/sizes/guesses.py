@@ -51,15 +51,19 @@ class Attributes:
 
 
 def candidates(
-    attributes: Attributes, repair: Repair, without: set[Candidate]
+    attributes: Attributes,
+    repair: Repair,
+    without: set[Candidate],
+    grown: Sequence[tuple[int, int]] = (),
 ) -> Iterator[tuple[Candidate, ModuleEdit]]:
     """Yield attributes that a wrong size may come from, the most likely first.
 
     The modules that were running are asked from the innermost outwards, then all that the innermost
     one holds, whose methods it may have called: for an attribute that is all the sizes, for one
-    that is a size, then for one of which a size is a small multiple; their own attributes before
-    those of objects that they hold (``self.config``). Where no call was wrong, what compares sizes
-    is the code of the modules that were running: an attribute of theirs is a size.
+    that is a size, then for one of which a size is a small multiple, or from which it may be the
+    difference of another (``grown``: sizes of tensors, before and after); their own attributes
+    before those of objects that they hold (``self.config``). Where no call was wrong, what compares
+    sizes is the code of the modules that were running: an attribute of theirs is a size.
     """
     names = repair.module.split(".") if repair.module else []
     owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
@@ -82,6 +86,26 @@ def candidates(
         for key, edit in sorted(found, key=lambda item: "." in item[1].attribute):
             if key not in without:
                 yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+    for given, wanted in _wholes(repair, grown):
+        for owner in owners:
+            for key, edit in attributes.of(owner, given):
+                if key not in without:
+                    yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+
+
+def _wholes(repair: Repair, grown: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what a size may be a part of, or a difference from, as it is and as it should be.
+
+    ``zeros(n, self.planes - x.shape[1])`` beside x that has grown lacks what ``planes`` does; half
+    of it does where there are zeros on both sides, each ``self.planes // 4`` wide.
+    """
+    for parts in (1, 2, 3, 4):
+        for given, wanted in zip(repair.given, repair.wanted, strict=True):
+            if given is None or wanted is None or wanted <= given or not repair.function:
+                continue
+            whole, lacking = (parts * given, parts * wanted), parts * (wanted - given)
+            yield from (pair for pair in grown if pair == whole)
+            yield from (pair for pair in grown if parts < 3 and pair[1] - pair[0] == lacking)
 
 
 def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
@@ -159,6 +183,7 @@ class Guesses:
 
     Attributes:
         model: the network.
+        grown: sizes of tensors that change, before and after.
         chosen: what is set now.
         useless: attributes that did not help.
         wrong: the calls whose sizes were wrong last.
@@ -166,6 +191,7 @@ class Guesses:
     """
 
     model: nn.Module
+    grown: Sequence[tuple[int, int]] = ()
     chosen: dict[Candidate, Guess] = field(default_factory=dict)
     useless: set[Candidate] = field(default_factory=set)
     wrong: set[int] = field(default_factory=set)
@@ -226,7 +252,7 @@ class Guesses:
     def _offer(self, repair: Repair) -> dict[Candidate, ModuleEdit]:
         """Return what a repair may come from and is not set yet, the most likely first."""
         found: dict[Candidate, ModuleEdit] = {}
-        for key, edit in candidates(self._attributes, repair, self.useless):
+        for key, edit in candidates(self._attributes, repair, self.useless, self.grown):
             known = self.chosen.get(key)
             if known is None or not ("." in edit.attribute or edit in known.edits):
                 found.setdefault(key, edit)

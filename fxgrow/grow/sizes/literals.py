@@ -114,11 +114,13 @@ class CallSite(NamedTuple):
 
     Attributes:
         module: the module that was running.
-        at: the line of code (:func:`fxgrow.labels.in_code.line_of_call`).
+        at: the line of code (:class:`fxgrow.labels.in_code.Line`).
+        call: which call of that line it was.
     """
 
     module: str
     at: str
+    call: str
 
 
 # A function of an old call and the new shapes: the sizes that its arguments should hold, in order;
@@ -132,6 +134,29 @@ WANTED: Registry[Wanted] = Registry("function with sizes")
 def _shape(call: SizedCall, new: NewShapes) -> Sizes:
     """Sizes for all dims."""
     return new.shape(call.outputs[0])
+
+
+@WANTED.register("repeat")
+def _times(call: SizedCall, new: NewShapes) -> Sizes:
+    """How often the tensor is there along each dim."""
+    x, out = call.inputs[0], call.outputs[0]
+    added = len(out.shape) - len(x.shape)
+    wanted: list[Count | None] = []
+    for dim, times in enumerate(call.sizes):
+        size = new.size(x, dim - added) if dim >= added else 1
+        wanted.append(Fraction(new.size(out, dim)) / size if size else times)
+    return tuple(wanted)
+
+
+@WANTED.register("repeat_interleave")
+def _times_each(call: SizedCall, new: NewShapes) -> Sizes:
+    """How often each position is there."""
+    x, out = call.inputs[0], call.outputs[0]
+    dim = call.argument(2, "dim")
+    if dim is None or not isinstance(call.sizes[0], int) or not x.shape[dim]:
+        return tuple(call.sizes)  # they are data, or positions of all dims
+    dim %= len(x.shape)
+    return (Fraction(new.size(out, dim)) / new.size(x, dim),)
 
 
 @WANTED.register("zeros", "ones", "full", "empty")
@@ -273,7 +298,9 @@ class Repairer(TorchFunctionMode):
         if name not in SIZED:
             return func(*args, **kwargs)
         index, call = next(self._calls, (0, None))
-        self.sites.append(CallSite(self._place()[1], line_of_call(name)))
+        line = line_of_call(name)
+        told = (line.at, line.call) if line else ("", "")
+        self.sites.append(CallSite(self._place()[1], *told))
         given = sizes_in(name, args, kwargs)
         if call is None or call.function != name or len(given) != len(call.sizes):
             raise TraceError("the network computes in another order at its new sizes")

@@ -28,27 +28,34 @@ def edits_in_code(
         runs: of each run, the sizes that were wrong, and where each call that takes sizes was made.
 
     Returns:
-        None where a line makes calls of several sizes that change in different ways.
+        None where a call is made of several sizes that change in different ways.
     """
-    found: dict[CallSite, tuple[str, _Ends]] = {}
-    right: set[CallSite] = set()
+    lines: dict[tuple[str, str], dict[str, list[Repair | None]]] = {}
     for repairs, sites in runs:
         by_call = {repair.call: repair for repair in repairs}
         for place, site in enumerate(sites):
-            repair = by_call.get(place)
-            if repair is None:
-                right.add(site)
-                continue
-            ends = _changing(repair)
-            known = found.setdefault(site, (repair.function, ends))[1]
-            if not site.at or _ratios(known) != _ratios(ends):
-                return None
-    if right & found.keys():
+            calls = lines.setdefault((site.module, site.at), {})
+            calls.setdefault(site.call, []).append(by_call.get(place))
+    found: list[SizeEdit] = []
+    for (module, line), calls in lines.items():
+        if not any(repair for repairs in calls.values() for repair in repairs):
+            continue
+        whole = _edit([x for repairs in calls.values() for x in repairs], module, line)
+        apart = [_edit(repairs, module, call) for call, repairs in calls.items() if any(repairs)]
+        edits = [whole] if whole or len(calls) == 1 else apart
+        if not line or None in edits:
+            return None
+        found += [edit for edit in edits if edit is not None]
+    return tuple(found)
+
+
+def _edit(repairs: Sequence[Repair | None], module: str, at: str) -> SizeEdit | None:
+    """Return what changes all sizes of some calls in one ratio, None if some stay or differ."""
+    wrong = [repair for repair in repairs if repair is not None]
+    ends = [_changing(repair) for repair in wrong]
+    if len(wrong) < len(repairs) or any(_ratios(ends[0]) != _ratios(other) for other in ends):
         return None
-    return tuple(
-        SizeEdit("", function, *ends, site.module, site.at)
-        for site, (function, ends) in found.items()
-    )
+    return SizeEdit("", wrong[0].function, *ends[0], module, at)
 
 
 def _changing(repair: Repair) -> _Ends:

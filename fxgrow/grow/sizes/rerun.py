@@ -147,15 +147,18 @@ class _Rerun:
 
     def _comparison(self, obstacle: Obstacle) -> Repair:
         """Return the sizes that a module may compare with attributes, which stopped the run."""
+        given, wanted = zip(*self._grown(), strict=True) if self._grown() else ((), ())
+        return Repair(-1, "", obstacle.name, "", given, wanted)
+
+    def _grown(self) -> list[tuple[int, int]]:
+        """Return the sizes of tensors that change, before and after."""
         old = named_tensors(self.analysis.traced.standin)
-        pairs = dict.fromkeys(
+        pairs = (
             pair
             for name, shape in self.sizes.shapes.items()
             for pair in zip(old[name].shape, shape, strict=True)
-            if pair[0] != pair[1]
         )
-        given, wanted = zip(*pairs, strict=True) if pairs else ((), ())
-        return Repair(-1, "", obstacle.name, "", given, wanted)
+        return [pair for pair in dict.fromkeys(pairs) if pair[0] != pair[1]]
 
     def is_unread(self, found: Resized, more: tuple[ModuleEdit, ...]) -> bool:
         """Return whether the network computes the same with some more attributes changed."""
@@ -216,7 +219,7 @@ class _Rerun:
         nothing else could explain, ends the search: for all modules of its class.
         """
         analysis, wrong, reached, compared = self.analysis, repairs, 0, False
-        guesses = Guesses(analysis.traced.standin)
+        guesses = Guesses(analysis.traced.standin, self._grown())
         is_open = guesses.revise(wrong)
         for _ in range(_ROUNDS):
             if not is_open:

@@ -52,6 +52,7 @@ def new_sizes(
     grouped: Grouped,
     *,
     copying: Collection[str] = (),
+    rounded: Collection[str] = (),
 ) -> Sizes:
     """Return the sizes that follow from new widths; what is impossible is refused and left out.
 
@@ -62,6 +63,8 @@ def new_sizes(
         shapes: present shape by tensor name.
         grouped: whether a grouped convolution grows inside each group or by whole groups.
         copying: the groups whose group norms keep their numbers of groups if whole copies fit.
+        rounded: the groups whose widths are ratios, which are rounded up where rows make up the
+            channels of a layer together: the gates of a recurrent one.
     """
     wanted = dict(widths)
     refused: dict[str, str] = {}
@@ -75,7 +78,9 @@ def new_sizes(
         if not problems:
             found = tuple(Refusal(name, reason) for name, reason in refused.items())
             return Sizes(counted.shapes, counted.convolution_groups, wanted, found, norms)
-        for name, reason in problems.items():
+        up = {name: width for name, width in counted.next.items() if name in rounded}
+        wanted |= up  # a multiple of the present width always divides, so that this ends
+        for name, reason in problems.items() if not up else ():
             refused[name] = reason
             del wanted[name]
 
@@ -89,6 +94,7 @@ class _Count:
         shapes: new shape of every tensor that changes.
         convolution_groups: new ``groups`` of every grouped convolution that is touched.
         problems: by group name, why its width is impossible.
+        next: by group name, the next width that divides among its positions.
     """
 
     channels: Channels
@@ -99,6 +105,7 @@ class _Count:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     convolution_groups: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    next: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._group_of = group_of_channel(self.channels, self.groups)
@@ -171,9 +178,11 @@ class _Count:
             group = self.groups[member]
             wanted = self.widths.get(group.name, group.width)
             if member >= 0 and count * wanted % group.followed:
+                step = group.followed // gcd(group.followed, count)
+                self.next[group.name] = -(-wanted // step) * step
                 self.problems[group.name] = (
                     f"width {wanted} does not divide among its {count} positions in {axis.tensor}; "
-                    f"a multiple of {group.followed // gcd(group.followed, count)} would"
+                    f"a multiple of {step} would: {nearest_widths(step, wanted, group.width)}"
                 )
 
     def _growing(self, weight: str) -> list[ChannelGroup]:

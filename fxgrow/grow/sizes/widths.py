@@ -119,6 +119,13 @@ def select(
     return chosen, tuple(refused)
 
 
+def asked_by_ratio(groups: Iterable[ChannelGroup], request: Widen) -> frozenset[str]:
+    """Return the names of the groups for which a request asks for a multiple of their widths."""
+    globs = request.width if isinstance(request.width, dict) else {"*": request.width}
+    asked = ((group.name, _asked_width(group, globs, request)) for group in groups)
+    return frozenset(name for name, width in asked if width and width.strip().endswith("x"))
+
+
 def _asked_width(group: ChannelGroup, globs: Mapping[str, str], request: Widen) -> str | None:
     """Return the width that the globs of a request ask for, or None if they leave a group out."""
     included = not request.include or any(matches(group, glob) for glob in request.include)

@@ -71,6 +71,7 @@ class Attempts:
         grouped: how grouped convolutions grow.
         pairing: lays out new channels.
         pairings: by group name, what lays out those of groups with a pairing of their own.
+        rounded: the groups whose widths are ratios, which may be rounded up.
         with_eps: for each layer the attributes that may be its eps.
         scale_writers: whether 1/η may be a factor on old weights.
         rescaled: weights on which it may not, whatever ``scale_writers``.
@@ -84,6 +85,7 @@ class Attempts:
     scale_writers: bool = True
     rescaled: frozenset[str] = frozenset()
     pairings: Mapping[str, Pairing] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()
     _flows: dict[str, PaddingFlow] = field(default_factory=dict)
     _zero_channels: dict[str, frozenset[int] | str] = field(default_factory=dict)
     _made: dict[frozenset[tuple[str, int]], Feasible | Obstacle] = field(default_factory=dict)
@@ -185,7 +187,7 @@ class Attempts:
             widths = {name: width for name, width in widths.items() if name not in refused}
             sizes = new_sizes(
                 analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
-                copying=copying,
+                copying=copying, rounded=self.rounded,
             )  # fmt: skip
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             written = {writer for padding in mixed.padding.values() for writer in padding.writers}
@@ -309,13 +311,32 @@ def _tell_first(
     if isinstance(joined, Obstacle) and joined.reason != TOGETHER:
         refused |= {name: joined.reason_for(name) for name in lone}
         return
-    axes, held = attempts.analysis.channels.axes, dict[str, set[str]]()
-    for group in attempts.analysis.groups:
-        held[group.name] = {layer_of(axes[axis].tensor) for axis in group.axes}
     for name in lone:
-        beside = [x for x in refused if x not in lone and held.get(x, set()) & held[name]]
-        if beside:
-            refused[name] = f"{TOGETHER}; {beside[0]} cannot: {refused[beside[0]]}"
+        refused[name] = TOGETHER + _cause(attempts.analysis, name, widths, refused)
+
+
+def _cause(
+    analysis: Analysis, name: str, widths: Mapping[str, int], refused: Mapping[str, str]
+) -> str:
+    """Return which group stays that one only grows beside, and why; "" if none does.
+
+    Args:
+        analysis: of the network.
+        name: of the group that would grow.
+        widths: wanted width by name of the groups that were asked for.
+        refused: by name, why some of them do not grow.
+    """
+    axes = analysis.channels.axes
+    held = {g.name: {layer_of(axes[axis].tensor) for axis in g.axes} for g in analysis.groups}
+    beside = [g for g in analysis.groups if g.name != name and held[g.name] & held[name]]
+    for group in beside:
+        if refused.get(group.name, TOGETHER) != TOGETHER:
+            return f"; {group.name} cannot: {refused[group.name]}"
+    for group in beside:
+        if group.pin is not None:
+            return f"; {group.name} cannot: {group.pin}"
+    unasked = next((group for group in beside if group.name not in widths), None)
+    return f"; {unasked.name} was not asked to (--where all, --include)" if unasked else ""
 
 
 def _set_aside(

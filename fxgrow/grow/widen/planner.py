@@ -18,7 +18,7 @@ from fxgrow.grow.norms.gains import owed_for, propagate_gains
 from fxgrow.grow.norms.payers import Payment
 from fxgrow.grow.norms.scales import times
 from fxgrow.grow.sizes.resize import Sizes
-from fxgrow.grow.sizes.widths import select
+from fxgrow.grow.sizes.widths import asked_by_ratio, select
 from fxgrow.grow.widen.factors import (
     VarianceOf as VarianceOf,
 )
@@ -91,6 +91,7 @@ def attempts_for(analysis: Analysis, request: Widen) -> Attempts:
             for name, pairing in own.items()
             if pairing != default
         },
+        rounded=asked_by_ratio(analysis.groups, request),
     )
 
 

@@ -44,6 +44,21 @@ def concatenate(step: Step) -> tuple[Layers, ...]:
     return (tuple(out),)
 
 
+@rule("aten.view_as_complex")
+def complex_of_pairs(step: Step) -> tuple[Layers, ...]:
+    """Make one number of each pair along the last dim: both parts are one channel."""
+    x = step.args[0]
+    kept = [step.flat(layer, set(range(x.ndim - 1))).select(-1, 0) for layer in step.layers(x)]
+    return (tuple(layer.expand(step.outputs[0].shape) for layer in kept),)
+
+
+@rule("aten.view_as_real")
+def pairs_of_complex(step: Step) -> tuple[Layers, ...]:
+    """Part each number into two along a new last dim."""
+    shape = step.outputs[0].shape
+    return (tuple(layer.unsqueeze(-1).expand(shape) for layer in step.layers(step.args[0])),)
+
+
 def side_by_side(
     tensors: list[Tensor], members: list[Layer | None], dims: frozenset[int], dim: int
 ) -> Tensor:

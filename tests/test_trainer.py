@@ -1,0 +1,178 @@
+"""Networks that grow in the Trainer of transformers: what is new trains, checkpoints resume."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxgrow.errors import PlanError, UsageError
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from fxgrow.training.trainer import GrowthCallback  # noqa: E402
+
+GROWTHS = {1: "2x", 3: {"width": "1.5x", "pairing": "replicate"}}
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=3, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def rows() -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    mask = torch.ones(8, dtype=torch.long)
+    return [
+        {"input_ids": torch.randint(3, 40, (8,)), "attention_mask": mask, "labels": index % 3}
+        for index in range(16)
+    ]
+
+
+def trainer(folder: Path, growth: GrowthCallback, *others: TrainerCallback, **options: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "num_train_epochs": 5, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": [],
+        "disable_tqdm": True, "learning_rate": 0.01, "save_strategy": "no",
+    }  # fmt: skip
+    model = options.pop("model", None) or bert()
+    given = TrainingArguments(str(folder), **{**arguments, **options})
+    return Trainer(
+        model, given, train_dataset=rows(), eval_dataset=rows()[:8], callbacks=[growth, *others]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Return a run that was not killed: where its checkpoints are, and its model."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder, GrowthCallback(GROWTHS), save_strategy="epoch")
+    run.train()
+    return folder, run.model
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_every_checkpoint_resumes_to_the_same_weights(epoch, made_anew, whole, tmp_path):
+    folder, model = whole
+    name = f"checkpoint-{2 * epoch}"
+    if made_anew:  # True stands for the last one in the folder
+        shutil.copytree(folder / name, tmp_path / name)
+        run = trainer(
+            tmp_path, GrowthCallback(GROWTHS), restore_callback_states_from_checkpoint=True
+        )
+        run.train(resume_from_checkpoint=True)
+    else:
+        run = trainer(tmp_path, GrowthCallback(GROWTHS, resume_from=folder / name))
+        run.train(resume_from_checkpoint=str(folder / name))
+    found, expected = run.model.state_dict(), model.state_dict()
+    assert expected["bert.pooler.dense.weight"].shape == (48, 16)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class Around(TrainerCallback):
+    """Notes the loss in eval mode as a step begins."""
+
+    def __init__(self, step: int, seen: list[Any]) -> None:
+        self.step, self.seen = step, seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            batch = {
+                name: torch.stack([torch.as_tensor(row[name]) for row in rows()])
+                for name in rows()[0]
+            }
+            model = kwargs["model"]
+            loss = copy.deepcopy(model).eval()(**batch).loss.item()
+            weight = model.bert.pooler.dense.weight.detach().clone()
+            self.seen.append((loss, weight))
+
+
+def test_the_loss_does_not_jump_and_what_is_new_trains(tmp_path):
+    seen: list[Any] = []
+    growth = GrowthCallback({3: "2x"}, unit="steps")
+    run = trainer(tmp_path, growth, Around(3, seen), logging_strategy="epoch")
+    run.callback_handler.callbacks.insert(0, Around(3, seen))
+    run.train()
+    (before, narrow), (after, wide) = seen
+    assert abs(after / before - 1) < 1e-6
+    assert (narrow.shape, wide.shape) == ((16, 16), (32, 16))
+    assert growth.grown[0].model is run.model
+    trained = run.model.bert.pooler.dense.weight
+    assert bool((trained != wide).any(1).all())
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_best_model_is_that_since_the_last_growth(tmp_path):
+    scores = iter([0.9, 0.8, 0.7, 0.6])
+    run = trainer(
+        tmp_path, GrowthCallback({2: "2x"}), num_train_epochs=4, eval_strategy="epoch",
+        save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True,
+    )  # fmt: skip
+    run.compute_metrics = lambda _: {"score": next(scores)}
+    run.train()
+    assert run.state.best_metric == 0.7
+    assert run.model.bert.pooler.dense.weight.shape == (32, 16)
+
+
+def test_averages_grow_too(tmp_path):
+    model = bert()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    growth = GrowthCallback({1: "2x"}, averages=lambda _: [ema])
+    trainer(tmp_path, growth, model=model, num_train_epochs=2).train()
+    assert ema.module.bert.pooler.dense.weight.shape == (32, 16)
+    ema.update_parameters(model)
+
+
+def test_weights_of_no_checkpoint_are_refused_with_the_way_out(whole, tmp_path):
+    folder, _ = whole
+    run = trainer(tmp_path, GrowthCallback(GROWTHS))
+    with pytest.raises(PlanError, match="no checkpoint") as caught:
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+    assert "resume_from=" in caught.value.way_out
+    assert run.model.bert.pooler.dense.weight.shape == (16, 16)
+
+
+def test_a_checkpoint_of_an_earlier_stage_does_not_undo_growth(whole):
+    folder, _ = whole
+    run = trainer(folder, GrowthCallback({0: "4x"}))
+    run.train()
+    with pytest.raises(PlanError, match="has grown already"):
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+
+
+def test_several_processes_are_refused_before_training(tmp_path):
+    growth, run = GrowthCallback({1: "2x"}), trainer(tmp_path, GrowthCallback({1: "2x"}))
+    arguments = type("Arguments", (), {"world_size": 2})()
+    with pytest.raises(PlanError, match="several processes"):
+        growth.on_train_begin(arguments, run.state, run.control, model=run.model)
+
+
+def test_what_json_does_not_hold_is_not_made_anew_from_it(tmp_path):
+    growth = GrowthCallback({1: "2x"}, inputs=torch.ones(1, 4))
+    with pytest.raises(UsageError, match="restore_callback_states"):
+        trainer(tmp_path, growth, restore_callback_states_from_checkpoint=True)
+
+
+def test_a_module_that_is_copied_or_pickled_forgets_the_callback(tmp_path):
+    run = trainer(tmp_path, GrowthCallback({0: "2x"}))
+    twin = copy.deepcopy(copy.deepcopy(run.model))
+    torch.save(run.model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    for model in (twin, again):
+        model.load_state_dict(run.model.state_dict())
+        wide = {n: torch.cat([t, t]) if t.ndim else t for n, t in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict(wide)
