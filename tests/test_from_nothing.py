@@ -64,7 +64,7 @@ EMPTY: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: m.c(m.a(x) * torch.sigmoid(m.b(x))), a=(4, 0), b=(4, 0), c=(0, 3)  # type: ignore[operator]
     ),
     "in a concatenation": lambda: Calls(
-        lambda m, x: m.c(torch.cat([m.a(x), F.relu(m.b(x))], -1)), a=(4, 0), b=(4, 2), c=(2, 3)  # type: ignore[operator]
+        lambda m, x: m.c(torch.cat([m.a(x), F.relu(m.b(x))], -1)), c=(2, 3), b=(4, 2), a=(4, 0)  # type: ignore[operator]
     ),
     "a branch": lambda: Calls(
         lambda m, x: m.d(m.a(x) + m.c(F.relu(m.b(m.a(x))))), a=(4, 6), b=(6, 0), c=(0, 6), d=(6, 3)  # type: ignore[operator]

@@ -8,7 +8,7 @@ there, and which attributes follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,29 +23,28 @@ from fxgrow.grow.sizes.resize import Sizes
 _TWO = 2  # the fewest that are told from what is broadcast
 
 
-def widths_of_two(widths: Mapping[str, int]) -> dict[str, int]:
-    """Return widths, by group name, with two for each that is one."""
-    return {name: _TWO if width == 1 else width for name, width in widths.items()}
-
-
-def run_to_one(analysis: Analysis, sizes: Sizes, wider: Sizes) -> Resized | Obstacle:
-    """Run at new sizes at which groups have one channel.
+def run_at(
+    analysis: Analysis, sizes: Sizes, sizes_at: Callable[[Mapping[str, int]], Sizes]
+) -> Resized | Obstacle:
+    """Run at new sizes, also where groups have one channel there.
 
     Args:
         analysis: of the network.
         sizes: the new sizes.
-        wider: the same with two channels for each one, as :func:`widths_of_two` has it.
+        sizes_at: returns those that follow from widths, by group name.
 
     Returns:
         What a run at the new sizes tells, with the channels as they are told with two for one.
     """
-    found = run_resized(analysis, wider)
+    ones = [name for name, width in sizes.widths.items() if width == 1]
+    if not ones:
+        return run_resized(analysis, sizes)
+    found = run_resized(analysis, sizes_at(sizes.widths | dict.fromkeys(ones, _TWO)))
     if isinstance(found, Obstacle):
         return found
     plain = run_resized(analysis, sizes)
     if isinstance(plain, Obstacle):
         return plain
-    ones = [name for name, width in sizes.widths.items() if width == 1]
     channels = _first_alone(analysis, found.channels, ones)
     ran = [[op.target for op in run.tape.operations] for run in (found, plain)]
     set_there = [{(x.module, x.attribute) for x in run.modules} for run in (found, plain)]
@@ -65,10 +64,11 @@ def _first_alone(analysis: Analysis, channels: Channels, ones: Sequence[str]) ->
         ones: the groups, by name.
     """
     places = {(axis.tensor, axis.dim): index for index, axis in enumerate(channels.axes)}
+    before, roles = analysis.channels.axes, analysis.channels.roles
     absent = np.zeros(channels.count, dtype=bool)
     for group in analysis.groups:
         if group.name in ones:
-            first = analysis.channels.axes[group.axes[0]]
+            first = before[next(index for index in group.axes if roles[index] == "writer")]
             absent[channels.of_axis(places[first.tensor, first.dim])[1:]] = True
     return without(channels, absent).channels
 
