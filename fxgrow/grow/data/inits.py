@@ -11,6 +11,7 @@ out by the pairing what was selected.
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, overload
@@ -68,6 +69,7 @@ class DataDriven(PlacedInit):
     pairing: ClassVar[str]
     nothing: ClassVar[str]  # what is true of a group that gets no channel
     runs: ClassVar[int]  # over the batches, for the directions
+    forwards: ClassVar[int] = 0  # runs over the batches for an amplitude
     fits: ClassVar[bool]  # whether old weights are fitted by least squares
 
     def __init__(
@@ -89,7 +91,7 @@ class DataDriven(PlacedInit):
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
-        self._effort = Effort(0.0, {}, {})
+        self._effort = Effort(0.0, {}, {}, {})
         self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
@@ -180,8 +182,9 @@ class DataDriven(PlacedInit):
         """
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
-        limits = Limits(self.keep, self.threshold, request.budget)
         network, asked = sharing(model), rooms_of(groups, widths, request)
+        searches = not all(cancels(room.pairing) for room in asked.values())
+        limits = Limits(self.keep, self.threshold, request.budget, searches)
         pairs, unfit = self.pairs(network, analyses, asked)
         needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
         rooms = twinned(asked, pairs, [*needing])
@@ -267,8 +270,7 @@ class DataDriven(PlacedInit):
         unfit: dict[str, str] = {}
         for part in analyses:
             for group in (group for group in part.groups if group.name in rooms):
-                around = find_pair(part, group, network)
-                if isinstance(around, Refusal):
+                if isinstance(around := find_pair(part, group, network), Refusal):
                     unfit[group.name] = around.reason
                 else:
                     found[group.name] = around
@@ -281,14 +283,15 @@ class DataDriven(PlacedInit):
                 unfit[name] = pair
             else:
                 pairs[name] = pair
-        order = [name for name in rooms if name in unfit]
-        return pairs, tuple(Refusal(name, f"{self.name}: {unfit[name]}") for name in order)
+        return pairs, tuple(Refusal(n, f"{self.name}: {unfit[n]}") for n in rooms if n in unfit)
 
     def _asked(self, found: LayerPair, network: nn.Module, room: Room) -> LayerPair | str:
         """Return layers with what lies between them told, or why the method cannot treat them."""
+        begun = time.perf_counter()
         pair = ask(network, found, arguments_of(self.batches[0][0]))
         if isinstance(pair, str):
             return pair
+        self._effort = self._effort.asked(pair, time.perf_counter() - begun)
         return self._problem(pair, network) or self._asleep(pair, room) or pair
 
     def _asleep(self, pair: LayerPair, room: Room) -> str:
@@ -338,7 +341,7 @@ class DataDriven(PlacedInit):
             progress: told what is being computed, and about how long it takes.
         """
         names, found = list(pairs), dict[str, Directions]()
-        seconds = self._effort.total(names, self.runs)
+        seconds = self._effort.total(names, self.runs, self.forwards if limits.searches else 0)
         begun = f"computing growth of {len(names)} group{'' if len(names) == 1 else 's'}"
         progress(f"{begun}: about {seconds:.0f} s" if seconds >= _LONG else begun)
         for part in self._effort.parts(names):
@@ -356,8 +359,7 @@ class DataDriven(PlacedInit):
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""
-        told = limits.told(len(found), room)
-        if not told:
+        if not (told := limits.told(len(found), room)):
             return group
         return replace(group, reason=f"{group.reason}; {told}" if group.reason else told)
 

@@ -55,6 +55,7 @@ class Passage:
             doubles[owner] = sharing(network.get_submodule(owner))
         self._module = doubles[owner]
         self._between = self._doubled() | self._carriers(False)
+        self._writes_in_place = False  # into what earlier parts put out
         self._deviation: Deviation | None = None
         if pair.over:
             norm, run = self._local(pair.over), self._run_plain
@@ -142,12 +143,24 @@ class Passage:
 
             handles.append(module.get_submodule(name).register_forward_pre_hook(read))
         entered = self._entered
-        args, kwargs = map_tensors(lambda x: x.clone(), (entered.args, entered.kwargs))
-        try:
-            skipped = skipping(module, entered.ended, self._local(pair.writer), written)
+        tensors = self._between | (self._carriers(raised) if raised else {})
+
+        def run(*, in_place: bool) -> None:
+            found.clear()
+            args, kwargs = map_tensors(lambda x: x.clone(), (entered.args, entered.kwargs))
+            writer = self._local(pair.writer)
+            skipped = skipping(module, entered.ended, writer, written, in_place=in_place)
             with skipped, contextlib.suppress(Stop):
-                tensors = self._between | (self._carriers(raised) if raised else {})
                 functional_call(module, tensors, args, kwargs)
+
+        try:
+            try:
+                run(in_place=self._writes_in_place)
+            except RuntimeError:
+                if self._writes_in_place:
+                    raise
+                self._writes_in_place = True
+                run(in_place=True)
         finally:
             for handle in handles:
                 handle.remove()

@@ -106,11 +106,13 @@ class Limits:
         keep: the most for each group; None without such a limit.
         threshold: the least strength, as a part of the strongest.
         budget: parameters, as a request has them; "" without such a limit.
+        searches: whether an amplitude is searched for afterwards, which takes time.
     """
 
     keep: int | None
     threshold: float
     budget: str
+    searches: bool = False
 
     def kept(self, room: Room) -> int:
         """Return how many directions a group may get."""

@@ -349,12 +349,20 @@ def applied(
 
 def patches(layer: LinearLayer, inputs: Tensor) -> Tensor:
     """Return what each output of a layer reads, as channels: (N, in · kernel, …)."""
-    kernel = layer.weight.shape[1:]
-    if len(kernel) == 1:
+    if isinstance(layer, nn.Linear):
         return inputs
-    # A row for each entry of a patch, which picks that entry: (in · kernel, in · kernel)
-    one_hot = torch.eye(math.prod(kernel), dtype=inputs.dtype, device=inputs.device)
-    return applied(layer, one_hot.reshape(-1, *kernel), inputs)
+    kernel = layer.weight.shape[2:]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    found = nn.functional.pad(inputs, layer._reversed_padding_repeated_twice, mode)
+    first = inputs.ndim - len(kernel)
+    for dim, size in enumerate(kernel):
+        spread = layer.dilation[dim]
+        windows = found.unfold(first + dim, (size - 1) * spread + 1, layer.stride[dim])
+        found = windows[..., ::spread]  # each kernel's dim behind all others, in order
+    # (N, in, …, *kernel) -> (N, in, *kernel, …)
+    ends = range(found.ndim - len(kernel), found.ndim)
+    found = found.movedim([*ends], [*range(first, first + len(kernel))])
+    return found.flatten(first - 1, first + len(kernel) - 1)
 
 
 def correlation(layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:

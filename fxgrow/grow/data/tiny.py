@@ -54,7 +54,8 @@ class Tiny(DataDriven):
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for"
-    runs = 2
+    runs = 3  # moments, what is left of the gradient, gains
+    forwards = 8  # doubling or halving an amplitude until the loss rises again
     fits = True
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
