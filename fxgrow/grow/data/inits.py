@@ -183,8 +183,7 @@ class DataDriven(PlacedInit):
         limits = Limits(self.keep, self.threshold, request.budget)
         network, asked = sharing(model), rooms_of(groups, widths, request)
         pairs, unfit = self.pairs(network, analyses, asked)
-        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
-        rooms = twinned(asked, pairs, [*needing])
+        rooms = self.rooms(asked, pairs)
         stepping = {n for n, p in pairs.items() if p.over and not cancels(asked[n].pairing)}
         tight = limits.too_tight(rooms)
         refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
@@ -216,6 +215,18 @@ class DataDriven(PlacedInit):
         computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
+
+    def rooms(
+        self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]
+    ) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, as the method lays new channels out.
+
+        Args:
+            asked: how far it is asked to grow.
+            pairs: the layers around each group.
+        """
+        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
+        return twinned(asked, pairs, [*needing])
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
