@@ -21,6 +21,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.batches import Batch, LossFunction, checked_batches
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
@@ -32,7 +33,7 @@ from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.skipped import sharing
-from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
+from fxgrow.grow.data.statistics import Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.modules.calling import arguments_of
@@ -85,7 +86,7 @@ class DataDriven(PlacedInit):
         if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
             raise UsageError(f"the threshold must be from 0 to 1, but it is {threshold!r}.")
         self.loss_fn = loss_fn
-        self.batches = statistics.checked_batches(batches)
+        self.batches = checked_batches(batches)
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
@@ -216,15 +217,8 @@ class DataDriven(PlacedInit):
         self._computed = self._settled(network, made, pairs, computed)
         return made
 
-    def rooms(
-        self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]
-    ) -> dict[str, Room]:
-        """Return how far each group with a pair may grow, as the method lays new channels out.
-
-        Args:
-            asked: how far it is asked to grow.
-            pairs: the layers around each group.
-        """
+    def rooms(self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, as the method lays new channels out."""
         needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
         return twinned(asked, pairs, [*needing])
 
@@ -319,11 +313,7 @@ class DataDriven(PlacedInit):
         )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
-        """Return if there is a group left to grow.
-
-        Raises:
-            PlanError: there is none.
-        """
+        """Raise a PlanError if there is no group left to grow."""
         if not names:
             why = told_refusals(refused)
             raise PlanError(
