@@ -174,3 +174,31 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model[2].bias[0] = torch.nan
     with pytest.raises(PlanError, match=r"numbers in 2\.bias"):
         fxgrow.inspect(model, growth=fxgrow.Tiny(F.mse_loss, batches_for(model, 6, samples=4)))
+
+
+def test_inputs_that_are_not_dense_are_told() -> None:
+    batches = [(torch.ones(3, 4).to_sparse(), torch.ones(3, 2))]
+    with pytest.raises(PlanError, match=r"batch 0 .*to_dense"):
+        fxgrow.Tiny(F.mse_loss, batches)
+
+
+def test_a_bias_that_does_not_help_is_not_asked_for() -> None:
+    model = chain(nn.Linear(6, 5), nn.Hardshrink(), nn.Linear(5, 4))
+    with pytest.raises(PlanError, match=r"slope 0 at 0 and, by biases, at 0\.001 too"):
+        fxgrow.widen(model, "+2", init=fxgrow.GradMax(F.mse_loss, batches_for(model, 6)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_is_no_init(method: Method) -> None:
+    model = chain(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    with pytest.raises(PlanError, match=rf"class {method.__name__}.*init={method.__name__}\("):
+        fxgrow.widen(model, "+2", init=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_width_that_is_there_is_told(method: Method) -> None:
+    model = chain(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    init = method(F.mse_loss, batches_for(model, 6))
+    for width in ("+0", "5", "1x"):
+        with pytest.raises(PlanError, match="0: it has the 5 channels asked for"):
+            fxgrow.widen(model, width, init=init)

@@ -33,6 +33,11 @@ def checked_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
             )
         if not size_of(batch):
             raise PlanError(f"batch {number} is empty.", way_out="Leave it out.")
+        if any(tensor.layout != torch.strided for tensor in tensors_in(batch[0])):
+            raise PlanError(
+                f"the inputs of batch {number} are no dense tensors.",
+                way_out="Give x.to_dense().",
+            )
     return tuple((inputs, targets) for inputs, targets in found)
 
 

@@ -183,6 +183,8 @@ class DataDriven(PlacedInit):
         widths, refused = select(groups, request)
         limits = Limits(self.keep, self.threshold, request.budget)
         network, asked = sharing(model), rooms_of(groups, widths, request)
+        kept = (name for name in widths if name not in asked)
+        refused += tuple(Refusal(n, f"it has the {widths[n]} channels asked for") for n in kept)
         pairs, unfit = self.pairs(network, analyses, asked)
         rooms = self.rooms(asked, pairs)
         stepping = {n for n, p in pairs.items() if p.over and not cancels(asked[n].pairing)}
@@ -219,8 +221,8 @@ class DataDriven(PlacedInit):
 
     def rooms(self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]) -> dict[str, Room]:
         """Return how far each group with a pair may grow, as the method lays new channels out."""
-        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
-        return twinned(asked, pairs, [*needing])
+        twins = [] if self._is_asked else [n for n, p in pairs.items() if self._needs_twins(p)]
+        return twinned(asked, pairs, twins)
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -291,8 +293,7 @@ class DataDriven(PlacedInit):
 
     def _asked(self, found: LayerPair, network: nn.Module, room: Room) -> LayerPair | str:
         """Return layers with what lies between them told, or why the method cannot treat them."""
-        pair = ask(network, found, arguments_of(self.batches[0][0]))
-        if isinstance(pair, str):
+        if isinstance(pair := ask(network, found, arguments_of(self.batches[0][0])), str):
             return pair
         return self._problem(pair, network) or self._asleep(pair, room) or pair
 

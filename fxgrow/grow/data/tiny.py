@@ -112,7 +112,8 @@ class Tiny(DataDriven):
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))
             left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
-            why = "" if len(left) else "new channels would raise the loss, to first order"
+            why = f"its {len(best)} strongest new channels would raise the loss, to first order"
+            why = "" if len(left) else f"{why}; more channels may have weaker ones that lower it"
             result[name] = replace(left, none=why)
         return result
 
