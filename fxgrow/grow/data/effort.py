@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fxgrow.grow.data.batches import Batch, not_running, size_of
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
-from fxgrow.grow.data.statistics import Batch, not_running, size_of
 from fxgrow.modules.calling import arguments_of, call
 
 MOST_MEMORY = 1 << 30  # bytes of sums held at a time

@@ -22,6 +22,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.batches import Batch, LossFunction, checked_batches
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
@@ -33,7 +34,7 @@ from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.skipped import sharing
-from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
+from fxgrow.grow.data.statistics import Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.modules.calling import arguments_of
@@ -87,7 +88,7 @@ class DataDriven(PlacedInit):
         if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
             raise UsageError(f"the threshold must be from 0 to 1, but it is {threshold!r}.")
         self.loss_fn = loss_fn
-        self.batches = statistics.checked_batches(batches)
+        self.batches = checked_batches(batches)
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
@@ -185,9 +186,10 @@ class DataDriven(PlacedInit):
         network, asked = sharing(model), rooms_of(groups, widths, request)
         searches = not all(cancels(room.pairing) for room in asked.values())
         limits = Limits(self.keep, self.threshold, request.budget, searches)
+        kept = (name for name in widths if name not in asked)
+        refused += tuple(Refusal(n, f"it has the {widths[n]} channels asked for") for n in kept)
         pairs, unfit = self.pairs(network, analyses, asked)
-        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
-        rooms = twinned(asked, pairs, [*needing])
+        rooms = self.rooms(asked, pairs)
         stepping = {n for n, p in pairs.items() if p.over and not cancels(asked[n].pairing)}
         tight = limits.too_tight(rooms)
         refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
@@ -204,21 +206,20 @@ class DataDriven(PlacedInit):
             refused += self._without(chosen, paid, why)
             chosen = paid
         made = laid_out(analyses, request, variance_of, chosen, rooms, stepping)
-        made = replace(
-            made,
-            refused=refused + made.refused,
-            groups=tuple(
-                self._told(group, chosen[group.name], rooms[group.name], limits)
-                for group in made.groups
-            ),
-            warnings=made.warnings + limits.warnings(chosen, rooms),
-        )
+        told = [self._told(g, chosen[g.name], rooms[g.name], limits) for g in made.groups]
+        notes = made.warnings + limits.warnings(chosen, rooms)
+        made = replace(made, refused=refused + made.refused, groups=tuple(told), warnings=notes)
         made = opened(made, pairs, stepping)
         entries = entries_of(made, pairs, self._norm_entries)
         computed = replace(from_data(made, pairs, chosen, stepping), entries=entries)
         computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
+
+    def rooms(self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, as the method lays new channels out."""
+        twins = [] if self._is_asked else [n for n, p in pairs.items() if self._needs_twins(p)]
+        return twinned(asked, pairs, twins)
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -311,11 +312,7 @@ class DataDriven(PlacedInit):
         )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
-        """Return if there is a group left to grow.
-
-        Raises:
-            PlanError: there is none.
-        """
+        """Raise a PlanError if there is no group left to grow."""
         if not names:
             why = told_refusals(refused)
             raise PlanError(

@@ -116,6 +116,12 @@ class Passage:
         ]
 
     @property
+    def step(self) -> float:
+        """How far from zero slopes are told for inputs up to 1: behind a norm, no farther."""
+        steep = 1.0 if self._deviation is None else float(self._deviation.inverse.abs().amax())
+        return _STEP / max(steep, 1.0)
+
+    @property
     def _dim(self) -> int:
         return channel_dim_of(self._module, self._local(self._pair.writer))
 
@@ -211,7 +217,7 @@ def one_sided(passage: Passage, written: Tensor) -> list[Tensor]:
         passage: what lies between.
         written: the direction, in which the writer's output goes away from zero.
     """
-    step = _STEP / max(float(written.abs().amax()), 1e-30)
+    step = passage.step / max(float(written.abs().amax()), 1e-30)
     with torch.no_grad():
         return [got / step for got in passage.run(written * step)]
 
@@ -282,7 +288,7 @@ def _close(found: Tensor, wanted: Tensor, size: float) -> bool:
 
 def _has_slopes(passage: Passage, written: Tensor, right: list[Tensor]) -> bool:
     """Return whether steps of another size tell the same slopes."""
-    step = _STEP / 8 / float(written.abs().amax())
+    step = passage.step / 8 / float(written.abs().amax())
     with torch.no_grad():
         near = [got / step for got in passage.run(written * step)]
     return all(

@@ -42,7 +42,7 @@ class Room:
         most = max(self.width - 1, 0)
         if self.asked <= most:
             return self
-        limit = f"beside {norm} fewer than there are"
+        limit = f"before the norm {norm}, fewer new channels than old ones"
         return replace(self, asked=most, wanted=self.asked, limit=limit)
 
     @property
