@@ -75,6 +75,20 @@ def test_heads_grow_with_what_comes_in(name: str) -> None:
     assert grown.model.att.num_heads == 6
 
 
+def test_ratios_are_rounded_to_whole_heads_and_what_comes_in_grows_as_much() -> None:
+    net, inputs = Cross({}).double().eval(), sequences()
+    grown = fxgrow.widen(net, "1.5x", inputs)
+    assert not grown.plan.refused
+    assert (grown.model.att.num_heads, grown.model.att.embed_dim) == (5, 20)
+    assert (grown.model.query.out_features, grown.model.out.in_features) == (20, 18)
+    assert max_rel(net(*inputs)[0], grown.model(*inputs)[0]) < 1e-12
+
+
+def test_numbers_of_channels_are_not_rounded_to_whole_heads() -> None:
+    with pytest.raises(fxgrow.PlanError, match="possible: 48 or 60"):
+        fxgrow.widen(Cross({}).double(), {"att": "54"}, sequences())
+
+
 def test_a_mask_for_each_head_keeps_their_number() -> None:
     call, _ = CALLS["a mask for each head"]
     grown = grows(Cross(call), sequences())

@@ -23,7 +23,8 @@ from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import TOGETHER
 from fxgrow.grow.sizes.rerun import Resized, run_resized
-from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.together import sizes_together
 from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
@@ -184,8 +185,8 @@ class Attempts:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            sizes = new_sizes(
-                analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
+            sizes = sizes_together(
+                analysis, widths, self.shapes, self.grouped,
                 copying=copying, rounded=self.rounded,
             )  # fmt: skip
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
