@@ -160,6 +160,34 @@ def test_heads_whose_stream_stays_are_refused_in_words_of_our_own() -> None:
     assert (refusal.name, TOGETHER in refusal.reason) == ("layer.self_attn", True)
 
 
+class Functional(nn.Module):
+    """Attention by the function, whose width its code fixes."""
+
+    def __init__(self, says: str = "") -> None:
+        super().__init__()
+        self.query, self.says = nn.Linear(5, 8), says
+        self.packed, self.bias = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(24))
+        self.project, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.query(x).transpose(0, 1)
+        if self.says and x.shape[-1] != 8:
+            raise ValueError(self.says)
+        weights = (self.project.weight, self.project.bias)
+        found, _ = nn.functional.multi_head_attention_forward(
+            x, x, x, 8, 2, self.packed, self.bias, None, None, False, 0.0, *weights
+        )
+        return self.out(found.mean(0))
+
+
+@pytest.mark.parametrize("says", ["", "these heads need 8 channels"])
+def test_code_that_stops_is_named_and_says_what_it_says_itself(says: str) -> None:
+    grown = fxgrow.widen(Functional(says).double(), "2x", sequences()[0], where="all")
+    reasons = [refusal.reason for refusal in grown.plan.refused if refusal.name == "query"]
+    assert (says or "in forward: found, _ = nn.functional.multi_head_atten") in reasons[0]
+    assert "was expecting" not in reasons[0]
+
+
 def test_an_attribute_that_code_compares_follows() -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:
