@@ -24,8 +24,9 @@ from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import TOGETHER
 from fxgrow.grow.sizes.rerun import Resized
-from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.to_one import run_at
+from fxgrow.grow.sizes.together import sizes_together
 from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
@@ -187,8 +188,8 @@ class Attempts:
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
             sizes_at = partial(
-                new_sizes, analysis.channels, analysis.groups, shapes=self.shapes,
-                grouped=self.grouped, copying=copying, rounded=self.rounded,
+                sizes_together, analysis, shapes=self.shapes, grouped=self.grouped,
+                copying=copying, rounded=self.rounded,
             )  # fmt: skip
             sizes = sizes_at(widths)
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
