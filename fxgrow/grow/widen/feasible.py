@@ -187,10 +187,8 @@ class Attempts:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            sizes_at = partial(
-                sizes_together, analysis, shapes=self.shapes, grouped=self.grouped,
-                copying=copying, rounded=self.rounded,
-            )  # fmt: skip
+            asked = {"shapes": self.shapes, "grouped": self.grouped, "rounded": self.rounded}
+            sizes_at = partial(sizes_together, analysis, copying=copying, **asked)
             sizes = sizes_at(widths)
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             written = {writer for padding in mixed.padding.values() for writer in padding.writers}
@@ -395,7 +393,7 @@ def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
     """Return the names of groups, side by side where their layers differ in numbers alone."""
     kinds: dict[tuple[frozenset[str], ...], list[str]] = {}
     for group in groups:
-        layers = (group.writers, group.carriers, group.readers)
-        kind = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
-        kinds.setdefault(kind, []).append(group.name)
+        layers = group.writers, group.carriers, group.readers
+        alike = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
+        kinds.setdefault(alike, []).append(group.name)
     return list(kinds.values())
