@@ -62,10 +62,10 @@ def checked_budget(budget: str | int) -> str:
     Raises:
         UsageError: it cannot be.
     """
-    text = budget if isinstance(budget, str) else f"+{budget}"
-    if text:
-        budgeted(text, 1)
-    return text
+    told = f"+{budget}" if type(budget) is int else str(budget)
+    if told:
+        budgeted(told, 1)
+    return told
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -269,6 +269,11 @@ def find_init(init: str | Init) -> Init:
     Raises:
         PlanError: no such init.
     """
+    if isinstance(init, type):
+        raise UsageError(
+            f"the init is the class {init.__name__}, and no init.",
+            way_out=f"Make one of it: init={init.__name__}(…).",
+        )
     if callable(init):
         return init
     if isinstance(init, str) and init in FROM_DATA:
