@@ -56,12 +56,14 @@ def effort_of(verify: bool | Effort) -> Effort:
     return one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
 
 
-def checked_budget(budget: str) -> str:
-    """Return a budget of parameters that can be read, or "".
+def checked_budget(budget: str | int) -> str:
+    """Return a budget of parameters that can be read, as a text, or "".
 
     Raises:
         UsageError: it cannot be.
     """
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        budget = f"+{budget}"
     if budget:
         budgeted(budget, 1)
     return budget

@@ -63,6 +63,11 @@ class Source:
         return [location.state_dict for location in self._locations]
 
     @property
+    def copies(self) -> list[str]:
+        """Where the further sets of weights lie, such as moving averages."""
+        return [".".join(map(str, location.keys)) for location in self._locations[1:]]
+
+    @property
     def config(self) -> dict[str, Any] | None:
         """The ``config.json`` of a directory, or None where there is none."""
         return self._contents.config

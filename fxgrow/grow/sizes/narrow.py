@@ -264,6 +264,7 @@ class _Search:
         Args:
             members: by operation; others that these are added to join them, in place.
         """
+        members |= self.flow.met_by_none(members, self.some)
         shapes = self._written(self.shapes, members)
         stop = self._run(shapes)
         for _ in range(_ROUNDS):
