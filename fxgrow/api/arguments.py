@@ -62,11 +62,10 @@ def checked_budget(budget: str | int) -> str:
     Raises:
         UsageError: it cannot be.
     """
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        budget = f"+{budget}"
-    if budget:
-        budgeted(budget, 1)
-    return budget
+    told = f"+{budget}" if type(budget) is int else str(budget)
+    if told:
+        budgeted(told, 1)
+    return told
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.scope import follow
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.grow.data import DataDriven
-from fxgrow.grow.data.statistics import size_of
+from fxgrow.grow.data.batches import size_of
 from fxgrow.modules.calling import map_tensors, tensors_in
 
 _MOST = 2  # samples, which tell as much of channels as all do

@@ -7,13 +7,12 @@ beside the others, those of one kind (the names of their layers alike but for nu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup
+from fxgrow.channels.groups import ChannelGroup, kinds_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
@@ -271,7 +270,7 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     left, refused, aside = dict(widths), dict[str, str](), set[str]()
     made = _set_aside(attempts, left, refused, aside)
     alone: list[str] = []
-    for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
+    for kind in kinds_of([group for group in attempts.analysis.groups if group.name in aside]):
         more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
         made = more or made
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
@@ -389,13 +388,3 @@ def _join(
         one, why = _join(attempts, {name: more[name]}, left)
         best, failing = one or best, failing | why
     return best, {name: failing[name] for name in names if name in failing}
-
-
-def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
-    """Return the names of groups, side by side where their layers differ in numbers alone."""
-    kinds: dict[tuple[frozenset[str], ...], list[str]] = {}
-    for group in groups:
-        layers = (group.writers, group.carriers, group.readers)
-        kind = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
-        kinds.setdefault(kind, []).append(group.name)
-    return list(kinds.values())
