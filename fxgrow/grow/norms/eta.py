@@ -102,6 +102,13 @@ def settle(
         alone = eta_of(tape, {name: found}, scale_writers=False)
         mismatches = flow(alone).mismatches if alone.undone & sources else ()
         if mismatches:
-            problems[name] = f"η cannot be taken up: {mismatches[0].reason}"
-    together = f"η cannot be taken up: {unsettled[0].reason}"
+            problems[name] = _untaken(mismatches[0].reason)
+    together = _untaken(unsettled[0].reason)
     return eta, problems or dict.fromkeys(padding, together)
+
+
+def _untaken(reason: str) -> str:
+    return (
+        "channels beyond whole copies change the standard deviation in a norm over them, which "
+        f"nothing makes up for: {reason}; possible: a whole multiple of the width"
+    )
