@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import FxgrowError
-from fxgrow.training import GrowthSchedule, certify, grow_, probe, state_dict
+from fxgrow.training import (
+    FlopLedger,
+    GrowthClock,
+    GrowthSchedule,
+    certify,
+    forecast,
+    grow_,
+    probe,
+    state_dict,
+)
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 X = torch.ones(4, 4)
@@ -104,9 +113,22 @@ def test_a_probe_that_tells_nothing_is_refused(options: dict[str, Any], word: st
         lambda: GrowthSchedule.geometric({"a": 8}, initial=True, epochs=9),
         lambda: GrowthSchedule.geometric({"a": 8}, epochs=9, blocks={"l": 3}),  # type: ignore[dict-item]
         lambda: GrowthSchedule.geometric({"a": 8}, epochs=9, blocks=3),  # type: ignore[arg-type]
+        lambda: GrowthClock(GrowthSchedule.of([{"epochs": 1}])).step("a"),  # type: ignore[arg-type]
     ],
 )
 def test_a_schedule_of_other_kinds_of_things_is_refused(make: Callable[[], object]) -> None:
     """Each with a word on what is meant."""
     with pytest.raises(FxgrowError):
         make()
+
+
+@pytest.mark.parametrize("samples", [-3, 1.5, True])
+def test_a_ledger_counts_whole_samples(samples: Any) -> None:
+    """What it has counted can be loaded again."""
+    ledger, net = FlopLedger(), build()
+    ledger.begin(net, X)
+    with pytest.raises(FxgrowError, match="number of samples"):
+        ledger.add(samples)
+    with pytest.raises(FxgrowError, match="number of samples"):
+        forecast(net, GrowthSchedule.geometric(net, epochs=9), X, samples=samples)
+    FlopLedger().load_state_dict(ledger.state_dict())

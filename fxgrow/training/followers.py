@@ -33,7 +33,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"{kind} holds on to the parameters that it was made with.",
             name=kind,
             way_out=f"Grow what is in it on every rank, grow_(wrapped.module, …), then wrap that "
-            f"again: wrapped = {kind}(wrapped.module, …). The same seed makes the same weights.",
+            f"again: wrapped = {kind}(wrapped.module, …). The same seed makes the same weights. "
+            "What it has grown through is told of that too: state_dict(wrapped.module).",
         )
     if _is_sharded(model):
         raise PlanError(

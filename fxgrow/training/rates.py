@@ -226,7 +226,7 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
         if own:
             vars(module)[_OWN] = own
             if _after_load not in module._load_state_dict_post_hooks.values():
-                module.register_load_state_dict_post_hook(_after_load)
+                module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
 def _after_load(module: nn.Module, keys: object) -> None:
@@ -235,8 +235,9 @@ def _after_load(module: nn.Module, keys: object) -> None:
     for local, entry in vars(module).get(_OWN, {}).items():
         parameter = module._parameters.get(local)
         if parameter is not None and parameter is not entry.parameter:
+            is_kept = stepping.RATES.get(entry.parameter) is entry.rate  # not in a layer's own copy
             entry.parameter = parameter
-            if entry.fits:
+            if is_kept and entry.fits:
                 stepping.hold([(parameter, entry.rate)])
 
 

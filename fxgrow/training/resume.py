@@ -100,7 +100,7 @@ def regrow_(
     with all_or_nothing(network, optimizers, means):
         for name, lr, plan in stages[len(present) :]:
             part = grown = named_module(network, name)
-            check_source(plan.steps[0], part)
+            _check_part(plan, part)
             for step in plan.steps:
                 grown = remade(step, grown)
             result = api.Grown(grown, plan, Report(plan, Verification("skipped")))
@@ -108,6 +108,22 @@ def regrow_(
             put_in_place(part, result, lr, optimizers, inner, within=network)
         follow(network, "none", left=left)
     return model
+
+
+def _check_part(plan: Plan, part: nn.Module) -> None:
+    """Return if a plan is for a module.
+
+    Raises:
+        PlanError: it is not.
+    """
+    try:
+        check_source(plan.steps[0], part)
+    except PlanError as error:
+        raise PlanError(
+            f"the record is of another network: {error.message}",
+            name=error.name,
+            way_out="Build the network as it was before its first growth.",
+        ) from error
 
 
 def _steps_left(state: Mapping[str, Any]) -> int:
