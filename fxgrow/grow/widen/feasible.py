@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
@@ -22,8 +23,10 @@ from fxgrow.grow.norms.scales import Scales
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import TOGETHER
-from fxgrow.grow.sizes.rerun import Resized, run_resized
-from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.sizes.rerun import Resized
+from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.to_one import run_at
+from fxgrow.grow.sizes.together import sizes_together
 from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
@@ -184,10 +187,9 @@ class Attempts:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            sizes = new_sizes(
-                analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
-                copying=copying, rounded=self.rounded,
-            )  # fmt: skip
+            asked = {"shapes": self.shapes, "grouped": self.grouped, "rounded": self.rounded}
+            sizes_at = partial(sizes_together, analysis, copying=copying, **asked)
+            sizes = sizes_at(widths)
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             written = {writer for padding in mixed.padding.values() for writer in padding.writers}
             scale_writers = self.scale_writers and self.rescaled.isdisjoint(written)
@@ -204,7 +206,7 @@ class Attempts:
         found = tuple(Refusal(name, reason) for name, reason in refused.items())
         if not widths:
             return Obstacle(found[0].reason, found[0].name, refused, certain=True)
-        resized = run_resized(analysis, sizes)
+        resized = run_at(analysis, sizes, sizes_at)
         if isinstance(resized, Obstacle):
             return resized
         resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
@@ -391,7 +393,7 @@ def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
     """Return the names of groups, side by side where their layers differ in numbers alone."""
     kinds: dict[tuple[frozenset[str], ...], list[str]] = {}
     for group in groups:
-        layers = (group.writers, group.carriers, group.readers)
-        kind = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
-        kinds.setdefault(kind, []).append(group.name)
+        layers = group.writers, group.carriers, group.readers
+        alike = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
+        kinds.setdefault(alike, []).append(group.name)
     return list(kinds.values())
