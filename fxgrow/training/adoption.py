@@ -200,10 +200,9 @@ def _inherit(old: Tensor | None, new: Tensor | None) -> None:
         return
     vars(new).update({key: value for key, value in vars(old).items() if key not in vars(new)})
     if isinstance(new, nn.Parameter):
-        for hook in (getattr(old, "_backward_hooks", None) or {}).values():
-            new.register_hook(hook)  # type: ignore[no-untyped-call]
-        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-            new.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        for held in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(old, held, None):
+                setattr(new, held, getattr(old, held))  # whose handles remove them from there
 
 
 def _set_attributes(model: nn.Module, plan: Plan) -> None:
@@ -224,7 +223,8 @@ def undone_on_error(models: Sequence[nn.Module]) -> Iterator[None]:
     """Restore module trees as they were if an error is raised within: all but values in tensors."""
     held = []
     for module in itertools.chain.from_iterable(map(modules_of, models)):
-        kept = {name: dict(vars(module)[name]) for name in _HELD if name in vars(module)}
+        names = (*_HELD, "_load_state_dict_post_hooks")
+        kept = {name: dict(vars(module)[name]) for name in names if name in vars(module)}
         held.append((module, type(module), dict(vars(module)), kept))
     try:
         yield

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fxgrow.api.widen as api
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError, shown
 from fxgrow.grow.data.batches import Batch, LossFunction, check_runs, checked_batches
 from fxgrow.modules.calling import arguments_of, call, map_tensors, results_in
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.plan.schema import Plan
 from fxgrow.training.clipping import clip_grad_norm_
 from fxgrow.training.followers import unwrapped
-from fxgrow.training.history import add_stage, stages_of
-from fxgrow.training.in_place import Grown, put_in_place
+from fxgrow.training.history import stages_of
+from fxgrow.training.in_place import Grown, all_or_nothing, put_in_place
 from fxgrow.training.parts import copies_in
-from fxgrow.training.rates import check_growth, check_rule, follow, scale_states
+from fxgrow.training.rates import check_growth, check_rule
 
 Factory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 BOUND = 1e-11  # relative, or _TIMES the deviation of a network that is off by one unit
@@ -133,6 +133,7 @@ def certify(
         max_norm: clip gradients by norm before each step, as :func:`clip_grad_norm_` does.
 
     Raises:
+        UsageError: an argument is of another kind.
         PlanError: the growth, the network or the optimizer cannot be followed; it is named. Or the
             training diverges.
 
@@ -148,6 +149,7 @@ def certify(
         >>> certificate.follows, certificate.worst < 1e-11
         (True, True)
     """
+    _check_arguments(grown, optimizer, steps, grown_at)
     rule = _rule_of(grown) if lr is None else lr
     check_rule(rule)
     data = [map_tensors(_double, batch) for batch in checked_batches(batches)]
@@ -173,6 +175,31 @@ def certify(
     worse = tuple(Deviation(max(e.wide, t.wide), max(e.one_ulp, t.one_ulp)) for e, t in both)
     kind = type(narrow.optimizer).__name__
     return Certificate(worse, tuple(found["eval"]), tuple(found["train"]), rule, kind, grown_at)
+
+
+def _check_arguments(grown: object, optimizer: object, steps: object, grown_at: object) -> None:
+    """Return if the arguments of :func:`certify` are of the kinds that it takes.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if not isinstance(grown, api.Grown):
+        raise UsageError(
+            f"grown is what a growth returned, not a {type(grown).__name__}.",
+            way_out="Give all that fxgrow.widen(…) or fxgrow.training.grow_(…) returned: its plan "
+            "is needed too.",
+        )
+    if not callable(optimizer) and not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"an optimizer is a torch.optim.Optimizer or makes one, not {shown(repr(optimizer))}.",
+            way_out="optimizer=functools.partial(torch.optim.Adam, lr=1e-3)",
+        )
+    for name, value, least in (("steps", steps, 1), ("grown_at", grown_at, 0)):
+        if type(value) is not int or value < least:
+            raise UsageError(
+                f"{name}={shown(repr(value))} is no whole number from {least} on.",
+                way_out="Give numbers of steps: steps=200, grown_at=0.",
+            )
 
 
 def _rule_of(grown: api.Grown) -> str:
@@ -240,11 +267,8 @@ class _Training:
         plan = _in_double(grown.plan)
         result = api.Grown(plan.apply(self.model), plan, grown.report, grown.init)
         check_growth(self.model, result, rule, [self.optimizer])
-        put_in_place(self.model, result, [self.optimizer], [])
-        add_stage(self.model, plan, rule)
-        if rule == "width":
-            scale_states(self.model, plan, [self.optimizer])
-        follow(self.model, rule)
+        with all_or_nothing(self.model, [self.optimizer], []):
+            put_in_place(self.model, result, rule, [self.optimizer])
 
     @torch.no_grad()
     def move_by_one_unit(self) -> None:

@@ -33,7 +33,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"{kind} holds on to the parameters that it was made with.",
             name=kind,
             way_out=f"Grow what is in it on every rank, grow_(wrapped.module, …), then wrap that "
-            f"again: wrapped = {kind}(wrapped.module, …). The same seed makes the same weights.",
+            f"again: wrapped = {kind}(wrapped.module, …). The same seed makes the same weights. "
+            "What it has grown through is told of that too: state_dict(wrapped.module).",
         )
     if _is_sharded(model):
         raise PlanError(
@@ -64,7 +65,7 @@ def optimizers_of(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimi
     """
     if given is None:
         return ()
-    found = []
+    found: list[Optimizer] = []
     for one in given if isinstance(given, (list, tuple)) else (given,):
         inner: object = one
         while isinstance(getattr(inner, "optimizer", None), Optimizer):
@@ -73,6 +74,11 @@ def optimizers_of(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimi
             raise PlanError(
                 f"an optimizer is a torch.optim.Optimizer, not a {type(one).__name__}.",
                 way_out="Give it by name: grow_(model, width, inputs, optimizer=optimizer).",
+            )
+        if any(inner is other for other in found):
+            raise PlanError(
+                f"this {type(inner).__name__} was given twice.",
+                way_out="Give each optimizer once: optimizer=[…].",
             )
         found.append(inner)
     return tuple(found)
@@ -84,8 +90,9 @@ def averaged(given: Iterable[nn.Module] | nn.Module) -> tuple[nn.Module, ...]:
     Raises:
         PlanError: something else was given.
     """
-    found = []
-    for one in (given,) if isinstance(given, nn.Module) else tuple(given):
+    found: list[nn.Module] = []
+    single = isinstance(given, nn.Module) or not isinstance(given, Iterable)
+    for one in (given,) if single else tuple(given):  # type: ignore[arg-type]
         if not isinstance(one, nn.Module):
             raise PlanError(
                 f"an average of weights is a module like the network, not a {type(one).__name__}.",
@@ -94,6 +101,11 @@ def averaged(given: Iterable[nn.Module] | nn.Module) -> tuple[nn.Module, ...]:
         inner: nn.Module = one
         if "n_averaged" in one._buffers and isinstance(one._modules.get("module"), nn.Module):
             inner = one._modules["module"]  # type: ignore[assignment]
+        if any(inner is other for other in found):
+            raise PlanError(
+                f"this average of weights ({type(one).__name__}) was given twice.",
+                way_out="Give each once: averages=[ema].",
+            )
         found.append(inner)
     return tuple(found)
 
@@ -106,6 +118,13 @@ def grown_averages(
     Raises:
         PlanError: one is no copy of the network.
     """
+    own = {id(tensor) for tensor in model.parameters()}
+    for average in averages:
+        if any(id(tensor) in own for tensor in average.parameters()):
+            raise PlanError(
+                f"an average ({type(average).__name__}) holds the network's own weights.",
+                way_out="Give a copy that averages them: averages=[AveragedModel(model)].",
+            )
     try:
         return tuple(plan.apply(average, like=model) for average in averages)
     except PlanError as error:
@@ -123,6 +142,7 @@ def restored_on_error(optimizers: Sequence[Optimizer]) -> Iterator[None]:
         (
             one,
             dict(one.state),
+            [(value, dict(value)) for value in one.state.values() if isinstance(value, dict)],
             [(group, {**group, "params": [*group["params"]]}) for group in one.param_groups],
         )
         for one in optimizers
@@ -130,9 +150,12 @@ def restored_on_error(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for one, state, groups in held:
+        for one, state, entries, groups in held:
             one.state.clear()
             one.state.update(state)
+            for entry, values in entries:
+                entry.clear()
+                entry.update(values)
             for group, before in groups:
                 group.clear()
                 group.update(before)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 
-from fxgrow.errors import UsageError
+from fxgrow.errors import UsageError, shown
+from fxgrow.training.plateau import refuse
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,38 @@ class Unit:
     def at(self, width: int) -> dict[str, int]:
         """Return the width of each group where the leading one is so wide."""
         return {name: full * width // self.lead for name, full in self.widths.items()}
+
+
+def check_parts(initial: object, rate: object) -> None:
+    """Return if two numbers can be the first part of a width and the rate by which it grows.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    given = (initial, rate)
+    numbers = [x for x in given if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    if len(numbers) < len(given) or not 0 < numbers[0] <= 1 or not 0 < numbers[1] <= 4:
+        raise UsageError(
+            f"initial={shown(repr(initial))} and rate={shown(repr(rate))} are no parts of a width.",
+            way_out="Give 0 < initial ≤ 1 and 0 < rate ≤ 4.",
+        )
+
+
+def checked_blocks(blocks: Mapping[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
+    """Return the first and the last number of blocks of each list, as whole numbers.
+
+    Raises:
+        UsageError: something else was given.
+    """
+    if not isinstance(blocks, Mapping | None):
+        refuse("blocks", f"a {type(blocks).__name__} is no mapping")
+    found: dict[str, tuple[int, int]] = {}
+    for name, given in (blocks or {}).items():
+        pair = tuple(given) if isinstance(given, (tuple, list)) else ()
+        if len(pair) != 2 or any(type(number) is not int for number in pair):
+            refuse("blocks", f'{str(name)[:80]!r} has no two numbers: {{"layer1": (1, 3)}}')
+        found[name] = (pair[0], pair[1])
+    return found
 
 
 def widths_by_stage(

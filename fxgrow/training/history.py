@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from fxgrow.errors import PlanError
 from fxgrow.modules.tensors import module_names, modules_of
+from fxgrow.plan.names import new_names
 from fxgrow.plan.schema import Plan
 
 _HISTORY = "_fxgrow_history"
@@ -40,10 +42,51 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
 
 
 def stages_within(model: nn.Module) -> list[tuple[str, Stage]]:
-    """Return the growths of a network and of modules in it, with the modules' names, in order."""
+    """Return the growths of a network and of modules in it, in order.
+
+    Returns:
+        The module's name as each growth began, which later ones may have changed, and the stage.
+    """
     names = module_names(model)
-    found = [(names[id(m)], stage) for m in modules_of(model) for stage in stages_of(m)]
-    return sorted(found, key=lambda item: item[1].number)
+    today = [(names[id(m)], stage) for m in modules_of(model) for stage in stages_of(m)]
+    found: list[tuple[str, Stage]] = []
+    later: list[tuple[str, Stage]] = []
+    for name, stage in sorted(today, key=lambda item: item[1].number, reverse=True):
+        before = _name_before(name, later)
+        if before is not None:
+            found.append((before, stage))
+            later.append((before, stage))
+    return found[::-1]
+
+
+def _name_before(name: str, later: Iterable[tuple[str, Stage]]) -> str | None:
+    """Return what a module was called before some growths, the last one first.
+
+    A block that one of them brought holds what the block that it is like has been through: None.
+    """
+    for within, stage in later:
+        prefix = f"{within}." if within else ""
+        if not name.startswith(prefix) or name in ("", within):
+            continue
+        held = _modules_of_tensors(stage.plan.steps[0].source)
+        found = {one: (one, False) for one in held}
+        for step in stage.plan.steps:
+            moved = new_names(found, step.rearrangements)
+            found = {now: (found[old][0], new or found[old][1]) for now, old, new in moved}
+        old, is_new = found.get(name.removeprefix(prefix), (name.removeprefix(prefix), False))
+        if is_new:
+            return None
+        name = prefix + old
+    return name
+
+
+def _modules_of_tensors(names: Iterable[str]) -> list[str]:
+    """Return the names of all modules that hold some tensors, or modules with such, in order."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        found.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts))))
+    return list(found)
 
 
 def add_stage(model: nn.Module, plan: Plan, lr: str, *, within: nn.Module | None = None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,12 @@ from fxgrow.training.rates import (
     check_rule,
     follow,
     forget,
+    rates_restored_on_error,
     scale_states,
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grown(api.Grown):
     """A network that has grown in place, with the plan and the report.
 
@@ -51,6 +53,15 @@ class Grown(api.Grown):
 
     advice: str = ""
     parts: tuple[Part, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return a line: what holds what; ``print(grown.report)`` tells what was measured."""
+        names = len({part.name for part in self.parts})
+        verdict = self.report.verification.verdict
+        return (
+            f"Grown({type(self.model).__name__}, verification={verdict!r}, {len(self.parts)} parts "
+            f"of {names} parameters)"
+        )
 
 
 @exclusive
@@ -70,6 +81,9 @@ def grow_(
     The module stays the same object, and so do its submodules, their hooks and every parameter that
     does not change; wider parameters are new objects, which the optimizer then holds. If anything
     is refused, all is as it was. Call it between steps: gradients that wait for one are dropped.
+
+    Forward hooks of modules may be a part of what is computed, so copies run with them: a hook that
+    counts or records does so here too, many times. Remove it before and register it afterwards.
 
     Args:
         model: the network, or what ``torch.compile`` made of it. It is not called but on copies.
@@ -163,45 +177,69 @@ def _in_place(
     check_rule(lr)
     grown = grow(network)
     check_growth(network, grown, lr, optimizers)
-    put_in_place(network, grown, optimizers, means)
-    add_stage(network, grown.plan, lr, within=model)
-    if lr == "width":
-        scale_states(network, grown.plan, optimizers)
-    for mean in means:
-        forget(mean)
-    follow(network, lr)
-    told, parts = advice(grown.plan, lr), parts_of(network)
+    with all_or_nothing(network, optimizers, means):
+        put_in_place(network, grown, lr, optimizers, means, within=model)
+        told, parts = advice(grown.plan, lr), parts_of(network)
     return Grown(model, grown.plan, grown.report, grown.init, advice=told, parts=parts)
 
 
-def put_in_place(
-    network: nn.Module,
-    grown: api.Grown,
-    optimizers: Sequence[Optimizer],
-    means: Sequence[nn.Module],
-) -> None:
-    """Make a network what a grown copy of it is, with optimizers and averages, or change nothing.
+@contextlib.contextmanager
+def all_or_nothing(
+    network: nn.Module, optimizers: Sequence[Optimizer], means: Sequence[nn.Module]
+) -> Iterator[None]:
+    """Undo growths if an error is raised within, otherwise drop what waits for the old parameters.
 
     Args:
-        network: the network.
-        grown: what a plan made of it, which is taken apart.
+        network: the network, in which modules grow.
         optimizers: what trains it.
         means: copies of it that average its weights.
-
-    Raises:
-        PlanError: something cannot follow.
     """
-    plan, before = grown.plan, dict(network.named_parameters())
-    grown_means = grown_averages(plan, means, network)
-    keep_unchanged(network, grown.model, plan)
-    with restored_on_error(optimizers), undone_on_error((network, *means)):
-        for one in optimizers:
-            grow_optimizer_(one, network, grown)
-        adopt(network, grown.model, plan)
-        for mean, other in zip(means, grown_means, strict=True):
-            adopt(mean, other, plan)
+    before = dict(network.named_parameters())
+    with (
+        rates_restored_on_error(network),
+        restored_on_error(optimizers),
+        undone_on_error((network, *means)),
+    ):
+        yield
     after = set(network.parameters())
     for parameter in after:
         parameter.grad = None  # of some parameters alone it would make a partial step
     stale.take_back(after)
     stale.leave((name, p) for name, p in before.items() if p not in after)
+
+
+def put_in_place(
+    network: nn.Module,
+    grown: api.Grown,
+    rule: str,
+    optimizers: Sequence[Optimizer],
+    means: Sequence[nn.Module] = (),
+    *,
+    within: nn.Module | None = None,
+) -> None:
+    """Make a network what a grown copy of it is; call it within :func:`all_or_nothing`.
+
+    Args:
+        network: the network.
+        grown: what a plan made of it, which is taken apart.
+        rule: of learning rates from then on.
+        optimizers: what trains it.
+        means: copies of it that average its weights.
+        within: the network that it is in, if that is known.
+
+    Raises:
+        PlanError: something cannot follow.
+    """
+    plan = grown.plan
+    grown_means = grown_averages(plan, means, network)
+    keep_unchanged(network, grown.model, plan)
+    for one in optimizers:
+        grow_optimizer_(one, network, grown)
+    adopt(network, grown.model, plan)
+    for mean, other in zip(means, grown_means, strict=True):
+        adopt(mean, other, plan)
+        forget(mean)
+    add_stage(network, plan, rule, within=within)
+    if rule == "width":
+        scale_states(network, plan, optimizers)
+    follow(network, rule)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxgrow.errors import PlanError, SourceError, UsageError
+from fxgrow.errors import PlanError, SourceError, UsageError, shown
 from fxgrow.modules.calling import arguments_of, call, map_tensors, results_in, tensors_in
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.standin import first_line, stand_in
@@ -142,8 +142,9 @@ class FlopLedger:
         """Count samples that were trained on.
 
         Raises:
-            UsageError: no stage has begun.
+            UsageError: no stage has begun, or that is no number of samples.
         """
+        _check_samples(samples)
         if not self.stages:
             raise UsageError("no stage has begun.", way_out="Call begin(model, inputs) first.")
         last = self.stages[-1]
@@ -179,6 +180,19 @@ class FlopLedger:
             self.stages = [*_stages(state["stages"])]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError("this is not the state of a FlopLedger.") from error
+
+
+def _check_samples(samples: object, least: int = 0) -> None:
+    """Return if something is a number of samples.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if type(samples) is not int or samples < least:
+        raise UsageError(
+            f"{shown(repr(samples))} is no number of samples.",
+            way_out="Give a whole number: samples=len(batch).",
+        )
 
 
 def _stages(rows: Any) -> Iterator[Spent]:
@@ -228,7 +242,7 @@ def forecast(
         samples: in each epoch.
 
     Raises:
-        UsageError: when a stage ends depends on a metric.
+        UsageError: when a stage ends depends on a metric, or there are no samples.
         PlanError: as for :func:`fxgrow.training.seed_network` and :func:`flops`.
 
     Example:
@@ -246,6 +260,7 @@ def forecast(
             "when a stage of the schedule ends depends on a metric.",
             way_out="Count what is spent instead: fxgrow.training.FlopLedger.",
         )
+    _check_samples(samples, 1)
     full = built(definition)
     found = []
     for index, stage in enumerate(schedule.stages):

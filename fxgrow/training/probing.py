@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 import statistics
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow.errors import FxgrowError, PlanError, UsageError
+from fxgrow.api.deepen import deepen
+from fxgrow.api.widen import widen
+from fxgrow.errors import FxgrowError, PlanError, UsageError, shown
 from fxgrow.training.followers import unwrapped
 from fxgrow.training.in_place import deepen_, grow_
 
@@ -25,6 +28,9 @@ _REMARK = (
     "Exact copies win short probes: they go on as the network did, while drawn channels first have "
     "to learn. Who is ahead after a few steps need not be so at the end of a training."
 )
+
+
+_GIVEN = {"model", "optimizer", "options", "scheduler", "averages"}  # are the same for all
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,9 @@ def probe(
         The candidates by their mean loss; ``str()`` of it is a table.
 
     Raises:
-        UsageError: there are no candidates, batches or steps.
-        PlanError: none of the growths can be carried out.
+        UsageError: there are no candidates, batches or steps, or one has an unknown option.
+        PlanError: none of the growths can be carried out, the optimizer trains another network, or
+            no loss is finite.
 
     Example:
         >>> import functools, torch
@@ -154,11 +161,14 @@ def probe(
     """
     network, given = unwrapped(model), list(batches)
     judged = given if held_out is None else list(held_out)
-    if not candidates or not given or not judged or steps < 1 or repeats < 1:
+    counts = type(steps) is int and type(repeats) is int and steps >= 1 and repeats >= 1
+    if not candidates or not given or not judged or not counts:
         raise UsageError(
             "a probe takes at least one candidate, batch, step and repetition.",
             way_out="Give candidates={name: options}, batches=[…], steps=64, repeats=3.",
         )
+    _check_candidates(candidates)
+    _check_optimizer(optimizer, network)
     trial = _Trial(network, loss_fn, given, judged, steps, optimizer, example_inputs)
     ran: dict[str, list[_Ran]] = {}
     refused: dict[str, str] = {}
@@ -170,7 +180,64 @@ def probe(
     if not ran:
         name, reason = next(iter(refused.items()))
         raise PlanError(f"no candidate can be carried out; {name}: {reason}", name=name)
+    if not any(math.isfinite(one.end) for each in ran.values() for one in each):
+        raise PlanError(
+            f"no candidate has a finite loss after {steps} steps.",
+            way_out="Look at loss_fn and the batches, or give a smaller learning rate.",
+        )
     return Ranking(tuple(_ranked(ran)), refused, steps)
+
+
+def _check_candidates(candidates: object) -> None:
+    """Return if candidates are options of growths, by name.
+
+    Raises:
+        UsageError: they are not.
+    """
+    way_out = 'Give candidates={"wide": {"width": "2x"}, "deep": {"blocks": {"layer1": "+1"}}}.'
+    if not isinstance(candidates, Mapping):
+        raise UsageError(
+            f"candidates are a mapping, not a {type(candidates).__name__}.", way_out=way_out
+        )
+    for name, options in candidates.items():
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise UsageError(
+                f"the candidate {shown(repr(name))} is no name with a mapping of options.",
+                way_out=way_out,
+            )
+        calls = (deepen_, deepen) if "blocks" in options else (grow_, widen)
+        known = {key for one in calls for key in inspect.signature(one).parameters}
+        for key in options:
+            if key not in known - _GIVEN:
+                raise UsageError(
+                    f"{calls[0].__name__} has no option {shown(repr(key))} for the candidate "
+                    f"{shown(name)}.",
+                    way_out=way_out,
+                )
+
+
+def _check_optimizer(optimizer: object, network: nn.Module) -> None:
+    """Return if an optimizer trains a network, or something makes one.
+
+    Raises:
+        UsageError: it is neither.
+        PlanError: it trains another network.
+    """
+    if not isinstance(optimizer, Optimizer):
+        if not callable(optimizer):
+            raise UsageError(
+                f"an optimizer is a torch.optim.Optimizer or makes one, not "
+                f"{shown(repr(optimizer))}.",
+                way_out="optimizer=functools.partial(torch.optim.Adam, lr=1e-3)",
+            )
+        return
+    own = {id(parameter) for parameter in network.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise PlanError(
+            f"this {type(optimizer).__name__} holds no parameter of the network.",
+            way_out="Give the optimizer that trains it, or what makes one: "
+            "functools.partial(torch.optim.Adam, lr=1e-3).",
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ norms as they are at the step. Vectors (biases, norms) take whole steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -39,6 +41,20 @@ Rates: TypeAlias = Literal["none", "width", "variance_transfer", "warm_up"]
 RATES: tuple[Rates, ...] = ("none", "width", "variance_transfer", "warm_up")
 WARM_UP = 100  # steps
 _TABLE = "_fxgrow_rates"  # the attribute of the grown module that holds its table
+_OWN = "_fxgrow_rates_of_own"  # that of each module with such parameters, by their local names
+
+
+@dataclass
+class Entry:
+    """A parameter and its rate."""
+
+    parameter: nn.Parameter
+    rate: Rate
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rate is for the parameter's shape."""
+        return tuple(self.parameter.shape) == self.rate.shape
 
 
 class Table:
@@ -51,7 +67,7 @@ class Table:
         warming: what the steps of all are multiplied by after a growth.
     """
 
-    def __init__(self, rates: list[tuple[nn.Parameter, Rate]], warming: WarmUp) -> None:
+    def __init__(self, rates: list[Entry], warming: WarmUp) -> None:
         self.rates = rates
         self.warming = warming
 
@@ -61,8 +77,8 @@ class Table:
         What has grown since, in a copy that no rule was asked for, has none.
         """
         vars(self).update(state)
-        self.rates = [(p, rate) for p, rate in self.rates if tuple(p.shape) == rate.shape]
-        stepping.hold(self.rates)
+        self.rates = [entry for entry in self.rates if entry.fits]
+        stepping.hold((entry.parameter, entry.rate) for entry in self.rates)
 
 
 def check_rule(rule: str) -> None:
@@ -105,7 +121,7 @@ def _check_whole(network: nn.Module) -> None:
         PlanError: one has.
     """
     tables = (vars(module).get(_TABLE) for module in network.modules())
-    own = {id(p) for table in tables if table is not None for p, _ in table.rates}
+    own = {id(one.parameter) for table in tables if table is not None for one in table.rates}
     for name, parameter in network.named_parameters():
         rate = stepping.RATES.get(parameter)
         if (
@@ -191,7 +207,7 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
     warming = WarmUp(left, WARM_UP)
     copies = provenances(network, rule="width") if "width" in stages else {}
     wrote = provenances(network) if "variance_transfer" in stages else {}
-    rates = []
+    rates: dict[nn.Parameter, Entry] = {}
     for name, parameter in network.named_parameters():
         rate = Rate(shape=tuple(parameter.shape), warming=warming)
         if name in copies:
@@ -200,11 +216,43 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
         if name in wrote and parameter.ndim >= 2 and not wrote[name].unknown:
             rate.first, rate.later = _transferred(split(name, wrote[name]), stages)
         if left or not rate.is_whole:
-            rates.append((parameter, rate))
+            rates[parameter] = Entry(parameter, rate)
     forget(network)
     if rates:
-        vars(network)[_TABLE] = Table(rates, warming)
-        stepping.hold(rates)
+        vars(network)[_TABLE] = Table(list(rates.values()), warming)
+        stepping.hold((parameter, entry.rate) for parameter, entry in rates.items())
+    for module in network.modules():
+        own = {n: rates[p] for n, p in module._parameters.items() if p is not None and p in rates}
+        if own:
+            vars(module)[_OWN] = own
+            if _after_load not in module._load_state_dict_post_hooks.values():
+                module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+
+def _after_load(module: nn.Module, keys: object) -> None:
+    """Give rates to parameters that ``load_state_dict(…, assign=True)`` has put into a module."""
+    del keys
+    for local, entry in vars(module).get(_OWN, {}).items():
+        parameter = module._parameters.get(local)
+        if parameter is not None and parameter is not entry.parameter:
+            is_kept = stepping.RATES.get(entry.parameter) is entry.rate  # not in a layer's own copy
+            entry.parameter = parameter
+            if is_kept and entry.fits:
+                stepping.hold([(parameter, entry.rate)])
+
+
+@contextlib.contextmanager
+def rates_restored_on_error(network: nn.Module) -> Iterator[None]:
+    """Restore the rates of a network's parameters if an error is raised within."""
+    held = [(parameter, stepping.RATES.get(parameter)) for parameter in network.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, rate in held:
+            stepping.RATES.pop(parameter, None)
+            if rate is not None:
+                stepping.RATES[parameter] = rate
+        raise
 
 
 def steps_left(network: nn.Module) -> int:
@@ -217,6 +265,7 @@ def forget(network: nn.Module) -> None:
     """Drop the rates of a copy of a network, which no optimizer trains."""
     for module in network.modules():
         vars(module).pop(_TABLE, None)
+        vars(module).pop(_OWN, None)
 
 
 def rate_of(parameter: Tensor) -> Rate:

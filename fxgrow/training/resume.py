@@ -15,9 +15,9 @@ from fxgrow.errors import PlanError, SourceError, shown
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.plan.schema import MOST_STEPS, Plan
 from fxgrow.training.followers import averaged, check_schedulers, optimizers_of, unwrapped
-from fxgrow.training.history import add_stage, named_module, stages_within
-from fxgrow.training.in_place import put_in_place
-from fxgrow.training.rates import RATES, WARM_UP, follow, scale_states, steps_left
+from fxgrow.training.history import named_module, stages_within
+from fxgrow.training.in_place import all_or_nothing, put_in_place
+from fxgrow.training.rates import RATES, WARM_UP, follow, steps_left
 from fxgrow.verification.findings import Verification
 
 SCHEMA = 1
@@ -72,7 +72,7 @@ def regrow_(
 
     Raises:
         SourceError: the state is none of :func:`state_dict`'s.
-        PlanError: it is of another network, or something cannot follow.
+        PlanError: it is of another network, or something cannot follow. Nothing is changed.
 
     Example:
         >>> import torch, fxgrow.training
@@ -96,21 +96,34 @@ def regrow_(
             "the network has grown already, in another way than the record says.",
             way_out="Build it anew, as it was before its first growth.",
         )
-    for name, lr, plan in stages[len(present) :]:
-        part, whole = named_module(network, name), plan
-        grown = part
-        check_source(plan.steps[0], part)
-        for step in plan.steps:
-            grown = remade(step, grown)
-        report = Report(whole, Verification("skipped"))
-        inner = [named_module(mean, name) for mean in means]
-        put_in_place(part, api.Grown(grown, whole, report), optimizers, inner)
-        add_stage(part, whole, lr, within=network)
-        if lr == "width":
-            scale_states(part, whole, optimizers)
-        follow(part, lr)
-    follow(network, "none", left=_steps_left(state))
+    left = _steps_left(state)
+    with all_or_nothing(network, optimizers, means):
+        for name, lr, plan in stages[len(present) :]:
+            part = grown = named_module(network, name)
+            _check_part(plan, part)
+            for step in plan.steps:
+                grown = remade(step, grown)
+            result = api.Grown(grown, plan, Report(plan, Verification("skipped")))
+            inner = [named_module(mean, name) for mean in means]
+            put_in_place(part, result, lr, optimizers, inner, within=network)
+        follow(network, "none", left=left)
     return model
+
+
+def _check_part(plan: Plan, part: nn.Module) -> None:
+    """Return if a plan is for a module.
+
+    Raises:
+        PlanError: it is not.
+    """
+    try:
+        check_source(plan.steps[0], part)
+    except PlanError as error:
+        raise PlanError(
+            f"the record is of another network: {error.message}",
+            name=error.name,
+            way_out="Build the network as it was before its first growth.",
+        ) from error
 
 
 def _steps_left(state: Mapping[str, Any]) -> int:

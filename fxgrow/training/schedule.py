@@ -26,7 +26,13 @@ from fxgrow.grow.sizes.widths import new_width
 from fxgrow.plan.requests import Where
 from fxgrow.plan.schema import MOST_STEPS
 from fxgrow.training.definition import definition_of, units_of
-from fxgrow.training.geometric import depths_by_stage, lengths, widths_by_stage
+from fxgrow.training.geometric import (
+    check_parts,
+    checked_blocks,
+    depths_by_stage,
+    lengths,
+    widths_by_stage,
+)
 from fxgrow.training.plateau import MOST_EPOCHS, Plateau, refuse, whole
 
 SCHEMA = 1
@@ -109,6 +115,8 @@ class GrowthSchedule:
         """
         if type(self.stages) is not tuple or not 0 < len(self.stages) <= MOST_STEPS:
             refuse("stages", f"there must be from 1 to {MOST_STEPS}")
+        if self.plateau is not None and not isinstance(self.plateau, Plateau):
+            refuse("plateau", f"{str(self.plateau)[:40]!r} is no fxgrow.training.Plateau(…)")
         if self.where not in get_args(Where):
             refuse("where", f"{str(self.where)[:40]!r} is none of {', '.join(get_args(Where))}")
         for index, stage in enumerate(self.stages[:-1]):
@@ -161,11 +169,7 @@ class GrowthSchedule:
             TraceError: the network cannot be followed.
             PlanError: nothing in it can grow.
         """
-        if not 0 < initial <= 1 or not 0 < rate <= 4:
-            raise UsageError(
-                f"initial={initial} and rate={rate} are no parts of a width.",
-                way_out="Give 0 < initial ≤ 1 and 0 < rate ≤ 4.",
-            )
+        check_parts(initial, rate)
         whole(multiple_of, "multiple_of", 1, 1 << 31)
         if isinstance(final, Mapping):
             units = units_of(final)
@@ -173,7 +177,7 @@ class GrowthSchedule:
             units = definition_of(final, example_inputs).units(where, include, exclude)
         most = MOST_STEPS if stages is None else stages
         whole(most, "stages", 1, MOST_STEPS)
-        deep = {name: (int(a), int(b)) for name, (a, b) in (blocks or {}).items()}
+        deep = checked_blocks(blocks)
         widths = widths_by_stage(units, initial, rate, multiple_of, most)
         count = max(len(widths), *(b - a + 1 for a, b in deep.values()), 1)
         count = count if stages is None else stages
@@ -212,6 +216,8 @@ class GrowthSchedule:
             >>> schedule.stages[1].width
             {'*': '2x'}
         """
+        if not isinstance(stages, Iterable):
+            refuse("stages", f"a {type(stages).__name__} is no list of stages")
         return cls(tuple(map(_stage, stages)), where, plateau)
 
     @property
@@ -231,6 +237,7 @@ class GrowthSchedule:
                 "when a stage ends depends on a metric.",
                 way_out="Ask a fxgrow.training.GrowthClock after each epoch.",
             )
+        whole(epoch, "epoch", 0, MOST_EPOCHS)
         end = 0
         for index, stage in enumerate(self.stages):
             end += stage.epochs or 0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fxgrow.errors import SourceError, UsageError
+from fxgrow.errors import SourceError, UsageError, shown
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.rates import Rates
 from fxgrow.training.schedule import GrowthSchedule
@@ -120,18 +120,19 @@ class GrowthClock:
             The stage that begins now (see :func:`enter_stage_`), or None.
 
         Raises:
-            UsageError: a plateau is waited for, and there is no metric.
+            UsageError: a plateau is waited for, and there is no metric; or it is no number.
         """
         told, plateau = self.schedule.stages[self.stage], self.schedule.plateau
+        value = _number(metric)
+        if plateau is not None and value is None:
+            raise UsageError(
+                "the schedule waits for a plateau.", way_out="Give the metric: step(loss)."
+            )
         self.epochs += 1
         over = told.epochs is not None and self.epochs >= told.epochs
-        if plateau is not None:
-            if metric is None:
-                raise UsageError(
-                    "the schedule waits for a plateau.", way_out="Give the metric: step(loss)."
-                )
-            if plateau.improves(float(metric), self.best):
-                self.best, self.stale = float(metric), 0
+        if plateau is not None and value is not None:
+            if plateau.improves(value, self.best):
+                self.best, self.stale = value, 0
             else:
                 self.stale += 1
             over = over or self.stale >= plateau.patience
@@ -164,3 +165,17 @@ class GrowthClock:
                 way_out="Load it with the schedule of that training.",
             )
         self.stage, self.epochs, self.best, self.stale = stage, epochs, best, stale
+
+
+def _number(metric: object) -> float | None:
+    """Return a metric as a number, that of a tensor too.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return None if metric is None else float(metric)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the metric {shown(repr(metric))} is no number.", way_out="Give one: step(loss)."
+        ) from error
