@@ -17,13 +17,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
+from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown
 from fxgrow.files.pretrained import example_inputs
+from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
+from fxgrow.training.resume import regrow_
 from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
 
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
+_NO_RECORD = (
+    "Name a checkpoint that the Trainer wrote with a GrowthCallback. save_pretrained keeps no "
+    "record of growth: keep fxgrow.training.state_dict(model) beside it, for regrow_."
+)
 
 
 def _bases() -> tuple[Any, ...]:
@@ -242,6 +248,48 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             ) from reason
 
 
+def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Give a network the shape that the one in a Trainer's checkpoint had grown to.
+
+    Args:
+        model: the network as its code builds it from ``config.json``, or grown so already. What is
+            new in it holds nothing yet: load the weights next.
+        checkpoint: the directory, with the ``trainer_state.json`` of a training in which
+            :class:`GrowthCallback` took part; anybody's, so it is checked.
+
+    Returns:
+        The network.
+
+    Raises:
+        SourceError: the directory tells nothing of growth, or what it tells is no record of it.
+        PlanError: it is of another network.
+
+    Example:
+        >>> regrow_from(model, "out/checkpoint-20")  # doctest: +SKIP
+        >>> safetensors.torch.load_model(
+        ...     model, "out/checkpoint-20/model.safetensors"
+        ... )  # doctest: +SKIP
+    """
+    file = Path(checkpoint) / _STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        told = shown(f"{type(error).__name__}: {error}")
+        raise SourceError(
+            f"{file} cannot be read: {told}.", name=str(file), way_out=_NO_RECORD
+        ) from error
+    held = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    several = held.values() if isinstance(held, dict) else ()
+    found = [one for entry in several for one in _progresses(entry)]
+    if not found:
+        raise SourceError(
+            f"{file} does not tell how a network has grown.", name=str(file), way_out=_NO_RECORD
+        )
+    for progress in sorted(found, key=lambda one: len(one["part"])):  # the whole tells of parts
+        regrow_(named_module(model, progress["part"]), progress["growth"])
+    return model
+
+
 class _Regrow:
     """Called by a network before it loads weights. Copies of it do nothing.
 
@@ -300,15 +348,17 @@ def _progress_of(folder: Path, name: str, part: str) -> Iterator[dict[str, Any]]
 
 def _progress_in(held: Mapping[str, Any], name: str, part: str) -> dict[str, Any] | None:
     """Return what the state of callbacks says of one of them; None if it is not among them."""
-    several = held.get(name)
+    return next((one for one in _progresses(held.get(name)) if one["part"] == part), None)
+
+
+def _progresses(several: object) -> Iterator[dict[str, Any]]:
+    """Yield how far callbacks of growth have come, of what the Trainer keeps under one name."""
     for one in several if isinstance(several, list) else [several]:
         attributes = one.get("attributes") if isinstance(one, dict) else None
         progress = attributes.get("progress") if isinstance(attributes, dict) else None
         if isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}:
-            found: dict[str, Any] = progress
-            if found["part"] == part:
-                return found
-    return None
+            if isinstance(progress["part"], str):
+                yield progress
 
 
 def _number(key: Any) -> Any:
