@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown
 from fxgrow.files.pretrained import example_inputs
+from fxgrow.training.due import Schedule, mapping_of
 from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
 from fxgrow.training.resume import regrow_
-from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
+from fxgrow.training.scheduled import Averages, Growing
 
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
@@ -115,11 +116,14 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """How many growths are done, and how the network has grown: what a checkpoint holds."""
         root = self._root()
         record = self._growing.record(root) if root is not None else None
-        return {"done": self._growing.done, "part": self._growing.part, "growth": record}
+        growing = self._growing
+        return {
+            "done": growing.done, "growths": growing.told(), "part": growing.part, "growth": record,
+        }  # fmt: skip
 
     @progress.setter
     def progress(self, progress: Mapping[str, Any]) -> None:
-        self._growing.done = int(progress["done"])
+        self._growing.take_up(progress["done"], progress.get("growths"))
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps of this callback in a checkpoint, as JSON."""
@@ -142,7 +146,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Take up the schedule where the checkpoint left it.
 
         Raises:
-            PlanError: the network is spread over processes, or has not grown as the checkpoint's.
+            PlanError: the network is spread over processes, or has not grown as the checkpoint's,
+                or that has grown in another way than the schedule says.
         """
         del control
         model = kwargs["model"]
@@ -157,8 +162,13 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             self._watch(model, args)
         held = state.stateful_callbacks or {} if state.global_step else {}  # none is of step 0
         saved = _progress_in(held, type(self).__name__, self._growing.part)
-        if saved is None:
-            return
+        if saved is not None:
+            self._take_up(model, saved, kwargs["optimizer"])
+        is_steps = self._growing.unit == "steps"
+        self._growing.warn_of_never(state.max_steps if is_steps else state.num_train_epochs)
+
+    def _take_up(self, model: nn.Module, saved: Mapping[str, Any], optimizer: Any) -> None:
+        """Go on after what a checkpoint has seen."""
         record, now = saved["growth"] or {}, self._growing.record(model)
         if record.get("stages", []) != now["stages"]:
             raise PlanError(
@@ -167,8 +177,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 "callback resume_from= with the checkpoint's directory.",
             )
         if record:  # another checkpoint of the same stage may have told the shapes
-            self._growing.regrow(model, record, [kwargs["optimizer"]])
-        self._growing.done = int(saved["done"])
+            self._growing.regrow(model, record, [optimizer])
+        self._growing.take_up(saved["done"], saved.get("growths"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before an epoch."""
@@ -356,9 +366,9 @@ def _progresses(several: object) -> Iterator[dict[str, Any]]:
     for one in several if isinstance(several, list) else [several]:
         attributes = one.get("attributes") if isinstance(one, dict) else None
         progress = attributes.get("progress") if isinstance(attributes, dict) else None
-        if isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}:
-            if isinstance(progress["part"], str):
-                yield progress
+        known = isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}
+        if known and isinstance(progress["part"], str):
+            yield progress
 
 
 def _number(key: Any) -> Any:
