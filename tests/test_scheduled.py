@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowWarning, PlanError, UsageError
-from fxgrow.training import GrowthSchedule, Plateau
+from fxgrow.training import GrowthSchedule, Plateau, grow_
 from fxgrow.training.due import growths_of
 from fxgrow.training.scheduled import Growing, copies_held
 
@@ -181,3 +181,15 @@ def test_globs_of_a_part_name_the_part():
     with pytest.raises(PlanError, match="matches no") as refused:
         growing({0: {"width": {"0": "2x"}}}).grow_due(0, nn.Sequential(whole["net"]), [], [])
     assert "part='0'" in refused.value.way_out
+
+
+def test_warnings_name_the_line_that_called():
+    grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.warns(FxgrowWarning, match="regrow_") as seen:
+        grow_(grouped, "2x", torch.randn(2, 3, 4, 4))
+    assert {one.filename for one in seen} == {__file__}
+
+
+def test_a_stage_without_epochs_is_named():
+    with pytest.raises(UsageError, match="stage 1 has no epochs: give a number"):
+        GrowthSchedule.of([{"epochs": 2}, {"width": "2x"}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxgrow.errors import FxgrowWarning, PlanError, UsageError, shown
+from fxgrow.errors import PlanError, UsageError, shown, warn
 from fxgrow.modules.tensors import module_names
 from fxgrow.training.due import Schedule, growths_of
 from fxgrow.training.followers import averaged, optimizers_of
@@ -155,7 +154,7 @@ class Growing:
         for due in self.growths[self.done :]:
             if due.at >= ends:
                 text = f"the network never grows {due}: the training has {ends:g} {self.unit}."
-                warnings.warn(text, FxgrowWarning, stacklevel=3)
+                warn(text)
 
     def record(self, root: nn.Module) -> dict[str, Any]:
         """Return how the module has grown, as :func:`fxgrow.training.state_dict` does."""

@@ -366,8 +366,9 @@ def _progresses(several: object) -> Iterator[dict[str, Any]]:
     for one in several if isinstance(several, list) else [several]:
         attributes = one.get("attributes") if isinstance(one, dict) else None
         progress = attributes.get("progress") if isinstance(attributes, dict) else None
-        known = isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}
-        if known and isinstance(progress["part"], str):
+        if not isinstance(progress, dict) or not isinstance(progress.get("part"), str):
+            continue
+        if progress.keys() >= {"done", "growth"}:
             yield progress
 
 
