@@ -7,8 +7,13 @@ act on them without parsing the text. ``exit_code`` is what the command line end
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 def shown(text: str, most: int = 300) -> str:
@@ -108,3 +113,11 @@ class VerificationError(FxgrowError):
 
 class FxgrowWarning(UserWarning):
     """Something was done that the user may not expect; the text says what."""
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called fxgrow, however deep in it this is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, FxgrowWarning, stacklevel=level)

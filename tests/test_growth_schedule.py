@@ -11,7 +11,7 @@ from torch import nn
 
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
 from fxgrow.training import GrowthClock, GrowthSchedule, GrowthStage, Plateau, enter_stage_
-from fxgrow.training.scheduled import growths_of
+from fxgrow.training.due import growths_of
 
 
 def mlp(width: int = 32) -> nn.Module:

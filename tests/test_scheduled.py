@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxgrow.errors import PlanError, UsageError
-from fxgrow.training import GrowthSchedule, Plateau
-from fxgrow.training.scheduled import Growing, copies_held, growths_of
+from fxgrow.errors import FxgrowWarning, PlanError, UsageError
+from fxgrow.training import GrowthSchedule, Plateau, grow_
+from fxgrow.training.due import growths_of
+from fxgrow.training.scheduled import Growing, copies_held
 
 
 def net() -> nn.Sequential:
@@ -128,3 +130,66 @@ def test_a_network_is_not_taken_back_to_an_earlier_stage():
             plan.regrow(model, record)
     plan.regrow(model, plan.record(model))
     assert model[0].out_features == 16
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "match"),
+    [
+        ({1: "2y"}, {}, "2y"),
+        ({1: {"width": {"0": 16}}}, {}, "16"),
+        ({1: {"width": {}}}, {}, "no widths"),
+        ({1: {"deepen": {"layers": "some"}}}, {}, "some"),
+        ({1: {"width": "2x", "pairng": "v_zero"}}, {}, "pairng"),
+        ({1: {"deepen": {"layers": "+1"}, "pairing": "v_zero"}}, {}, "pairing"),
+        ({1: "2x"}, {"optimiser": 3}, "optimiser"),
+        ({1: "2x"}, {"lr": "fast"}, "fast"),
+        ({1: {"width": "2x", "lr": "fast"}}, {}, "fast"),
+    ],
+)
+def test_what_can_be_read_without_a_network_is_refused_at_once(schedule, options, match):
+    with pytest.raises(UsageError, match=match):
+        growths_of(schedule, options)
+
+
+def test_a_resumed_run_keeps_the_growths_that_are_done_and_may_change_others():
+    before = growing({1: "2x", 4: "3x"})
+    before.grow_due(1, net(), [], [])
+    told = before.told()
+    for schedule in ({1: "2x", 5: "1.5x"}, {1: "2x"}, {1: {"width": "2x", "verify": "none"}}):
+        after = growing(schedule)
+        after.take_up(1, told)
+        assert after.done == 1
+    for schedule in ({1: "3x"}, {0: "2x", 1: "2x"}, {2: "2x"}):
+        with pytest.raises(PlanError, match="the network grew wider at 1"):
+            growing(schedule).take_up(1, told)
+    with pytest.raises(PlanError, match="says nothing more"):
+        growing({1: "2x"}).take_up(2, [*told, "wider at 2"])
+    with pytest.raises(PlanError, match="says nothing more"):
+        growing({1: "2x"}).take_up(2, None)
+
+
+def test_growths_that_never_come_are_warned_of():
+    with pytest.warns(FxgrowWarning, match=r"wider at 7: .*the training has 7 epochs"):
+        growing({6: "2x", 7: "3x"}).warn_of_never(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        growing({6: "2x"}).warn_of_never(7)
+
+
+def test_globs_of_a_part_name_the_part():
+    whole = nn.ModuleDict({"net": net()})
+    with pytest.raises(PlanError, match="matches no") as refused:
+        growing({0: {"width": {"0": "2x"}}}).grow_due(0, nn.Sequential(whole["net"]), [], [])
+    assert "part='0'" in refused.value.way_out
+
+
+def test_warnings_name_the_line_that_called():
+    grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.warns(FxgrowWarning, match="regrow_") as seen:
+        grow_(grouped, "2x", torch.randn(2, 3, 4, 4))
+    assert {one.filename for one in seen} == {__file__}
+
+
+def test_a_stage_without_epochs_is_named():
+    with pytest.raises(UsageError, match="stage 1 has no epochs: give a number"):
+        GrowthSchedule.of([{"epochs": 2}, {"width": "2x"}])

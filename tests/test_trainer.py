@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fxgrow.errors import PlanError, UsageError
+import fxgrow
+from fxgrow.errors import PlanError, SourceError, UsageError
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("safetensors")
 
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from fxgrow.training.trainer import GrowthCallback  # noqa: E402
+from fxgrow.training.trainer import GrowthCallback, regrow_from  # noqa: E402
 
 GROWTHS = {1: "2x", 3: {"width": "1.5x", "pairing": "replicate"}}
 
@@ -176,3 +179,34 @@ def test_a_module_that_is_copied_or_pickled_forgets_the_callback(tmp_path):
         wide = {n: torch.cat([t, t]) if t.ndim else t for n, t in model.state_dict().items()}
         with pytest.raises(RuntimeError, match="size mismatch"):
             model.load_state_dict(wide)
+
+
+def test_a_checkpoint_makes_a_model_outside_the_trainer(whole):
+    folder, model = whole
+    found = regrow_from(bert(), folder / "checkpoint-10")
+    safetensors.torch.load_model(found, str(folder / "checkpoint-10" / "model.safetensors"))
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    with pytest.raises(SourceError) as refused:
+        fxgrow.load(folder / "checkpoint-10")
+    assert "regrow_from(model," in refused.value.way_out
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        None, [], {"C": 3}, {"C": {"attributes": {"progress": {"done": 1, "part": ""}}}},
+        {"C": {"attributes": {"progress": {"done": 1, "part": 3, "growth": {}}}}},
+        {"C": {"attributes": {"progress": {"done": 1, "part": "", "growth": {"stages": 3}}}}},
+    ],
+)  # fmt: skip
+def test_what_is_no_record_of_growth_is_refused(callbacks, tmp_path):
+    with pytest.raises(SourceError):
+        regrow_from(torch.nn.Linear(2, 2), tmp_path)
+    state = json.dumps({"stateful_callbacks": callbacks})
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(SourceError):
+        regrow_from(torch.nn.Linear(2, 2), tmp_path)
+    (tmp_path / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError):
+        regrow_from(torch.nn.Linear(2, 2), tmp_path)

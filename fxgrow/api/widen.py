@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -29,7 +28,7 @@ from fxgrow.api.requirements import require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
-from fxgrow.errors import FxgrowWarning, UsageError
+from fxgrow.errors import UsageError, warn
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.narrow import at_other_widths
@@ -362,5 +361,5 @@ def carry_out(
     if isinstance(fill, PlacedInit):
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
-        warnings.warn(text, FxgrowWarning, stacklevel=5)  # at the call of widen or the like
+        warn(text)
     return Grown(grown, made, Report(made, verification, made.warnings), fill)

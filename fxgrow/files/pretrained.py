@@ -29,6 +29,7 @@ from fxgrow.modules.uninitialised import Limit
 
 LIBRARY = "transformers"
 _NAME_IT = "Name the architecture with --arch."
+_TRAINER_STATE = "trainer_state.json"
 _TOKENS = 8  # in an example input
 _BATCH = 2
 _LARGEST_INPUT = 1 << 25  # elements; an image of 1024 x 1024 has a tenth
@@ -153,7 +154,7 @@ def open_pretrained(
         raise _misfit(source, architecture, f"they miss {name}", name)
     for name, have, want in sorted(found["mismatched_keys"]):
         shapes = f"{name} is {list(have)} and should be {list(want)}"
-        raise _misfit(source, architecture, shapes, name)
+        raise _misfit(source, architecture, shapes, name, _grown_in_training(source.path))
     with reading(source.path):
         keep_tensors_(model, source.state_dict)
     notes = reaching(source.config or {}, source.path / CONFIG)
@@ -181,12 +182,29 @@ def _listed(names: Sequence[str], most: int = 1) -> str:
     return listed([shown(name, 200) for name in names], most)
 
 
-def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+def _grown_in_training(path: Path) -> str:
+    """Return the way out where a network may have grown while it was trained."""
+    if (path / _TRAINER_STATE).is_file():
+        return (
+            " If the network grew in training: build it from the configuration, "
+            f"fxgrow.training.trainer.regrow_from(model, {shown(str(path))!r}), and load the "
+            "weights."
+        )
+    return (
+        " If the network grew in training: fxgrow.training.trainer.regrow_from reads a checkpoint "
+        f"of the Trainer, with {_TRAINER_STATE}; what save_pretrained wrote needs what "
+        "fxgrow.training.state_dict(model) returned, for regrow_."
+    )
+
+
+def _misfit(
+    source: Source, architecture: Architecture, how: str, name: str, more: str = ""
+) -> SourceError:
     first = shown(how.strip().partition("\n")[0], 400).rstrip(".")
     return SourceError(
         f"the weights in {source.path} do not fit {architecture.name}: {first}.",
         name=name,
-        way_out=f"Check that {CONFIG} and the weights belong together.",
+        way_out=f"Check that {CONFIG} and the weights belong together.{more}",
     )
 
 

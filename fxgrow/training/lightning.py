@@ -20,9 +20,10 @@ from typing import Any
 from torch import nn
 
 from fxgrow.errors import PlanError, SourceError
+from fxgrow.training.due import Schedule
 from fxgrow.training.in_place import Grown
 from fxgrow.training.resume import regrow_
-from fxgrow.training.scheduled import Averages, Growing, Schedule, copies_held
+from fxgrow.training.scheduled import Averages, Growing, copies_held
 
 KEY = "fxgrow_growth"  # in a checkpoint, what each part of the network has grown through
 
@@ -107,12 +108,16 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         return f"{type(self).__qualname__}{{'part': {self._growing.part!r}}}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many growths of the schedule are done."""
-        return {"done": self._growing.done}
+        """Return which growths of the schedule are done."""
+        return {"done": self._growing.done, "growths": self._growing.told()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the growths that a checkpoint has seen."""
-        self._growing.done = int(state_dict["done"])
+        """Go on after the growths that a checkpoint has seen.
+
+        Raises:
+            PlanError: they are not the first ones of the schedule.
+        """
+        self._growing.take_up(state_dict["done"], state_dict.get("growths"))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare to grow the network again as soon as a checkpoint has been read."""
@@ -139,6 +144,13 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
 
         strategy = trainer.strategy
         strategy.checkpoint_io = _GrowthIO(strategy.checkpoint_io, regrow, recorded, owner=self)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn of growths that the training ends before."""
+        del pl_module
+        ends = trainer.max_steps if self._growing.unit == "steps" else trainer.max_epochs
+        if ends is not None and ends >= 0:  # -1 is no end
+            self._growing.warn_of_never(ends)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Grow before an epoch."""

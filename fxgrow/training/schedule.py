@@ -218,7 +218,7 @@ class GrowthSchedule:
         """
         if not isinstance(stages, Iterable):
             refuse("stages", f"a {type(stages).__name__} is no list of stages")
-        return cls(tuple(map(_stage, stages)), where, plateau)
+        return cls(tuple(itertools.starmap(_stage, enumerate(stages))), where, plateau)
 
     @property
     def epochs(self) -> int | None:
@@ -324,7 +324,7 @@ class GrowthSchedule:
             refuse("stages", f"they are not a list of at most {MOST_STEPS}")
         known = {x.name for x in fields(Plateau)}
         return cls(
-            tuple(map(_stage, stages)),
+            tuple(itertools.starmap(_stage, enumerate(stages))),
             held.get("where", "all"),
             None if plateau is None else Plateau(**_fields(plateau, "plateau", known)),
         )
@@ -369,7 +369,7 @@ def _is_to_come(name: str, counts: Mapping[str, int]) -> bool:
     return False
 
 
-def _stage(data: object) -> GrowthStage:
+def _stage(index: int, data: object) -> GrowthStage:
     """Return a stage that is told by a mapping, or is one."""
     if isinstance(data, GrowthStage):
         return data
@@ -377,7 +377,7 @@ def _stage(data: object) -> GrowthStage:
     if isinstance(held.get("width"), str):
         held["width"] = {"*": held["width"]}
     if "epochs" not in held:
-        refuse("stages", "one has no epochs")
+        refuse("stages", f"stage {index} has no epochs: give a number, or None for no end")
     return GrowthStage(**held)
 
 

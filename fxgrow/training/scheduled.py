@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxgrow.api.deepen import deepen
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import PlanError, UsageError, shown, warn
+from fxgrow.modules.tensors import module_names
+from fxgrow.training.due import Schedule, growths_of
 from fxgrow.training.followers import averaged, optimizers_of
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.resume import regrow_, state_dict
-from fxgrow.training.schedule import GrowthSchedule
 
-Schedule: TypeAlias = Mapping[int, object] | GrowthSchedule
 Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
 
 UNITS = ("epochs", "steps")
@@ -27,75 +25,6 @@ _BUILD_ANEW = (
     "Weights fit the stage that they were saved at: load them into the network as its code builds "
     "it, in a new object."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """One growth of a schedule.
-
-    Attributes:
-        at: the epoch, or the number of steps, before which the network grows, from 0.
-        deepens: whether it becomes deeper, not wider.
-        options: of :func:`fxgrow.training.grow_`, or :func:`fxgrow.training.deepen_`.
-    """
-
-    at: int
-    deepens: bool
-    options: Mapping[str, Any]
-
-
-def mapping_of(schedule: Schedule) -> Mapping[int, object]:
-    """Return a schedule by its epochs.
-
-    Raises:
-        UsageError: when it grows depends on a metric.
-    """
-    return schedule.growths() if isinstance(schedule, GrowthSchedule) else schedule
-
-
-def growths_of(schedule: Schedule, shared: Mapping[str, Any]) -> tuple[Due, ...]:
-    """Return the growths of a schedule, in order.
-
-    Args:
-        schedule: for each epoch or number of steps, a width (``"1.5x"``), options of
-            :func:`fxgrow.widen` with ``width`` among them, those of :func:`fxgrow.deepen` with
-            ``deepen`` for the blocks, or several of these in a list; or a
-            :class:`fxgrow.training.GrowthSchedule` of epochs.
-        shared: options for all that do not say otherwise.
-
-    Raises:
-        UsageError: it is none.
-    """
-    schedule = mapping_of(schedule)
-    if not isinstance(schedule, Mapping) or not schedule:
-        raise UsageError(
-            "a schedule says for each epoch or step how the network grows.",
-            way_out='Give {10: "1.5x", 20: {"width": "2x", "where": "all"}}.',
-        )
-    found = []
-    for at, growths in schedule.items():
-        if not isinstance(at, int) or isinstance(at, bool) or at < 0:
-            raise UsageError(f"a schedule's epochs and steps are whole numbers from 0, not {at!r}.")
-        several = growths if isinstance(growths, (list, tuple)) else [growths]
-        found += [_growth(at, one, shared) for one in several]
-    return tuple(sorted(found, key=lambda growth: growth.at))
-
-
-def _growth(at: int, given: object, shared: Mapping[str, Any]) -> Due:
-    """Return one growth of a schedule."""
-    options = {"width": given} if isinstance(given, str) else given
-    if not isinstance(options, Mapping) or ("width" in options) == ("deepen" in options):
-        raise UsageError(
-            f"what happens at {at} says not whether the network becomes wider or deeper.",
-            way_out='Give "1.5x", {"width": "1.5x", …}, {"deepen": {"layer3": "+1"}, …}, or a list '
-            "of such.",
-        )
-    deepens, asked = "deepen" in options, dict(options)
-    if deepens:
-        asked["blocks"] = asked.pop("deepen")
-        known = {"lr", *inspect.signature(deepen).parameters}  # of what all growths share
-        shared = {key: value for key, value in shared.items() if key in known}
-    return Due(at, deepens, {**shared, **asked})
 
 
 class Growing:
@@ -163,8 +92,69 @@ class Growing:
                 "averages": self.averages(root, others),
             }
             grow: Callable[..., Grown] = deepen_ if due.deepens else grow_
-            self.grown.append(grow(part, example_inputs=inputs, **followers, **options))
+            try:
+                self.grown.append(grow(part, example_inputs=inputs, **followers, **options))
+            except PlanError as error:
+                raise self._located(error, part) from error
             self.done += 1
+
+    def _located(self, error: PlanError, part: nn.Module) -> PlanError:
+        """Return an error with the part that was meant, if a glob matches modules of one only."""
+        glob = error.name
+        if not error.message.startswith(f"the glob {glob!r} matches no"):
+            return error
+        for child, inner in part.named_children():
+            if any(fnmatchcase(name, glob) for name in module_names(inner).values() if name):
+                whole = f"{self.part}.{child}" if self.part else child
+                return PlanError(
+                    error.message,
+                    name=glob,
+                    way_out=f"In {whole} it does: give the callback part={whole!r}, or begin the "
+                    f"glob with {child + '.'!r}.",
+                )
+        return error
+
+    def told(self) -> list[str]:
+        """Return the growths that are done, as text, for a checkpoint."""
+        return [str(due) for due in self.growths[: self.done]]
+
+    def take_up(self, done: object, told: object) -> None:
+        """Go on after the growths that a checkpoint has seen.
+
+        Args:
+            done: how many.
+            told: what :meth:`told` returned then; None if the checkpoint does not hold it.
+
+        Raises:
+            PlanError: they are not the first ones of the schedule.
+        """
+        now = [str(due) for due in self.growths]
+        before = list(told) if isinstance(told, (list, tuple)) else now[: int(str(done))]
+        count = max(len(before), int(str(done)))
+        if now[:count] != before or len(before) < count:
+            at = next(
+                (n for n, (a, b) in enumerate(zip(now, before, strict=False)) if a != b),
+                min(len(now), len(before)),
+            )
+            was = shown(str(before[at])) if at < len(before) else "more often"
+            here = shown(now[at]) if at < len(now) else "nothing more"
+            raise PlanError(
+                f"the network grew {was}, where the schedule says {here}.",
+                way_out="Resume with the schedule of that run: growths that are done stay as they "
+                "were, and those that are to come may change.",
+            )
+        self.done = count
+
+    def warn_of_never(self, ends: float) -> None:
+        """Warn of growths that a training ends before.
+
+        Args:
+            ends: how many epochs or steps it has.
+        """
+        for due in self.growths[self.done :]:
+            if due.at >= ends:
+                text = f"the network never grows {due}: the training has {ends:g} {self.unit}."
+                warn(text)
 
     def record(self, root: nn.Module) -> dict[str, Any]:
         """Return how the module has grown, as :func:`fxgrow.training.state_dict` does."""

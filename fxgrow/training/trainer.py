@@ -17,13 +17,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
+from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown
 from fxgrow.files.pretrained import example_inputs
+from fxgrow.training.due import Schedule, mapping_of
+from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
-from fxgrow.training.scheduled import Averages, Growing, Schedule, mapping_of
+from fxgrow.training.resume import regrow_
+from fxgrow.training.scheduled import Averages, Growing
 
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
+_NO_RECORD = (
+    "Name a checkpoint that the Trainer wrote with a GrowthCallback. save_pretrained keeps no "
+    "record of growth: keep fxgrow.training.state_dict(model) beside it, for regrow_."
+)
 
 
 def _bases() -> tuple[Any, ...]:
@@ -109,11 +116,14 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """How many growths are done, and how the network has grown: what a checkpoint holds."""
         root = self._root()
         record = self._growing.record(root) if root is not None else None
-        return {"done": self._growing.done, "part": self._growing.part, "growth": record}
+        growing = self._growing
+        return {
+            "done": growing.done, "growths": growing.told(), "part": growing.part, "growth": record,
+        }  # fmt: skip
 
     @progress.setter
     def progress(self, progress: Mapping[str, Any]) -> None:
-        self._growing.done = int(progress["done"])
+        self._growing.take_up(progress["done"], progress.get("growths"))
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps of this callback in a checkpoint, as JSON."""
@@ -136,7 +146,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Take up the schedule where the checkpoint left it.
 
         Raises:
-            PlanError: the network is spread over processes, or has not grown as the checkpoint's.
+            PlanError: the network is spread over processes, or has not grown as the checkpoint's,
+                or that has grown in another way than the schedule says.
         """
         del control
         model = kwargs["model"]
@@ -151,8 +162,13 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             self._watch(model, args)
         held = state.stateful_callbacks or {} if state.global_step else {}  # none is of step 0
         saved = _progress_in(held, type(self).__name__, self._growing.part)
-        if saved is None:
-            return
+        if saved is not None:
+            self._take_up(model, saved, kwargs["optimizer"])
+        is_steps = self._growing.unit == "steps"
+        self._growing.warn_of_never(state.max_steps if is_steps else state.num_train_epochs)
+
+    def _take_up(self, model: nn.Module, saved: Mapping[str, Any], optimizer: Any) -> None:
+        """Go on after what a checkpoint has seen."""
         record, now = saved["growth"] or {}, self._growing.record(model)
         if record.get("stages", []) != now["stages"]:
             raise PlanError(
@@ -161,8 +177,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 "callback resume_from= with the checkpoint's directory.",
             )
         if record:  # another checkpoint of the same stage may have told the shapes
-            self._growing.regrow(model, record, [kwargs["optimizer"]])
-        self._growing.done = int(saved["done"])
+            self._growing.regrow(model, record, [optimizer])
+        self._growing.take_up(saved["done"], saved.get("growths"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before an epoch."""
@@ -242,6 +258,48 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             ) from reason
 
 
+def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Give a network the shape that the one in a Trainer's checkpoint had grown to.
+
+    Args:
+        model: the network as its code builds it from ``config.json``, or grown so already. What is
+            new in it holds nothing yet: load the weights next.
+        checkpoint: the directory, with the ``trainer_state.json`` of a training in which
+            :class:`GrowthCallback` took part; anybody's, so it is checked.
+
+    Returns:
+        The network.
+
+    Raises:
+        SourceError: the directory tells nothing of growth, or what it tells is no record of it.
+        PlanError: it is of another network.
+
+    Example:
+        >>> regrow_from(model, "out/checkpoint-20")  # doctest: +SKIP
+        >>> safetensors.torch.load_model(
+        ...     model, "out/checkpoint-20/model.safetensors"
+        ... )  # doctest: +SKIP
+    """
+    file = Path(checkpoint) / _STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        told = shown(f"{type(error).__name__}: {error}")
+        raise SourceError(
+            f"{file} cannot be read: {told}.", name=str(file), way_out=_NO_RECORD
+        ) from error
+    held = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    several = held.values() if isinstance(held, dict) else ()
+    found = [one for entry in several for one in _progresses(entry)]
+    if not found:
+        raise SourceError(
+            f"{file} does not tell how a network has grown.", name=str(file), way_out=_NO_RECORD
+        )
+    for progress in sorted(found, key=lambda one: len(one["part"])):  # the whole tells of parts
+        regrow_(named_module(model, progress["part"]), progress["growth"])
+    return model
+
+
 class _Regrow:
     """Called by a network before it loads weights. Copies of it do nothing.
 
@@ -300,15 +358,18 @@ def _progress_of(folder: Path, name: str, part: str) -> Iterator[dict[str, Any]]
 
 def _progress_in(held: Mapping[str, Any], name: str, part: str) -> dict[str, Any] | None:
     """Return what the state of callbacks says of one of them; None if it is not among them."""
-    several = held.get(name)
+    return next((one for one in _progresses(held.get(name)) if one["part"] == part), None)
+
+
+def _progresses(several: object) -> Iterator[dict[str, Any]]:
+    """Yield how far callbacks of growth have come, of what the Trainer keeps under one name."""
     for one in several if isinstance(several, list) else [several]:
         attributes = one.get("attributes") if isinstance(one, dict) else None
         progress = attributes.get("progress") if isinstance(attributes, dict) else None
-        if isinstance(progress, dict) and progress.keys() >= {"done", "growth", "part"}:
-            found: dict[str, Any] = progress
-            if found["part"] == part:
-                return found
-    return None
+        if not isinstance(progress, dict) or not isinstance(progress.get("part"), str):
+            continue
+        if progress.keys() >= {"done", "growth"}:
+            yield progress
 
 
 def _number(key: Any) -> Any:

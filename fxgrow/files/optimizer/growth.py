@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow.errors import FxgrowWarning, PlanError
+from fxgrow.errors import PlanError, warn
 from fxgrow.files.optimizer.order import names_by_group
 from fxgrow.files.optimizer.steps import Member, grow_groups, grow_states
 from fxgrow.modules.calling import tensors_in
@@ -82,7 +81,7 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
             group["param_names"] = _stored_names(members, stored)
         group["params"][:] = [new[name] for name, _ in members]
     for note in notes:
-        warnings.warn(f"the optimizer: {note}", FxgrowWarning, stacklevel=2)
+        warn(f"the optimizer: {note}")
 
 
 def _check_places(optimizer: Optimizer, held: Sequence[Tensor]) -> None:

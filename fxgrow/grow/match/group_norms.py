@@ -120,5 +120,5 @@ def warnings_of(before: Mapping[str, int], after: Mapping[str, int]) -> list[str
         return []
     return [
         f"group norms get new groups ({listed(told)}); a state_dict does not hold how many there "
-        "are, fxgrow.load sets it"
+        "are; fxgrow.load sets it, and so does fxgrow.training.regrow_ after growth in place"
     ]
