@@ -75,6 +75,20 @@ def test_heads_grow_with_what_comes_in(name: str) -> None:
     assert grown.model.att.num_heads == 6
 
 
+def test_ratios_are_rounded_to_whole_heads_and_what_comes_in_grows_as_much() -> None:
+    net, inputs = Cross({}).double().eval(), sequences()
+    grown = fxgrow.widen(net, "1.5x", inputs)
+    assert not grown.plan.refused
+    assert (grown.model.att.num_heads, grown.model.att.embed_dim) == (5, 20)
+    assert (grown.model.query.out_features, grown.model.out.in_features) == (20, 18)
+    assert max_rel(net(*inputs)[0], grown.model(*inputs)[0]) < 1e-12
+
+
+def test_numbers_of_channels_are_not_rounded_to_whole_heads() -> None:
+    with pytest.raises(fxgrow.PlanError, match="possible: 48 or 60"):
+        fxgrow.widen(Cross({}).double(), {"att": "54"}, sequences())
+
+
 def test_a_mask_for_each_head_keeps_their_number() -> None:
     call, _ = CALLS["a mask for each head"]
     grown = grows(Cross(call), sequences())
@@ -144,6 +158,34 @@ def test_heads_whose_stream_stays_are_refused_in_words_of_our_own() -> None:
     assert [group.name for group in grown.plan.groups] == ["layer.linear1"]
     (refusal,) = grown.plan.refused
     assert (refusal.name, TOGETHER in refusal.reason) == ("layer.self_attn", True)
+
+
+class Functional(nn.Module):
+    """Attention by the function, whose width its code fixes."""
+
+    def __init__(self, says: str = "") -> None:
+        super().__init__()
+        self.query, self.says = nn.Linear(5, 8), says
+        self.packed, self.bias = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(24))
+        self.project, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.query(x).transpose(0, 1)
+        if self.says and x.shape[-1] != 8:
+            raise ValueError(self.says)
+        weights = (self.project.weight, self.project.bias)
+        found, _ = nn.functional.multi_head_attention_forward(
+            x, x, x, 8, 2, self.packed, self.bias, None, None, False, 0.0, *weights
+        )
+        return self.out(found.mean(0))
+
+
+@pytest.mark.parametrize("says", ["", "these heads need 8 channels"])
+def test_code_that_stops_is_named_and_says_what_it_says_itself(says: str) -> None:
+    grown = fxgrow.widen(Functional(says).double(), "2x", sequences()[0], where="all")
+    reasons = [refusal.reason for refusal in grown.plan.refused if refusal.name == "query"]
+    assert (says or "in forward: found, _ = nn.functional.multi_head_atten") in reasons[0]
+    assert "was expecting" not in reasons[0]
 
 
 def test_an_attribute_that_code_compares_follows() -> None:

@@ -230,6 +230,7 @@ def test_absorption_and_factors_are_reported_as_in_the_contract() -> None:
         "gain": 1.0,
         "preserves": "exact",
         "reason": "",
+        "pairing": "vv_z_negz",
     }
 
 

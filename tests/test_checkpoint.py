@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -368,6 +369,25 @@ def test_bad_files_are_one_line_with_the_file_and_the_way_out(tmp_path):
         assert str(path) in text, case
         assert "\n" not in text, case
         assert caught.value.way_out, case
+
+
+def test_weights_in_other_places_are_named_with_the_way_to_save_them(tmp_path):
+    state = network().state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    kept = {
+        "saved[0]": [state, {"epoch": 1}],
+        "saved[1]": ({"epoch": 1}, state),
+        "saved['a']['b']['c']['d']": {"a": {"b": {"c": {"d": state}}}},
+        "saved['model']": {"model": arrays},
+    }
+    for place, saved in kept.items():
+        path = save(saved, tmp_path / "elsewhere.pt")
+        with pytest.raises(SourceError, match=re.escape(f" in {place} ")) as caught:
+            load_source(path)
+        assert "holds no weights" not in str(caught.value)
+        line = re.search(r"torch\.save\((.*), 'model.pt'\)", caught.value.way_out)
+        given = eval(line.group(1), {"saved": saved, "torch": torch})
+        assert load_source(save(given, tmp_path / "mended.pt")).state_dict.keys() == state.keys()
 
 
 @pytest.mark.filterwarnings("ignore")

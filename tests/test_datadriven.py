@@ -463,7 +463,7 @@ def test_a_group_that_cannot_be_treated_leaves_the_others_alone() -> None:
         ({"threshold": float("nan")}, "from 0 to 1"),
         ({"loss_fn": lambda out, y: out - y}, r"no scalar \(\(9, 7\)\)"),
         ({"loss_fn": lambda out, y: 1.0}, r"no scalar \(float\)"),
-        ({"loss_fn": lambda out, y: (out * torch.nan).sum()}, "loss of a batch is nan"),
+        ({"loss_fn": lambda out, y: (out * torch.nan).sum()}, "loss of batch 0 is nan"),
         ({"loss_fn": lambda out, y: out.detach().sum()}, "has no gradient"),
         ({"loss_fn": lambda out, y: out.sub(out.detach()).abs().sum().sqrt()}, "is not finite"),
         ({"loss_fn": lambda out, y: (out * 0).sum()}, "can grow none of the groups"),

@@ -209,6 +209,19 @@ def test_a_forward_that_looks_at_values_grows_and_computes_the_same(name, seed):
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in again.parameters())
 
 
+class Mean(Policy):
+    """A distribution over hidden channels, which is only asked for its mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.distributions.Normal(self.body(x), 1.0).mean)
+
+
+def test_checks_of_arguments_bind_no_channels() -> None:
+    grown = fxgrow.widen(Mean(), "2x", torch.randn(5, 4))
+    assert grown.model.body[0].out_features == 16
+    assert grown.report.verification.verdict == "preserved"
+
+
 @pytest.mark.parametrize("kind", [AddedExperts, MaskedExperts])
 def test_groups_do_not_depend_on_what_is_drawn(kind):
     found = set()

@@ -8,12 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
-from torch import nn
+from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.plan.inits_by_side import init_for
 from fxgrow.plan.requests import Drawing
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
 OPTIMIZERS = ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Rprop"]
 
@@ -24,7 +26,6 @@ def pair(hidden: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_an_optimizer_goes_on_from_an_empty_layer(name: str) -> None:
     net, x = pair(0), torch.randn(8, 4)
     optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-2)
@@ -36,6 +37,123 @@ def test_an_optimizer_goes_on_from_an_empty_layer(name: str) -> None:
     (grown.model(x) - 1).square().sum().backward()
     optimizer.step()
     assert all(bool(p.isfinite().all()) for p in grown.model.parameters())
+
+
+class Calls(nn.Module):
+    """Layers a, b, c and what is done with them."""
+
+    def __init__(self, run: Callable[[Calls, Tensor], Tensor], **widths: tuple[int, int]) -> None:
+        super().__init__()
+        self._run = run
+        for name, (before, after) in widths.items():
+            self.add_module(name, nn.Linear(before, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(self, x)
+
+
+EMPTY: dict[str, Callable[[], nn.Module]] = {
+    "one layer": lambda: pair(0),
+    "two in a row": lambda: nn.Sequential(
+        nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 0), nn.GELU(), nn.Linear(0, 3)
+    ),
+    "slopes and dropout": lambda: nn.Sequential(
+        nn.Linear(4, 0), nn.PReLU(0), nn.Dropout(), nn.Linear(0, 3)
+    ),
+    "a gate": lambda: Calls(
+        lambda m, x: m.c(m.a(x) * torch.sigmoid(m.b(x))), a=(4, 0), b=(4, 0), c=(0, 3)  # type: ignore[operator]
+    ),
+    "in a concatenation": lambda: Calls(
+        lambda m, x: m.c(torch.cat([m.a(x), F.relu(m.b(x))], -1)), c=(2, 3), b=(4, 2), a=(4, 0)  # type: ignore[operator]
+    ),
+    "a branch": lambda: Calls(
+        lambda m, x: m.d(m.a(x) + m.c(F.relu(m.b(m.a(x))))), a=(4, 6), b=(6, 0), c=(0, 6), d=(6, 3)  # type: ignore[operator]
+    ),
+    "several readers": lambda: Calls(
+        lambda m, x: m.b(F.relu(m.a(x))) + m.c(F.relu(m.a(x))), a=(4, 0), b=(0, 3), c=(0, 3)  # type: ignore[operator]
+    ),
+    "behind a convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(24, 0), nn.ReLU(), nn.Linear(0, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pairing", ["vv_z_negz", "v_zero", "replicate"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_none_becomes_one(name: str, pairing: str) -> None:
+    torch.manual_seed(0)
+    net, x = EMPTY[name]().double(), torch.randn(64, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, "+1", x, where="all", pairing=pairing)
+    of_none = [group for group in grown.plan.groups if group.width[0] == 0]
+    assert of_none
+    assert {group.width for group in of_none} == {(0, 1)}
+    assert grown.report.verification.verdict == "preserved"
+    writer, reader = (
+        grown.model.get_submodule(names[0]) for names in (of_none[0].writers, of_none[0].readers)
+    )
+    assert (writer.out_features, bool(writer.weight.any())) == (1, True)  # type: ignore[operator]
+    for training in (False, True):
+        with torch.random.fork_rng():
+            before = net.train(training)(x)
+        after = grown.model.train(training)(x)
+        assert (after - before).abs().max() <= 1e-10
+    (after - 1).square().sum().backward()
+    if name != "two in a row":  # of two, the first is read by what nothing reads yet
+        assert bool(reader.weight.grad.any())  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "SGD"])
+def test_an_optimizer_goes_on_from_none_to_one(name: str) -> None:
+    net, x = pair(0), torch.randn(64, 4)
+    optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-2)
+    net(x).square().sum().backward()
+    optimizer.step()
+    grown = fxgrow.widen(net, "1", x)
+    fxgrow.grow_optimizer_(optimizer, net, grown)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append((grown.model(x) - 1).square().sum())
+        losses[-1].backward()
+        optimizer.step()
+    assert bool(grown.model[2].weight.any())  # type: ignore[index]
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("method", [fxgrow.Tiny, fxgrow.GradMax])
+def test_data_say_what_one_channel_of_none_is(method: type[fxgrow.Tiny | fxgrow.GradMax]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 3)).double()
+    x, y = (torch.randn(60, n, dtype=torch.float64) for n in (4, 3))
+    y[:, 0] += torch.tanh(3 * x[:, 1])
+    grown = fxgrow.widen(net, "1", x, init=method(F.mse_loss, [(x, y)])).model
+    loss = F.mse_loss(grown(x), y)
+    loss.backward()
+    if method is fxgrow.Tiny:
+        assert loss < F.mse_loss(net(x), y)
+    assert bool(grown[0].weight.grad.any())  # type: ignore[index]
+
+
+def test_what_is_told_of_one_channel_is_what_is_there() -> None:
+    """A plan of one for none is read back, and tells the sizes of the network that it makes."""
+    net = pair(0)
+    grown = fxgrow.widen(net, "1")
+    again = fxgrow.Plan.from_json(grown.plan.to_json()).apply(net)
+    assert [p.shape for p in again.parameters()] == [(1, 4), (1,), (3, 1), (3,)]
+    assert grown.plan.parameters == (3, 11)
+    assert grown.plan.flops == (0, fxgrow.widen(pair(1), "2").plan.flops[0])
+
+
+def test_code_that_does_something_else_with_one_is_refused() -> None:
+    def run(m: Calls, x: Tensor) -> Tensor:
+        hidden = F.relu(m.a(x))  # type: ignore[operator]
+        return m.c(hidden.neg() if hidden.shape[1] == 1 else hidden)  # type: ignore[no-any-return, operator]
+
+    net = Calls(run, a=(4, 0), c=(0, 3))
+    with pytest.raises(PlanError, match="something else at a width of one; ask for more"):
+        fxgrow.widen(net, "1", torch.randn(8, 4))
+    assert fxgrow.widen(net, "2", torch.randn(8, 4)).plan.groups[0].width == (0, 2)
 
 
 def test_globs_of_pairings_match_single_channels() -> None:

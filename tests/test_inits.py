@@ -288,9 +288,9 @@ def test_tensors_with_bias_and_norm_are_rescaled_and_paired(pairing: str, rescal
         function(scaled.weight, scaled.bias, scaled.norm, reader), before, rtol=1e-10, atol=1e-12
     )
     rows, row_bias, columns = (torch.randn(*shape).double() for shape in ((4, 5), (4,), (3, 4)))
-    drawn = None if pairing == "copy_pair" else rows
+    drawn, bias = (None, None) if pairing == "copy_pair" else (rows, row_bias)
     grown = fxgrow.apply_pairing(
-        scaled.weight, reader, drawn, columns, pairing, bias=scaled.bias, new_bias=row_bias,
+        scaled.weight, reader, drawn, columns, pairing, bias=scaled.bias, new_bias=bias,
         norm=scaled.norm,
     )  # fmt: skip
     after = function(grown.writer, grown.bias, grown.norm, grown.reader)

@@ -158,6 +158,7 @@ PINNED: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda h: torch.normal(h, 0.1),
     "exponential_": lambda h: h + torch.empty_like(h).exponential_(),
     "of a distribution": lambda h: h + torch.distributions.Normal(0.0, 0.1).sample(h.shape),
+    "checked arguments": lambda h: torch.distributions.Normal(h, h.exp()).rsample(),
     "gaussian dropout": lambda h: h * torch.randn_like(h).mul(0.1).add(1),
     "threshold": lambda h: h * (torch.randn_like(h) > 0),
     "rand_like, added": lambda h: h + (torch.rand_like(h) - 0.5),

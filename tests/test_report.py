@@ -17,7 +17,7 @@ from fxgrow.api.report.tables import as_html, as_text, plan_table, report_table,
 INPUT = torch.empty(2, 3, 32, 32, device="meta")
 GROUP_FIELDS = {
     "name", "width", "kind", "block", "writers", "readers", "factors", "alpha", "beta",
-    "alpha_beta", "absorbed_by", "gain", "preserves", "reason",
+    "alpha_beta", "absorbed_by", "pairing", "gain", "preserves", "reason",
 }  # fmt: skip
 
 

@@ -192,10 +192,9 @@ def test_a_ratio_of_no_channel_is_none() -> None:
     assert [refusal.name for refusal in grown.plan.refused] == ["n.a.0"]
 
 
-def test_a_width_of_one_is_no_aim() -> None:
-    for width in (0, 1):
-        with pytest.raises(PlanError, match="ask for more"):
-            fxgrow.widen(mlp(8, width, 4), "1", data(3, 8))
+def test_one_channel_does_not_become_one() -> None:
+    with pytest.raises(PlanError, match="has one channel already; ask for more"):
+        fxgrow.widen(mlp(8, 1, 4), "1", data(3, 8))
 
 
 def groups_of(model: nn.Module, *shape: int) -> dict[str, tuple[int, str, str]]:

@@ -56,15 +56,16 @@ def effort_of(verify: bool | Effort) -> Effort:
     return one_of("verify", verify, ("full", "quick", "none"))  # type: ignore[return-value]
 
 
-def checked_budget(budget: str) -> str:
-    """Return a budget of parameters that can be read, or "".
+def checked_budget(budget: str | int) -> str:
+    """Return a budget of parameters that can be read, as a text, or "".
 
     Raises:
         UsageError: it cannot be.
     """
-    if budget:
-        budgeted(budget, 1)
-    return budget
+    told = f"+{budget}" if type(budget) is int else str(budget)
+    if told:
+        budgeted(told, 1)
+    return told
 
 
 def globs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from fxgrow.api.arguments import globs
+from fxgrow.api.following import follow_on
 from fxgrow.api.report.data import Growth, Inspection
 from fxgrow.api.requirements import require_values
 from fxgrow.api.widen import Progress, silent
-from fxgrow.channels.scope import follow
 from fxgrow.errors import UsageError
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.expected import expected_growth
@@ -34,8 +34,9 @@ def inspect(
 
     Args:
         model: any module; only read.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None infers
-            an input from the first layer.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; None takes
+            those of the first batch of ``growth``, and without it infers an input from the first
+            layer.
         module: follow this submodule alone, on inputs of its own.
         growth: an init from data (:class:`fxgrow.Tiny`, :class:`fxgrow.GradMax`), of which to tell
             what new channels would gain in each group: ``growth`` of what is returned.
@@ -59,7 +60,7 @@ def inspect(
     if growth is None and (include or exclude):
         raise UsageError("include and exclude are for growth.", way_out="Give growth=, too.")
     progress("following the channels")
-    followed, warned = follow(model, example_inputs, module)
+    followed, warned = follow_on(model, example_inputs, module, growth)
     analyses = tuple(map(at_other_widths, followed))
     if growth is None:
         return Inspection(analyses, warned)

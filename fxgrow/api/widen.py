@@ -21,13 +21,13 @@ from fxgrow.api.arguments import (
     refuse_data_driven_by_layer,
     whole,
 )
+from fxgrow.api.following import example_of, follow_on
 from fxgrow.api.left_out import left_out, tied_twins
 from fxgrow.api.report.data import Report
 from fxgrow.api.requirements import require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
-from fxgrow.channels.scope import follow
 from fxgrow.errors import UsageError, warn
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
@@ -97,7 +97,7 @@ def plan(
     untie: bool = False,
     output_init: str | Init | None = None,
     input_init: str | Init | None = None,
-    budget: str = "",
+    budget: str | int = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -119,6 +119,7 @@ def plan(
             way_out="Give one: init=fxgrow.Tiny(loss_fn, batches); --init tiny --data batches.pt.",
         )
     refuse_data_driven_by_layer(init)
+    limited = init if isinstance(init, DataDriven) else None
     request = Widen(
         width=checked_widths(width),
         rescaling=chosen_rescaling,
@@ -139,17 +140,19 @@ def plan(
         output_init=None if output_init is None else init_name(output_init),
         input_init=None if input_init is None else init_name(input_init),
         budget=checked_budget(budget),
+        keep=None if limited is None else limited.keep,
+        threshold=0.0 if limited is None else float(limited.threshold),
     )
     check_gain(request.gain, chosen_rescaling)
     if not (math.isfinite(request.split_noise) and request.split_noise >= 0):
         raise UsageError(f"split_noise must not be negative, but it is {request.split_noise}.")
     notes = check_tensors(named_tensors(model))
     progress("following the channels")
-    analyses, parts = follow(grown_by(after, model), example_inputs, module)
+    analyses, parts = follow_on(grown_by(after, model), example_inputs, module, init)
     if request.untie:
         first = plan_untied(grown_by(after, model), example_inputs, module, analyses)
         after = following(after, first)
-        analyses, parts = follow(grown_by(after, model), example_inputs, module)
+        analyses, parts = follow_on(grown_by(after, model), example_inputs, module, init)
     analyses = tuple(map(at_other_widths, analyses))
     check_globs(request, analyses)
     progress("planning")
@@ -191,7 +194,7 @@ def widen(
     untie: bool = False,
     output_init: str | Init | None = None,
     input_init: str | Init | None = None,
-    budget: str = "",
+    budget: str | int = "",
     after: Plan | None = None,
     progress: Progress = silent,
 ) -> Grown:
@@ -202,7 +205,8 @@ def widen(
         width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"``, or a mapping of globs over group names
             to such strings, of which the first match counts.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for
-            ``forward``; None infers an input from the first layer.
+            ``forward``; None takes those of the first batch where ``init`` has batches, and else
+            infers an input from the first layer.
         rescaling: what happens to old weights: ``none``, ``default_vt``,
             ``vt_constraint_old_shape``, ``vt_constraint_new_shape``, ``vt_output``; or a mapping
             of globs over layers to such, of which the first match counts, and ``none`` where none
@@ -257,8 +261,9 @@ def widen(
             does, which it stands for there; None for ``init``.
         input_init: what fills new inputs of layers (columns Z), likewise.
         budget: how many parameters the new channels may bring: ``"+10%"`` of the present ones, or
-            ``"+50000"``. They go where they gain most per parameter, which only an init from data
-            tells; ``width`` (2x by default) is then the most that each group gets.
+            a number, ``"+50000"`` or 50000. They go where they gain most per parameter, which only
+            an init from data tells; ``width`` (2x by default) is then the most that each group
+            gets.
         after: a plan to carry out first; this one is then for what it makes, and contains it.
         progress: called with the name of each step as it begins.
 
@@ -338,6 +343,8 @@ def carry_out(
     if effort != "none":
         require_values(model)
     fill = init_for(made.request.drawing, init, output_init, input_init)
+    if example_inputs is None and not any(scope.inputs_inferred for scope in made.scopes):
+        example_inputs = example_of(fill, getattr(made.request, "module", ""))
     if isinstance(fill, DataDriven):
         fill = fill.computed_for(made)
     progress("growing the weights")

@@ -152,6 +152,8 @@ def apply_to_module(
     Raises:
         PlanError: the plan is for another network.
     """
+    if isinstance(init, PlacedInit):
+        init = init.computed_for(plan)
     followed = None if like is None else named_tensors(like)
     return _grown_module(plan, model, init, dtypes=True, like=followed)
 

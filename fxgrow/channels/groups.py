@@ -6,6 +6,7 @@ components of that relation are the groups.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,3 +200,13 @@ def _group(
         rows=channels.of_axis(first),
         axes=tuple(axes),
     )
+
+
+def kinds_of(groups: Sequence[ChannelGroup]) -> list[list[str]]:
+    """Return the names of groups, side by side where their layers differ in numbers alone."""
+    kinds: dict[tuple[frozenset[str], ...], list[str]] = {}
+    for group in groups:
+        layers = group.writers, group.carriers, group.readers
+        alike = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
+        kinds.setdefault(alike, []).append(group.name)
+    return list(kinds.values())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup
@@ -45,6 +46,16 @@ def present(channels: Channels, groups: Sequence[ChannelGroup]) -> Present:
     absent = np.zeros(channels.count, dtype=bool)
     for group in groups:
         absent[group.absent] = True
+    return without(channels, absent)
+
+
+def without(channels: Channels, absent: npt.NDArray[np.bool_]) -> Present:
+    """Return channels without some of them.
+
+    Args:
+        channels: as they were followed.
+        absent: whether each is to be left out; shape (channels.count,).
+    """
     if not absent.any():
         return Present(channels, np.append(np.arange(channels.count), -1))
     number = np.append(np.where(absent, -1, np.cumsum(~absent) - 1), -1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fxgrow.errors import UsageError
+from fxgrow.errors import SourceError, UsageError
 from fxgrow.plan.by_layer import values_in
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class DataInit:
 
     Raises:
         UsageError: there is no such method, or no data.
+        SourceError: there is no such file.
     """
 
     def __init__(
@@ -57,6 +59,10 @@ class DataInit:
                 f"{method} computes new channels from data, and there is none.",
                 way_out="Give batches: --data batches.pt, which torch.save([(inputs, targets), …], "
                 "PATH) writes.",
+            )
+        if not os.path.lexists(data):  # before anything is read
+            raise SourceError(
+                f"{data} does not exist.", name=str(data), way_out="Check the path given to --data."
             )
         self._method, self._data, self._loss = method, data, loss
         self._limits: dict[str, Any] = {"keep": keep, "threshold": threshold}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,6 +18,12 @@ from fxgrow.cli.data import DataInit
 from fxgrow.cli.run import CommandRun
 from fxgrow.cli.terminal import print_table
 from fxgrow.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from fxgrow.plan.schema import Plan
+    from fxgrow.verification.findings import Verification
+
+_EXACT = 1e-10  # relative, in float64
 
 
 @app.command(
@@ -102,6 +111,20 @@ def _growth_of(
     return DataInit(method, data, loss)
 
 
+def _with_rescaling_told(found: Verification, plans: Sequence[Plan]) -> Verification:
+    """Return measurements with a note where rescaled norms change train mode alone."""
+    if found.eval is None or found.train is None:
+        return found
+    absorbed = any(e.absorption for plan in plans for e in plan.tensors.values())
+    in_training_alone = found.eval.float64.max_rel <= _EXACT < found.train.float64.max_rel
+    if not (absorbed and in_training_alone):
+        return found
+    from fxgrow.api.report.tables import TRAINING_EPS
+
+    note = f"{TRAINING_EPS}, as the plan in the second file predicts; eval mode is the same."
+    return replace(found, notes=(*found.notes, note))
+
+
 @app.command(epilog="[b]Example[/b]\n\nfxgrow verify model.pt model-2x.pt")
 def verify(
     before: opt.Before,
@@ -132,6 +155,7 @@ def verify(
         inputs = inputs_of(shapes, opened)
         with about(before):
             found = verify_models(opened.model, other.model, inputs, module)
+        found = _with_rescaling_told(found, other.plans)
     if as_json:
         typer.echo(json.dumps(plain(found), indent=1))
     else:

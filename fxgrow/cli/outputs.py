@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +31,15 @@ def check_report_names(paths: Iterable[Path]) -> None:
             )
 
 
-def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, force: bool) -> None:
+def check_outputs(paths: Sequence[Path | None], sources: Iterable[Path], *, force: bool) -> None:
     """Check that files may be written, and that none of them is another or one that is read.
 
     What runs that were killed have left beside them is removed first.
+
+    Args:
+        paths: the model, the plan and the reports; None for what is not written.
+        sources: what is read.
+        force: overwrite them.
 
     Raises:
         SourceError: one of them may not, or a source is missing.
@@ -44,17 +50,18 @@ def check_outputs(paths: Iterable[Path | None], sources: Iterable[Path], *, forc
     from fxgrow.files.checkpoint.reading import FileReader
 
     sources = tuple(sources)
-    wanted = [path for path in paths if path is not None]
-    for folder in sorted({path.parent for path in wanted}):
+    options = itertools.chain(("-o", "--plan"), itertools.repeat("--report"))
+    named = [(path, option) for path, option in zip(paths, options) if path is not None]  # noqa: B905
+    for folder in sorted({path.parent for path, _ in named}):
         tidy(folder)  # first: it may bring a source back
     for source in sources:  # a missing one is a better reason to stop than its output
         if not os.path.isdir(source):
             with FileReader(source):
                 pass
     seen: set[Path] = set()
-    for path in wanted:
+    for path, option in named:
         for source in sources:
-            check_output(path, source, force=force)
+            check_output(path, source, force=force, option=option)
         if path.resolve() in seen:
             raise UsageError(
                 f"{path} is asked for twice.", name=str(path), way_out="Name different files."

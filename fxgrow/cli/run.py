@@ -74,6 +74,7 @@ class Outputs:
     out: Path
     plan: Path | None = None
     reports: Sequence[Path] = ()
+    along: list[str] = field(default_factory=list)  # what grew with the weights
 
     def write(
         self, run: CommandRun, opened: OpenedModel, grown: Grown, inputs: object, *, force: bool
@@ -82,7 +83,10 @@ class Outputs:
         from fxgrow.files.models import write_grown
 
         run.steps(f"writing {self.out.name}")
-        for text in write_grown(opened, grown, self.out, inputs=inputs, force=force):
+        self.along.clear()
+        for text in write_grown(
+            opened, grown, self.out, inputs=inputs, force=force, tell=self.along.append
+        ):
             run.notices.warn(text)
         if self.plan is not None:
             write_text(self.plan, grown.plan.to_json(), force=force)
@@ -105,6 +109,8 @@ class Outputs:
         kind = "directory" if self.out.is_dir() else written
         named = f" of {opened.architecture}" if opened.architecture is not None else ""
         typer.echo(f"\nwrote {self.out} (a {kind}{named})")
+        if self.along:
+            typer.echo(f"grown along: {'; '.join(self.along)}")
         for line in self.told():
             typer.echo(line)
         # A record never makes fxgrow import code of the user's: that is named anew.

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.reading import FileReader, naming, refuse_source
 from fxgrow.files.checkpoint.unpickling import load_untrusted
-from fxgrow.grow.data.statistics import Batch
+from fxgrow.grow.data.batches import Batch
 
 _SAVE = "Save plain tensors: torch.save([(inputs, targets), …], PATH)."
 _PLAIN = (type(None), bool, int, float, str)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,7 @@ def write_grown(
     *,
     inputs: object = None,
     force: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> list[str]:
     """Write a grown model to a file of the same kind as the one it was read from.
 
@@ -175,6 +176,8 @@ def write_grown(
         out: the file or directory to write; its suffix may ask for another format.
         inputs: the example inputs that it was verified on, for what is run once more.
         force: overwrite ``out``; the source itself is never written to.
+        tell: called with the name of each thing that grew with the weights: a moving average, an
+            optimizer's state.
 
     Returns:
         What the user should know, one sentence each.
@@ -195,6 +198,8 @@ def write_grown(
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
         check_optimizer(grown.plan, saved, changed, opened.model, grown.model, found)
         judged.optimizers[id(saved)] = containers_copied(changed)
+        if changed["state"]:
+            tell(f"the optimizer's state in {place!r}")
         notes.extend(f"the optimizer in {place!r}: {note}" for note in found)
         return changed
 
@@ -223,6 +228,8 @@ def write_grown(
         optimizer=optimizer, config=config, inputs=example, check=check, force=force,
     )  # fmt: skip
     if source.kind == "checkpoint" and target not in TENSORS_ONLY:
+        for place in source.copies:
+            tell(f"the weights in {place!r}")
         notes += left_behind(source, opened.model, grown.model, grown.plan)
         notes += stale_settings(source, grown.plan)
     if target == "directory" and (folder := source._contents.folder) is not None:

@@ -35,8 +35,15 @@ def in_the_way(first: list[Difference], nearest: list[Difference], plan: Plan) -
     shown = (still or first or nearest)[0]
     have, want = ("x".join(map(str, sizes)) or "none" for sizes in (shown.have, shown.want))
     what = "" if shown.is_tensor else " (an attribute)"
-    rest = f"it stays {have}" if still else "and all else what it should be"
-    reason = f"no field of config.json makes {shown.name}{what} {want}, {rest}"
+    if still or not nearest:
+        reason = f"no field of config.json makes {shown.name}{what} {want}, it stays {have}"
+    else:
+        other = nearest[0]
+        now, due = ("x".join(map(str, sizes)) or "none" for sizes in (other.have, other.want))
+        reason = (
+            f"no field of config.json makes {shown.name}{what} {want} by itself: with it, "
+            f"{other.name} would be {now}, not {due}"
+        )
     return refusal(reason, shown.name, plan)
 
 

@@ -147,7 +147,7 @@ class Traced:
         """
         if not self.inferred:
             return self._label_deciding(watch)
-        problem = "the first layer is of no known kind"
+        problems: list[str] = []
         try:
             for arguments in possible_inputs(self.target, self._get_graph):
                 self.inputs, self.decided = arguments, self.decided.forgotten()
@@ -156,10 +156,10 @@ class Traced:
                 except TooLargeError:
                     raise
                 except TraceError as error:
-                    problem = first_line(error.__cause__ or error)
+                    problems.append(error.message)
         except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
-            problem = first_line(error)  # a layer says something of its sizes that cannot be
-        raise nothing_fits(self.target, self._get_graph, problem)
+            problems.append(f"{first_line(error)}.")  # a layer tells sizes that cannot be
+        raise nothing_fits(self.target, self._get_graph, problems)
 
     def _label_deciding(self, watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run, after one on values if it looks at some."""

@@ -64,15 +64,38 @@ def inputs_in_training(
     return ()
 
 
-def nothing_fits(standin: nn.Module, graph: GetGraph, problem: str) -> TraceError:
-    """Return the error for a network that none of the possible inputs fits."""
+def nothing_fits(standin: nn.Module, graph: GetGraph, problems: Sequence[str]) -> TraceError:
+    """Return the error for a network that none of the possible inputs fits.
+
+    Args:
+        standin: the network on meta tensors.
+        graph: returns its graph, or None if it has none.
+        problems: what went wrong with each that was tried; the likeliest first.
+    """
     name, layer = _first_layer(standin, graph)
+    likeliest = problems[0].rstrip(".") if problems else "the first layer is of no known kind"
+    others = f", nor on {len(problems) - 1} others that were tried" if len(problems) > 1 else ""
     return TraceError(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
-        f" {problem}.",
+        f" {likeliest}{others}.",
         name=name,
-        way_out="Pass example_inputs (--input-shape 1x3x224x224 on the command line).",
+        way_out=f"Pass example_inputs (--input-shape {_shape_for(layer)} on the command line, with "
+        "the sizes that the network takes).",
     )
+
+
+def _shape_for(layer: nn.Module) -> str:
+    """Return a shape with the channels of a first layer, as the command line takes it."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Embedding):
+        return "1x16:int64"
+    channels = getattr(layer, "in_channels", None)
+    dims = weight.ndim - 2 if isinstance(weight, Tensor) else 0
+    if isinstance(channels, int) and channels > 0 and dims in _SPATIAL_SIZES:
+        return "x".join(map(str, (1, channels, *_SPATIAL_SIZES[dims][0])))
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return f"1x{weight.shape[1]}"
+    return "1x3x224x224"
 
 
 def _candidates(network: nn.Module, layer: nn.Module) -> Iterator[Tensor]:

@@ -285,6 +285,10 @@ def _check_request(request: Request, place: str) -> None:
         _check_each(request.gain, f"{place}gain", check_factor)
         if request.multiple_of < 1:
             refuse(f"{place}multiple_of", "it is not positive")
+        if request.keep is not None and request.keep < 1:
+            refuse(f"{place}keep", "it is not positive")
+        if not 0.0 <= request.threshold <= 1.0:
+            refuse(f"{place}threshold", "it is not from 0 to 1")
         if request.budget:
             _check_budget(request.budget, f"{place}budget")
 

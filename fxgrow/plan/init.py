@@ -17,7 +17,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,9 +31,14 @@ from fxgrow.plan.deviations import (
 )
 from fxgrow.registry import Registry
 
+if TYPE_CHECKING:
+    from fxgrow.plan.schema import Plan
+
 Init: TypeAlias = Callable[[Tensor, "Tensor | None", int], None]
 INITS: Registry[Init] = Registry("init")
 NAME_OF_INIT = re.compile(r"[\w.+-]+")
+# What computes new weights from data: the name on the command line, and the class in Python.
+FROM_DATA = {"tiny": "Tiny", "gradmax": "GradMax"}
 
 
 class PlacedInit(abc.ABC):
@@ -54,6 +59,15 @@ class PlacedInit(abc.ABC):
             place: the place.
             reference: the layer's old weights after rescaling, only to be read.
         """
+
+    def computed_for(self, made: Plan) -> PlacedInit:
+        """Return what fills the new weights of one plan, of one that computes these; else itself.
+
+        Raises:
+            PlanError: it computed those of another plan.
+        """
+        del made
+        return self
 
     def __call__(self, tensor: Tensor, reference: Tensor | None, fan_in: int) -> None:
         """Refuse to fill a tensor without a name.
@@ -227,6 +241,13 @@ def register_init(name: str, init: Init | None = None) -> Any:
         def halves(tensor, reference, fan_in):
             tensor.fill_(0.5)
     """
+    if callable(name):
+        named = getattr(name, "__name__", type(name).__name__)
+        raise UsageError(
+            "register_init was given an init where its name is due.",
+            name=named,
+            way_out=f'Write @register_init("{named}"), with a name.',
+        )
     if not isinstance(name, str) or not NAME_OF_INIT.fullmatch(name):
         raise UsageError(
             f"{name!r} is no name of an init.", way_out="Use letters, digits, '_', '.', '+', '-'."
@@ -248,8 +269,19 @@ def find_init(init: str | Init) -> Init:
     Raises:
         PlanError: no such init.
     """
+    if isinstance(init, type):
+        raise UsageError(
+            f"the init is the class {init.__name__}, and no init.",
+            way_out=f"Make one of it: init={init.__name__}(…).",
+        )
     if callable(init):
         return init
+    if isinstance(init, str) and init in FROM_DATA:
+        raise UsageError(
+            f"{init} computes new weights from data, which a name does not give.",
+            name=init,
+            way_out=f"In Python: init=fxgrow.{FROM_DATA[init]}(loss_fn, batches).",
+        )
     if not isinstance(init, str) or ":" not in init:
         return INITS[init]
     module, _, function = init.partition(":")
@@ -261,7 +293,7 @@ def find_init(init: str | Init) -> Init:
         raise UsageError(
             f"the init {init!r} needs data, which a name does not give.",
             name=init,
-            way_out="Use it in Python: fxgrow.widen(…, init=…).",
+            way_out=f"Make one in Python: init=fxgrow.{found.__name__}(loss_fn, batches).",
         )
     if not callable(found):
         raise UsageError(f"the init {init!r} is not callable.", name=init)
@@ -272,6 +304,17 @@ def find_init(init: str | Init) -> Init:
 def is_from_data(name: str) -> bool:
     """Return whether a plan's name of an init is that of one that computes weights from data."""
     return name.startswith("fxgrow.grow.data.")
+
+
+def told_init(name: str) -> str:
+    """Return what an init is called, where a plan names it by its class.
+
+    Example:
+        >>> told_init("fxgrow.grow.data.tiny:Tiny"), told_init("copy_rows")
+        ('tiny', 'copy_rows')
+    """
+    by_class = {made: called for called, made in FROM_DATA.items()}
+    return by_class.get(name.rpartition(":")[2], name) if is_from_data(name) else name
 
 
 def init_of_plan(name: str) -> Init:
@@ -285,15 +328,16 @@ def init_of_plan(name: str) -> Init:
             f"the new weights of this plan come from data ({name.rpartition(':')[2]}), and a plan "
             "holds none.",
             name=name,
-            way_out="In Python, give it the init object that it was made with; on the command "
-            "line, run `fxgrow widen` with the same options and without --dry-run.",
+            way_out="In Python, give it the init object that it was made with: plan.apply(model, "
+            "init=…); on the command line, run `fxgrow widen` with the same options and without "
+            "--dry-run.",
         )
     if ":" in name:
         raise PlanError(
             f"the plan fills new weights by code of its own, {name}, which is not run unasked.",
             name=name,
-            way_out="If you trust it, pass it as init (--init on the command line), or as the "
-            "output_init or input_init that the plan says it is.",
+            way_out="If you trust it, give it: plan.apply(model, init=…), or --init on the command "
+            "line; as output_init or input_init where the plan says it is one.",
         )
     return INITS[name]
 

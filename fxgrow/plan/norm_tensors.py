@@ -40,14 +40,21 @@ class NormTensors:
         """Return those of a batch norm such as ``nn.BatchNorm2d``, by their names there.
 
         Raises:
-            PlanError: it is no batch norm, which alone takes a factor up in its statistics.
+            PlanError: it is no batch norm, which alone treats each channel by itself.
         """
         if isinstance(module, NormTensors):
             return module
         if not hasattr(module, "running_mean"):
+            kind = type(module).__name__
+            together = (
+                ""
+                if "Norm" not in kind
+                else (": it takes its statistics over channels together, which new channels change")
+            )
             raise PlanError(
-                f"a {type(module).__name__} is no batch norm.",
-                way_out="A LayerNorm or RMSNorm takes a factor up by its eps, times its square.",
+                f"a {kind} is no batch norm{together}.",
+                way_out="Give an nn.BatchNorm1d, 2d or 3d, or leave the norm out; fxgrow.widen "
+                "keeps what a LayerNorm, RMSNorm or GroupNorm computes.",
             )
         found = {name: getattr(module, name, None) for name in _NEW}
         return cls(

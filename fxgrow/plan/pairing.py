@@ -247,7 +247,8 @@ def apply_pairing(
         new_columns: Z of shape (out, m, …), one column per drawn channel.
         pairing: a registered name.
         bias: the writer's old one, shape (h,).
-        new_bias: V's, shape (m,), laid out as V is; zeros if only ``bias`` is given.
+        new_bias: V's, shape (m,), laid out as V is; zeros if only ``bias`` is given, and None under
+            ``copy_pair``.
         norm: that between the two, over h channels (:class:`fxgrow.NormTensors`); new channels
             get weight 1, bias 0, mean 0 and variance 1, and copies the entries of the old ones.
         noise: standard deviation of normal noise on all new columns, relative to theirs; 0 by
@@ -271,6 +272,12 @@ def apply_pairing(
     """
     import torch
 
+    given = {"writer": writer, "reader": reader, "new_columns": new_columns}
+    if missing := [name for name, tensor in given.items() if not hasattr(tensor, "shape")]:
+        raise UsageError(
+            f"{missing[0]} is {given[missing[0]]!r}, no tensor.",
+            way_out="Only new_rows, bias, new_bias and norm may be left out.",
+        )
     _check_fit(writer, reader, new_rows, new_columns, bias, new_bias)
     if not (isinstance(noise, (int, float)) and 0 <= noise < math.inf):
         raise UsageError(f"the noise must be a number, 0 or more, not {noise!r}.")
@@ -279,6 +286,11 @@ def apply_pairing(
         norm.check(writer.shape[0])
     layout = _layout_of(pairing, new_columns.shape[1], writer.shape[0])
     sources = list(layout.row_copies)
+    if sources and not (new_rows is None and new_bias is None):
+        raise PlanError(
+            f"the pairing {pairing!r} copies old rows and biases, and takes no new ones.",
+            way_out="Leave out new_rows (None) and new_bias.",
+        )
 
     def joined(old: Tensor, new: Tensor | None) -> Tensor:
         """Return the writer's weight or bias with new entries."""

@@ -54,7 +54,10 @@ class _Request:
 
 @dataclass(frozen=True)
 class Widen(_Request):
-    """More channels: the arguments of :func:`fxgrow.widen`; see :mod:`fxgrow.plan.by_layer`."""
+    """More channels: the arguments of :func:`fxgrow.widen`; see :mod:`fxgrow.plan.by_layer`.
+
+    ``keep`` and ``threshold`` are those of an init from data.
+    """
 
     width: str | dict[str, str]
     rescaling: str | dict[str, str] = "none"
@@ -75,6 +78,8 @@ class Widen(_Request):
     output_init: str | None = None
     input_init: str | None = None
     budget: str = ""
+    keep: int | None = None
+    threshold: float = 0.0
     verb: Literal["widen"] = "widen"
 
 

@@ -25,6 +25,9 @@ from fxgrow.plan.upgrade import is_old, upgraded, with_inits
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+    from fxgrow.plan.init import Init
+    from fxgrow.plan.inits_by_layer import Inits
+
 MOST_STEPS = 64
 
 
@@ -134,10 +137,38 @@ class Plan(PlanStep):
             raise PlanError("the plan is not a JSON object.")
         return cls.from_dict(data)
 
-    def apply(self, model: Any, *, like: Any = None) -> Any:
-        """Return a grown copy of ``model``; see :func:`fxgrow.apply.apply_to_module`."""
+    def apply(
+        self,
+        model: Any,
+        *,
+        like: Any = None,
+        init: Inits | None = None,
+        output_init: str | Init | None = None,
+        input_init: str | Init | None = None,
+    ) -> Any:
+        """Return a grown copy of a network; the network itself is not touched.
+
+        Args:
+            model: the module that the plan was made for, or one with other weights of the same
+                shapes.
+            like: the same network with other weights (that of which this is a moving average),
+                whose new weights this one gets too.
+            init: what fills new weights, where the plan names what is not run unasked: the function
+                of yours, or the :class:`fxgrow.GradMax` or :class:`fxgrow.Tiny` object, that it was
+                made with. None (default) is the registered one that the plan names.
+            output_init: likewise, where the plan has one of its own for new outputs.
+            input_init: likewise, for new inputs.
+
+        Raises:
+            PlanError: the plan is for another network, or was not made with this init.
+        """
+        from fxgrow.plan.inits_by_side import init_for  # late, as it needs torch
+
+        fill = None
+        if not (init is None and output_init is None and input_init is None):
+            fill = init_for(self.request.drawing, init, output_init, input_init)
         executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
-        return executor.apply_to_module(self, model, like=like)
+        return executor.apply_to_module(self, model, fill, like=like)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import fxgrow.api.widen as api
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.statistics import Batch, LossFunction, check_runs, checked_batches
+from fxgrow.grow.data.batches import Batch, LossFunction, check_runs, checked_batches
 from fxgrow.modules.calling import arguments_of, call, map_tensors, results_in
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.plan.schema import Plan

@@ -11,6 +11,7 @@ from fxgrow.channels.blocks import ResidualBlock
 from fxgrow.channels.explain import Explanation, explain
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.data.expected import GroupGrowth
+from fxgrow.plan.init import told_init
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.findings import Verification
@@ -51,8 +52,8 @@ class Report:
         return {
             "schema": REPORT_SCHEMA,
             "fxgrow": __version__,
-            "request": plan["request"],
-            "before": [step["request"] for step in plan["after"]],
+            "request": _request(plan["request"]),
+            "before": [_request(step["request"]) for step in plan["after"]],
             "groups": [_group_plan(group) for step in self.plan.steps for group in step.groups],
             **{
                 key: [entry for step in steps for entry in step[key]]
@@ -73,8 +74,15 @@ class Report:
 
 def _group_plan(group: GroupPlan) -> dict[str, Any]:
     """Return what a report tells of a group."""
-    told = plain(group) | {"alpha_beta": group.alpha_beta}
-    return {key: value for key, value in told.items() if key != "pairing"}
+    told: dict[str, Any] = plain(group)
+    return told | {"alpha_beta": group.alpha_beta}
+
+
+def _request(request: dict[str, Any]) -> dict[str, Any]:
+    """Return what a report tells of a request: a method that computes from data by its name."""
+    if isinstance(request.get("init"), str):
+        return request | {"init": told_init(request["init"])}
+    return request
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from fxgrow.api.report.changes import (
     target_line,
 )
 from fxgrow.api.report.elements import indented, new_table, reasons, some, verdict_text
-from fxgrow.plan.by_layer import by_layer_text
+from fxgrow.plan.by_layer import by_layer_text, setting_for
+from fxgrow.plan.init import told_init
 from fxgrow.plan.requests import Convert, Deepen, MorphKernel, Untie
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from fxgrow.grow.convert.planner import Possible
 
 TEXT_WIDTH = 120
+TRAINING_EPS = (
+    "In train mode the eps of a norm weighs differently against rescaled batch statistics"
+)
 
 
 def as_text(renderable: RenderableType, width: int = TEXT_WIDTH) -> str:
@@ -74,6 +78,8 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
         parts.append(_request_line(step))
         if step.groups:
             parts.append(_groups_table(step.groups))
+            if other := _other_pairings(step):
+                parts += [Text("paired otherwise:"), reasons(other)]
             if told := [(group.name, group.reason) for group in step.groups if group.reason]:
                 parts += [Text("because:"), reasons(told)]
         if step.blocks:
@@ -87,6 +93,18 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
     if warnings:
         parts += [Text("warnings:", style="yellow"), indented(Text("\n".join(warnings)))]
     return Group(*parts, Text(), _costs(plan))
+
+
+def _other_pairings(step: Plan) -> list[tuple[str, str]]:
+    """Return the groups whose new channels are laid out by another pairing than was asked for."""
+    asked = getattr(step.request, "pairing", None)
+    if asked is None:
+        return []
+    return [
+        (group.name, group.pairing)
+        for group in step.groups
+        if group.pairing != setting_for(asked, (group.name, *group.writers), group.pairing)
+    ]
 
 
 def verification_table(found: Verification) -> RenderableType:
@@ -140,10 +158,7 @@ def _remarks(found: Verification, changes: bool) -> Iterator[Text]:
     if found.verdict == "changed":
         yield Text("The plan says that the function changes, and cannot say by how much.")
     if found.verdict == "preserved" and changes:
-        yield Text(
-            "In train mode the eps of a norm weighs differently against rescaled batch "
-            "statistics: the predicted change."
-        )
+        yield Text(f"{TRAINING_EPS}: the predicted change.")
     if found.without_gradient:
         names = some(found.without_gradient, 3)
         yield Text(f"new entries without a gradient in two steps: {names}")
@@ -236,7 +251,9 @@ def _request_line(plan: Plan) -> Text:
         "width": by_layer_text(request.width),
         "rescaling": by_layer_text(request.rescaling),
         "pairing": by_layer_text(request.pairing),
-        "init": by_layer_text(request.init),
+        "init": told_init(by_layer_text(request.init)),
+        "keep": "" if request.keep is None else str(request.keep),
+        "threshold": f"{request.threshold:g}" if request.threshold else "",
         "output init": request.output_init or "",
         "input init": request.input_init or "",
         "where": request.where,

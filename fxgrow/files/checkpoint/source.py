@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import SourceError, listed
+from fxgrow.files.checkpoint.elsewhere import refuse_without_weights
 from fxgrow.files.checkpoint.formats import Contents, Opener, read_file
 from fxgrow.files.checkpoint.location import RECORD_KEY, Location
 from fxgrow.files.checkpoint.matching import Wanted, copies_of, first_of, is_weight, nearest_of
@@ -60,6 +61,11 @@ class Source:
         (a moving average, for example). Those of :meth:`arranged` may lack some names.
         """
         return [location.state_dict for location in self._locations]
+
+    @property
+    def copies(self) -> list[str]:
+        """Where the further sets of weights lie, such as moving averages."""
+        return [".".join(map(str, location.keys)) for location in self._locations[1:]]
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -137,11 +143,7 @@ def load_source(
     with reading(path):
         found = find_locations(saved)
     if not found:
-        raise SourceError(
-            f"{path} holds no weights but {_describe(saved)}.",
-            name=str(path),
-            way_out="Give a file with a state_dict: torch.save(model.state_dict(), 'model.pt').",
-        )
+        refuse_without_weights(path, saved)
     first = found[0]
     copies = [location for location in found if _is_copy(location, first)]
     for location in copies:
@@ -235,11 +237,3 @@ def _read_record(source: Source) -> Mapping[str, Any] | None:
         return record
     source.warnings.append(f"fxgrow's record in {source.path} cannot be read and is ignored.")
     return None
-
-
-def _describe(saved: object) -> str:
-    if isinstance(saved, Mapping):
-        entries = [f"{key} ({type(value).__name__})" for key, value in list(saved.items())[:5]]
-        more = ", …" if len(saved) > len(entries) else ""
-        return f"a dict of {', '.join(entries)}{more}" if entries else "an empty dict"
-    return f"an object of type {type(saved).__name__}"

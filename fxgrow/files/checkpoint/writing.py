@@ -23,13 +23,16 @@ Check: TypeAlias = Callable[[Path], object]
 _ANOTHER = "Name another file with -o."
 
 
-def check_output(out: Path, source: Path | None = None, *, force: bool = False) -> None:
+def check_output(
+    out: Path, source: Path | None = None, *, force: bool = False, option: str = "-o"
+) -> None:
     """Check that ``out`` may be written, without touching anything.
 
     Args:
         out: the file or directory to be written.
         source: the file the data came from, which is never written to.
         force: allow ``out`` to exist, as a regular file or as a directory with a model's weights.
+        option: that of the command line by which another is named.
 
     Raises:
         SourceError: ``out`` is or holds the source, exists without ``force``, is of a kind that is
@@ -51,7 +54,7 @@ def check_output(out: Path, source: Path | None = None, *, force: bool = False) 
         _refuse_output(
             out,
             "exists",
-            "Pass --force (force=True) to overwrite it, or name another (-o).",
+            f"Pass --force (force=True) to overwrite it, or name another ({option}).",
         )
 
 

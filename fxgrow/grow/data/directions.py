@@ -209,7 +209,7 @@ def _decomposed(
         most: the most of them to return; None for all.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # (m, k), (k,), (k, n)
-    largest = float(values.amax())
+    largest = float(values.amax()) if len(values) else 0.0
     kept = values > max(largest * tolerance(size or max(matrix.shape), dtype), noise)
     count = int(kept.sum()) if most is None else min(int(kept.sum()), most)  # the largest first
     left, values, right = left[:, :count], values[:count], expand(right[:count])

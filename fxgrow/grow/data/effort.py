@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from fxgrow.grow.data.batches import Batch, not_running, size_of
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
-from fxgrow.grow.data.statistics import Batch, not_running, size_of
 from fxgrow.modules.calling import arguments_of, call
 
 MOST_MEMORY = 1 << 30  # bytes of sums held at a time
 _SIZE = 192  # of the matrices that are timed
-_BACKWARD = 3.0  # a forward and a backward pass take about three forward passes
+_BACKWARD = 1.5  # what gradients of activations take of the forward pass over the same layers
+_ASKED = 8  # runs of what lies between that asking takes, those for gradients counted twice
+_REPEATS = 3  # of what is timed, the fastest of which is not of another's doing
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,37 @@ class Effort:
     """What the growth of groups takes.
 
     Attributes:
-        passes: seconds of a forward and a backward pass over all batches.
+        passes: seconds of a forward pass over all batches.
+        after: of it, the seconds behind the first reader of each group, by name.
         seconds: of the algebra of each group, by name.
         memory: bytes of the sums of each group, by name.
+        before: of the forward pass, the seconds up to the writer of each group, by name.
+        blocks: how often what lies between runs to take all that a writer reads, by name.
+        share: all samples, as a multiple of those in the first batch.
+        between: seconds of running what lies between for each pass, by name, where it is run.
     """
 
     passes: float
+    after: Mapping[str, float]
     seconds: Mapping[str, float]
     memory: Mapping[str, int]
+    before: Mapping[str, float] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    share: float = 1.0
+    between: Mapping[str, float] = field(default_factory=dict)
+
+    def asked(self, pair: LayerPair, seconds: float) -> Effort:
+        """Return the same with what running what lies between takes, if it is run.
+
+        Args:
+            pair: the layers around a group, with what lies between told.
+            seconds: that asking took, of the first batch.
+        """
+        if all(reader.slopes is not None for reader in pair.readers):
+            return self
+        entering, blocks = self.before[pair.group], self.blocks[pair.group]
+        each = max(seconds * self.share - entering, 0.0) / _ASKED
+        return replace(self, between={**self.between, pair.group: entering + 2 * blocks * each})
 
     def too_large(self) -> dict[str, str]:
         """Return why groups cannot be computed within :data:`MOST_MEMORY`, by name."""
@@ -58,10 +83,19 @@ class Effort:
             found[-1].append(name)
         return found
 
-    def total(self, names: Sequence[str], runs: int) -> float:
-        """Return the seconds that groups take together, at so many runs over the batches."""
-        count = runs * len(self.parts(names))
-        return count * self.passes + sum(self.seconds[name] for name in names)
+    def total(self, names: Sequence[str], runs: int, forwards: int = 0) -> float:
+        """Return the seconds that groups take together.
+
+        Args:
+            names: of the groups.
+            runs: over the batches, with gradients.
+            forwards: over the batches, without.
+        """
+        found = forwards * self.passes + sum(self.seconds[name] for name in names)
+        for part in self.parts(names):
+            behind = max((self.after[name] for name in part), default=0.0)
+            found += runs * (self.passes + _BACKWARD * behind)
+        return found + runs * sum(self.between.get(name, 0.0) for name in names)
 
 
 def measured(
@@ -84,8 +118,13 @@ def measured(
     share = sum(map(size_of, batches)) / max(size_of(batches[0]), 1)
     seen = {name: math.ceil(count * share) for name, count in run.positions.items()}
     product, decomposition = _rates()
-    times, memory = {}, {}
+    times, memory, after, before, blocks = {}, {}, {}, {}, {}
     for name, pair in pairs.items():
+        first = min((run.ends.get(reader.name, 0.0) for reader in pair.readers), default=0.0)
+        after[name] = (run.seconds - first) * share
+        before[name] = run.ends.get(pair.writer, run.seconds) * share
+        weight = network.get_parameter(f"{pair.writer}.weight")
+        blocks[name] = math.ceil((math.prod(weight.shape[1:]) + pair.has_bias) / pair.block)
         products, cubes, held = 0.0, 0.0, 0
         for rows, inputs, outputs in _sums(network, pair, seen, fits=fits):
             least = min(rows, inputs)
@@ -93,7 +132,7 @@ def measured(
             cubes += float(least) ** 3
             held += 8 * least * (inputs + outputs)
         times[name], memory[name] = products * product + cubes * decomposition, held
-    return Effort(_BACKWARD * run.seconds * share, times, memory)
+    return Effort(run.seconds * share, after, times, memory, before, blocks, share)
 
 
 def _sums(
@@ -128,10 +167,12 @@ class FirstRun:
     Attributes:
         positions: so many each layer puts out, over all samples.
         seconds: that it took.
+        ends: the seconds after which each layer was first through.
     """
 
     positions: Mapping[str, int]
     seconds: float
+    ends: Mapping[str, float] = field(default_factory=dict)
 
 
 def first_run(network: nn.Module, batch: Batch) -> FirstRun:
@@ -141,7 +182,9 @@ def first_run(network: nn.Module, batch: Batch) -> FirstRun:
         PlanError: the network does not run on it.
     """
     positions: dict[str, int] = {}
+    ends: dict[str, float] = {}
     handles = []
+    begun = 0.0
     for name, layer in network.named_modules():
         if not isinstance(layer, LinearLayer):
             continue
@@ -149,13 +192,14 @@ def first_run(network: nn.Module, batch: Batch) -> FirstRun:
 
         def after(_: nn.Module, __: object, output: Tensor, n: str = name, c: int = size) -> None:
             positions[n] = output.numel() // max(c, 1)
+            ends.setdefault(n, time.perf_counter() - begun)
 
         handles.append(layer.register_forward_hook(after))
     try:
         with torch.no_grad():
             begun = time.perf_counter()
             call(network, arguments_of(batch[0]))
-            return FirstRun(positions, time.perf_counter() - begun)
+            return FirstRun(positions, time.perf_counter() - begun, ends)
     except Exception as error:  # a user's forward may raise anything
         raise not_running(error) from error
     finally:
@@ -166,9 +210,12 @@ def first_run(network: nn.Module, batch: Batch) -> FirstRun:
 def _rates() -> tuple[float, float]:
     """Return seconds per operation of a product, and per n³ of a decomposition, in float64."""
     matrix = torch.eye(_SIZE, dtype=torch.float64) + 1.0 / _SIZE
-    begun = time.perf_counter()
-    product = matrix @ matrix
-    between = time.perf_counter()
-    torch.linalg.eigh(product)
-    ended = time.perf_counter()
-    return (between - begun) / (2.0 * _SIZE**3), 2 * (ended - between) / _SIZE**3
+    times = []
+    for _ in range(_REPEATS):
+        begun = time.perf_counter()
+        product = matrix @ matrix
+        between = time.perf_counter()
+        torch.linalg.eigh(product)
+        times.append((between - begun, time.perf_counter() - between))
+    multiplying, decomposing = (min(some) for some in zip(*times, strict=True))
+    return multiplying / (2.0 * _SIZE**3), 2 * decomposing / _SIZE**3

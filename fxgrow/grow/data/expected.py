@@ -25,10 +25,11 @@ class GroupGrowth:
     Attributes:
         name: of the group.
         width: its present width.
-        strengths: a singular value for each new channel that lowers the loss, the largest first.
+        strengths: a singular value for each direction that lowers the loss, the largest first. A
+            direction is one new channel, or two twins.
         gains: what each lowers the loss by, to first order: per learning rate (GradMax) or per
             amplitude of the step (Tiny).
-        parameters: that a new channel brings, at present widths.
+        parameters: that a direction brings, with all of its channels, at present widths.
         reason: why there is none; "" if there are any.
     """
 
@@ -76,12 +77,16 @@ def expected_growth(
         widths, _ = select([group for part in analyses for group in part.groups], request)
         groups = [group for group in groups if group.name in widths]
     pairing = init.paired(None)
-    rooms = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
+    asked = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
     network = sharing(model)
-    pairs, unfit = init.pairs(network, analyses, rooms)
+    pairs, unfit = init.pairs(network, analyses, asked)
+    rooms = init.rooms(asked, pairs)
     limits = Limits(init.keep, init.threshold, "")
+    tight = limits.too_tight(rooms)
+    pairs = {name: pair for name, pair in pairs.items() if name not in tight}
     found = init.selected(network, pairs, rooms, limits, progress) if pairs else {}
     reasons = {refusal.name: refusal.reason for refusal in unfit}
+    reasons |= {name: f"{init.name}: {why}" for name, why in tight.items()}
     costs = Costs(analyses)
     told = []
     for group in groups:
@@ -95,7 +100,7 @@ def expected_growth(
                 group.width,
                 tuple(directions.strengths.tolist()) if directions is not None else (),
                 tuple(directions.gains.tolist()) if directions is not None else (),
-                costs.of(group.name, 1, {}),
+                costs.of(group.name, rooms.get(group.name, asked[group.name]).each, {}),
                 reasons.get(group.name, nothing),
             )
         )

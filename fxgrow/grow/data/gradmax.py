@@ -63,6 +63,11 @@ class GradMax(DataDriven):
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         if not _learns(pair, raised=_is_raised(pair)):
+            if pair.has_offset:
+                return (
+                    f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 and, by "
+                    f"biases, at {RAISED:g} too, so new channels would never learn"
+                )
             return (
                 f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
                 "differentiates it, and no bias holds new channels above it, so new rows of zeros "

@@ -74,7 +74,7 @@ def deviation(
 
     Raises:
         UnknownNorm: what it returns is no weight times what it is given, centred or as it is,
-            divided by one number for each position.
+            divided by one number for each position; or there is nothing to divide.
     """
     seen: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
 
@@ -101,6 +101,12 @@ def deviation(
             squares = weighed.square().sum(dim, keepdim=True).clamp(min=1e-300)
             inverse = (found * weighed).sum(dim, keepdim=True) / squares
             off = (found - inverse * weighed).abs().amax()
+            if not bool(centred.any()):
+                raise UnknownNorm(
+                    f"what {pair.over} is given is "
+                    f"{'the same in all channels' if pair.holds == 'mean' else 'zero'}, so it has "
+                    "nothing to divide by but its eps"
+                )
             if float(off) <= _TOLERANCE * float(found.abs().amax()):
                 return Deviation(inverse)
     raise UnknownNorm(

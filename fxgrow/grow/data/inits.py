@@ -11,6 +11,7 @@ out by the pairing what was selected.
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, overload
@@ -21,6 +22,7 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.errors import PlanError, UsageError
 from fxgrow.grow.data import directions as algebra
 from fxgrow.grow.data import statistics
+from fxgrow.grow.data.batches import Batch, LossFunction, checked_batches
 from fxgrow.grow.data.carriers import entries_of, opened
 from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
@@ -32,7 +34,7 @@ from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
 from fxgrow.grow.data.skipped import sharing
-from fxgrow.grow.data.statistics import Batch, LossFunction, Seen, Sum
+from fxgrow.grow.data.statistics import Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
 from fxgrow.modules.calling import arguments_of
@@ -68,6 +70,7 @@ class DataDriven(PlacedInit):
     pairing: ClassVar[str]
     nothing: ClassVar[str]  # what is true of a group that gets no channel
     runs: ClassVar[int]  # over the batches, for the directions
+    forwards: ClassVar[int] = 0  # runs over the batches for an amplitude
     fits: ClassVar[bool]  # whether old weights are fitted by least squares
 
     def __init__(
@@ -85,11 +88,11 @@ class DataDriven(PlacedInit):
         if not isinstance(threshold, (int, float)) or not 0.0 <= threshold <= 1.0:
             raise UsageError(f"the threshold must be from 0 to 1, but it is {threshold!r}.")
         self.loss_fn = loss_fn
-        self.batches = statistics.checked_batches(batches)
+        self.batches = checked_batches(batches)
         self.keep = keep
         self.threshold = threshold
         self._computed: FromData | None = None
-        self._effort = Effort(0.0, {}, {})
+        self._effort = Effort(0.0, {}, {}, {})
         self._is_asked = False  # whether a pairing is
 
     def for_place(self, place: Place, reference: Tensor | None) -> Init:
@@ -180,11 +183,13 @@ class DataDriven(PlacedInit):
         """
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
-        limits = Limits(self.keep, self.threshold, request.budget)
         network, asked = sharing(model), rooms_of(groups, widths, request)
+        searches = not all(cancels(room.pairing) for room in asked.values())
+        limits = Limits(self.keep, self.threshold, request.budget, searches)
+        kept = (name for name in widths if name not in asked)
+        refused += tuple(Refusal(n, f"it has the {widths[n]} channels asked for") for n in kept)
         pairs, unfit = self.pairs(network, analyses, asked)
-        needing = (n for n, p in pairs.items() if not self._is_asked and self._needs_twins(p))
-        rooms = twinned(asked, pairs, [*needing])
+        rooms = self.rooms(asked, pairs)
         stepping = {n for n, p in pairs.items() if p.over and not cancels(asked[n].pairing)}
         tight = limits.too_tight(rooms)
         refused += unfit + tuple(Refusal(n, f"{self.name}: {why}") for n, why in tight.items())
@@ -201,21 +206,20 @@ class DataDriven(PlacedInit):
             refused += self._without(chosen, paid, why)
             chosen = paid
         made = laid_out(analyses, request, variance_of, chosen, rooms, stepping)
-        made = replace(
-            made,
-            refused=refused + made.refused,
-            groups=tuple(
-                self._told(group, chosen[group.name], rooms[group.name], limits)
-                for group in made.groups
-            ),
-            warnings=made.warnings + limits.warnings(chosen, rooms),
-        )
+        told = [self._told(g, chosen[g.name], rooms[g.name], limits) for g in made.groups]
+        notes = made.warnings + limits.warnings(chosen, rooms)
+        made = replace(made, refused=refused + made.refused, groups=tuple(told), warnings=notes)
         made = opened(made, pairs, stepping)
         entries = entries_of(made, pairs, self._norm_entries)
         computed = replace(from_data(made, pairs, chosen, stepping), entries=entries)
         computed = self._scaled(network, made, computed)
         self._computed = self._settled(network, made, pairs, computed)
         return made
+
+    def rooms(self, asked: Mapping[str, Room], pairs: Mapping[str, LayerPair]) -> dict[str, Room]:
+        """Return how far each group with a pair may grow, as the method lays new channels out."""
+        twins = [] if self._is_asked else [n for n, p in pairs.items() if self._needs_twins(p)]
+        return twinned(asked, pairs, twins)
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         """Return whether new channels must be twins to keep the function."""
@@ -267,8 +271,7 @@ class DataDriven(PlacedInit):
         unfit: dict[str, str] = {}
         for part in analyses:
             for group in (group for group in part.groups if group.name in rooms):
-                around = find_pair(part, group, network)
-                if isinstance(around, Refusal):
+                if isinstance(around := find_pair(part, group, network), Refusal):
                     unfit[group.name] = around.reason
                 else:
                     found[group.name] = around
@@ -281,14 +284,15 @@ class DataDriven(PlacedInit):
                 unfit[name] = pair
             else:
                 pairs[name] = pair
-        order = [name for name in rooms if name in unfit]
-        return pairs, tuple(Refusal(name, f"{self.name}: {unfit[name]}") for name in order)
+        return pairs, tuple(Refusal(n, f"{self.name}: {unfit[n]}") for n in rooms if n in unfit)
 
     def _asked(self, found: LayerPair, network: nn.Module, room: Room) -> LayerPair | str:
         """Return layers with what lies between them told, or why the method cannot treat them."""
+        begun = time.perf_counter()
         pair = ask(network, found, arguments_of(self.batches[0][0]))
         if isinstance(pair, str):
             return pair
+        self._effort = self._effort.asked(pair, time.perf_counter() - begun)
         return self._problem(pair, network) or self._asleep(pair, room) or pair
 
     def _asleep(self, pair: LayerPair, room: Room) -> str:
@@ -308,11 +312,7 @@ class DataDriven(PlacedInit):
         )
 
     def _check_some(self, names: Collection[str], refused: Sequence[Refusal]) -> None:
-        """Return if there is a group left to grow.
-
-        Raises:
-            PlanError: there is none.
-        """
+        """Raise a PlanError if there is no group left to grow."""
         if not names:
             why = told_refusals(refused)
             raise PlanError(
@@ -338,7 +338,7 @@ class DataDriven(PlacedInit):
             progress: told what is being computed, and about how long it takes.
         """
         names, found = list(pairs), dict[str, Directions]()
-        seconds = self._effort.total(names, self.runs)
+        seconds = self._effort.total(names, self.runs, self.forwards if limits.searches else 0)
         begun = f"computing growth of {len(names)} group{'' if len(names) == 1 else 's'}"
         progress(f"{begun}: about {seconds:.0f} s" if seconds >= _LONG else begun)
         for part in self._effort.parts(names):
@@ -356,8 +356,7 @@ class DataDriven(PlacedInit):
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""
-        told = limits.told(len(found), room)
-        if not told:
+        if not (told := limits.told(len(found), room)):
             return group
         return replace(group, reason=f"{group.reason}; {told}" if group.reason else told)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor
 
 from fxgrow.errors import PlanError
-from fxgrow.grow.data.statistics import Batch, LossFunction
+from fxgrow.grow.data.batches import Batch, LossFunction
 from fxgrow.modules.calling import tensors_in
 from fxgrow.registry import Registry
 

@@ -55,6 +55,7 @@ class Passage:
             doubles[owner] = sharing(network.get_submodule(owner))
         self._module = doubles[owner]
         self._between = self._doubled() | self._carriers(False)
+        self._writes_in_place = False  # into what earlier parts put out
         self._deviation: Deviation | None = None
         if pair.over:
             norm, run = self._local(pair.over), self._run_plain
@@ -115,6 +116,12 @@ class Passage:
         ]
 
     @property
+    def step(self) -> float:
+        """How far from zero slopes are told for inputs up to 1: behind a norm, no farther."""
+        steep = 1.0 if self._deviation is None else float(self._deviation.inverse.abs().amax())
+        return _STEP / max(steep, 1.0)
+
+    @property
     def _dim(self) -> int:
         return channel_dim_of(self._module, self._local(self._pair.writer))
 
@@ -142,12 +149,24 @@ class Passage:
 
             handles.append(module.get_submodule(name).register_forward_pre_hook(read))
         entered = self._entered
-        args, kwargs = map_tensors(lambda x: x.clone(), (entered.args, entered.kwargs))
-        try:
-            skipped = skipping(module, entered.ended, self._local(pair.writer), written)
+        tensors = self._between | (self._carriers(raised) if raised else {})
+
+        def run(*, in_place: bool) -> None:
+            found.clear()
+            args, kwargs = map_tensors(lambda x: x.clone(), (entered.args, entered.kwargs))
+            writer = self._local(pair.writer)
+            skipped = skipping(module, entered.ended, writer, written, in_place=in_place)
             with skipped, contextlib.suppress(Stop):
-                tensors = self._between | (self._carriers(raised) if raised else {})
                 functional_call(module, tensors, args, kwargs)
+
+        try:
+            try:
+                run(in_place=self._writes_in_place)
+            except RuntimeError:
+                if self._writes_in_place:
+                    raise
+                self._writes_in_place = True
+                run(in_place=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -198,7 +217,7 @@ def one_sided(passage: Passage, written: Tensor) -> list[Tensor]:
         passage: what lies between.
         written: the direction, in which the writer's output goes away from zero.
     """
-    step = _STEP / max(float(written.abs().amax()), 1e-30)
+    step = passage.step / max(float(written.abs().amax()), 1e-30)
     with torch.no_grad():
         return [got / step for got in passage.run(written * step)]
 
@@ -269,7 +288,7 @@ def _close(found: Tensor, wanted: Tensor, size: float) -> bool:
 
 def _has_slopes(passage: Passage, written: Tensor, right: list[Tensor]) -> bool:
     """Return whether steps of another size tell the same slopes."""
-    step = _STEP / 8 / float(written.abs().amax())
+    step = passage.step / 8 / float(written.abs().amax())
     with torch.no_grad():
         near = [got / step for got in passage.run(written * step)]
     return all(

@@ -42,7 +42,7 @@ class Room:
         most = max(self.width - 1, 0)
         if self.asked <= most:
             return self
-        limit = f"beside {norm} fewer than there are"
+        limit = f"before the norm {norm}, fewer new channels than old ones"
         return replace(self, asked=most, wanted=self.asked, limit=limit)
 
     @property
@@ -106,11 +106,13 @@ class Limits:
         keep: the most for each group; None without such a limit.
         threshold: the least strength, as a part of the strongest.
         budget: parameters, as a request has them; "" without such a limit.
+        searches: whether an amplitude is searched for afterwards, which takes time.
     """
 
     keep: int | None
     threshold: float
     budget: str
+    searches: bool = False
 
     def kept(self, room: Room) -> int:
         """Return how many directions a group may get."""

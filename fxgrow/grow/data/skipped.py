@@ -48,7 +48,12 @@ def note_ends(network: nn.Module, into: dict[str, list[Any]]) -> list[Any]:
 
 @contextlib.contextmanager
 def skipping(
-    module: nn.Module, ended: Mapping[str, Sequence[Any]], writer: str, written: Tensor
+    module: nn.Module,
+    ended: Mapping[str, Sequence[Any]],
+    writer: str,
+    written: Tensor,
+    *,
+    in_place: bool,
 ) -> Iterator[None]:
     """Have some of the calls of parts of a module return zeros, and those of a layer a tensor.
 
@@ -57,6 +62,8 @@ def skipping(
         ended: by name, what each of the first calls of a part puts out, on the meta device.
         writer: name of the layer.
         written: what it puts out.
+        in_place: whether code may write into the zeros, which are one number else: the outputs of
+            early layers are large.
     """
     changed: list[nn.Module] = []
 
@@ -73,7 +80,8 @@ def skipping(
 
     def zeros(meta: Tensor) -> Tensor:
         dtype = torch.float64 if meta.is_floating_point() else meta.dtype
-        return torch.zeros(meta.shape, dtype=dtype, device=written.device)
+        shape = meta.shape if in_place else ()
+        return torch.zeros(shape, dtype=dtype, device=written.device).expand(meta.shape)
 
     try:
         for name, results in ended.items():

@@ -10,20 +10,17 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxgrow.errors import PlanError
+from fxgrow.grow.data.batches import Batch, LossFunction, loss_of, not_finite, size_of
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
 from fxgrow.grow.data.passages import Passage, by_channel, one_sided, rows_of
-from fxgrow.modules.calling import arguments_of, call, tensors_in
-from fxgrow.modules.standin import first_line
-
-LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
-Batch: TypeAlias = tuple[Any, Any]  # inputs and targets
+from fxgrow.modules.calling import arguments_of
 
 
 class Summed(Protocol):
@@ -155,76 +152,6 @@ def _recording(model: nn.Module, pairs: Iterable[LayerPair]) -> Iterator[_Record
             handle.remove()
 
 
-def checked_batches(batches: Iterable[Batch]) -> tuple[Batch, ...]:
-    """Return batches that are pairs of inputs and targets, at least one.
-
-    Raises:
-        PlanError: there is none, or one is no pair.
-    """
-    found = tuple(batches) if isinstance(batches, Iterable) else ()
-    if not found:
-        raise PlanError("there are no batches.", way_out="Give a list of (inputs, targets).")
-    for number, batch in enumerate(found):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise PlanError(
-                f"a batch is a {type(batch).__name__}, no pair.",
-                way_out="Each batch is (inputs, targets); several inputs are a tuple or a dict.",
-            )
-        if not size_of(batch):
-            raise PlanError(f"batch {number} is empty.", way_out="Leave it out.")
-    return tuple((inputs, targets) for inputs, targets in found)
-
-
-def check_runs(model: nn.Module, batch: Batch) -> None:
-    """Return if a network runs on the first of batches.
-
-    Raises:
-        PlanError: it does not.
-    """
-    try:
-        with torch.no_grad():
-            call(model, arguments_of(batch[0]))
-    except Exception as error:  # a user's forward may raise anything
-        raise not_running(error) from error
-
-
-def not_running(error: Exception) -> PlanError:
-    """Return the refusal of batches on which a network does not run, because of an error."""
-    return PlanError(
-        f"the network does not run on the first batch: {first_line(error)}.",
-        way_out="Each batch is (inputs, targets), with inputs as the forward takes them, in "
-        "its dtype; several are a tuple or a dict of keyword arguments.",
-    )
-
-
-def _loss(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
-    """Return the loss of a batch.
-
-    Raises:
-        PlanError: it is no scalar.
-    """
-    inputs, targets = batch
-    loss = loss_fn(call(model, arguments_of(inputs)), targets)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise PlanError(f"the loss is no scalar ({shape}).", way_out="Reduce it: loss.mean().")
-    return loss
-
-
-def size_of(batch: Batch) -> int:
-    """Return the number of samples in a batch: the length of its first tensor."""
-    first = next(iter(tensors_in(batch[0])), None)
-    return len(first) if first is not None and first.ndim else 1
-
-
-def mean_loss(model: nn.Module, loss_fn: LossFunction, batches: Sequence[Batch]) -> float:
-    """Return the mean loss over all samples, which may be NaN; the model is left in eval mode."""
-    model.eval()
-    with torch.no_grad():
-        total = sum(float(_loss(model, loss_fn, batch)) * size_of(batch) for batch in batches)
-    return total / sum(map(size_of, batches))
-
-
 def averages(
     model: nn.Module,
     pairs: Sequence[LayerPair],
@@ -246,8 +173,8 @@ def averages(
             layer is not run.
     """
     totals: dict[str, tuple[Sum, ...]] = {}
-    for batch in batches:
-        for pair, seen in _observed(model, pairs, loss_fn, batch):
+    for number, batch in enumerate(batches):
+        for pair, seen in _observed(model, pairs, loss_fn, batch, number):
             found = function(pair.group, seen)
             before = totals.get(pair.group, found)
             joined = zip(before, found, strict=True)
@@ -257,16 +184,21 @@ def averages(
 
 
 def _observed(
-    model: nn.Module, pairs: Sequence[LayerPair], loss_fn: LossFunction, batch: Batch
+    model: nn.Module,
+    pairs: Sequence[LayerPair],
+    loss_fn: LossFunction,
+    batch: Batch,
+    number: int,
 ) -> Iterator[tuple[LayerPair, Seen]]:
-    """Yield what each pair of layers saw of a batch."""
+    """Yield what each pair of layers saw of a batch, which is told by its number in errors."""
     with torch.enable_grad():
         with _recording(model, pairs) as recorder:
-            loss = _loss(model, loss_fn, batch)
+            loss = loss_of(model, loss_fn, batch, number)
         if not math.isfinite(float(loss.detach())):
             raise PlanError(
-                f"the loss of a batch is {float(loss.detach())}.",
-                way_out="Look for NaN in the batch and in the weights.",
+                f"the loss of batch {number} is {float(loss.detach())}, and "
+                f"{not_finite(model, batch)}.",
+                way_out="Leave that batch out, or mend what is not finite.",
             )
         if not loss.requires_grad:
             raise PlanError(
@@ -349,12 +281,20 @@ def applied(
 
 def patches(layer: LinearLayer, inputs: Tensor) -> Tensor:
     """Return what each output of a layer reads, as channels: (N, in · kernel, …)."""
-    kernel = layer.weight.shape[1:]
-    if len(kernel) == 1:
+    if isinstance(layer, nn.Linear):
         return inputs
-    # A row for each entry of a patch, which picks that entry: (in · kernel, in · kernel)
-    one_hot = torch.eye(math.prod(kernel), dtype=inputs.dtype, device=inputs.device)
-    return applied(layer, one_hot.reshape(-1, *kernel), inputs)
+    kernel = layer.weight.shape[2:]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    found = nn.functional.pad(inputs, layer._reversed_padding_repeated_twice, mode)
+    first = inputs.ndim - len(kernel)
+    for dim, size in enumerate(kernel):
+        spread = layer.dilation[dim]
+        windows = found.unfold(first + dim, (size - 1) * spread + 1, layer.stride[dim])
+        found = windows[..., ::spread]  # each kernel's dim behind all others, in order
+    # (N, in, …, *kernel) -> (N, in, *kernel, …)
+    ends = range(found.ndim - len(kernel), found.ndim)
+    found = found.movedim([*ends], [*range(first, first + len(kernel))])
+    return found.flatten(first - 1, first + len(kernel) - 1)
 
 
 def correlation(layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -159,5 +159,5 @@ def expanded(vectors: Tensor, basis: Tensor) -> Tensor:
         basis: Q, (m, n); see :meth:`Product.small`.
     """
     count, (whole, rank) = len(vectors), basis.shape
-    by_column = vectors.reshape(count, rank, -1)
+    by_column = vectors.reshape(count, rank, vectors.shape[1] // rank)
     return torch.einsum("mn,knc->kmc", basis, by_column).reshape(count, whole * by_column.shape[2])

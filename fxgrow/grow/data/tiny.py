@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxgrow.apply.trial import apply_to_module
 from fxgrow.grow.data import directions as algebra
-from fxgrow.grow.data import statistics
+from fxgrow.grow.data.batches import mean_loss
 from fxgrow.grow.data.carriers import identities
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData
@@ -54,7 +54,8 @@ class Tiny(DataDriven):
 
     pairing = "none"
     nothing = "old weights can do what the loss asks for"
-    runs = 2
+    runs = 3  # moments, what is left of the gradient, gains
+    forwards = 8  # doubling or halving an amplitude until the loss rises again
     fits = True
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
@@ -112,7 +113,8 @@ class Tiny(DataDriven):
             turned = chosen[name].turned(torch.where(better, -1.0, 1.0).to(plain))
             best = replace(turned, gains=torch.where(better, mirrored, plain))
             left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
-            why = "" if len(left) else "new channels would raise the loss, to first order"
+            why = f"its {len(best)} strongest new channels would raise the loss, to first order"
+            why = "" if len(left) else f"{why}; more channels may have weaker ones that lower it"
             result[name] = replace(left, none=why)
         return result
 
@@ -124,11 +126,11 @@ class Tiny(DataDriven):
         return super()._told(replace(group, reason=reason), found, room, limits)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
-        before = statistics.mean_loss(network, self.loss_fn, self.batches)
+        before = mean_loss(network, self.loss_fn, self.batches)
 
         def loss(amplitude: float) -> float:
             grown = apply_to_module(made, network, found.scaled(amplitude))
-            return statistics.mean_loss(grown, self.loss_fn, self.batches)
+            return mean_loss(grown, self.loss_fn, self.batches)
 
         gain = sum(sum(gains) for gains in found.gains.values())
         # What rescaling alone does to the loss is not the new channels' doing.

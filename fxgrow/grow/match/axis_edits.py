@@ -188,8 +188,8 @@ def _fresh(
         return nothing + ONE, nothing
     if fill == "zero":
         return nothing + ZERO, nothing
-    if fill == "copy":  # values of a domain we do not know: take old ones, round-robin
-        return nothing + BORROWED, _dense(draw) % max(size, 1)
+    if fill == "copy" and size:  # values of a domain we do not know: old ones, round-robin
+        return nothing + BORROWED, _dense(draw) % size
     return nothing + NEW, _dense(draw)
 
 

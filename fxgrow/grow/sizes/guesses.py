@@ -125,6 +125,12 @@ def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
                 yield given // multiple, wanted // multiple
 
 
+def _grows(repair: Repair) -> bool:
+    """Return whether a repair makes any size larger."""
+    pairs = zip(repair.given, repair.wanted, strict=True)
+    return any(old is not None and new is not None and new > old for old, new in pairs)
+
+
 def _holders(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield a module, then the objects that it holds, each with its path from there."""
     yield "", module
@@ -199,6 +205,7 @@ class Guesses:
 
     def __post_init__(self) -> None:
         self._attributes = Attributes(self.model)
+        self._before: Sequence[Repair] = ()  # what the last choice was made for
 
     @property
     def edits(self) -> tuple[ModuleEdit, ...]:
@@ -208,9 +215,15 @@ class Guesses:
     def revise(self, repairs: Sequence[Repair]) -> bool:
         """Return whether there is something more to try, now that these sizes are wrong.
 
-        Of the candidates for a repair, the one is tried that most repairs have in common.
+        Of the candidates for a repair, the one is tried that most repairs have in common. One that
+        mends nothing, and spoils what was right, is alone to blame for it.
         """
-        self.wrong = {repair.call for repair in repairs}
+        wrong = {repair.call for repair in repairs}
+        if self.newest and wrong > self.wrong:
+            self.useless.update(self.newest)
+            self.chosen = {key: g for key, g in self.chosen.items() if key not in self.newest}
+            return self._choose(self._before)
+        self.wrong, self._before = wrong, repairs
         self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= self.wrong}
         self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
         return self._choose(repairs)
@@ -232,7 +245,9 @@ class Guesses:
 
     def _choose(self, repairs: Sequence[Repair]) -> bool:
         """Choose what most repairs have in common; return whether there is any choice."""
-        offers = [(repair, self._offer(repair)) for repair in repairs]
+        growing = [repair for repair in repairs if _grows(repair)]
+        # Beside sizes that grow, others (how often to repeat) follow from the attributes of these.
+        offers = [(repair, self._offer(repair)) for repair in growing or repairs]
         votes = Counter(key for _, offer in offers for key in offer)
         chosen = [(max(offer, key=votes.__getitem__), repair, offer) for repair, offer in offers
                   if offer]  # fmt: skip

@@ -138,25 +138,30 @@ def _shape(call: SizedCall, new: NewShapes) -> Sizes:
 
 @WANTED.register("repeat")
 def _times(call: SizedCall, new: NewShapes) -> Sizes:
-    """How often the tensor is there along each dim."""
+    """How often the tensor is there along each dim; where neither grows, what the code says."""
     x, out = call.inputs[0], call.outputs[0]
     added = len(out.shape) - len(x.shape)
     wanted: list[Count | None] = []
-    for dim, times in enumerate(call.sizes):
-        size = new.size(x, dim - added) if dim >= added else 1
-        wanted.append(Fraction(new.size(out, dim)) / size if size else times)
+    for dim in range(len(call.sizes)):
+        size, before = (new.size(x, dim - added), x.shape[dim - added]) if dim >= added else (1, 1)
+        after = new.size(out, dim)
+        known = size and (size, after) != (before, out.shape[dim])
+        wanted.append(Fraction(after) / size if known else None)
     return tuple(wanted)
 
 
 @WANTED.register("repeat_interleave")
 def _times_each(call: SizedCall, new: NewShapes) -> Sizes:
-    """How often each position is there."""
+    """How often each position is there; where neither grows, what the code says."""
     x, out = call.inputs[0], call.outputs[0]
     dim = call.argument(2, "dim")
     if dim is None or not isinstance(call.sizes[0], int) or not x.shape[dim]:
-        return tuple(call.sizes)  # they are data, or positions of all dims
+        return (None,) * len(call.sizes)  # they are data, or positions of all dims
     dim %= len(x.shape)
-    return (Fraction(new.size(out, dim)) / new.size(x, dim),)
+    size, after = new.size(x, dim), new.size(out, dim)
+    if not size or (size, after) == (x.shape[dim], out.shape[dim]):
+        return (None,)  # one head of keys is repeated for as many queries as there are
+    return (Fraction(after) / size,)
 
 
 @WANTED.register("zeros", "ones", "full", "empty")

@@ -30,7 +30,7 @@ from fxgrow.labels.operators import place_of, traits_of
 from fxgrow.labels.pins import Pin, PinKind
 from fxgrow.labels.tape import Tape, Value
 from fxgrow.modules.calling import tensors_in
-from fxgrow.modules.standin import first_line
+from fxgrow.modules.stopped import stopped_at
 from fxgrow.modules.tensors import named_tensors
 
 Shape: TypeAlias = tuple[int, ...]
@@ -264,6 +264,7 @@ class _Search:
         Args:
             members: by operation; others that these are added to join them, in place.
         """
+        members |= self.flow.met_by_none(members, self.some)
         shapes = self._written(self.shapes, members)
         stop = self._run(shapes)
         for _ in range(_ROUNDS):
@@ -311,7 +312,7 @@ class _Search:
         except TraceError as error:
             calls = sum(x.calls for x in watches)
             sizes, weights = watches[-1].failed if watches else ((), ())
-            return _Failed(calls, first_line(error.__cause__ or error), sizes, weights)
+            return _Failed(calls, stopped_at(error.__cause__ or error), sizes, weights)
         return None
 
     def _repaired(self, shapes: Shapes, stop: _Failed) -> tuple[Shapes, _Failed | None] | None:

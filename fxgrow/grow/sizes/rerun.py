@@ -35,7 +35,7 @@ from fxgrow.labels.running import module_of
 from fxgrow.labels.sizes import called_by, why_fixed
 from fxgrow.labels.tape import Tape
 from fxgrow.labels.trace import Traced
-from fxgrow.modules.standin import first_line
+from fxgrow.modules.stopped import stopped_at
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit, SizeEdit
 
@@ -183,7 +183,7 @@ class _Rerun:
         except TraceError as error:
             if error.__cause__ is None:
                 return Obstacle.of(error)
-            where, why = error.name or "the model", first_line(error.__cause__)
+            where, why = error.name or "the model", stopped_at(error.__cause__)
             return Obstacle(f"the code of {where} does not run at the new sizes: {why}", error.name)
         return Resized(resolve(space), edits, tape, sizes)
 

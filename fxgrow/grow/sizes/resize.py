@@ -148,6 +148,7 @@ class _Count:
                 if count * wanted % group.followed:
                     step = group.followed // gcd(group.followed, count)
                     near = nearest_widths(step, wanted, group.width)
+                    self.next[group.name] = -(-wanted // step) * step
                     self.problems[group.name] = (
                         f"width {wanted} is not a whole number of its channels, which have {rows} "
                         f"rows each; possible: {near}"

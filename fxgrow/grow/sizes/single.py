@@ -90,6 +90,41 @@ class Uses:
                 waiting.append(taker.outputs[0])
         return ""
 
+    def met_by_none(self, members: dict[int, Single], some: dict[int, Single]) -> dict[int, Single]:
+        """Return the layers of no channel, by operation, that meet others of none, point by point.
+
+        Nothing is broadcast to no entry but what has one, so that these go together.
+
+        Args:
+            members: some layers, by operation.
+            some: all layers that may join them, by operation.
+        """
+        found = dict(members)
+        waiting = [x for x in members.values() if not x.width]
+        while waiting:
+            for value in self._meeting(self._tape.operations[waiting.pop().operation].outputs[0]):
+                more = [x for x in self.sources(value, some) if x.operation not in found]
+                found |= {x.operation: x for x in more}
+                waiting += [x for x in more if not x.width]
+        return found
+
+    def _meeting(self, value: Value) -> Iterator[Value]:
+        """Yield the values without a channel that meet what becomes of one, point by point."""
+        waiting, seen = [value], set[int]()
+        while waiting:
+            mine = waiting.pop()
+            for taker in self._takers.get(mine.index, ()):
+                traits = traits_of(taker.target)
+                if taker.index in seen or not traits.is_pointwise or traits.is_layout:
+                    continue
+                seen.add(taker.index)
+                waiting += taker.outputs
+                yield from (
+                    x
+                    for x in taker.inputs
+                    if x.index != mine.index and x.shape[_OUT:] == mine.shape[_OUT:]
+                )
+
     def sources(self, value: Value, some: dict[int, Single]) -> list[Single]:
         """Return which of some layers, by operation, wrote a value, without those before these."""
         waiting, seen = [value], set[int]()

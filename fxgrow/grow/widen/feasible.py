@@ -7,12 +7,12 @@ beside the others, those of one kind (the names of their layers alike but for nu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.channels.groups import ChannelGroup
+from fxgrow.channels.groups import ChannelGroup, kinds_of
 from fxgrow.errors import PlanError
 from fxgrow.grow.match.match import Matching, match
 from fxgrow.grow.norms.eta import Eta, settle
@@ -22,8 +22,10 @@ from fxgrow.grow.norms.scales import Scales
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import TOGETHER
-from fxgrow.grow.sizes.rerun import Resized, run_resized
-from fxgrow.grow.sizes.resize import Sizes, new_sizes
+from fxgrow.grow.sizes.rerun import Resized
+from fxgrow.grow.sizes.resize import Sizes
+from fxgrow.grow.sizes.to_one import run_at
+from fxgrow.grow.sizes.together import sizes_together
 from fxgrow.grow.widen.numbers import with_numbers
 from fxgrow.labels.forest import IntArray
 from fxgrow.labels.padding import PaddingFlow
@@ -184,10 +186,11 @@ class Attempts:
         analysis, refused = self.analysis, dict[str, str]()
         while True:
             widths = {name: width for name, width in widths.items() if name not in refused}
-            sizes = new_sizes(
-                analysis.channels, analysis.groups, widths, self.shapes, self.grouped,
+            sizes_at = partial(
+                sizes_together, analysis, shapes=self.shapes, grouped=self.grouped,
                 copying=copying, rounded=self.rounded,
             )  # fmt: skip
+            sizes = sizes_at(widths)
             mixed = mixed_groups(analysis, sizes.widths, self.padding, sizes.norm_groups)
             written = {writer for padding in mixed.padding.values() for writer in padding.writers}
             scale_writers = self.scale_writers and self.rescaled.isdisjoint(written)
@@ -204,7 +207,7 @@ class Attempts:
         found = tuple(Refusal(name, reason) for name, reason in refused.items())
         if not widths:
             return Obstacle(found[0].reason, found[0].name, refused, certain=True)
-        resized = run_resized(analysis, sizes)
+        resized = run_at(analysis, sizes, sizes_at)
         if isinstance(resized, Obstacle):
             return resized
         resized, scales, changed = with_numbers(analysis, sizes, resized, eta, self.with_eps)
@@ -267,7 +270,7 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     left, refused, aside = dict(widths), dict[str, str](), set[str]()
     made = _set_aside(attempts, left, refused, aside)
     alone: list[str] = []
-    for kind in _kinds([group for group in attempts.analysis.groups if group.name in aside]):
+    for kind in kinds_of([group for group in attempts.analysis.groups if group.name in aside]):
         more, failing = _join(attempts, {name: widths[name] for name in kind}, left)
         made = more or made
         refused = {name: why for name, why in refused.items() if name not in kind} | failing
@@ -385,13 +388,3 @@ def _join(
         one, why = _join(attempts, {name: more[name]}, left)
         best, failing = one or best, failing | why
     return best, {name: failing[name] for name in names if name in failing}
-
-
-def _kinds(groups: Sequence[ChannelGroup]) -> list[list[str]]:
-    """Return the names of groups, side by side where their layers differ in numbers alone."""
-    kinds: dict[tuple[frozenset[str], ...], list[str]] = {}
-    for group in groups:
-        layers = (group.writers, group.carriers, group.readers)
-        kind = tuple(frozenset(re.sub(r"\d+", "#", name) for name in names) for names in layers)
-        kinds.setdefault(kind, []).append(group.name)
-    return list(kinds.values())

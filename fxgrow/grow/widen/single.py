@@ -17,7 +17,7 @@ from fxgrow.plan.step import Refusal
 
 _LEFT_EMPTY = "it lies beside a layer of no channel or of one, which would have to grow too"
 
-_TO_ONE = "at a width of one its channel could not be told from what is broadcast; ask for more"
+_HAS_ONE = "it has one channel already; ask for more"
 
 
 def worked_out(
@@ -71,10 +71,10 @@ def _only(
     Raises:
         PlanError: none is left.
     """
-    for name in sorted(_single(analysis)):
-        if widths.get(name) == 1:
-            told[name] = _TO_ONE
-            widths = {other: width for other, width in widths.items() if other != name}
+    for group in analysis.groups:
+        if group.width == 1 == widths.get(group.name) and group.followed_at is not None:
+            told[group.name] = _HAS_ONE
+            widths = {other: width for other, width in widths.items() if other != group.name}
     while staying := _single(analysis) - widths.keys():
         analysis = _without(analysis, staying)
         known = {group.name: group for group in analysis.groups if group.kind != "pinned"}

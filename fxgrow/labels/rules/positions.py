@@ -31,6 +31,15 @@ def told(step: Step) -> tuple[Layers, ...]:
     return tuple(() for _ in step.outputs)
 
 
+@rule(*aten("_is_all_true _is_any_true"), gain=not_homogeneous)
+def checked(step: Step) -> tuple[Layers, ...]:
+    """Say whether values are what they should be, as the arguments of torch.distributions are.
+
+    Only an error depends on that.
+    """
+    return tuple(() for _ in step.outputs)
+
+
 @rule("aten._pack_padded_sequence")
 def packed(step: Step) -> tuple[Layers, ...]:
     """Steps of sequences behind one another, less their padding: the channels of a step pass."""

@@ -42,7 +42,7 @@ def mean_padding(flow: PaddingFlow, op: Operation) -> Held:
 @rule(
     *aten(
         "sum prod amax amin max min any all var var_mean std std_mean argmax argmin logsumexp "
-        "linalg_vector_norm norm _is_all_true _is_any_true"
+        "linalg_vector_norm norm"
     )
 )
 def reduction(step: Step) -> tuple[Layers, ...]:
