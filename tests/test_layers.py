@@ -183,11 +183,6 @@ REFUSED = {
         lambda: Calls(lambda x: x.clone().copy_(torch.arange(6.0).view(6, 1, 1) + 0 * x)),
         "combined with a tensor of fixed width",
     ),
-    "complex numbers": (
-        lambda: Calls(lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(3, (2, 2))))
-                      .flatten(3)),
-        "view_as_complex",
-    ),
 }  # fmt: skip
 
 

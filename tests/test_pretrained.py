@@ -199,7 +199,7 @@ def test_what_no_field_governs_is_refused_and_weights_alone_can_be_written(tmp_p
 
 def test_widths_that_differ_from_layer_to_layer_are_refused(tmp_path):
     opened, grown = widened(directory(tmp_path, "llama"), {"model.layers.1.mlp*": "2x"})
-    with pytest.raises(SourceError, match=r"makes model.layers.1.mlp.gate_proj.weight 48x16, and"):
+    with pytest.raises(SourceError, match=r"makes model.layers.1.mlp.gate_proj.weight 48x16 by"):
         write_grown(opened, grown, tmp_path / "out")
 
 

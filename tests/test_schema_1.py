@@ -75,7 +75,7 @@ def test_a_plan_of_schema_1_says_what_it_said(kind: str) -> None:
         assert (old["schema"], new["schema"]) == (1, 2)
         request = {**new["request"]}
         assert request.pop("verb") == step.request.verb
-        for later in ("untie", "output_init", "input_init", "budget"):
+        for later in ("untie", "output_init", "input_init", "budget", "keep", "threshold"):
             assert not request.pop(later, None)
         assert request == {name: old["request"][name] for name in request}
         whole = {"module": ""} | {n: old[n] for n in ("inputs", "inputs_inferred", "tracer")}

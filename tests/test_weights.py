@@ -325,14 +325,16 @@ def test_apply_pairing_on_tensors(pairing: str) -> None:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     writer, reader = random(5, 4), random(3, 5)
-    new_rows, new_columns, x = random(2, 4), random(3, 2), random(7, 4)
+    new_columns, x = random(3, 2), random(7, 4)
+    new_rows = None if pairing == "copy_pair" else random(2, 4)
     w, r = fxgrow.apply_pairing(writer, reader, new_rows, new_columns, pairing)
     if pairing == "zero_z":
         assert not w[5:].any()
     same = torch.allclose(torch.relu(x @ w.T) @ r.T, torch.relu(x @ writer.T) @ reader.T)
     assert same == (pairing != "none")
     assert w.shape == ((9, 4) if pairing in ("vv_z_negz", "copy_pair") else (7, 4))
+    rows = random(2, 4)
     with pytest.raises(PlanError, match="do not fit"):
-        fxgrow.apply_pairing(writer, reader, new_rows, new_columns[:, :1], pairing)
+        fxgrow.apply_pairing(writer, reader, rows, new_columns[:, :1], pairing)
     with pytest.raises(PlanError, match="takes no V and Z"):
-        fxgrow.apply_pairing(writer, reader, new_rows, new_columns, "replicate")
+        fxgrow.apply_pairing(writer, reader, rows, new_columns, "replicate")

@@ -25,9 +25,6 @@ from fxgrow.plan.upgrade import is_old, upgraded, with_inits
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from fxgrow.plan.init import Init
-    from fxgrow.plan.inits_by_layer import Inits
-
 MOST_STEPS = 64
 
 
@@ -142,9 +139,9 @@ class Plan(PlanStep):
         model: Any,
         *,
         like: Any = None,
-        init: Inits | None = None,
-        output_init: str | Init | None = None,
-        input_init: str | Init | None = None,
+        init: Any = None,
+        output_init: Any = None,
+        input_init: Any = None,
     ) -> Any:
         """Return a grown copy of a network; the network itself is not touched.
 
@@ -162,11 +159,10 @@ class Plan(PlanStep):
         Raises:
             PlanError: the plan is for another network, or was not made with this init.
         """
-        from fxgrow.plan.inits_by_side import init_for  # late, as it needs torch
-
         fill = None
         if not (init is None and output_init is None and input_init is None):
-            fill = init_for(self.request.drawing, init, output_init, input_init)
+            sides = importlib.import_module("fxgrow.plan.inits_by_side")  # late, as it needs torch
+            fill = sides.init_for(self.request.drawing, init, output_init, input_init)
         executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
         return executor.apply_to_module(self, model, fill, like=like)
 

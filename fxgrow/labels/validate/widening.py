@@ -56,6 +56,12 @@ def check_widening(case: SampleCase) -> str:
     if all(shape == x.shape for shape, x in zip(shapes, case.operands, strict=True)):
         raise UnmatchedError
     found = _claims_at(case, shapes)
+    if isinstance(found, str):  # a dim along which channels lie whole may be of a fixed size
+        pairs_of = zip(case.operands, claims.operands, strict=True)
+        shapes = [_doubled(x.shape, layers, varying=True) for x, layers in pairs_of]
+        if all(shape == x.shape for shape, x in zip(shapes, case.operands, strict=True)):
+            raise UnmatchedError
+        found = _claims_at(case, shapes)
     if isinstance(found, str):
         return f"more channels: torch refuses them ({found})"
     call, wide = found
@@ -92,10 +98,30 @@ def _cut(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def _doubled(shape: Sequence[int], layers: Sequence[Located]) -> torch.Size:
-    """Return a shape with twice the size in each dim that is made of channels alone."""
-    dims = {dim for layer in layers if layer.channels.all() for dim in layer.dims}
+def _doubled(
+    shape: Sequence[int], layers: Sequence[Located], *, varying: bool = False
+) -> torch.Size:
+    """Return a shape with twice the size in each dim that is made of channels alone.
+
+    Args:
+        shape: the shape.
+        layers: of the tensor.
+        varying: leave dims out along which each channel lies whole.
+    """
+    dims = {
+        dim
+        for layer in layers
+        if layer.channels.all()
+        for place, dim in enumerate(layer.dims)
+        if not varying or _varies(layer, place)
+    }
     return torch.Size([size * (1 + (dim in dims)) for dim, size in enumerate(shape)])
+
+
+def _varies(layer: Located, place: int) -> bool:
+    """Return whether positions along one of a layer's dims are of several channels."""
+    channels = layer.channels.reshape(layer.shape)
+    return bool((channels != channels.take([0], place)).any())
 
 
 def _claims_at(case: SampleCase, shapes: Sequence[torch.Size]) -> tuple[SampleCall, Claims] | str:
