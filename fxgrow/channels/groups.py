@@ -112,12 +112,12 @@ def find_groups(channels: Channels, streams: IntArray) -> tuple[ChannelGroup, ..
             axes_of[index].append(axis)
     on_stream = np.zeros(channels.count, dtype=bool)
     on_stream[streams] = True
-    is_pinned = np.zeros(channels.count, dtype=bool)
-    is_pinned[list(channels.pins)] = True
+    pinned_as = np.full(channels.count, len(channels.pins))
+    pinned_as[list(channels.pins)] = np.arange(len(channels.pins))
     names = _names([channels.axes[part[0]] for part in parts])
     return tuple(
         _group(
-            channels, name, _distinct_channels(channels, part), axes, part[0], is_pinned, on_stream
+            channels, name, _distinct_channels(channels, part), axes, part[0], pinned_as, on_stream
         )
         for name, axes, part in zip(names, axes_of, parts, strict=True)
     )
@@ -177,11 +177,11 @@ def _group(
     members: IntArray,
     axes: list[int],
     first: int,
-    is_pinned: npt.NDArray[np.bool_],
+    pinned_as: IntArray,
     on_stream: npt.NDArray[np.bool_],
 ) -> ChannelGroup:
-    pinned = members[is_pinned[members]]
-    pin = channels.pins[int(pinned[0])] if len(pinned) else None
+    first_pinned = int(members[np.argmin(pinned_as[members])])  # others may follow from that
+    pin = channels.pins.get(first_pinned)
     layers: dict[str, dict[str, None]] = {"writer": {}, "carrier": {}, "reader": {}}
     for axis in axes:
         layers[channels.roles[axis]].setdefault(layer_of(channels.axes[axis].tensor))

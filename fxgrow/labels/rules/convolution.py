@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -51,13 +52,37 @@ def _convolved(step: Step, *, depthwise: bool) -> Layers:
     transposed, groups = bool(step.args[6]), int(step.args[8])
     if depthwise and any(support(layer) == {0, 1} for layer in step.layers(x)):
         return _depthwise_in_heads(step, x, weight, bias)
-    beside = step.beside(x, (0, 1), PinKind.POSITIONS, "a convolution")
-    kept = tuple(core(x, (0,)).expand(step.outputs[0].shape) for x in beside if support(x) == {0})
+    still = _untouched(step)
+    beside = step.beside(x, (1, *still), PinKind.POSITIONS, "a convolution")
+    shape = step.outputs[0].shape
+    kept = tuple(core(x, still).expand(shape) for x in beside if support(x) and support(x) <= still)
     incoming = step.line(x, 1)
     if depthwise:  # transposed or not, its weight is (channels, 1, …)
         return (*kept, *_accompanied(step, incoming, weight, bias))
     step.contract(incoming, weight, 0 if transposed else 1, groups)
     return (*kept, *step.write(weight, 1 if transposed else 0, 1, bias))
+
+
+def _untouched(step: Step) -> frozenset[int]:
+    """Return the dims of what comes in along which positions are neither joined nor moved.
+
+    The batch, and each dim along which a kernel has one entry and meets every position once: where
+    tokens are the channels of a convolution, the features of a token lie there.
+    """
+    x, weight, _, stride, padding, _, _, moved = step.args[:8]
+    spatial = range(x.ndim - 2)
+    each = (_each(setting, x.ndim - 2) for setting in (stride, padding, moved))
+    met = [
+        dim + 2
+        for dim, told in zip(spatial, zip(*each, strict=True), strict=True)
+        if weight.shape[dim + 2] == 1 and told == (1, 0, 0)
+    ]
+    return frozenset({0, *met})
+
+
+def _each(setting: Sequence[int], dims: int) -> Sequence[int]:
+    """Return a setting for each dim; torch takes one for all of them too."""
+    return setting * dims if len(setting) == 1 else setting
 
 
 def _check_sizes(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
