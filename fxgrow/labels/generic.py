@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxgrow.labels import ask, noise
+from fxgrow.labels import ask, composed, noise
 from fxgrow.labels.layers import Layer, Layers, clusters, compact, core, support
 from fxgrow.labels.operators import COPIES
 from fxgrow.labels.pins import PinKind
@@ -78,6 +78,8 @@ def is_curved(step: Step, weights: Sequence[Value]) -> bool:
         return True
     if step.traits.is_movement:
         return False
+    if step.is_curved is not None:
+        return step.is_curved
     numbers = [v for v in weights if v.dtype.is_floating_point or v.dtype.is_complex]
     origins = dict.fromkeys(name for value in numbers for name in value.origins)
     return any(
@@ -208,10 +210,14 @@ def pointwise(step: Step) -> tuple[Layers, ...]:
     operands = [tensor for tensor in step.operands if tensor.ndim]
     expanded = [step.stretched(tensor, shape) for tensor in operands]
     out: list[Layer] = []
-    padded = [step.value(tensor).is_padded for tensor in operands]
+    values = [step.value(tensor) for tensor in operands]
+    padded = [value.is_padded for value in values]
+    composed_of = len(step.operands) > 1 and all(step.value(x).is_weight for x in step.operands)
+    step.is_curved = False if composed_of else None
     for cluster in clusters(expanded):
         _fill_padding(step, operands, cluster, padded)
-        first, *others = (layer for layer in cluster if layer is not None)
+        own = [layer for layer in cluster if layer is not None]
+        first, *others = composed.linear_first(step, values, cluster) if composed_of else own
         merged = functools.reduce(functools.partial(_merge, step), others, first)
         fixed = _join_operands(step, merged, operands, cluster)
         if support(merged) - fixed or not support(merged):
@@ -227,7 +233,9 @@ def _join_operands(
     values = [step.value(tensor) for tensor in operands]
     for place, (tensor, value, own) in enumerate(zip(operands, values, cluster, strict=True)):
         if value.drawn and noise.meets(step, place, values, cluster):
-            fixed |= noise.pin_met(step, merged, value)
+            pinned = noise.pin_met(step, merged, value)
+            if not noise.is_on_weights(values):  # in a weight they are still those that it reads
+                fixed |= pinned
         elif own is None and (value.is_uniform or value.drawn not in ("", "noise")):
             continue  # one constant may have any width, and so may what is drawn alike
         elif own is None:

@@ -193,6 +193,13 @@ def meets(step: Step, place: int, values: Sequence[Value], layers: Sequence[Laye
     return not (name in _BOTH or (name in _CHOSEN and value.dtype == torch.bool))
 
 
+def is_on_weights(inputs: Sequence[Value]) -> bool:
+    """Return whether what is made of some values is a weight with noise in it."""
+    return any(v.is_weight for v in inputs) and all(
+        v.is_weight or v.drawn == "noise" for v in inputs
+    )
+
+
 def pin_met(step: Step, merged: Layer, value: Value) -> set[int]:
     """Pin the channels of a layer that noise joins, if it has a number for each.
 

@@ -90,6 +90,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
             name = self._names.get(id(tensor), "")
             layers: Layers = ()
             if name:
+                if isinstance(tensor, nn.Parameter):
+                    self.space.trained.add(name)
                 fill: Fill | None = "copy" if name in self._zeros else None
                 shape = tensor.shape
                 layers = tuple([
@@ -299,7 +301,7 @@ _NOWHERE: frozenset[int] = frozenset()
 def _facts(step: Step, inputs: tuple[Value, ...]) -> dict[str, Any]:
     """Return what all outputs of an operation have in common, as attributes of their values."""
     traits = step.traits
-    weight = bool(inputs) and all(value.is_weight for value in inputs)
+    weight = noise.is_on_weights(inputs)
     kept = traits.is_movement or (traits.is_pointwise and not law_of(step.target))
     even = [value.is_uniform for value in inputs if value.shape]
     moved = kept and bool(even) and all(even)

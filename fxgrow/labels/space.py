@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxgrow.labels.compositions import Compositions
 from fxgrow.labels.forest import Forest, IntArray, Union
 from fxgrow.labels.layers import Layer
 from fxgrow.labels.pins import Pin, PinKind
@@ -90,6 +91,8 @@ class LabelSpace:
     shared: list[tuple[IntArray, IntArray, tuple[int, ...], str]] = field(default_factory=list)
     norm_groups: dict[str, int] = field(default_factory=dict)  # weight of a group norm -> groups
     normed: dict[str, Normed] = field(default_factory=dict)  # by the names of both parts
+    trained: set[str] = field(default_factory=set)  # parameters; others are buffers
+    composed: Compositions = field(default_factory=Compositions)
     place: str = ""
     unions: list[Union] = field(default_factory=list)
     numbered: int = 0  # positions of constants that have a number; see :mod:`fxgrow.labels.made`
@@ -194,9 +197,10 @@ class LabelSpace:
             last = bisect_right(self._starts, high) - 1
         owners: Sequence[int] = (last,)
         if first != last or last < 0:  # over several parameters, or places without a label
-            found = np.searchsorted(self._starts, labels.numpy().ravel(), side="right") - 1
-            owners = [owner for owner in np.unique(found).tolist() if owner >= 0]
-        for owner in owners:
+            owners = [owner for owner in np.unique(self._owners(labels)).tolist() if owner >= 0]
+        given = role, fill
+        for owner, alike in self.composed.with_others(owners):
+            role, fill = given if alike else ("carrier", "copy")
             known = self.roles.setdefault(owner, role)
             if known != role and "reader" in (known, role):
                 axis = self.axes[owner]
@@ -210,6 +214,21 @@ class LabelSpace:
                         pin = Pin(PinKind.TIED, details=(axis.tensor, "writes", "nothing helps it"))
                         self.tied.append((tied, pin))
             self.fills.setdefault(owner, fill)
+
+    def compose(self, first: Tensor, other: Tensor, *, alike: bool) -> None:
+        """Record that a weight is computed of two, whose labels along an axis are given.
+
+        Whatever the axis of the first is to its channels, that of the other is too if they are
+        alike: the weight is linear in both together. Else it accompanies them.
+        """
+        shape = torch.broadcast_shapes(first.shape, other.shape)  # type: ignore[no-untyped-call]
+        sides = [self._owners(labels.expand(shape)) for labels in (first, other)]
+        self.composed.record(np.unique(np.stack(sides), axis=1).T.tolist(), alike=alike)
+
+    def _owners(self, labels: Tensor) -> IntArray:
+        """Return the index of the axis of each label, -1 for no label."""
+        found: IntArray = np.searchsorted(self._starts, labels.numpy().ravel(), side="right") - 1
+        return found
 
     def unify(self, left: Tensor, right: Tensor) -> None:
         """Record that the channels ``left[i]`` and ``right[i]`` are one. Zeros say nothing.

@@ -38,6 +38,8 @@ class Step:
         value: the recorded value of a tensor argument.
         place: where it ran, for reasons: ``"aten.cumsum at layer1.0"``.
         positions: by output, the channels among which it tells positions; to be filled.
+        is_curved: of an operation on weights, whether there is an axis along which it is linear in
+            none of them; None if that has not been looked at.
         stands_for: the parameter that the first output reads and writes in place of, "" if none.
     """
 
@@ -51,6 +53,7 @@ class Step:
     value: Callable[[Tensor], Value]
     place: str
     positions: dict[int, tuple[tuple[Layer, str], ...]] = field(default_factory=dict)
+    is_curved: bool | None = None
     stands_for: str = ""
 
     @cached_property

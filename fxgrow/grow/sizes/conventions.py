@@ -17,6 +17,8 @@ from fxgrow.plan.edits import ModuleEdit
 
 # num_heads, n_head, num_key_value_heads…; but dim_head and size_per_head are sizes.
 _HEADS = re.compile(r"(?!.*(dim|size|width)).*heads?$")
+# Which dim of a layer's own matrices these repeat, as those of torch's layers do.
+_SIDES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1}
 _ALL_HEADS = ("all_head_size", "inner_dim", "inner_size", "split_size")
 
 
@@ -46,3 +48,31 @@ def head_edits(
                 if (_HEADS.match(name) or name in _ALL_HEADS) and before % heads == 0:
                     done.add((owner, name))
                     yield ModuleEdit(owner, name, before, before * width // group.width)
+
+
+def size_edits(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], known: Sequence[ModuleEdit]
+) -> Iterator[ModuleEdit]:
+    """Yield what a layer of the user's own says of how many numbers it takes and gives.
+
+    A method that draws its noise anew, or fills its weights, relies on that.
+
+    Args:
+        model: the network, at its old sizes.
+        shapes: new shape of each tensor that changes, by name.
+        known: edits that are made already.
+    """
+    done = {(edit.module, edit.attribute) for edit in known}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+        module = model.get_submodule(owner)
+        own = {**module._parameters, **module._buffers}
+        matrices = {name: x for name, x in own.items() if x is not None and x.ndim > 1}
+        for attribute, dim in _SIDES.items():
+            before = vars(module).get(attribute)
+            if type(before) is not int or (owner, attribute) in done:
+                continue
+            full = {name: f"{owner}.{name}" if owner else name for name in matrices}
+            sizes = {x.shape[dim] for x in matrices.values()}
+            after = {shapes.get(full[n], x.shape)[dim] for n, x in matrices.items()}
+            if sizes == {before} and len(after) == 1 and after != sizes:
+                yield ModuleEdit(owner, attribute, before, *after)

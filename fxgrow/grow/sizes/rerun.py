@@ -19,7 +19,7 @@ from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits, misfit
-from fxgrow.grow.sizes.conventions import head_edits
+from fxgrow.grow.sizes.conventions import head_edits, size_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair
@@ -76,7 +76,11 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
         return found if layer is None else Obstacle(layer[1], layer[0])
     if found.sizes:  # these were found with attributes as they are
         return found
-    more = tuple(head_edits(analysis.traced.standin, analysis.groups, sizes.widths, found.modules))
+    standin = analysis.traced.standin
+    more = (
+        *head_edits(standin, analysis.groups, sizes.widths, found.modules),
+        *size_edits(standin, sizes.shapes, found.modules),
+    )
     if more and not rerun.is_unread(found, more):
         more = tuple(edit for edit in more if rerun.is_unread(found, (edit,)))
     return replace(found, modules=(*found.modules, *more))

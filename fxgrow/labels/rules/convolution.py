@@ -82,7 +82,7 @@ def _untouched(step: Step) -> frozenset[int]:
 
 def _each(setting: Sequence[int], dims: int) -> Sequence[int]:
     """Return a setting for each dim; torch takes one for all of them too."""
-    return setting * dims if len(setting) == 1 else setting
+    return [*setting] * dims if len(setting) == 1 else setting
 
 
 def _check_sizes(step: Step, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
