@@ -161,6 +161,8 @@ def test_timm_models_are_found_and_built():
         ("torchvision:resnet50d", "resnet50"),
         ("timm:hf-hub:user/model", "timm has no model"),
         ("no_such_package:net", "cannot be imported.*package.module:callable"),
+        ("networks.plain_mlp", "no model 'networks.plain_mlp'.*your own as networks:plain_mlp"),
+        ("resnet50.a1_in1k", "Did you mean resnet50\\?"),
         ("torch.nn:Sequentiel", "Did you mean Sequential"),
         ("math:pi", "not a class or a function"),
     ],

@@ -145,3 +145,42 @@ def test_what_has_no_shape_of_the_network_is_passed_on_in_silence(tmp_path):
     done = widen(tmp_path / "c.pt")
     assert done.exit_code == 0, done.output
     assert "warning" not in done.output
+
+
+class Normed(nn.Sequential):
+    """A network with buffers, whose averages are kept apart from those of its parameters."""
+
+
+def normed() -> nn.Module:
+    return Normed(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+
+
+APART: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module, Any], dict[str, Tensor]]]]
+APART = {
+    "parameters and buffers": (
+        lambda m: {"params": dict(m.named_parameters()), "buffers": dict(m.named_buffers())},
+        lambda m, s: {**s["params"], **s["buffers"]},
+    ),
+    "all that a state_dict holds": (
+        lambda m: {"EMA": {"ema_weights": list(m.state_dict().values())}},
+        lambda m, s: dict(zip(m.state_dict(), s["EMA"]["ema_weights"], strict=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", APART)
+def test_averages_of_buffers_too_compute_what_they_did(tmp_path, layout):
+    pack, unpack = APART[layout]
+    net, average = (trained_looking(normed(), seed=seed).eval() for seed in (0, 1))
+    path = tmp_path / "a.pt"
+    torch.save({"model": net.state_dict(), "ema": pack(average)}, path)
+    grown = tmp_path / "o.pt"
+    arch = ("--arch", "test_copies:normed", "--input-shape", "4x4")
+    command = ["widen", str(path), "--width", "2x", *arch, "-o", str(grown)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "ema" in result.output
+    wide = fxgrow.load(grown, arch="test_copies:normed").eval()
+    wide.load_state_dict(unpack(wide, torch.load(grown, weights_only=False)["ema"]))
+    x = torch.randn(8, 4)
+    assert max_rel(average(x), wide(x)) < 1e-5

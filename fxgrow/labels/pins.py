@@ -103,9 +103,8 @@ class PinKind(Enum):
     )
     NOISE = (
         "noise is drawn for each of its channels",
-        "draw it before the layer that writes them, one number for all of them, or into a buffer outside "
-        "of forward: noise of new "
-        "channels would not cancel",
+        "draw it before the layer that writes them, one number for all of them, or into a buffer, "
+        "outside of the forward: noise of new channels would not cancel",
     )
     LAYER_NORM = ("a layer norm over more than the channels", "normalise over the channels alone")
     GROUP_NORM = (

@@ -349,14 +349,19 @@ def _find_timm(name: str) -> Callable[..., object]:
 
 
 def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     module, _, own = name.rpartition(".")
-    way_out = (
-        f"Did you mean {', '.join(close)}?"
-        if close
-        else f"Name your own as {module or 'package.module'}:{own if module else 'callable'}."
-    )
-    return SourceError(f"{library} has no model {name!r}.", name=name, way_out=way_out)
+    near = 0.8 if module else 0.5  # a path to code is like any name by chance
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=near)
+    tagged = module in known  # timm's names of trained weights
+    close = [module] if tagged else close
+    ways_out = []
+    if not (tagged or (close and not module)):
+        ways_out.append(
+            f"Name your own as {module or 'package.module'}:{own if module else 'callable'}."
+        )
+    if close:
+        ways_out.append(f"Did you mean {', '.join(close)}?")
+    return SourceError(f"{library} has no model {name!r}.", name=name, way_out=" ".join(ways_out))
 
 
 def _find_user_code(module_name: str, attribute: str) -> Callable[..., object]:

@@ -77,6 +77,12 @@ class Wanted:
         """The names that every file has."""
         return [name for name in self.shapes if not name.endswith(_COUNTER)]
 
+    @property
+    def buffers(self) -> list[str]:
+        """Those of them that are no parameters; some averages keep the two apart."""
+        parameters = {*self.parameters}
+        return [name for name in self.needed if name not in parameters]
+
 
 def is_average(place: str) -> bool:
     """Return whether a place is called after an average of weights.
@@ -213,16 +219,17 @@ def _by_name(
     """Yield the sets of weights that a mapping holds by name, each under a prefix of its own."""
     left = {unwrapped(n): n for n in item if n not in taken and _is_numbers(item[n])}
     undotted = {name.replace(".", ""): name for name in wanted.shapes}
-    half = len(wanted.parameters) / 2
+    buffers = wanted.buffers
+    fewest = min(len(wanted.parameters) / 2, len(buffers) or math.inf)
     for prefix in prefixes(list(left)):
         inside = {n[len(prefix) :]: n for n in left if n.startswith(prefix)}
-        if len(inside) < half:
+        if len(inside) < fewest:
             break  # of those that follow, no more names begin with any
         if _NO_WEIGHTS.search(prefix):
             continue
         stored = {bare: left[n] for bare, n in inside.items()}
         for flat, known in ((False, {name: name for name in wanted.shapes}), (True, undotted)):
-            names = _fitting(item, stored, known, wanted)
+            names = _fitting(item, stored, known, wanted, buffers)
             if names is not None:
                 bare, first = next(iter(stored.items()))
                 found = first.removesuffix(bare) if first.endswith(bare) else prefix
@@ -233,7 +240,11 @@ def _by_name(
 
 
 def _fitting(
-    item: Mapping[Any, object], stored: Mapping[str, str], known: Mapping[str, str], wanted: Wanted
+    item: Mapping[Any, object],
+    stored: Mapping[str, str],
+    known: Mapping[str, str],
+    wanted: Wanted,
+    buffers: Sequence[str],
 ) -> dict[str, str] | None:
     """Return the network's names with those in a mapping, or None where they are no set of weights.
 
@@ -242,6 +253,7 @@ def _fitting(
         stored: its names, by what they are without a prefix.
         known: the network's names, by what a mapping may call them.
         wanted: the network's tensors.
+        buffers: those that are no parameters, which may be a set by themselves.
     """
     names = {
         known[bare]: name
@@ -251,7 +263,9 @@ def _fitting(
     if not all(name in names for name in wanted.needed):
         parameters = sum(name in names for name in wanted.parameters)
         rest = {*stored.values()} - {*names.values()}
-        if 2 * parameters < len(wanted.parameters) or any(is_weight(item[n]) for n in rest):
+        apart = bool(buffers) and not parameters and all(name in names for name in buffers)
+        some = apart or 2 * parameters >= len(wanted.parameters)
+        if not some or any(is_weight(item[n]) for n in rest):
             return None
     return {name: names[name] for name in wanted.shapes if name in names}
 
@@ -264,9 +278,13 @@ def _by_order(keys: Keys, item: Any, wanted: Wanted) -> Location | None:
     if not item or not (by_number or type(item) in (list, tuple)):
         return None
     values = flattened(item)
-    if not values or not all(is_weight(value) for value in values):
+    if not values or not all(map(_is_numbers, values)):
         return None
     shapes = [_shape(value) for value in values]
+    if not all(map(is_weight, values)):  # those of a whole state_dict, counters too
+        whole = shapes == list(wanted.shapes.values())
+        tensors = OrderedDict(zip(wanted.shapes, map(as_tensor, values), strict=False))
+        return Location(keys, item, tensors) if whole else None
     groups = [shapes] if len(values) == len(item) else [list(map(_shape, part)) for part in item]
     orders = [wanted.parameters, list(wanted.shapes), wanted.needed]
     names = next((o for o in orders if [wanted.shapes.get(n) for n in o] == shapes), ())
