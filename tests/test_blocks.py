@@ -243,7 +243,7 @@ def test_inspection_is_json_and_says_what_was_inferred() -> None:
 
 
 def test_unknown_operations_pin_what_they_touch() -> None:
-    class Cumulative(nn.Module):
+    class Segments(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.Linear(4, 8)
@@ -251,24 +251,26 @@ def test_unknown_operations_pin_what_they_touch() -> None:
             self.third = nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.third(torch.relu(self.second(torch.logcumsumexp(self.first(x), dim=1))))
+            x, lengths = self.first(x), torch.full((1,), len(x))
+            x = torch.segment_reduce(x, "sum", lengths=lengths, axis=0)
+            return self.third(torch.relu(self.second(x)))
 
-    groups = {group.name: group for group in analyse(trace(Cumulative())).groups}
+    groups = {group.name: group for group in analyse(trace(Segments())).groups}
     assert groups["first"].kind == "pinned"
-    assert "no rule for aten.logcumsumexp" in groups["first"].reason
+    assert "no rule for aten.segment_reduce" in groups["first"].reason
     assert groups["second"].kind == "hidden"
-    grown = fxgrow.widen(Cumulative(), "2x")
+    grown = fxgrow.widen(Segments(), "2x")
     assert [group.name for group in grown.plan.groups] == ["second"]
     assert [(r.name, r.reason) for r in grown.plan.refused] == [("first", groups["first"].reason)]
     with pytest.raises(
         fxgrow.UnsupportedOperationError,
-        match=r"first: no rule for aten\.logcumsumexp.* register a rule for the operation",
+        match=r"first: no rule for aten\.segment_reduce.* register a rule for the operation",
     ):
-        fxgrow.widen(Cumulative(), "2x", exclude=["second"])
+        fxgrow.widen(Segments(), "2x", exclude=["second"])
     with pytest.raises(
-        fxgrow.UnsupportedOperationError, match=r"first: no rule for aten\.logcumsumexp"
+        fxgrow.UnsupportedOperationError, match=r"first: no rule for aten\.segment_reduce"
     ):
-        fxgrow.widen(Cumulative(), "2x", include=["first"])
+        fxgrow.widen(Segments(), "2x", include=["first"])
 
 
 def test_control_flow_on_values_is_followed_at_dispatch_level() -> None:

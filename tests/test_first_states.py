@@ -191,3 +191,48 @@ def test_a_first_state_grows_in_place(name: str) -> None:
     training.grow_(net, "2x", x, optimizer=optimizer, where="all")
     assert {state: tensor.shape for state, tensor in states_of(net).items()} == shapes
     net(x).sum().backward()
+
+
+class Learned(nn.Module):
+    """A recurrent network whose first state is a parameter, an input, or noise."""
+
+    def __init__(self, cell: bool, given: str) -> None:
+        super().__init__()
+        self.cell, self.given = cell, given
+        self.first = nn.Parameter(torch.randn(1, 6))
+        self.rnn = nn.GRUCell(3, 6) if cell else nn.RNN(3, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        if self.given == "a parameter":
+            state = torch.tanh(self.first).expand(x.shape[1], -1)
+        elif self.given == "noise":
+            state = torch.randn(x.shape[1], 6, dtype=x.dtype)
+        if not self.cell:
+            return self.head(self.rnn(x, state[None].contiguous())[0])
+        for token in x:
+            state = self.rnn(token, state)
+        return self.head(state)
+
+
+STATE_INPUTS = tuple(torch.randn(shape, dtype=torch.float64) for shape in ((4, 2, 3), (2, 6)))
+
+
+@pytest.mark.parametrize("cell", [True, False])
+def test_a_learned_first_state_grows_with_the_layer(cell: bool) -> None:
+    net = Learned(cell, "a parameter").double()
+    grown = fxgrow.widen(net, "2x", STATE_INPUTS, where="all")
+    assert grown.model.first.shape == (1, 12)
+    assert grown.report.verification.verdict == "preserved"
+
+
+@pytest.mark.parametrize("cell", [True, False])
+@pytest.mark.parametrize(
+    ("given", "reason"), [("an input", "an input of the network"), ("noise", "noise")]
+)
+def test_a_first_state_of_fixed_width_says_where_it_comes_from(
+    cell: bool, given: str, reason: str
+) -> None:
+    net = Learned(cell, given).double()
+    with pytest.raises(fxgrow.PlanError, match=rf"rnn: [^;]*{reason}"):
+        fxgrow.widen(net, "2x", STATE_INPUTS, where="all")

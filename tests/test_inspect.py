@@ -152,9 +152,9 @@ def test_the_cause_of_a_stream_is_a_residual_addition():
 def test_a_chain_reads_as_operations_between_layers():
     found = fxgrow.inspect(Cumulative(), torch.empty(2, 4))
     rows = found.why("second").sides[0]
-    assert rows.remedy == PinKind.NO_RULE.remedy
+    assert rows.remedy == PinKind.MIXED.remedy
     assert str(rows.cause).startswith(
-        "second rows – (aten.add at the top level) – first rows: no rule for aten.logcumsumexp"
+        "second rows – (aten.add at the top level) – first rows: logcumsumexp over the channels"
     )
     columns = found.why("second").sides[1]
     assert (columns.group, columns.size) == ("", 4)
@@ -271,7 +271,7 @@ def test_the_data_tells_what_would_be_needed():
     found = fxgrow.inspect(Cumulative(), torch.empty(2, 4)).to_dict()
     assert json.loads(json.dumps(found)) == found
     (pinned, last) = found["groups"]
-    assert pinned["needed"].startswith("register a rule")
+    assert pinned["needed"].startswith("apply it within each channel")
     assert last["needed"].startswith("nothing to do")
     assert (pinned["width"], pinned["channels"], pinned["described_width"]) == (8, 8, "8")
 

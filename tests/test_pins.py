@@ -46,7 +46,7 @@ def written(x: Tensor, y: Tensor) -> Tensor:
 
 NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
     PinKind.OUTPUT: lambda net, x, y: x + y,
-    PinKind.NO_RULE: lambda net, x, y: x.logcumsumexp(1),
+    PinKind.NO_RULE: lambda net, x, y: x.view(torch.int32).to(x.dtype),
     PinKind.TIED: lambda net, x, y: F.linear(x, net.table) @ net.table,
     PinKind.BROADCAST: lambda net, x, y: x + y[:, :1],
     PinKind.FIXED: lambda net, x, y: x + torch.arange(8),

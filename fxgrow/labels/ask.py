@@ -75,12 +75,12 @@ def degrees(call: Asked, operands: Sequence[Value]) -> tuple[float | None, ...]:
 
     Example: 1 for ``relu``, 2 for ``square``, −1 for a divisor, 0 for ``argmax``.
     """
-    return _asked(_degrees, call, operands) or ()
+    return asked(_degrees, call, operands) or ()
 
 
 def is_linear(call: Asked, operands: Sequence[Value]) -> bool:
     """Return whether what depends on some operands is linear in them, taken together."""
-    return bool(_asked(_is_linear, call, operands))
+    return bool(asked(_is_linear, call, operands))
 
 
 def is_alike(
@@ -94,7 +94,7 @@ def is_alike(
         dims: the dims of these in which the channels lie.
         out: the dims of the first output in which they lie.
     """
-    return bool(_asked(_is_alike, call, operands, tuple(dims), tuple(out)))
+    return bool(asked(_is_alike, call, operands, tuple(dims), tuple(out)))
 
 
 def at_zero(call: Asked, operands: Sequence[Value]) -> AtZero | None:
@@ -107,18 +107,18 @@ def at_zero(call: Asked, operands: Sequence[Value]) -> AtZero | None:
     Returns:
         The value and the slope; None if they depend on other operands, or if it cannot be run.
     """
-    return _asked(_at_zero, call, operands)
+    return asked(_at_zero, call, operands)
 
 
 def ignores_copies(call: Asked, operand: Value, dims: Sequence[int]) -> bool:
     """Return whether the first output stays as it is if all along some dims is there twice."""
-    return bool(_asked(_ignores_copies, call, (operand,), tuple(dims)))
+    return bool(asked(_ignores_copies, call, (operand,), tuple(dims)))
 
 
 # ── what is asked ─────────────────────────────────────────────────────────────────────────────
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """A call that is run on numbers.
 
     Attributes:
@@ -155,10 +155,14 @@ class _Numbers(NamedTuple):
     def draw(self, seed: int, magnitude: float = 1.0) -> list[Tensor]:
         """Return numbers of both signs for the operands in question, of one magnitude."""
         generator = torch.Generator().manual_seed(_OWN + seed)
-        return [
-            magnitude * _random(torch.float64, self.shapes[index], generator)
-            for index in self.chosen
-        ]
+        shapes = (self.shapes[index] for index in self.chosen)
+        return [magnitude * _random(torch.float64, shape, generator) for shape in shapes]
+
+    @property
+    def magnitudes(self) -> tuple[float, ...]:
+        """Small, ordinary and large numbers, and some near those that the call is given."""
+        given = (1.5 * abs(x) for x in _scalars(self.call) if x and math.isfinite(x))
+        return *_MAGNITUDES, *given
 
 
 def _random(
@@ -194,7 +198,7 @@ def run_on(call: Asked, number: Callable[[Value], Tensor]) -> list[Tensor]:
     return tensors_in(on_numbers(call.target)(*map(in_float64, args), **named))
 
 
-def _degrees(numbers: _Numbers) -> tuple[float | None, ...] | None:
+def _degrees(numbers: Numbers) -> tuple[float | None, ...] | None:
     found: list[float | None] = []  # NaN where nothing has been told yet
     for x in _of_all_magnitudes(numbers):
         before = numbers.run(x)
@@ -206,7 +210,7 @@ def _degrees(numbers: _Numbers) -> tuple[float | None, ...] | None:
     return tuple(None if power is None or math.isnan(power) else power for power in found)
 
 
-def _of_all_magnitudes(numbers: _Numbers) -> Iterator[list[Tensor]]:
+def _of_all_magnitudes(numbers: Numbers) -> Iterator[list[Tensor]]:
     """Yield numbers for what is scaled: of mixed magnitudes, of one each, near those given."""
     spread = torch.Generator().manual_seed(2000)
     yield [
@@ -249,10 +253,9 @@ def _power(before: Tensor, after: Sequence[Tensor]) -> float | None:
     return power
 
 
-def _is_linear(numbers: _Numbers) -> bool:
+def _is_linear(numbers: Numbers) -> bool:
     zeros = [torch.zeros_like(x) for x in numbers.draw(0)]
-    given = [1.5 * abs(x) for x in _scalars(numbers.call) if x and math.isfinite(x)]
-    for seed, magnitude in enumerate((*_MAGNITUDES, *given)):
+    for seed, magnitude in enumerate(numbers.magnitudes):
         x, y = numbers.draw(seed, magnitude), numbers.draw(seed + 10, magnitude)
         base = numbers.run(zeros, seed)[0]
         one, other = numbers.run(x, seed)[0], numbers.run(y, seed)[0]
@@ -266,7 +269,7 @@ def _is_linear(numbers: _Numbers) -> bool:
     return True
 
 
-def _is_alike(numbers: _Numbers, dims: tuple[int, ...], out: tuple[int, ...]) -> bool:
+def _is_alike(numbers: Numbers, dims: tuple[int, ...], out: tuple[int, ...]) -> bool:
     for seed, magnitude in enumerate(_MAGNITUDES):
         same = []
         for x in numbers.draw(seed, magnitude):
@@ -279,7 +282,7 @@ def _is_alike(numbers: _Numbers, dims: tuple[int, ...], out: tuple[int, ...]) ->
     return True
 
 
-def _at_zero(numbers: _Numbers) -> AtZero | None:
+def _at_zero(numbers: Numbers) -> AtZero | None:
     values, slopes = set(), []
     for seed in _SEEDS:
         zeros = [torch.zeros_like(x).requires_grad_() for x in numbers.draw(seed)]
@@ -296,7 +299,7 @@ def _at_zero(numbers: _Numbers) -> AtZero | None:
     return AtZero(values.pop(), min(slopes)) if len(values) == 1 else None
 
 
-def _ignores_copies(numbers: _Numbers, dims: tuple[int, ...]) -> bool:
+def _ignores_copies(numbers: Numbers, dims: tuple[int, ...]) -> bool:
     for seed in _SEEDS:
         (x,) = numbers.draw(seed)
         twice = functools.reduce(lambda t, dim: t.repeat_interleave(2, dim), dims, x)
@@ -315,7 +318,7 @@ _TRUSTING = frozenset({"torchvision"})
 _ENDLESS = re.compile("polynomial|polygamma")
 
 
-def _asked(
+def asked(
     question: Callable[..., T], call: Asked, operands: Sequence[Value], *more: Any
 ) -> T | None:
     """Return the answer to a question, None where the call cannot be run."""
@@ -328,7 +331,7 @@ def _asked(
             for shapes in _shapes(call):
                 try:
                     chosen = tuple(dict.fromkeys(value.index for value in operands))
-                    answer = question(_Numbers(call, shapes, chosen), *more)
+                    answer = question(Numbers(call, shapes, chosen), *more)
                 except Exception:
                     continue
                 break

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fxgrow.errors import TooLargeError
-from fxgrow.labels import generic, made, noise
+from fxgrow.labels import generic, made, noise, slices
 from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import constant_of, operator_name, place_of, traits_of
 from fxgrow.labels.pins import PinKind
@@ -106,7 +106,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
 
     def enter_input(self, tensor: Tensor, layers: Layers = ()) -> None:
         """Announce an input of the network, and the labels that it brings along."""
-        self._enter(tensor, layers, is_input=True)
+        self._enter(tensor, layers, is_input=True, held="an input of the network")
 
     def _enter(self, tensor: Tensor, layers: Layers, **facts: Any) -> Value:
         if layers and not tensor.numel():
@@ -292,7 +292,7 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
                 return step.give_up(PinKind.LAYOUT, str(step.target))
         if step.traits.is_pointwise or noise.is_entrywise(step):
             return generic.pointwise(step)
-        return step.give_up(PinKind.NO_RULE, str(step.target))
+        return slices.slice_by_slice(step)
 
 
 _NOWHERE: frozenset[int] = frozenset()

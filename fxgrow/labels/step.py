@@ -139,8 +139,9 @@ class Step:
         Args:
             done: what is done: "combined with".
         """
-        held = (value.held for value in map(self.value, self.operands) if not value.layers)
-        name = next(filter(None, held), "")
+        others = [value for value in map(self.value, self.operands) if not value.layers]
+        drawn = ("noise that is drawn" for value in others if value.drawn == "noise")
+        name = next(filter(None, (*drawn, *(value.held for value in others))), "")
         return f"{done} {name}, a tensor" if name else f"{done} a tensor"
 
     def join_fixed(self, layer: Layer, tensor: Tensor, shape: Sequence[int]) -> set[int]:

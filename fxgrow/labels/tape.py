@@ -51,7 +51,8 @@ class Value:
         taken: for a padded one, layers it met: they tell what its sizes stand for.
         made: numbers of the positions of constants in it, as layers
             (:mod:`fxgrow.labels.made`).
-        held: fully qualified name of the plain attribute that holds it, if one does.
+        held: fully qualified name of the plain attribute that holds it, or what else it comes from
+            that a reason can tell; "" if that is not known.
     """
 
     index: int

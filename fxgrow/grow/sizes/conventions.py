@@ -63,8 +63,11 @@ def size_edits(
         known: edits that are made already.
     """
     done = {(edit.module, edit.attribute) for edit in known}
+    modules = dict(model.named_modules())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
-        module = model.get_submodule(owner)
+        module = modules.get(owner)
+        if module is None:  # a first state, in a list of some
+            continue
         own = {**module._parameters, **module._buffers}
         matrices = {name: x for name, x in own.items() if x is not None and x.ndim > 1}
         for attribute, dim in _SIDES.items():

@@ -79,7 +79,7 @@ def _sequence(dims: int | list[int]) -> list[int]:
     return [dims] if isinstance(dims, int) else list(dims)
 
 
-@rule(*aten("_softmax _log_softmax _safe_softmax cumsum cumprod sort topk"))
+@rule(*aten("_softmax _log_softmax _safe_softmax topk"))
 def along_a_dim(step: Step) -> tuple[Layers, ...]:
     """What mixes the positions of one dim passes labels along the others.
 
