@@ -504,3 +504,14 @@ def test_a_copied_file_that_holds_old_widths_is_named(tmp_path, kind):
     assert str(file) in note
     assert OLD_WIDTHS[kind] in note
     assert "is copied as it is" in note
+
+
+def test_a_configuration_that_says_all_leaves_nothing_of_memory_to_warn_of(tmp_path):
+    path = directory(tmp_path, "phi3")
+    out = tmp_path / "o"
+    command = ["widen", str(path), "--width", "2x", "--where", "all", "-o", str(out)]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    assert "hooks" not in told.output
+    weights = tmp_path / "o.safetensors"
+    assert "hooks" in CliRunner().invoke(app, [*command[:-1], str(weights)]).output

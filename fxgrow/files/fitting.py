@@ -26,6 +26,7 @@ from fxgrow.files.written import check_outputs
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import Arguments
 from fxgrow.modules.uninitialised import Limit
+from fxgrow.plan.in_memory import is_of_memory
 from fxgrow.plan.schema import Plan
 
 MakeWithout: TypeAlias = Callable[[Sequence[str]], Plan]
@@ -119,13 +120,14 @@ def _told(problem: UngovernedError) -> str:
 
 
 def _noted(plan: Plan, left: Mapping[str, str]) -> Plan:
-    """Return a plan that tells what it leaves, and why."""
+    """Return a plan that tells what it leaves, and why, of a network in a directory."""
     notes = [
         f"left as they are: {groups}, because {reason.rstrip()} Write the weights alone to grow "
         "them too: -o model.safetensors."
         for groups, reason in left.items()
     ]
-    return replace(plan, warnings=(*plan.warnings, *notes))
+    kept = [text for text in plan.warnings if not is_of_memory(text)]
+    return replace(plan, warnings=(*kept, *notes))
 
 
 @dataclass

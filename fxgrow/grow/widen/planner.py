@@ -41,6 +41,7 @@ from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
 from fxgrow.plan.by_layer import values_in
 from fxgrow.plan.edits import Absorption, AxisEdit, ModuleEdit, Multiplier, TensorEdit
 from fxgrow.plan.fingerprint import fingerprint
+from fxgrow.plan.in_memory import AS_GRAPH, UNHELD
 from fxgrow.plan.pairing import PAIRINGS, cancels, drawing, seeded
 from fxgrow.plan.presets import DEFAULTS
 from fxgrow.plan.requests import Widen
@@ -189,8 +190,8 @@ def _warnings(
     """Yield what to warn of, but for factors."""
     for edit in eps_edits:
         yield (
-            f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; a state_dict does not hold "
-            "it, fxgrow.load sets it"
+            f"{edit.module}.{edit.attribute} becomes {edit.after:.3g}; {UNHELD} it, "
+            "fxgrow.load sets it"
         )
     rewritten = [edit for edit in found.resized.sizes if edit.node]
     in_code = dict.fromkeys(edit.module for edit in found.resized.sizes if edit.at)
@@ -198,13 +199,13 @@ def _warnings(
         places = [place or "the model" for place in in_code]
         yield (
             f"the code of {listed(places)} fixes "
-            "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; a "
-            "state_dict does not hold them, fxgrow.load sets them"
+            "sizes that no graph can be made of: hooks of fxgrow's give its calls the new ones; "
+            f"{UNHELD} them, fxgrow.load sets them"
         )
     if rewritten:
         yield (
-            f"{analysis.traced.module or 'the result'} is a torch.fx.GraphModule with the same "
-            f"names: its code fixes sizes that had to be rewritten in its graph "
+            f"{analysis.traced.module or 'the result'} {AS_GRAPH}: "
+            f"its code fixes sizes that had to be rewritten in its graph "
             f"({listed([edit.node for edit in rewritten])})"
         )
     yield from warnings_of(analysis.channels.norm_groups, found.sizes.norm_groups)
