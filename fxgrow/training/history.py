@@ -9,7 +9,7 @@ from torch import nn
 
 from fxgrow.errors import PlanError
 from fxgrow.modules.tensors import module_names, modules_of
-from fxgrow.plan.names import new_names
+from fxgrow.plan.names import module_origins
 from fxgrow.plan.schema import Plan
 
 _HISTORY = "_fxgrow_history"
@@ -69,14 +69,12 @@ def _name_before(name: str, later: Iterable[tuple[str, Stage]]) -> str | None:
         if not name.startswith(prefix) or name in ("", within):
             continue
         held = _modules_of_tensors(stage.plan.steps[0].source)
-        found = {one: (one, False) for one in held}
-        for step in stage.plan.steps:
-            moved = new_names(found, step.rearrangements)
-            found = {now: (found[old][0], new or found[old][1]) for now, old, new in moved}
-        old, is_new = found.get(name.removeprefix(prefix), (name.removeprefix(prefix), False))
-        if is_new:
+        origin = module_origins(held, stage.plan.steps).get(name.removeprefix(prefix))
+        if origin is None:  # it holds no tensors
+            continue
+        if origin.new:
             return None
-        name = prefix + old
+        name = prefix + origin.name
     return name
 
 
