@@ -7,7 +7,7 @@ repairs have in common is set and tried first; what does not help is left as it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -215,33 +215,33 @@ class Guesses:
     def revise(self, repairs: Sequence[Repair]) -> bool:
         """Return whether there is something more to try, now that these sizes are wrong.
 
-        Of the candidates for a repair, the one is tried that most repairs have in common. One that
-        mends nothing, and spoils what was right, is alone to blame for it.
+        Of the candidates for a repair, the one is tried that most repairs have in common. What is
+        set and mended none of its calls is useless. Where the last choice mended nothing at all,
+        and spoiled what was right, it is alone to blame, and all is as it was before it.
         """
         wrong = {repair.call for repair in repairs}
         if self.newest and wrong > self.wrong:
-            self.useless.update(self.newest)
-            self.chosen = {key: g for key, g in self.chosen.items() if key not in self.newest}
+            self._unset(self.newest)
             return self._choose(self._before)
         self.wrong, self._before = wrong, repairs
-        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= self.wrong}
-        self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
+        self._unset([key for key, guess in self.chosen.items() if guess.calls <= wrong])
         return self._choose(repairs)
 
-    def take_back(self, repairs: Sequence[Repair]) -> bool:
+    def take_back(self) -> bool:
         """Return whether there is something more to try, now that the network does not run.
 
-        What was chosen last is to blame, the least likely first.
-
-        Args:
-            repairs: what the choice was made for.
+        The last choice is to blame, the least likely of it first.
         """
         if not self.newest:
             return False
-        key = self.newest.pop()
-        self.useless.add(key)
-        self.chosen.pop(key, None)
-        return bool(self.newest) or self._choose(repairs)
+        self._unset([self.newest.pop()])
+        return bool(self.newest) or self._choose(self._before)
+
+    def _unset(self, keys: Iterable[Candidate]) -> None:
+        """Leave attributes as they were from now on: they are useless."""
+        for key in keys:
+            self.useless.add(key)
+            self.chosen.pop(key, None)
 
     def _choose(self, repairs: Sequence[Repair]) -> bool:
         """Choose what most repairs have in common; return whether there is any choice."""
