@@ -13,7 +13,7 @@ import fxgrow
 from fxgrow.apply.rearrange import rearranged
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import Child, Rearrangement
-from fxgrow.plan.names import Origin, module_origins, tensor_origins
+from fxgrow.plan.names import NameOrigin, module_origins, tensor_origins
 from fxgrow.plan.schema import Plan
 from fxgrow.training import deepen_
 
@@ -88,13 +88,13 @@ def test_names_go_where_modules_and_tensors_go(plan: Plan, seed: int) -> None:
 def test_steps_compose(plan: Plan, origins) -> None:
     """No step changes nothing, and steps can be taken one part after the other."""
     names = list(named_tensors(build()))
-    assert origins(names, ()) == {name: Origin(name, False) for name in names}
+    assert origins(names, ()) == {name: NameOrigin(name, False) for name in names}
     whole = origins(names, plan.steps)
     for cut in range(len(plan.steps) + 1):
         first = origins(names, plan.steps[:cut])
         rest = origins(first, plan.steps[cut:])
         assert whole == {
-            name: Origin(first[old].name, new or first[old].new)
+            name: NameOrigin(first[old].name, new or first[old].new)
             for name, (old, new) in rest.items()
         }
 

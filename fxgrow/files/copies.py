@@ -17,7 +17,7 @@ from fxgrow.files.checkpoint.location import Keys
 from fxgrow.files.checkpoint.matching import Shape, is_weight, walk
 from fxgrow.files.checkpoint.weights import is_optimizer
 from fxgrow.plan.init import Init
-from fxgrow.plan.names import Origin, tensor_origins
+from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.layout import check_layout
 
@@ -53,8 +53,8 @@ def _grown(
     whole = {**{name: old.get(name, tensor) for name, tensor in first.items()}, **old}
     new = apply_to_state_dict(plan, whole, init, first)
     check_layout(plan, whole, new)
-    origins = tensor_origins(whole, plan.steps)
-    names = [name for name in new if origins.get(name, Origin(name, False)).name in old]
+    former = {name: origin.name for name, origin in tensor_origins(whole, plan.steps).items()}
+    names = [name for name in new if former.get(name, name) in old]
     if list(old) != own:  # in lists by groups, say; what is new comes last
         place = {name: index for index, name in enumerate(old)}
         names.sort(key=lambda name: place.get(name, len(place)))

@@ -9,7 +9,7 @@ from fxgrow.plan.edits import Rearrangement
 from fxgrow.plan.schema import Plan
 
 
-class Origin(NamedTuple):
+class NameOrigin(NamedTuple):
     """Where a name after some steps of a plan comes from.
 
     Attributes:
@@ -21,37 +21,37 @@ class Origin(NamedTuple):
     new: bool
 
 
-def tensor_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, Origin]:
+def tensor_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, NameOrigin]:
     """Return the origin of every tensor after some steps, by its name then.
 
     Args:
         names: of tensors before, in the order of the modules.
         steps: of a plan, in order.
     """
-    found = {name: Origin(name, False) for name in names}
+    found = {name: NameOrigin(name, False) for name in names}
     for step in steps:
         found = _carried(found, names_after(found, step))
     return found
 
 
-def module_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, Origin]:
+def module_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, NameOrigin]:
     """Return the origin of every module after some steps, by its name then.
 
     Args:
         names: of modules before, in their order.
         steps: of a plan, in order.
     """
-    found = {name: Origin(name, False) for name in names}
+    found = {name: NameOrigin(name, False) for name in names}
     for step in steps:
         found = _carried(found, new_names(found, step.rearrangements))
     return found
 
 
 def _carried(
-    before: Mapping[str, Origin], moved: Iterable[tuple[str, str, bool]]
-) -> dict[str, Origin]:
+    before: Mapping[str, NameOrigin], moved: Iterable[tuple[str, str, bool]]
+) -> dict[str, NameOrigin]:
     """Return origins after one more step: what is like something new is new."""
-    return {name: Origin(before[old].name, new or before[old].new) for name, old, new in moved}
+    return {name: NameOrigin(before[old].name, new or before[old].new) for name, old, new in moved}
 
 
 def new_names(
