@@ -65,32 +65,35 @@ def candidates(
     before those of objects that they hold (``self.config``). Where no call was wrong, what compares
     sizes is the code of the modules that were running: an attribute of theirs is a size.
     """
-    names = repair.module.split(".") if repair.module else []
-    owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
-    inner = attributes.model.get_submodule(repair.module)
-    below = (
-        ()
-        if not repair.function
-        else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
-    )
-    owners += [".".join((*names, name)) for name in below]
+    owners = _owners(attributes.model, repair)
+
+    def having(size: int | tuple[int, ...]) -> list[tuple[Candidate, ModuleEdit]]:
+        found = [item for owner in owners for item in attributes.of(owner, size)]
+        return [(key, edit) for key, edit in found if key not in without]
+
     given_all, after_all = (
         tuple(size for size in sizes if size is not None) for sizes in (repair.given, repair.wanted)
     )
-    for owner in owners:
-        for key, edit in attributes.of(owner, given_all):
-            if edit.before == repair.given and key not in without:
-                yield key, replace(edit, after=after_all)
+    for key, edit in having(given_all):
+        if edit.before == repair.given:
+            yield key, replace(edit, after=after_all)
     for given, wanted in _multiples(repair):
-        found = [item for owner in owners for item in attributes.of(owner, given)]
-        for key, edit in sorted(found, key=lambda item: "." in item[1].attribute):
-            if key not in without:
-                yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+        for key, edit in sorted(having(given), key=lambda item: "." in item[1].attribute):
+            yield key, replace(edit, after=_replaced(edit.before, given, wanted))
     for given, wanted in _wholes(repair, grown):
-        for owner in owners:
-            for key, edit in attributes.of(owner, given):
-                if key not in without:
-                    yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+        for key, edit in having(given):
+            yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+
+
+def _owners(model: nn.Module, repair: Repair) -> list[str]:
+    """Return the modules whose attributes a wrong size may come from, the most likely first."""
+    names = repair.module.split(".") if repair.module else []
+    running = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
+    if not repair.function:
+        return running
+    inner = [name for name, _ in model.get_submodule(repair.module).named_modules() if name]
+    inner.sort(key=lambda name: name.count("."))
+    return [*running, *(".".join((*names, name)) for name in inner)]
 
 
 def _wholes(repair: Repair, grown: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
