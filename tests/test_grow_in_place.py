@@ -235,7 +235,7 @@ def test_a_training_resumes_at_a_grown_stage(name: str) -> None:
     assert all(torch.equal(v, again.state_dict()[key]) for key, v in net.state_dict().items())
     assert training.state_dict(again) == training.state_dict(net)
     weights = {key: value.clone() for key, value in net.state_dict().items()}
-    training.regrow_(net, saved["growth"])  # what was planned here is what was read: nothing is left
+    training.regrow_(net, saved["growth"])  # nothing is left: plans are as they were read
     assert all(torch.equal(v, net.state_dict()[key]) for key, v in weights.items())
     assert training.state_dict(net) == saved["growth"]
 
