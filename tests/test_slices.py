@@ -83,3 +83,9 @@ def test_channels_that_are_mixed_say_by_what(function: Callable[[Tensor], Tensor
 
 def test_scans_need_no_rule_of_their_own() -> None:
     assert not {"aten.cumsum", "aten.cummax", "aten.sort"} & set(RULES)
+
+
+def test_an_operation_that_may_read_channels_asks_for_a_rule() -> None:
+    net, x = built(lambda x: torch.linalg.solve(x[:, :5, :5], x))
+    reasons = {group.name: group.reason for group in analyse(trace(net, x)).groups}
+    assert "no rule for aten._linalg_solve_ex" in reasons["up"]

@@ -32,6 +32,7 @@ def slice_by_slice(step: Step) -> tuple[Layers, ...]:
     if step.target.is_view:  # of memory as another dtype, which is none of numbers in float64
         return step.give_up(*_no_rule(step))
     found: list[list[Layer]] = [[] for _ in step.outputs]
+    lone = sum(bool(step.layers(tensor)) for tensor in step.operands) == 1
     for tensor in step.operands:
         layers = [layer for layer in step.layers(tensor) if support(layer)]
         step.pin(tuple(x for x in step.layers(tensor) if not support(x)), *_no_rule(step))
@@ -42,8 +43,9 @@ def slice_by_slice(step: Step) -> tuple[Layers, ...]:
                 step.pin((layer,), *_no_rule(step))
                 continue
             kept = [support(layer) & dims.keys() for dims in told]
-            if not all(kept):
-                step.pin((layer,), PinKind.MIXED, step.target._opname)
+            if not all(kept):  # of several, one may well be what reads another
+                mixes = (PinKind.MIXED, step.target._opname) if lone else _no_rule(step)
+                step.pin((layer,), *mixes)
                 continue
             for place, (dims, out) in enumerate(zip(told, step.outputs, strict=True)):
                 if any(dims[dim] != _NOWHERE for dim in kept[place]):
