@@ -162,7 +162,7 @@ REFUSED = {
     "softmax": (lambda: nn.Softmax(1), "softmax over the channels mixes all of them"),
     "sum": (lambda: Calls(lambda x: x - x.sum(1, True)), "sum over the channels mixes"),
     "argmax": (lambda: Calls(lambda x: x * x.argmax(1, True)), "argmax over the channels mixes"),
-    "median": (lambda: Calls(lambda x: x - x.median(1, True)[0]), "median over the channels mixes all of them"),
+    "median": (lambda: Calls(lambda x: x - x.median(1, True)[0]), "median over the channels mixes"),
     "a shuffle by index": (
         lambda: Calls(lambda x: x[:, [1, 0, 3, 2, 5, 4]]),
         "looked up by index",
