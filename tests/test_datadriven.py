@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -220,6 +221,25 @@ def test_tiny_leaves_out_what_would_raise_the_loss() -> None:
     with pytest.warns(FxgrowWarning, match="the batches give no more"):
         grown = fxgrow.widen(model, "2x", init=init, verify=False)
     assert min(map(min, grown.init.gains.values())) > 0
+
+
+def test_weaker_channels_stand_in_for_those_that_would_raise_the_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 7)
+    ).double()
+    batches = batches_for(model.eval(), 6)
+    given = {}
+    for count in (2, 5):
+        init = fxgrow.Tiny(F.mse_loss, batches)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            grown = fxgrow.widen(model, {"2": f"+{count}"}, init=init, verify=False)
+        given[count] = grown.init.strengths["2"], [str(warning.message) for warning in told]
+    (two, nothing), (most, _) = given[2], given[5]
+    assert nothing == []
+    assert two == pytest.approx(most[:2])
+    assert len(most) < 5
 
 
 class Half(nn.Module):
