@@ -544,6 +544,22 @@ def test_a_plan_is_carried_out_with_the_init_it_was_made_with() -> None:
         apply_to_module(api.plan(model, "+2", init=init), model, grown.init)
 
 
+@pytest.mark.parametrize("pairing", [None, "vv_z_negz"])
+@pytest.mark.parametrize("method", [fxgrow.GradMax, fxgrow.Tiny])
+def test_a_plan_is_carried_out_with_the_same_data_again(
+    method: Callable[..., object], pairing: str | None
+) -> None:
+    model = perceptron(nn.Tanh())
+    batches = batches_for(model, 6)
+    grown = fxgrow.widen(model, "+2", pairing=pairing, init=method(F.mse_loss, batches))
+    plan = fxgrow.Plan.from_json(grown.plan.to_json())
+    later = plan.apply(model, init=method(F.mse_loss, batches))
+    for one, other in zip(grown.model.parameters(), later.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(PlanError, match="other channels than the plan makes room for"):
+        plan.apply(model, init=method(F.mse_loss, batches, keep=1, threshold=1.0))
+
+
 def test_a_name_gives_no_data() -> None:
     with pytest.raises(PlanError, match="needs data"):
         fxgrow.widen(perceptron(nn.Tanh()), "2x", init="fxgrow.grow.data:GradMax")
