@@ -19,7 +19,7 @@ def computed_again(
     model: nn.Module,
     init: object,
     example_inputs: object = None,
-    progress: Callable[[str], object] = lambda step: None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Plan:
     """Have an init from data compute the new weights of a plan, unless it holds them.
 
