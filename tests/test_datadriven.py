@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -220,6 +221,25 @@ def test_tiny_leaves_out_what_would_raise_the_loss() -> None:
     with pytest.warns(FxgrowWarning, match="the batches give no more"):
         grown = fxgrow.widen(model, "2x", init=init, verify=False)
     assert min(map(min, grown.init.gains.values())) > 0
+
+
+def test_weaker_channels_stand_in_for_those_that_would_raise_the_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 7)
+    ).double()
+    batches = batches_for(model.eval(), 6)
+    given = {}
+    for count in (2, 5):
+        init = fxgrow.Tiny(F.mse_loss, batches)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            grown = fxgrow.widen(model, {"2": f"+{count}"}, init=init, verify=False)
+        given[count] = grown.init.strengths["2"], [str(warning.message) for warning in told]
+    (two, nothing), (most, _) = given[2], given[5]
+    assert nothing == []
+    assert two == pytest.approx(most[:2])
+    assert len(most) < 5
 
 
 class Half(nn.Module):
@@ -522,6 +542,22 @@ def test_a_plan_is_carried_out_with_the_init_it_was_made_with() -> None:
         api.carry_out(plan, model, init=init)
     with pytest.raises(PlanError, match=r"no new weights of 2\.weight were computed"):
         apply_to_module(api.plan(model, "+2", init=init), model, grown.init)
+
+
+@pytest.mark.parametrize("pairing", [None, "vv_z_negz"])
+@pytest.mark.parametrize("method", [fxgrow.GradMax, fxgrow.Tiny])
+def test_a_plan_is_carried_out_with_the_same_data_again(
+    method: Callable[..., object], pairing: str | None
+) -> None:
+    model = perceptron(nn.Tanh())
+    batches = batches_for(model, 6)
+    grown = fxgrow.widen(model, "+2", pairing=pairing, init=method(F.mse_loss, batches))
+    plan = fxgrow.Plan.from_json(grown.plan.to_json())
+    later = plan.apply(model, init=method(F.mse_loss, batches))
+    for one, other in zip(grown.model.parameters(), later.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(PlanError, match="other channels than the plan makes room for"):
+        plan.apply(model, init=method(F.mse_loss, batches, keep=1, threshold=1.0))
 
 
 def test_a_name_gives_no_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -147,3 +148,44 @@ def test_a_constant_of_the_code_leaves_the_graph_to_multipliers(compensate: bool
     grown = fxgrow.widen(made(Halved), "2x", data(4, 5), **options)
     assert grown.plan.preserves == ("exact" if compensate else "scaled")
     assert grown.report.verification.verdict == ("preserved" if compensate else "as predicted")
+
+
+class Normed(nn.Module):
+    """A reader of a hidden layer, and a norm behind it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down, self.norm, self.head = (
+            nn.Linear(4, 6), nn.Linear(6, 8), norm, nn.Linear(8, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.down(torch.relu(self.up(x))))))
+
+
+@pytest.mark.filterwarnings("ignore:.* a state_dict does not hold it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_the_eps_of_a_norm_takes_a_gain_in_any_dtype(
+    kind: type[nn.Module], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    net = Normed(kind(8, eps=1e-3)).to(dtype).eval()
+    grown = fxgrow.widen(net, {"up": "2x"}, torch.randn(5, 4, dtype=dtype), rescaling="default_vt")
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.report.verification.eval.float64.max_rel <= 1e-10
+    assert grown.model.norm.eps == pytest.approx(5e-4, rel=1e-12)  # β² = 6/12
+
+
+@pytest.mark.filterwarnings("ignore:.* a state_dict does not hold it")
+def test_an_eps_of_the_dtype_takes_none_until_it_is_written_down() -> None:
+    torch.manual_seed(0)
+    net, x = Normed(nn.RMSNorm(8)).eval(), torch.randn(5, 4)
+    with pytest.raises(fxgrow.PlanError, match="the eps of its dtype") as refused:
+        fxgrow.widen(net, {"up": "2x"}, x, rescaling="default_vt")
+    before = net(x)
+    (eps,) = re.findall(r"set eps=([\d.e-]+)", str(refused.value))
+    net.norm.eps = float(eps)
+    assert torch.equal(net(x), before)
+    grown = fxgrow.widen(net, {"up": "2x"}, x, rescaling="default_vt")
+    assert grown.report.verification.verdict == "preserved"

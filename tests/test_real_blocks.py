@@ -90,6 +90,21 @@ class Hidden(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Inverted(nn.Module):
+    """A MobileNet's block: wider inside, with a convolution of each channel by itself."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.up, self.norm1 = nn.Conv2d(3, 4, 1, bias=False), norm(4)
+        self.alone = nn.Conv2d(4, 4, 3, stride=stride, padding=1, groups=4, bias=False)
+        self.norm2, self.down, self.norm3 = norm(4), nn.Conv2d(4, 3, 1, bias=False), norm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.norm1(self.up(x)))
+        y = self.norm3(self.down(F.relu6(self.norm2(self.alone(y)))))
+        return x + y if y.shape == x.shape else y
+
+
 def networks() -> dict[str, nn.Module]:
     """Return networks on (N, 3, 8, 8), by what lies between the layers."""
     torch.manual_seed(0)
@@ -120,6 +135,11 @@ def networks() -> dict[str, nn.Module]:
         "read twice": Read(),
         "last dim": LastDim(),
         "norm before": Hidden(),
+        "depthwise": nn.Sequential(
+            conv(3, 4, 3), conv(4, 4, 4, padding=2, groups=4), nn.GELU(), conv(4, 3, 3)
+        ),
+        "inverted": Inverted(1),
+        "inverted, strided": Inverted(2),
     }
     return {name: network.double().eval() for name, network in found.items()}
 

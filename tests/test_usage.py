@@ -37,23 +37,33 @@ def run(folder: Path, *arguments: str) -> Result:
 DATA = ("--init", "tiny", "--data", "batches.pt", "--keep", "1")
 
 
-def test_a_plan_from_data_says_that_it_holds_no_weights(folder: Path) -> None:
+def test_a_plan_from_data_is_carried_out_with_the_data(folder: Path) -> None:
     widened = ("widen", "model.pt", "--width", "2x", *DATA)
     made = run(folder, *widened, "--dry-run", "--plan", "data.json")
     assert made.exit_code == 0, made.output
     assert "holds no new weights" in made.stderr
-    assert "without --dry-run" in made.stderr
-    applied = run(folder, "apply", "data.json", "model.pt", "-o", "applied.pt")
+    assert "--data" in made.stderr
+    apply = ("apply", "data.json", "model.pt", "-o", "applied.pt")
+    applied = run(folder, *apply)
     assert applied.exit_code == 1
     assert "come from data (Tiny)" in applied.stderr
-    assert "fxgrow widen" in applied.stderr
+    assert "--data batches.pt" in applied.stderr
     assert not (folder / "applied.pt").exists()
+    applied = run(folder, *apply, "--data", "batches.pt")
+    assert applied.exit_code == 0, applied.output
+    assert run(folder, *widened, "-o", "widened.pt").exit_code == 0
+    one, other = (fxgrow.load(folder / name).state_dict() for name in ("applied.pt", "widened.pt"))
+    assert all(torch.equal(one[name], other[name]) for name in {*one, *other})
 
 
 def test_a_plan_without_data_says_nothing_of_it(folder: Path) -> None:
     made = run(folder, "widen", "model.pt", "--width", "2x", "--dry-run", "--plan", "plain.json")
     assert "data" not in made.stderr
-    assert run(folder, "apply", "plain.json", "model.pt", "-o", "plain.pt").exit_code == 0
+    apply = ("apply", "plain.json", "model.pt", "-o", "plain.pt")
+    asked = run(folder, *apply, "--data", "batches.pt")
+    assert asked.exit_code == 2
+    assert "do not come from data" in asked.stderr
+    assert run(folder, *apply).exit_code == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--plan", "beside.json")])

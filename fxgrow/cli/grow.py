@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 from fxgrow.cli import data_options as data_opt
@@ -15,8 +16,9 @@ from fxgrow.cli.arguments import (
     width_label,
 )
 from fxgrow.cli.base import app
-from fxgrow.cli.data import METHODS, data_init
+from fxgrow.cli.data import METHODS, DataInit, data_init
 from fxgrow.cli.growing import Settings, effort_of, grow
+from fxgrow.cli.run import read_plan
 from fxgrow.cli.terminal import Steps
 from fxgrow.errors import UsageError
 from fxgrow.plan.budget import budgeted
@@ -148,6 +150,8 @@ def apply(
     init: opt.PlanInits = None,
     output_init: opt.OutputInit = None,
     input_init: opt.InputInit = None,
+    data: data_opt.Data = None,
+    loss: data_opt.Loss = None,
     arch: opt.Arch = None,
     arch_arg: opt.ArchArguments = None,
     input_shape: opt.InputShapes = None,
@@ -163,14 +167,40 @@ def apply(
     """Carry out a plan, on the network it was made for or on other weights of the same shapes.
 
     A plan is what --dry-run --plan writes. It holds what is done to each tensor and the seed of new
-    weights, and no weights: one whose new weights come from data cannot be carried out later.
+    weights, and no weights: those of --init tiny or gradmax are computed again, from --data.
     """
     inits = parse_by_layer(init, "init")
+    from_data = _from_data(plan, data, loss) if data is not None or loss else None
     common = Settings(
         source, plan, arch, arch_arg, input_shape, trust_pickle, output, strict,
         effort_of(verify, no_verify=no_verify), device, False, None, report, force,
     )  # fmt: skip
-    grow(
-        common, "", lambda model, inputs, first, steps: cast("Plan", first), inits,
-        (output_init, input_init),
-    )  # fmt: skip
+
+    def make(model: nn.Module, inputs: object, first: Plan | None, steps: Steps) -> Plan:
+        if from_data is None:
+            return cast("Plan", first)
+        from fxgrow.api.recomputed import computed_again
+
+        return computed_again(cast("Plan", first), model, from_data(model), inputs, steps)
+
+    grow(common, "", make, from_data or inits, (output_init, input_init))
+
+
+def _from_data(plan: Path, data: Path | None, loss: str | None) -> DataInit:
+    """Return the init from data that a plan was made with.
+
+    Raises:
+        UsageError: it was made with none, or there is no data.
+        SourceError, PlanError: the plan cannot be read.
+    """
+    from fxgrow.plan.init import told_init
+
+    request = read_plan(plan).request
+    method = told_init(str(request.drawing.init))
+    if method not in METHODS:
+        raise UsageError(
+            f"--data and --loss say nothing of {plan}, whose new weights do not come from data.",
+            way_out="Leave them out.",
+        )
+    limits = getattr(request, "keep", None), getattr(request, "threshold", 0.0)
+    return DataInit(method, data, loss, *limits)

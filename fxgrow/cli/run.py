@@ -139,7 +139,7 @@ def tell_plan(run: CommandRun, made: Plan, files: Outputs, *, strict: bool, forc
         if is_from_data(str(made.request.drawing.init)):
             run.notices.warn(
                 f"{files.plan} says where channels go and holds no new weights, which come from "
-                "data: `fxgrow apply` cannot carry it out. Run the same command without --dry-run."
+                "data: give `fxgrow apply` the same --data."
             )
         write_text(files.plan, made.to_json(), force=force)
     report = Report(made, Verification("skipped"), made.warnings)

@@ -17,6 +17,8 @@ from fxgrow.labels import ask
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Operation, Value
 
+_ROUNDED = 2.0**-23  # relative, of a number in float32
+
 Verdict = Literal["exact", "scaled", "no"]
 
 
@@ -245,9 +247,15 @@ class GainFlow:
         absorbed = self.absorbed.get(layer)
         return Gain(1.0 if absorbed is None else absorbed.gain, first.sources)
 
-    def eps_of(self, layer: str, eps: float) -> str:
-        """Return the attribute of a layer that holds its eps, or ""."""
-        return next((name for name, v in self.with_eps.get(layer, {}).items() if v == eps), "")
+    def eps_of(self, layer: str, eps: float) -> tuple[str, float] | None:
+        """Return the attribute of a layer that holds its eps, and its value; None if none does.
+
+        Args:
+            layer: its name.
+            eps: as it is computed with, which may be rounded to float32.
+        """
+        held = self.with_eps.get(layer, {}).items()
+        return next((one for one in held if math.isclose(one[1], eps, rel_tol=_ROUNDED)), None)
 
     def part_ways(
         self, op: Operation, value: Value, gain: Gain, verdict: Verdict, why: str
@@ -273,15 +281,15 @@ def not_homogeneous(flow: GainFlow, op: Operation) -> Gain:
     return Gain()
 
 
-def agree(flow: GainFlow, op: Operation, *, constant: bool = False) -> Gain:
+def agree(flow: GainFlow, op: Operation, *, constant: str = "") -> Gain:
     """Return the gain of what is joined: all must agree, parameters follow, others part.
 
     Args:
         flow: the state.
         op: the operation.
-        constant: whether a number is added that no attribute holds, so that nothing can follow.
+        constant: what is added besides, if it is a number that nothing can make follow.
     """
-    joins = "a constant that no attribute holds" if constant else "another path"
+    joins = constant or "another path"
     data = [value for value in op.inputs if not value.is_weight]
     if not data:
         return flow.of(op.inputs[0]) if op.inputs else Gain()

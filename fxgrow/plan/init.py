@@ -341,9 +341,9 @@ def init_of_plan(name: str) -> Init:
             f"the new weights of this plan come from data ({name.rpartition(':')[2]}), and a plan "
             "holds none.",
             name=name,
-            way_out="In Python, give it the init object that it was made with: plan.apply(model, "
-            "init=…); on the command line, run `fxgrow widen` with the same options and without "
-            "--dry-run.",
+            way_out="Give it the data that it was made with: in Python plan.apply(model, init="
+            f"fxgrow.{name.rpartition(':')[2]}(loss_fn, batches)), on the command line "
+            "`fxgrow apply PLAN SOURCE --data batches.pt`.",
         )
     if ":" in name:
         raise PlanError(

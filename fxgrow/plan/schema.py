@@ -151,8 +151,9 @@ class Plan(PlanStep):
             like: the same network with other weights (that of which this is a moving average),
                 whose new weights this one gets too.
             init: what fills new weights, where the plan names what is not run unasked: the function
-                of yours, or the :class:`fxgrow.GradMax` or :class:`fxgrow.Tiny` object, that it was
-                made with. None (default) is the registered one that the plan names.
+                of yours that it was made with, or a :class:`fxgrow.GradMax` or
+                :class:`fxgrow.Tiny` with the batches, which computes them again unless it made the
+                plan. None (default) is the registered one that the plan names.
             output_init: likewise, where the plan has one of its own for new outputs.
             input_init: likewise, for new inputs.
 
@@ -163,6 +164,8 @@ class Plan(PlanStep):
         if not (init is None and output_init is None and input_init is None):
             sides = importlib.import_module("fxgrow.plan.inits_by_side")  # late, as it needs torch
             fill = sides.init_for(self.request.drawing, init, output_init, input_init)
+            if isinstance(fill, sides.PlacedInit):  # which may compute them
+                importlib.import_module("fxgrow.api.recomputed").computed_again(self, model, fill)
         executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
         return executor.apply_to_module(self, model, fill, like=like)
 

@@ -63,13 +63,14 @@ def entries_of(
     found: dict[str, Tensor] = {}
     for group in made.groups:
         pair = pairs[group.name]
-        values = {name: float(value) for name, value in pair.carried.items()} | {**norms(pair)}
+        values = {n: v * made.tensors[n].scale for n, v in pair.carried.items()} | {**norms(pair)}
         for name in pair.carriers:
             edit = made.tensors[name]
             shape = list(edit.shape)
             for axis in edit.axes:
                 shape[axis.dim] = len(_positions(edit))
-            found[name] = torch.full(shape, values[name], dtype=torch.float64)
+            value = torch.as_tensor(values[name], dtype=torch.float64)
+            found[name] = value.expand(shape).clone()
     return found
 
 

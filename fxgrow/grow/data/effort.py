@@ -19,6 +19,7 @@ from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
 from fxgrow.modules.calling import arguments_of, call
 
 MOST_MEMORY = 1 << 30  # bytes of sums held at a time
+SPARE_MEMORY = 1 << 24  # bytes of the directions of one group that may not be needed
 _SIZE = 192  # of the matrices that are timed
 _BACKWARD = 1.5  # what gradients of activations take of the forward pass over the same layers
 _ASKED = 8  # runs of what lies between that asking takes, those for gradients counted twice
@@ -153,11 +154,20 @@ def _sums(
             yield seen.get(reader.name, 1), math.prod(read.shape[1:]) + 1, len(read)
 
 
-def most_held(network: nn.Module, pair: LayerPair) -> int:
-    """Return how many directions of a pair are held within :data:`MOST_MEMORY`, at least one."""
+def most_held(network: nn.Module, pair: LayerPair, count: int, *, spare: bool) -> int:
+    """Return how many directions of a pair are to be computed, at least one.
+
+    Args:
+        network: the network.
+        pair: the layers.
+        count: how many may be used.
+        spare: whether some of these may be dropped, so that weaker ones are to be there. Those are
+            held within :data:`SPARE_MEMORY`, and all within :data:`MOST_MEMORY`.
+    """
     shapes = shapes_of(network, pair)
     entries = math.prod(shapes.row) + 3 * math.prod(shapes.column)  # as they are, and laid out
-    return max(MOST_MEMORY // (8 * entries), 1)
+    more = SPARE_MEMORY // (8 * entries) if spare else 0
+    return max(min(count + more, MOST_MEMORY // (8 * entries)), 1)
 
 
 @dataclass(frozen=True)

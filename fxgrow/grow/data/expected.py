@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.data.costs import Costs
+from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.skipped import sharing
@@ -88,20 +90,39 @@ def expected_growth(
     reasons = {refusal.name: refusal.reason for refusal in unfit}
     reasons |= {name: f"{init.name}: {why}" for name, why in tight.items()}
     costs = Costs(analyses)
-    told = []
-    for group in groups:
-        directions = found.get(group.name)
-        some = directions is not None and len(directions) > 0
-        why = init.nothing if directions is None else directions.none or init.nothing
-        nothing = "" if some else f"{init.name}: {why}"
-        told.append(
-            GroupGrowth(
-                group.name,
-                group.width,
-                tuple(directions.strengths.tolist()) if directions is not None else (),
-                tuple(directions.gains.tolist()) if directions is not None else (),
-                costs.of(group.name, rooms.get(group.name, asked[group.name]).each, {}),
-                reasons.get(group.name, nothing),
-            )
-        )
-    return tuple(told)
+    prices = {n: costs.of(n, rooms.get(n, room).each, {}) for n, room in asked.items()}
+    return tuple(
+        _told(init, group, found.get(group.name), prices[group.name], reasons.get(group.name))
+        for group in groups
+    )
+
+
+def _told(
+    init: DataDriven,
+    group: ChannelGroup,
+    directions: Directions | None,
+    parameters: int,
+    refused: str | None,
+) -> GroupGrowth:
+    """Return what is told of one group.
+
+    Args:
+        init: how new channels are computed.
+        group: the group.
+        directions: that it would get; None where none were computed.
+        parameters: that each brings.
+        refused: why none were computed, if they were not.
+    """
+    strengths, gains, why = list[float](), list[float](), init.nothing
+    if directions is not None:
+        strengths, gains = directions.strengths.tolist(), directions.gains.tolist()
+        why = directions.none or why
+    reason = "" if strengths else f"{init.name}: {why}"
+    return GroupGrowth(
+        group.name,
+        group.width,
+        tuple(strengths),
+        tuple(gains),
+        parameters,
+        reason if refused is None else refused,
+    )

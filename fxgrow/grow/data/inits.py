@@ -71,6 +71,7 @@ class DataDriven(PlacedInit):
     nothing: ClassVar[str]  # what is true of a group that gets no channel
     runs: ClassVar[int]  # over the batches, for the directions
     forwards: ClassVar[int] = 0  # runs over the batches for an amplitude
+    drops: ClassVar[bool] = False  # whether computed directions may be left out
     fits: ClassVar[bool]  # whether old weights are fitted by least squares
 
     def __init__(
@@ -347,12 +348,13 @@ class DataDriven(PlacedInit):
                 progress(f"{name} ({first + part.index(name) + 1} of {len(names)})")
 
             some = {name: pairs[name] for name in part}
-            most = {n: min(limits.kept(rooms[n]), most_held(network, some[n])) for n in part}
+            kept = {name: limits.kept(rooms[name]) for name in part}
+            most = {n: most_held(network, some[n], kept[n], spare=self.drops) for n in part}
             found |= self._directions(network, some, most, told)
         strong = zip(found, algebra.above(list(found.values()), limits.threshold), strict=True)
-        chosen = {name: some.first(limits.kept(rooms[name])) for name, some in strong}
-        gaining = self._gaining(network, pairs, chosen)
-        return {name: d.first(rooms[name].fitting(len(d))) for name, d in gaining.items()}
+        gaining = self._gaining(network, pairs, dict(strong))
+        counts = {name: min(len(d), limits.kept(rooms[name])) for name, d in gaining.items()}
+        return {name: d.first(rooms[name].fitting(counts[name])) for name, d in gaining.items()}
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""

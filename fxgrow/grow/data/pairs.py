@@ -3,10 +3,11 @@
 Both methods ask what a new channel does near zero: what one linear layer writes, changed by
 whatever lies between, and read by one linear layer or several. What lies between is not
 interpreted, it is asked by running it (:mod:`fxgrow.grow.data.passages`): norms over the batch,
-activations, pooling, a flattening into columns. Whether it treats each channel by itself is read
-off the operations that ran, and tried. What does not is refused by name: a group norm, a gate,
-another layer. A norm over all channels is left as it was by new channels that hold the mean of the
-others (or zero, before an RMSNorm); see :mod:`fxgrow.grow.data.held`.
+activations, pooling, convolutions of each channel by itself, a flattening into columns. Whether it
+treats each channel by itself is read off the operations that ran, and tried. What does not is
+refused by name: a group norm, a gate, another layer. A norm over all channels is left as it was by
+new channels that hold the mean of the others (or zero, before an RMSNorm); see
+:mod:`fxgrow.grow.data.held`.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class LayerPair:
         readers: the layers that read it.
         has_bias: whether the writer has a bias.
         norms: batch norms between, by name, with the eps of each.
-        carried: what new channels have in the other carriers between (a PReLU), by tensor: the
-            mean of what old ones have.
+        carried: what new channels have in the other carriers between, by tensor, with one channel
+            or as a number: the mean of what old ones have (a PReLU); in a depthwise convolution,
+            whose taps have no mean to speak of, the mean norm of old kernels at the centre, which
+            no padding touches, and no bias.
         carriers: all tensors with an entry for each channel but the writer's own.
         flat: why new channels cannot be zeros that learn; "" if they can.
         over: name of the norm over the channels (a LayerNorm, an RMSNorm); "" if there is none.
@@ -130,7 +133,7 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Laye
     if problem is not None:
         return Refusal(group.name, problem)
     over = norm_over(analysis, group, model)
-    problem = next(_problems_between(analysis, group, over), None)
+    problem = next(_problems_between(analysis, group, model, over), None)
     if problem is not None:
         return Refusal(group.name, problem)
     (writer,) = group.writers
@@ -152,9 +155,7 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Laye
         has_bias=model.get_submodule(writer)._parameters["bias"] is not None,
         norms=norms,
         carried={
-            name: _mean_entry(model, name)
-            for name in carriers
-            if layer_of(name) not in {*norms, over}
+            name: _entry(model, name) for name in carriers if layer_of(name) not in {*norms, over}
         },
         carriers=carriers,
         flat=zeros if isinstance(zeros, str) else "",
@@ -170,10 +171,29 @@ def _axes(analysis: Analysis, group: ChannelGroup, role: str) -> Iterator[tuple[
             yield analysis.channels.axes[index].tensor, index
 
 
-def _mean_entry(model: nn.Module, name: str) -> Tensor:
-    """Return the mean of a carrier's entries, in float64 on the CPU."""
-    tensor = dict(model.named_parameters()) | dict(model.named_buffers())
-    return tensor[name].detach().double().cpu().mean()
+def _entry(model: nn.Module, name: str) -> Tensor:
+    """Return what new channels have in a carrier that is no norm, in float64 on the CPU."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensor = named[name].detach().double().cpu()
+    if not is_depthwise(model, layer_of(name)):
+        return tensor.mean()
+    if tensor.ndim == 1:
+        return tensor.new_zeros(())
+    found = torch.zeros_like(tensor[:1])  # (1, 1, *kernel)
+    centre = (0, 0, *(size // 2 for size in tensor.shape[2:]))
+    norms = tensor.flatten(1).norm(dim=1)
+    found[centre] = norms.mean() if bool(norms.any()) else 1.0
+    return found
+
+
+def is_depthwise(model: nn.Module, name: str) -> bool:
+    """Return whether a layer is a convolution of each channel by itself, into one."""
+    layer = dict(model.named_modules()).get(name)
+    return (
+        isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and layer.groups == layer.in_channels == layer.out_channels
+        and "weight" in layer._parameters  # a parametrized one is computed
+    )
 
 
 def _reader(analysis: Analysis, group: ChannelGroup, model: nn.Module, layer: str) -> Reader:
@@ -267,12 +287,15 @@ def _problems_of_carrier(model: nn.Module, name: str) -> Iterator[str]:
         yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
 
 
-def _problems_between(analysis: Analysis, group: ChannelGroup, over: str) -> Iterator[str]:
+def _problems_between(
+    analysis: Analysis, group: ChannelGroup, model: nn.Module, over: str
+) -> Iterator[str]:
     """Yield why what lies between the layers does not treat each channel by itself.
 
     Args:
         analysis: of the network.
         group: between them.
+        model: the network itself.
         over: the one norm over all channels that may lie there, or "".
     """
     (writer,) = group.writers
@@ -291,7 +314,8 @@ def _problems_between(analysis: Analysis, group: ChannelGroup, over: str) -> Ite
             # One over positions divides by their deviation, which small numbers do not show.
             is_norm = "norm" in op.name and op.module not in group.carriers
             mixes = _mixes(op, mixers) and op.module != over
-            if mixes or is_norm or not _is_alone(op, passed):
+            by_itself = op.module in group.carriers and is_depthwise(model, op.module)
+            if mixes or is_norm or not _is_alone(op, passed, is_product=by_itself):
                 where = f" at {op.module}" if op.module else ""
                 yield f"{op.name}{where} lies between the layers{_why(op, mixers)}"
             passed |= {value.index for value in op.outputs}
@@ -333,13 +357,18 @@ def norm_over(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> str:
     return name if is_known and not isinstance(module, (nn.GroupNorm, _BatchNorm)) else ""
 
 
-def _is_alone(op: Operation, passed: set[int]) -> bool:
-    """Return whether an operation depends on what the writer puts out, and on weights, alone."""
+def _is_alone(op: Operation, passed: set[int], *, is_product: bool = False) -> bool:
+    """Return whether an operation depends on what the writer puts out, and on weights, alone.
+
+    Args:
+        op: the operation.
+        passed: values that come from the writer.
+        is_product: whether it may be a product.
+    """
     random = torch.Tag.nondeterministic_seeded in op.target.tags
     others: list[Value] = [value for value in op.inputs if value.index not in passed]
-    return not (random or op.is_product or traits_of(op.target).is_product) and all(
-        value.is_weight for value in others
-    )
+    mixes = not is_product and (op.is_product or traits_of(op.target).is_product)
+    return not (random or mixes) and all(value.is_weight for value in others)
 
 
 def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:

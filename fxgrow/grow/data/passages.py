@@ -181,10 +181,13 @@ class Passage:
         values |= over_entries(self._pair, 0.0)  # which its hook makes of no matter
         tensors = dict(self._module.named_parameters()) | dict(self._module.named_buffers())
         names = {name: self._local(name) for name in self._pair.carriers}
-        return {
-            local: torch.full_like(tensors[local], float(values[name]), dtype=torch.float64)
-            for name, local in names.items()
-        }
+        return {local: _filled(tensors[local], values[name]) for name, local in names.items()}
+
+
+def _filled(tensor: Tensor, value: float | Tensor) -> Tensor:
+    """Return a tensor in float64 with one channel's value for each channel."""
+    like = torch.empty_like(tensor, dtype=torch.float64)
+    return like.copy_(torch.as_tensor(value, dtype=torch.float64))
 
 
 def norm_entries(norm: str, *, weight: Any, bias: Any, mean: Any, variance: Any) -> dict[str, Any]:

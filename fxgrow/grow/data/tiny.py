@@ -41,9 +41,10 @@ class Tiny(DataDriven):
     the reader's own weights cannot reach (least squares on its present inputs) is what new
     channels are for: the pairs of rows and columns nearest to it, whitened by what the writer
     reads, are the leading singular vectors of a matrix. Those that would raise the loss to first
-    order, since they move the reachable part too, are left out. One amplitude for all, found by a
-    line search on the loss, sets the step; so the function is not kept, and the loss falls. Under a
-    pairing that is asked for the function is kept, and the amplitude is 1.
+    order, since they move the reachable part too, are left out, and the next weaker ones take their
+    places. One amplitude for all, found by a line search on the loss, sets the step; so the
+    function is not kept, and the loss falls. Under a pairing that is asked for the function is
+    kept, and the amplitude is 1.
 
     For a σ with a kink at 0 (ReLU, max pooling), the mean of its slopes on both sides stands for
     σ'(0), and each channel takes the sign for which it lowers the loss more. A batch norm between
@@ -56,6 +57,7 @@ class Tiny(DataDriven):
     nothing = "old weights can do what the loss asks for"
     runs = 3  # moments, what is left of the gradient, gains
     forwards = 8  # doubling or halving an amplitude until the loss rises again
+    drops = True
     fits = True
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
@@ -114,8 +116,7 @@ class Tiny(DataDriven):
             best = replace(turned, gains=torch.where(better, mirrored, plain))
             left = best.chosen(torch.nonzero(best.gains > 0)[:, 0])
             why = f"its {len(best)} strongest new channels would raise the loss, to first order"
-            why = "" if len(left) else f"{why}; more channels may have weaker ones that lower it"
-            result[name] = replace(left, none=why)
+            result[name] = replace(left, none="" if len(left) else why)
         return result
 
     def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
 
 from fxgrow.labels.gains import Absorbed, Gain, GainFlow, agree, same
 from fxgrow.labels.padding import Held, PaddingFlow, joined, zero_times
@@ -24,7 +27,18 @@ def sum_gain(flow: GainFlow, op: Operation) -> Gain:
         followed = _eps_follows(flow, op, number, flow.of(data[0]))
         if followed is not None:
             return followed
-    return agree(flow, op, constant=bool(number))
+    return agree(flow, op, constant=_told(number, op.inputs) if number else "")
+
+
+def _told(number: float, beside: Sequence[Value]) -> str:
+    """Return what a number is that is added to tensors, and that no attribute holds."""
+    kinds = {v.dtype for v in beside if v.dtype.is_floating_point} | {torch.float32}
+    if number in {torch.finfo(kind).eps for kind in kinds}:
+        return (
+            f"the eps of its dtype, which eps=None stands for and cannot follow (set eps={number!r}"
+            " there, which computes the same, and it will)"
+        )
+    return "a constant that no attribute holds"
 
 
 def _eps_follows(flow: GainFlow, op: Operation, eps: float, gain: Gain) -> Gain | None:
@@ -33,9 +47,10 @@ def _eps_follows(flow: GainFlow, op: Operation, eps: float, gain: Gain) -> Gain 
     Returns:
         The gain of the sum, or None if what is added is no eps.
     """
-    attribute = flow.eps_of(op.module, eps)
-    if not attribute:
+    held = flow.eps_of(op.module, eps)
+    if held is None:
         return None
+    attribute, eps = held
     root = Gain(math.sqrt(gain.scale), gain.sources)
     taken = flow.taken_before(op.module, root)
     if taken is None and root.scale != 1.0:

@@ -89,8 +89,9 @@ def _takes_up(flow: GainFlow, op: Operation, layer: str, gain: Gain) -> bool:
 
 def _absorb_by_eps(flow: GainFlow, op: Operation, layer: str, eps: float, gain: Gain) -> None:
     """Let a norm's eps take up a gain, if it can be set."""
-    attribute = flow.eps_of(layer, eps)
-    if attribute:
+    held = flow.eps_of(layer, eps)
+    if held is not None:
+        attribute, eps = held
         flow.absorbed[layer] = Absorbed(layer, gain.scale, eps, gain.sources, attribute=attribute)
     else:
         where = layer or op.name
