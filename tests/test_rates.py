@@ -249,6 +249,38 @@ def test_a_weight_that_begins_at_zero_is_refused_under_variance_transfer() -> No
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
+    ],
+)
+@pytest.mark.parametrize("lr", ["width", "variance_transfer"])
+def test_what_takes_the_place_of_a_parameter_with_rates_is_not_trained_unsaid(
+    lr: Any, register: Callable[[nn.Module], object]
+) -> None:
+    model = network()
+    given = COPIES if lr == "width" else {"rescaling": "default_vt"}
+    fxgrow.training.grow_(model, "2x", lr=lr, **given)
+    register(model[2])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match="taken its place"):
+        train(model, SGD(model.parameters()), batches(), 1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    others = [*model[0].parameters(), *model[4].parameters(), model[2].bias]
+    train(model, SGD(others), batches(), 1)  # does not train it
+
+
+def test_a_parametrization_that_computes_with_the_same_parameter_keeps_its_rates() -> None:
+    model = network()
+    fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
+    rate = rate_of(model[2].weight)
+    nn.utils.parametrizations.spectral_norm(model[2])
+    assert rate_of(model[2].parametrizations.weight.original) is rate
+    train(model, SGD(model.parameters()), batches(), 2)
+
+
 def test_a_warm_up_ends() -> None:
     warm, cold = network(), network()
     fxgrow.training.grow_(warm, "2x", lr="warm_up")
