@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import fxgrow
+import fxgrow.training
 from fxgrow.errors import PlanError, SourceError, UsageError
 
 pytest.importorskip("accelerate")
@@ -208,6 +209,23 @@ def waiting(folder: Path, growth: GrowthCallback, scores: Any = SCORES, **option
     run = trainer(folder, growth, eval_strategy="epoch", save_strategy="epoch", **options)
     run.compute_metrics = lambda _: {"score": next(left)}
     return run
+
+
+def test_a_config_that_tells_the_old_sizes_is_told(tmp_path):
+    model = bert()
+    grown = fxgrow.training.grow_(model, "2x")
+    assert model.config.intermediate_size == 16
+    assert "config" in grown.advice
+    model.save_pretrained(tmp_path / "saved")
+    config = transformers.BertConfig.from_pretrained(tmp_path / "saved")
+    again = transformers.BertForSequenceClassification(config)
+    fxgrow.training.regrow_(again, fxgrow.training.state_dict(model))
+    again.load_state_dict(model.state_dict())
+    assert "config" not in fxgrow.training.grow_(torch.nn.Sequential(*mlp()), "2x").advice
+
+
+def mlp() -> list[torch.nn.Module]:
+    return [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
 
 
 class Widths(TrainerCallback):
