@@ -10,8 +10,6 @@ stopped and started again. ``--quick`` tries the script in seconds, on patterns 
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import time
 import warnings
@@ -29,7 +27,8 @@ from images import (
     mean_std,
     optimizer_for,
     paired,
-    run_all,
+    parser_for,
+    results_of,
     train_epoch,
 )
 
@@ -143,30 +142,16 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     """Run what is asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
-    parser.add_argument("--root", default="", help="the folder with the data set")
-    parser.add_argument("--images", type=int, default=10_000, help="to train on")
+    parser = parser_for(
+        __doc__.split("\n", 1)[0], ARMS, seeds=5, results="grow_fashion_mnist.jsonl"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--first", type=int, default=2, help="how many of them are the first stage")
     parser.add_argument("--width", type=int, default=16, help="of the first stage at full size")
-    parser.add_argument("--rate", type=float, default=0.1, help="the learning rate")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--results", type=Path, default=Path("grow_fashion_mnist.jsonl"))
     parser.add_argument("--plot", type=Path, help="a file for the picture (needs matplotlib)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="try the script on made-up patterns")
     chosen = parser.parse_args()
-    settings = {
-        name: vars(chosen)[name]
-        for name in ("epochs", "first", "width", "data", "root", "images", "rate")
-    }
-    jobs = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
-    if chosen.quick:
-        settings |= {"epochs": 6, "first": 1, "width": 8, "data": "made", "images": 512}
-        jobs = [(arm, 0) for arm in ("large", "full method", "pairing alone")]
-    rows = run_all(jobs, run, settings, chosen.results, chosen.workers)
+    arms = ("large", "full method", "pairing alone")
+    rows = results_of(chosen, run, arms, {"epochs": 6, "first": 1, "width": 8})
     print(table(rows))
     if chosen.plot:
         plot(rows, chosen.plot)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -208,6 +210,52 @@ def run_all(
                 file=sys.stderr,
             )
     return rows
+
+
+def parser_for(
+    about: str, arms: Sequence[str], *, seeds: int, results: str
+) -> argparse.ArgumentParser:
+    """Return what reads the options that the examples have in common.
+
+    Args:
+        about: what the example is, in a line.
+        arms: what it can run.
+        seeds: how many of them each arm has by default.
+        results: the file for them by default.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--data", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
+    parser.add_argument("--root", default="", help="the folder with the data set")
+    parser.add_argument("--images", type=int, default=10_000, help="to train on")
+    parser.add_argument("--rate", type=float, default=0.1, help="the learning rate")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[*range(seeds)])
+    parser.add_argument("--arms", nargs="*", default=list(arms), choices=list(arms))
+    parser.add_argument("--results", type=Path, default=Path(results))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="try the script on made-up patterns")
+    return parser
+
+
+def results_of(
+    chosen: argparse.Namespace,
+    run: Callable[..., dict[str, Any]],
+    arms: Sequence[str],
+    quick: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Return the results of what was asked for; see :func:`run_all`.
+
+    Args:
+        chosen: the options, of :func:`parser_for` and of the example's own.
+        run: runs an arm with a seed.
+        arms: what is run with ``--quick``.
+        quick: the options of its own that ``run`` takes, as they are then.
+    """
+    settings = {name: vars(chosen)[name] for name in (*quick, "data", "root", "images", "rate")}
+    jobs = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
+    if chosen.quick:
+        settings |= {**quick, "data": "made", "images": 512}
+        jobs = [(arm, 0) for arm in arms]
+    return run_all(jobs, run, settings, chosen.results, chosen.workers)
 
 
 def mean_std(values: Sequence[float]) -> str:

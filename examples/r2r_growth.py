@@ -14,8 +14,6 @@ Source: R2WiderR and R2DeeperR, the sections on convergence and on faster traini
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import time
 import warnings
@@ -33,7 +31,8 @@ from images import (
     mean_std,
     optimizer_for,
     paired,
-    run_all,
+    parser_for,
+    results_of,
     train_epoch,
 )
 
@@ -138,30 +137,15 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
 
 def main() -> None:
     """Run what is asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
-    parser.add_argument("--root", default="", help="the folder with the data set")
-    parser.add_argument("--images", type=int, default=10_000, help="to train on")
+    parser = parser_for(__doc__.split("\n", 1)[0], ARMS, seeds=3, results="r2r_growth.jsonl")
     parser.add_argument("--before", type=int, default=8, help="epochs before the growth")
     parser.add_argument("--after", type=int, default=12, help="epochs after it")
     parser.add_argument("--width", type=int, default=8, help="of the first stage before growth")
-    parser.add_argument("--rate", type=float, default=0.1, help="the learning rate")
     parser.add_argument("--margin", type=float, default=0.25, help="of accuracy, in per cent")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--results", type=Path, default=Path("r2r_growth.jsonl"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="try the script on made-up patterns")
     chosen = parser.parse_args()
-    settings = {
-        name: vars(chosen)[name]
-        for name in ("before", "after", "width", "data", "root", "images", "rate")
-    }
-    jobs = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
-    if chosen.quick:
-        settings |= {"before": 2, "after": 2, "width": 4, "data": "made", "images": 512}
-        jobs = [(arm, 0) for arm in ("scratch, wide", "R2WiderR", "scratch, deep", "R2DeeperR")]
-    print(table(run_all(jobs, run, settings, chosen.results, chosen.workers), chosen.margin))
+    arms = ("scratch, wide", "R2WiderR", "scratch, deep", "R2DeeperR")
+    rows = results_of(chosen, run, arms, {"before": 2, "after": 2, "width": 4})
+    print(table(rows, chosen.margin))
 
 
 if __name__ == "__main__":

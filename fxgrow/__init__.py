@@ -54,9 +54,9 @@ Glossary:
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from fxgrow.lazy import imported_late
 from fxgrow.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -126,17 +126,7 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
-
-
-def __getattr__(name: str) -> object:
-    if name == "training":
-        return importlib.import_module("fxgrow.training")
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'fxgrow' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = imported_late(__name__, _HOMES, ("training",))
 
 
 def __dir__() -> list[str]:

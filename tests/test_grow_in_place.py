@@ -234,6 +234,10 @@ def test_a_training_resumes_at_a_grown_stage(name: str) -> None:
     trained(again, second, x)
     assert all(torch.equal(v, again.state_dict()[key]) for key, v in net.state_dict().items())
     assert training.state_dict(again) == training.state_dict(net)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    training.regrow_(net, saved["growth"])  # nothing is left: plans are as they were read
+    assert all(torch.equal(v, net.state_dict()[key]) for key, v in weights.items())
+    assert training.state_dict(net) == saved["growth"]
 
 
 def test_blocks_are_inserted_in_place() -> None:
@@ -254,6 +258,8 @@ def test_blocks_are_inserted_in_place() -> None:
     training.regrow_(fresh, training.state_dict(net))
     fresh.load_state_dict(net.state_dict())
     assert close(evaluated(fresh, X), out)
+    training.regrow_(net, training.state_dict(fresh))  # nothing is left to do
+    assert close(evaluated(net, X), out)
 
 
 def test_hooks_flags_and_attributes_stay() -> None:

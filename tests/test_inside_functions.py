@@ -78,10 +78,14 @@ def test_heads_grow_alone_and_nothing_is_refused(
     make: Callable[[], nn.Module], shape: tuple[int, ...], heads: int
 ) -> None:
     torch.manual_seed(0)
-    net = make().double().eval()
+    net, bound = make().eval(), 1e-11
     for parameter in net.parameters():  # heads of classifiers begin with zeros
         nn.init.normal_(parameter, 0, 0.2)
     x = torch.randn(shape, dtype=torch.float64) if len(shape) == 4 else torch.randint(1, 20, shape)
+    try:
+        net.double()(x)
+    except RuntimeError:  # older ConViTs of timm know float32 alone
+        net, x, bound = net.float(), x.float(), 1e-5
     grown = fxgrow.widen(net, "2x", x)
     assert not grown.plan.refused
     assert type(grown.model) is type(net)
@@ -90,4 +94,4 @@ def test_heads_grow_alone_and_nothing_is_refused(
     other = torch.cat([x, x.flip(0)])
     for training in (False, True):
         before, after = (outputs(n.train(training)(other)) for n in (net, grown.model))
-        assert max_rel(before, after) < 1e-11
+        assert max_rel(before, after) < bound

@@ -17,7 +17,7 @@ ROOMS = (
     "files", "training", "cli", "guide",
 )  # fmt: skip
 COMING = {"guide"}
-ROOT = {"errors", "registry", "version"}  # what no room is below of; __main__ is above all
+ROOT = {"errors", "lazy", "registry", "version"}  # what no room is below of; __main__ is above all
 # The planners, from the bottom up.
 PLANNERS = (
     "norms", "match", "sizes", "widen", "identity", "deepen", "kernels", "convert", "data",
@@ -35,7 +35,9 @@ LIBRARIES = {
     "transformers": set(),
 }
 # Loaded by ``fxgrow --help``.
-WITHOUT_TORCH = {"version", "errors", "registry", "plan.rescaling", "plan.pairing", "plan.presets"}
+WITHOUT_TORCH = {
+    "version", "errors", "lazy", "registry", "plan.rescaling", "plan.pairing", "plan.presets"
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -15,7 +15,8 @@ from torch import nn
 import fxgrow
 from fxgrow.api import widen as api
 from fxgrow.apply.module import apply_to_state_dict
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UsageError
+from fxgrow.grow.identity.stages import new_blocks
 from fxgrow.grow.sizes.widths import nearest_widths, new_width
 
 
@@ -117,6 +118,17 @@ def test_widths_never_shrink_and_round_up(old: int, extra: int, multiple: int) -
     assert new_width(str(old + extra), old) == old + extra
     assert new_width("2x", old) == 2 * old
     assert abs(new_width("1.5x", old) - 1.5 * old) <= 0.5
+
+
+@given(old=st.integers(1, 64), more=st.integers(1, 64), tenths=st.integers(11, 40))
+def test_blocks_and_widths_are_asked_for_in_one_language(old: int, more: int, tenths: int) -> None:
+    for text in (f"+{more}", str(old + more), f" {tenths / 10}x "):
+        width = new_width(text, old)
+        assert width == old or new_blocks(text, old) == width - old
+    for text in ("", "x", "-1", "+2x", "1.5", "+1.5", "2 x", "1e3", "٢y"):
+        for read in (new_blocks, new_width):
+            with pytest.raises(UsageError, match=r"cannot be read|not a whole number"):
+                read(text, old)
 
 
 @given(st.integers(1, 64), st.integers(1, 4096), st.integers(1, 4096))

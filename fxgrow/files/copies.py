@@ -17,7 +17,7 @@ from fxgrow.files.checkpoint.location import Keys
 from fxgrow.files.checkpoint.matching import Shape, is_weight, walk
 from fxgrow.files.checkpoint.weights import is_optimizer
 from fxgrow.plan.init import Init
-from fxgrow.plan.names import carried_names
+from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.layout import check_layout
 
@@ -53,8 +53,8 @@ def _grown(
     whole = {**{name: old.get(name, tensor) for name, tensor in first.items()}, **old}
     new = apply_to_state_dict(plan, whole, init, first)
     check_layout(plan, whole, new)
-    carried = carried_names(whole, plan)
-    names = [name for name in new if carried.get(name, name) in old]
+    former = {name: origin.name for name, origin in tensor_origins(whole, plan.steps).items()}
+    names = [name for name in new if former.get(name, name) in old]
     if list(old) != own:  # in lists by groups, say; what is new comes last
         place = {name: index for index, name in enumerate(old)}
         names.sort(key=lambda name: place.get(name, len(place)))
@@ -98,8 +98,8 @@ def grown_shapes(before: nn.Module, after: nn.Module, plan: Plan) -> dict[str, S
     """
     old = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
     new = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
-    carried = carried_names(old, plan).items()
-    return {was: old[was] for name, was in carried if new.get(name) != old[was]}
+    origins = tensor_origins(old, plan.steps).items()
+    return {was: old[was] for name, (was, _) in origins if new.get(name) != old[was]}
 
 
 def stale_settings(source: Source, plan: Plan) -> list[str]:

@@ -52,7 +52,7 @@ from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
 from fxgrow.modules.tensors import named_tensors
-from fxgrow.plan.names import carried_names
+from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
 
 _PICKLED_GRAPH = (
@@ -251,8 +251,9 @@ def _judged(opened: OpenedModel, grown: Grown) -> Judged:
     """
     source, plan = opened.source, grown.plan
     first, copies = source.state_dict, grown_copies(source, plan, grown.init)
-    carried = carried_names(named_tensors(opened.model), plan)
-    absent = {name for name in grown.model.state_dict() if carried.get(name) not in first}
+    origins = tensor_origins(named_tensors(opened.model), plan.steps)
+    held = {name for name, origin in origins.items() if origin.name in first}
+    absent = {name for name in grown.model.state_dict() if name not in held}
     plans = () if opened.converted else (*opened.plans, *plan.steps)
     return Judged(grown.model, opened.architecture, plans, source, copies, absent)
 
@@ -262,8 +263,8 @@ def _grown_weights(
 ) -> list[Mapping[str, Tensor]]:
     """Return what becomes of each of a source's state_dicts, the network's own first."""
     first, new = source.state_dict, grown.model.state_dict()
-    carried = carried_names(first, grown.plan).items()
-    own = OrderedDict((n, new[n] if n in new else first[before]) for n, before in carried)
+    origins = tensor_origins(first, grown.plan.steps).items()
+    own = OrderedDict((n, new[n] if n in new else first[old]) for n, (old, _) in origins)
     return [own, *copies]
 
 
@@ -347,8 +348,8 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     state_dict = grown.model.state_dict()
     plans = () if grown.plan.names else grown.plan.steps  # a conversion ends in an architecture
     source = grown.plan.steps[0].source
-    carried = carried_names(source, grown.plan)
-    before = {old: source[old][0] for new, old in carried.items() if new in state_dict}
+    origins = tensor_origins(source, grown.plan.steps)
+    before = {old: source[old][0] for new, (old, _) in origins.items() if new in state_dict}
     shapes = before if plans else {name: tuple(t.shape) for name, t in state_dict.items()}
     architecture = _recognised(shapes, plans, grown.model)
     target = "safetensors" if out.suffix == ".safetensors" else "torch"

@@ -53,6 +53,19 @@ def stand_in(
                 name=name,
                 way_out="Give the module that it was compiled from, and compile the grown one.",
             )
+    try:
+        return _deep_copy(model, _found_by_copy(model, replacements, shared))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise TraceError(
+            f"the model cannot be copied: {first_line(error)}.",
+            way_out="Remove what does not survive copy.deepcopy.",
+        ) from error
+
+
+def _found_by_copy(
+    model: nn.Module, replacements: Mapping[str, Tensor] | None, shared: Mapping[int, object]
+) -> dict[int, Any]:
+    """Return what a deep copy finds, by the ids of what it would copy; see :func:`stand_in`."""
     memo: dict[int, Any] = dict(shared)
     for name, tensor in named_tensors(model).items():
         if id(tensor) in memo or (replacements is not None and name not in replacements):
@@ -68,13 +81,7 @@ def stand_in(
             for held in plain_tensors(value):
                 if not held.is_leaf and id(held) not in memo:
                     memo[id(held)] = held.detach()
-    try:
-        return _deep_copy(model, memo)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise TraceError(
-            f"the model cannot be copied: {first_line(error)}.",
-            way_out="Remove what does not survive copy.deepcopy.",
-        ) from error
+    return memo
 
 
 def with_computed_weights(model: nn.Module) -> nn.Module:

@@ -78,6 +78,19 @@ class PlacedInit(abc.ABC):
         raise PlanError(f"{type(self).__name__} fills tensors that it knows by name only.")
 
 
+class InitOfSeveral(PlacedInit):
+    """An init that is made of several, one of which fills each place."""
+
+    @abc.abstractmethod
+    def chosen(self, place: Place) -> Init:
+        """Return the one that fills a place."""
+
+    def for_place(self, place: Place, reference: Tensor | None) -> Init:
+        """Return what fills the new entries at one place."""
+        found = self.chosen(place)
+        return found.for_place(place, reference) if isinstance(found, PlacedInit) else found
+
+
 def chosen_init(init: Init, place: Place) -> Init:
     """Return the init that fills a place, of one that may be made of several."""
     while isinstance(init, PlacedInit) and (chosen := init.chosen(place)) is not init:

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import Tensor
-
 from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.by_layer import checked, setting_for
 from fxgrow.plan.deviations import Place
 from fxgrow.plan.init import (
     INITS,
     Init,
-    PlacedInit,
+    InitOfSeveral,
     copy_rows,
     find_init,
     init_name,
@@ -25,7 +23,7 @@ Inits: TypeAlias = "str | Init | Mapping[str, str | Init]"
 
 
 @dataclass(frozen=True)
-class InitByLayer(PlacedInit):
+class InitByLayer(InitOfSeveral):
     """An init for each layer.
 
     Attributes:
@@ -37,11 +35,6 @@ class InitByLayer(PlacedInit):
     def chosen(self, place: Place) -> Init:
         """Return the init of the layer in which a place is."""
         return setting_for(self.inits, (layer_of(place.name),), copy_rows)
-
-    def for_place(self, place: Place, reference: Tensor | None) -> Init:
-        """Return what fills the new entries at one place."""
-        found = self.chosen(place)
-        return found.for_place(place, reference) if isinstance(found, PlacedInit) else found
 
 
 def find_inits(inits: Inits) -> Init:

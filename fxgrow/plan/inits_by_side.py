@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fxgrow.plan.deviations import Place
-from fxgrow.plan.init import Init, PlacedInit, find_init, init_of_plan
+from fxgrow.plan.init import Init, InitOfSeveral, find_init, init_of_plan
 from fxgrow.plan.inits_by_layer import (
     InitByLayer,
     Inits,
@@ -20,7 +18,7 @@ from fxgrow.plan.requests import Drawing
 
 
 @dataclass(frozen=True)
-class InitBySide(PlacedInit):
+class InitBySide(InitOfSeveral):
     """An init for what writers get, and one for what readers get.
 
     Attributes:
@@ -34,11 +32,6 @@ class InitBySide(PlacedInit):
     def chosen(self, place: Place) -> Init:
         """Return the init of the side on which a place is."""
         return self.columns if place.role.startswith("reader") else self.rows
-
-    def for_place(self, place: Place, reference: Tensor | None) -> Init:
-        """Return what fills the new entries at one place."""
-        found = self.chosen(place)
-        return found.for_place(place, reference) if isinstance(found, PlacedInit) else found
 
 
 def init_for(

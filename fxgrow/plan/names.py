@@ -1,11 +1,57 @@
-"""The names of tensors before and after a plan."""
+"""The names of tensors and of modules before and after a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from fxgrow.plan.edits import Rearrangement
 from fxgrow.plan.schema import Plan
+
+
+class NameOrigin(NamedTuple):
+    """Where a name after some steps of a plan comes from.
+
+    Attributes:
+        name: the one before them; for what they brought, that of what it is like.
+        new: whether they brought it.
+    """
+
+    name: str
+    new: bool
+
+
+def tensor_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, NameOrigin]:
+    """Return the origin of every tensor after some steps, by its name then.
+
+    Args:
+        names: of tensors before, in the order of the modules.
+        steps: of a plan, in order.
+    """
+    found = {name: NameOrigin(name, False) for name in names}
+    for step in steps:
+        found = _carried(found, names_after(found, step))
+    return found
+
+
+def module_origins(names: Iterable[str], steps: Iterable[Plan]) -> dict[str, NameOrigin]:
+    """Return the origin of every module after some steps, by its name then.
+
+    Args:
+        names: of modules before, in their order.
+        steps: of a plan, in order.
+    """
+    found = {name: NameOrigin(name, False) for name in names}
+    for step in steps:
+        found = _carried(found, new_names(found, step.rearrangements))
+    return found
+
+
+def _carried(
+    before: Mapping[str, NameOrigin], moved: Iterable[tuple[str, str, bool]]
+) -> dict[str, NameOrigin]:
+    """Return origins after one more step: what is like something new is new."""
+    return {name: NameOrigin(before[old].name, new or before[old].new) for name, old, new in moved}
 
 
 def new_names(
@@ -72,16 +118,3 @@ def _with_untied(moved: list[tuple[str, str, bool]], step: Plan) -> list[tuple[s
     held = {name for name, _, _ in moved}
     found = [(n, copies.get(n, old), new or n in copies) for n, old, new in moved]
     return found + [(n, source, True) for n, source in copies.items() if n not in held]
-
-
-def carried_names(names: Iterable[str], plan: Plan) -> dict[str, str]:
-    """Return each name after all steps of a plan, and the name before the first that it comes from.
-
-    Args:
-        names: of tensors before, in the order of the modules.
-        plan: the plan; of what it makes new, the name before is that of what it is like.
-    """
-    found = {name: name for name in names}
-    for step in plan.steps:
-        found = {name: found[before] for name, before, _ in names_after(found, step)}
-    return found

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from fxgrow.lazy import imported_late
 
 if TYPE_CHECKING:
     from fxgrow.training.certificate import Certificate as Certificate
@@ -57,15 +58,7 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'fxgrow.training' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = imported_late(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

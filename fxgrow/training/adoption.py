@@ -21,7 +21,7 @@ from fxgrow.errors import PlanError
 from fxgrow.labels.in_code import change_sizes, sizes_in_code
 from fxgrow.modules.standin import with_computed_weights
 from fxgrow.modules.tensors import modules_of, named_tensors
-from fxgrow.plan.names import names_after, new_names
+from fxgrow.plan.names import module_origins, names_after, tensor_origins
 from fxgrow.plan.schema import Plan
 from fxgrow.training.generated import generated_class
 
@@ -94,8 +94,8 @@ def adopt(model: nn.Module, grown: nn.Module, plan: Plan) -> None:
     after = named_tensors(grown)
     others = {
         id(before[old]): after[name]
-        for name, old in _renamed(plan, before).items()
-        if name in after and before[old] is not after[name]
+        for name, (old, is_new) in tensor_origins(before, plan.steps).items()
+        if not is_new and name in after and before[old] is not after[name]
     }
     for old, new in pairs:
         _take_over(old, new, old_of)
@@ -109,32 +109,15 @@ def adopt(model: nn.Module, grown: nn.Module, plan: Plan) -> None:
     with_computed_weights(model)
 
 
-def _renamed(plan: Plan, names: Mapping[str, object]) -> dict[str, str]:
-    """Return, for each name after a plan, the one before; without those of what is new."""
-    found = {name: name for name in names}
-    for step in plan.steps:
-        found = {n: found[old] for n, old, is_new in names_after(found, step) if not is_new}
-    return found
-
-
-def _module_names(plan: Plan, names: Mapping[str, object]) -> dict[str, str]:
-    """Return, for each name of a module after a plan, the one before; without new ones."""
-    found = {name: name for name in names}
-    for step in plan.steps:
-        moved = new_names(found, step.rearrangements)
-        found = {name: found[old] for name, old, is_new in moved if not is_new}
-    return found
-
-
 def _counterparts(model: nn.Module, grown: nn.Module, plan: Plan) -> dict[int, nn.Module]:
     """Return the old module that each module of a grown copy continues, by the id of the latter."""
     old = dict(model.named_modules(remove_duplicate=False))
     new = dict(grown.named_modules(remove_duplicate=False))
     found: dict[int, nn.Module] = {}
     taken: dict[int, int] = {}
-    for name, before in _module_names(plan, old).items():
-        if name not in new:
-            continue  # a graph does not hold what it never calls
+    for name, (before, is_new) in module_origins(old, plan.steps).items():
+        if is_new or name not in new:  # a graph does not hold what it never calls
+            continue
         mine, theirs = new[name], old[before]
         if _continues(theirs, mine) and taken.setdefault(id(theirs), id(mine)) == id(mine):
             found.setdefault(id(mine), theirs)
@@ -209,11 +192,9 @@ def _set_attributes(model: nn.Module, plan: Plan) -> None:
     """Set what the steps of a plan say of the attributes of modules that were there before."""
     steps = plan.steps
     for index, step in enumerate(steps):
-        names = {edit.module: edit.module for edit in step.modules}
-        for later in steps[index:]:
-            moved = new_names(names, later.rearrangements)
-            names = {name: names[old] for name, old, is_new in moved if not is_new}
-        last = {before: name for name, before in names.items()}
+        # A step names the modules that it edits as they are called after it.
+        origins = module_origins([edit.module for edit in step.modules], steps[index + 1 :])
+        last = {old: name for name, (old, is_new) in origins.items() if not is_new}
         edits = [replace(e, module=last[e.module]) for e in step.modules if e.module in last]
         set_attributes(model, tuple(edits))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -57,16 +58,23 @@ def _is_sharded(model: nn.Module) -> bool:
     )
 
 
+def _each(given: object) -> tuple[Any, ...]:
+    """Return what was given as one thing or as several: none for None."""
+    if given is None:
+        return ()
+    # A module may be iterated over, as a Sequential can, and is one thing all the same.
+    several = isinstance(given, Iterable) and not isinstance(given, nn.Module)
+    return tuple(given) if several else (given,)  # type: ignore[arg-type]
+
+
 def optimizers_of(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
     """Return the optimizers that were given, out of the wrappers of accelerate and Lightning.
 
     Raises:
         PlanError: something else was given.
     """
-    if given is None:
-        return ()
     found: list[Optimizer] = []
-    for one in given if isinstance(given, (list, tuple)) else (given,):
+    for one in _each(given):
         inner: object = one
         while isinstance(getattr(inner, "optimizer", None), Optimizer):
             inner = inner.optimizer  # type: ignore[attr-defined]
@@ -91,8 +99,7 @@ def averaged(given: Iterable[nn.Module] | nn.Module) -> tuple[nn.Module, ...]:
         PlanError: something else was given.
     """
     found: list[nn.Module] = []
-    single = isinstance(given, nn.Module) or not isinstance(given, Iterable)
-    for one in (given,) if single else tuple(given):  # type: ignore[arg-type]
+    for one in _each(given):
         if not isinstance(one, nn.Module):
             raise PlanError(
                 f"an average of weights is a module like the network, not a {type(one).__name__}.",
@@ -172,7 +179,7 @@ def check_schedulers(given: object, optimizers: Sequence[Optimizer]) -> tuple[LR
         PlanError: something else was given, or one drives an optimizer that was not.
     """
     found = []
-    for one in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
+    for one in _each(given):
         inner = one
         while isinstance(getattr(inner, "scheduler", None), LRScheduler):
             inner = inner.scheduler

@@ -9,14 +9,14 @@ from torch import nn
 
 from fxgrow.errors import PlanError
 from fxgrow.modules.tensors import module_names, modules_of
-from fxgrow.plan.names import new_names
+from fxgrow.plan.names import module_origins
 from fxgrow.plan.schema import Plan
 
 _HISTORY = "_fxgrow_history"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PastGrowth:
     """One growth in training.
 
     Attributes:
@@ -29,19 +29,19 @@ class Stage:
     lr: str = "none"
     number: int = 1
 
-    def __deepcopy__(self, memo: object) -> Stage:
-        """Return the stage itself: it is data that nobody changes."""
+    def __deepcopy__(self, memo: object) -> PastGrowth:
+        """Return itself: it is data that nobody changes."""
         del memo
         return self
 
 
-def stages_of(model: nn.Module) -> tuple[Stage, ...]:
+def stages_of(model: nn.Module) -> tuple[PastGrowth, ...]:
     """Return the growths that a module has been through, oldest first."""
-    found: tuple[Stage, ...] = vars(model).get(_HISTORY, ())
+    found: tuple[PastGrowth, ...] = vars(model).get(_HISTORY, ())
     return found
 
 
-def stages_within(model: nn.Module) -> list[tuple[str, Stage]]:
+def stages_within(model: nn.Module) -> list[tuple[str, PastGrowth]]:
     """Return the growths of a network and of modules in it, in order.
 
     Returns:
@@ -49,8 +49,8 @@ def stages_within(model: nn.Module) -> list[tuple[str, Stage]]:
     """
     names = module_names(model)
     today = [(names[id(m)], stage) for m in modules_of(model) for stage in stages_of(m)]
-    found: list[tuple[str, Stage]] = []
-    later: list[tuple[str, Stage]] = []
+    found: list[tuple[str, PastGrowth]] = []
+    later: list[tuple[str, PastGrowth]] = []
     for name, stage in sorted(today, key=lambda item: item[1].number, reverse=True):
         before = _name_before(name, later)
         if before is not None:
@@ -59,7 +59,7 @@ def stages_within(model: nn.Module) -> list[tuple[str, Stage]]:
     return found[::-1]
 
 
-def _name_before(name: str, later: Iterable[tuple[str, Stage]]) -> str | None:
+def _name_before(name: str, later: Iterable[tuple[str, PastGrowth]]) -> str | None:
     """Return what a module was called before some growths, the last one first.
 
     A block that one of them brought holds what the block that it is like has been through: None.
@@ -69,14 +69,12 @@ def _name_before(name: str, later: Iterable[tuple[str, Stage]]) -> str | None:
         if not name.startswith(prefix) or name in ("", within):
             continue
         held = _modules_of_tensors(stage.plan.steps[0].source)
-        found = {one: (one, False) for one in held}
-        for step in stage.plan.steps:
-            moved = new_names(found, step.rearrangements)
-            found = {now: (found[old][0], new or found[old][1]) for now, old, new in moved}
-        old, is_new = found.get(name.removeprefix(prefix), (name.removeprefix(prefix), False))
-        if is_new:
+        origin = module_origins(held, stage.plan.steps).get(name.removeprefix(prefix))
+        if origin is None:  # it holds no tensors
+            continue
+        if origin.new:
             return None
-        name = prefix + old
+        name = prefix + origin.name
     return name
 
 
@@ -99,7 +97,7 @@ def add_stage(model: nn.Module, plan: Plan, lr: str, *, within: nn.Module | None
         within: the network that it is in, if that is known.
     """
     number = max((stage.number for _, stage in stages_within(within or model)), default=0) + 1
-    vars(model)[_HISTORY] = (*stages_of(model), Stage(plan, lr, number))
+    vars(model)[_HISTORY] = (*stages_of(model), PastGrowth(plan, lr, number))
 
 
 def named_module(model: nn.Module, name: str) -> nn.Module:

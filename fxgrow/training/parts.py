@@ -72,7 +72,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Axis:
+class WrittenAxis:
     """What is known of each position of a dim: the growth that wrote it, m and k; shape (size,)."""
 
     stage: NDArray[np.int64]
@@ -80,7 +80,7 @@ class Axis:
     columns: NDArray[np.int64]
 
     @classmethod
-    def of(cls, size: int, stage: int) -> Axis:
+    def of(cls, size: int, stage: int) -> WrittenAxis:
         """Return an axis that one growth has written."""
         ones = np.ones(size, dtype=np.int64)
         return cls(ones * stage, ones, ones)
@@ -98,7 +98,7 @@ class Provenance:
         drawn: the last growth left entries that are no copies.
     """
 
-    axes: tuple[Axis, ...]
+    axes: tuple[WrittenAxis, ...]
     unknown: str = ""
     computed: bool = False
     drawn: bool = False
@@ -163,7 +163,7 @@ def _after(
             edit, untied = step.tensors.get(listed), listed in step.untied
             if is_new and not untied:
                 if edit is not None:
-                    axes = tuple(Axis.of(size, number) for size in edit.new_shape)
+                    axes = tuple(WrittenAxis.of(size, number) for size in edit.new_shape)
                     after[name] = Provenance(axes)
             elif edit is not None:
                 after[name] = _changed(current.get(before), edit, number, counts)
@@ -176,13 +176,15 @@ def _after(
 
 def _changed(before: Provenance | None, edit: TensorEdit, number: int, counts: bool) -> Provenance:
     """Return the provenance of a tensor after an edit, whose copies count or not."""
-    old = before or Provenance(tuple(Axis.of(size, 0) for size in edit.shape))
+    old = before or Provenance(tuple(WrittenAxis.of(size, 0) for size in edit.shape))
     if edit.fill:
-        return Provenance(tuple(Axis.of(size, number) for size in edit.new_shape), drawn=True)
+        return Provenance(
+            tuple(WrittenAxis.of(size, number) for size in edit.new_shape), drawn=True
+        )
     unknown, computed, drawn = old.unknown, old.computed, old.drawn
     axes = list(old.axes)
     if edit.groups[0] != edit.groups[1]:
-        axes = [Axis.of(size, 0) for size in edit.new_shape]
+        axes = [WrittenAxis.of(size, 0) for size in edit.new_shape]
         reason = "its convolution has another number of groups"
         return Provenance(tuple(axes), reason, drawn=True)
     kinds = {run.kind for axis in edit.axes for run in axis.runs}
@@ -197,7 +199,7 @@ def _changed(before: Provenance | None, edit: TensorEdit, number: int, counts: b
     return Provenance(tuple(axes), unknown, computed, drawn)
 
 
-def _same(one: Axis, other: Axis) -> bool:
+def _same(one: WrittenAxis, other: WrittenAxis) -> bool:
     return all(
         np.array_equal(mine, theirs)
         for mine, theirs in (
@@ -208,7 +210,7 @@ def _same(one: Axis, other: Axis) -> bool:
     )
 
 
-def _grown(edit: AxisEdit, group: int, old: Axis, number: int, counts: bool) -> Axis:
+def _grown(edit: AxisEdit, group: int, old: WrittenAxis, number: int, counts: bool) -> WrittenAxis:
     """Return what an axis becomes; of a grouped one, in one group.
 
     Args:
@@ -237,7 +239,7 @@ def _grown(edit: AxisEdit, group: int, old: Axis, number: int, counts: bool) -> 
             columns[at] *= copies[source]
         elif edit.role != "reader" and counts:
             rows[at] *= copies[source]
-    return Axis(stage, rows, columns)
+    return WrittenAxis(stage, rows, columns)
 
 
 def split(name: str, provenance: Provenance) -> list[Part]:
@@ -275,7 +277,7 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> Ranges:
     return tuple(found)
 
 
-def _classes(axis: Axis) -> list[tuple[tuple[int, int, int], Ranges]]:
+def _classes(axis: WrittenAxis) -> list[tuple[tuple[int, int, int], Ranges]]:
     """Return the ranges of equal positions of an axis, by (stage, rows, columns)."""
     table = np.stack([axis.stage, axis.rows, axis.columns], 1)
     bounds = [0, *(np.flatnonzero((np.diff(table, axis=0) != 0).any(1)) + 1).tolist(), len(table)]

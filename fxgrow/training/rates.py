@@ -35,7 +35,7 @@ from fxgrow.plan.schema import Plan
 from fxgrow.training import stepping
 from fxgrow.training.history import stages_within
 from fxgrow.training.lost import OWN, watch
-from fxgrow.training.parts import Axis, Part, Provenance, copies_in, provenances, split
+from fxgrow.training.parts import Part, Provenance, WrittenAxis, copies_in, provenances, split
 from fxgrow.training.stepping import Rate, WarmUp
 
 Rates: TypeAlias = Literal["none", "width", "variance_transfer", "warm_up"]
@@ -274,7 +274,7 @@ def rate_of(parameter: Tensor) -> Rate:
     return stepping.RATES.get(parameter) or Rate()
 
 
-def _product(axes: Sequence[Axis], which: str, *, inverse: bool = False) -> float | Tensor:
+def _product(axes: Sequence[WrittenAxis], which: str, *, inverse: bool = False) -> float | Tensor:
     """Return the product of copies over all dims: a number, or broadcastable where they differ."""
     whole = torch.ones((), dtype=torch.float64)
     for dim, axis in enumerate(axes):

@@ -90,8 +90,8 @@ def regrow_(
     network, optimizers, means = unwrapped(model), optimizers_of(optimizer), averaged(averages)
     check_schedulers(scheduler, optimizers)
     stages = _checked(state)
-    present = [stage.plan.to_json() for _, stage in stages_within(network)]
-    if present != [plan.to_json() for _, _, plan in stages[: len(present)]]:
+    present = [stage.plan for _, stage in stages_within(network)]
+    if present != [plan for _, _, plan in stages[: len(present)]]:
         raise PlanError(
             "the network has grown already, in another way than the record says.",
             way_out="Build it anew, as it was before its first growth.",

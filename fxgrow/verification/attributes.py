@@ -14,7 +14,7 @@ from torch import nn
 from fxgrow.errors import VerificationError
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import ModuleEdit
-from fxgrow.plan.names import carried_names
+from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
 
 
@@ -88,10 +88,10 @@ def check_flags(plan: Plan, before: nn.Module, grown: nn.Module) -> None:
     if any(step.names for step in plan.steps):
         return
     old, new = named_tensors(before), named_tensors(grown)
-    for name, origin in carried_names(old, plan).items():
+    for name, origin in tensor_origins(old, plan.steps).items():
         if name not in new:
             continue
-        was, now = old[origin], new[name]
+        was, now = old[origin.name], new[name]
         if isinstance(was, nn.Parameter) != isinstance(now, nn.Parameter):
             kind = "no parameter any more" if isinstance(was, nn.Parameter) else "a parameter"
             _refuse(name, f"{name} has become {kind}")

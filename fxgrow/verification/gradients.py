@@ -72,28 +72,7 @@ def _descended(
 ) -> Gradients:
     """Return what some steps of descent find."""
     copied = _copy(model)
-    moving, waiting = {}, {}
-    for name, parameter in copied.named_parameters():
-        if name in edits and _has_new(edits[name]) and parameter.requires_grad:
-            moving[name] = waiting[name] = parameter
-        elif parameter.requires_grad and not parameter.any():
-            moving[name] = parameter  # a head of zeros passes nothing on before it has moved
-        else:
-            parameter.requires_grad_(False)
-
-    def listener(name: str) -> Callable[[Tensor], None]:
-        def listen(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None  # all at once would be a third network
-            if gradient is not None:
-                if name in waiting and _touches_new(gradient, edits[name]):
-                    del waiting[name]
-                if steps > 1:
-                    _descend(parameter, gradient)
-
-        return listen
-
-    for name, parameter in moving.items():
-        parameter.register_post_accumulate_grad_hook(listener(name))  # type: ignore[no-untyped-call]
+    waiting = _listened_to(copied, edits, moves=steps > 1)
     set_mode(copied, "train")
     unchecked: list[str] = []
     try:
@@ -109,6 +88,41 @@ def _descended(
         note = f"gradients of {shown(unchecked)} were not checked: {reason}"
         return Gradients(notes=(note,))
     return Gradients(tuple(waiting))
+
+
+def _listened_to(
+    model: nn.Module, edits: Mapping[str, TensorEdit], *, moves: bool
+) -> dict[str, Tensor]:
+    """Return the parameters with new entries; one goes when a gradient reaches some of these.
+
+    Args:
+        model: a copy of the grown network, of which no other parameter takes a gradient afterwards.
+        edits: grown tensors by name.
+        moves: whether parameters descend as their gradients come.
+    """
+    waiting: dict[str, Tensor] = {}
+
+    def listener(name: str) -> Callable[[Tensor], None]:
+        def listen(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None  # all at once would be a third network
+            if gradient is not None:
+                if name in waiting and _touches_new(gradient, edits[name]):
+                    del waiting[name]
+                if moves:
+                    _descend(parameter, gradient)
+
+        return listen
+
+    for name, parameter in model.named_parameters():
+        grown = name in edits and _has_new(edits[name])
+        # A head of zeros passes nothing on before it has moved.
+        if parameter.requires_grad and (grown or not parameter.any()):
+            parameter.register_post_accumulate_grad_hook(listener(name))  # type: ignore[no-untyped-call]
+            if grown:
+                waiting[name] = parameter
+        else:
+            parameter.requires_grad_(False)
+    return waiting
 
 
 def _learns(original: nn.Module, batch: Arguments) -> bool:

@@ -165,19 +165,10 @@ def _check_values(
     base = old.tensor.detach()
     if held.tensor.dtype != base.dtype:
         refuse(name, f"it is {held.tensor.dtype}, and was {base.dtype}")
-    plain = edit is None or (edit.scale == 1 and edit.absorption is None and not edit.offset)
-    spread = part.spread
-    if edit is not None:
-        base = _fitting(base, edit, name)
-        if not plain:
-            base, sizes = _changed(base, edit, lookup)
-            spread = sizes if spread is None or edit.offset else spread
-        base = regrouped(base, edit.groups)
-    for dim, places in part.kept:
-        base = base.index_select(dim, torch.from_numpy(places).to(base.device))
+    base, spread = _expected(name, edit, base, part, lookup)
     if part.tensor.shape != base.shape:
         refuse(name, f"its old part is {tuple(part.tensor.shape)}, not {tuple(base.shape)}")
-    if plain and part.spread is None and held.exact and old.exact:
+    if _is_plain(edit) and part.spread is None and held.exact and old.exact:
         if not same_bits(part.tensor, base):
             at = first_difference(part.tensor, base)
             _refuse_entry(name, part.tensor, base, at)
@@ -189,6 +180,35 @@ def _check_values(
         off = ~close(have, want.to(have.device), None if spread is None else spread[rows])
         if bool(off.any()):
             _refuse_entry(name, have, want, off.nonzero()[0].tolist(), rows.start)
+
+
+def _is_plain(edit: TensorEdit | None) -> bool:
+    """Return whether an edit leaves old entries the values that they have."""
+    return edit is None or (edit.scale == 1 and edit.absorption is None and not edit.offset)
+
+
+def _expected(
+    name: str,
+    edit: TensorEdit | None,
+    base: Tensor,
+    part: OldPart,
+    lookup: Mapping[str, _Held | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Return what an old tensor becomes where it goes on, and how large the terms of it were.
+
+    Raises:
+        VerificationError: it has not the shape that the edit is for.
+    """
+    spread = part.spread
+    if edit is not None:
+        base = _fitting(base, edit, name)
+        if not _is_plain(edit):
+            base, sizes = _changed(base, edit, lookup)
+            spread = sizes if spread is None or edit.offset else spread
+        base = regrouped(base, edit.groups)
+    for dim, places in part.kept:
+        base = base.index_select(dim, torch.from_numpy(places).to(base.device))
+    return base, spread
 
 
 def _fitting(base: Tensor, edit: TensorEdit, name: str) -> Tensor:

@@ -143,7 +143,7 @@ def _refuse_failed(out: Path, error: Exception) -> NoReturn:
     """Say why writing failed."""
     reason = one_line(str(error)) or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
-    if told := re.search(r"\(os error (\d+)\)", reason):  # as safetensors tells of it
+    if told := re.search(r"\((?:os error |Os \{ code: )(\d+)", reason):  # as Rust tells
         number = int(told[1])
     if number is not None:
         reason = os.strerror(number)

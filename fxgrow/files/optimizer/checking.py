@@ -22,7 +22,7 @@ from fxgrow.files.optimizer.order import names_by_group
 from fxgrow.modules.bits import pieces
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import AxisEdit, TensorEdit
-from fxgrow.plan.names import names_after
+from fxgrow.plan.names import names_after, tensor_origins
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.places import along, back
 from fxgrow.verification.positions import close, regrouped
@@ -62,7 +62,8 @@ def check_optimizer(
         if grown["state"] or (saved["state"] and not notes):
             _refuse("its state is kept, though nobody knows which parameter is which")
         return
-    new_name = {old: new for new, old, is_new in _moved(plan, before) if not is_new}
+    origins = tensor_origins(named_tensors(before), plan.steps)
+    new_name = {origin.name: name for name, origin in origins.items() if not origin.new}
     new_groups = _new_groups(grown, old_groups, new_name, after)
     if new_groups is None:
         return
@@ -114,15 +115,6 @@ def _new_groups(
         names = [new_name.get(name, name) for name in group]
         in_order = all(was.get(a, 0) <= was.get(b, 0) for a, b in itertools.pairwise(names))
         found.append(sorted(names, key=lambda n: place.get(n, 0)) if in_order else names)
-    return found
-
-
-def _moved(plan: Plan, before: nn.Module) -> list[tuple[str, str, bool]]:
-    """Return every tensor's name after a plan, the one before, and whether it is new."""
-    found = [(name, name, False) for name in named_tensors(before)]
-    for step in plan.steps:
-        known = {name: (old, new) for name, old, new in found}
-        found = [(n, known[o][0], new or known[o][1]) for n, o, new in names_after(known, step)]
     return found
 
 

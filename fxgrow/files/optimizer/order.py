@@ -116,12 +116,38 @@ def assigned(
         raise PlanError("the shapes of its state are not those of the model's parameters")
     if len(shapes) > _MOST_GROUPS:
         raise _several()
+    steps = _ways(shapes, list(parameters.values()), spare)
+    end: Place = tuple(map(len, shapes))
+    if end not in steps[-1]:
+        raise PlanError("the shapes of its state are not those of the model's parameters")
+    if steps[-1][end].count > 1:
+        raise _several()
+    names: list[list[str]] = [[] for _ in shapes]
+    for name, step in zip(reversed(list(parameters)), reversed(steps[1:]), strict=True):
+        if step[end].group != _LEFT_OUT:
+            names[step[end].group].insert(0, name)
+        end = step[end].before
+    return names
+
+
+def _ways(
+    shapes: Sequence[Sequence[Shape | None]], parameters: Sequence[Shape], spare: int
+) -> list[dict[Place, _Way]]:
+    """Return how far each group can be filled before the first parameter and after each.
+
+    Args:
+        shapes: for each group, the shapes of its parameters; None fits any.
+        parameters: the shapes of the module's.
+        spare: how many of these are in no group.
+
+    Raises:
+        PlanError: there are too many ways to follow.
+    """
     start: Place = (0,) * len(shapes)
-    ways: dict[Place, _Way] = {start: _Way(1, start, _LEFT_OUT)}
-    steps = []
-    for index, shape in enumerate(parameters.values()):
+    steps = [{start: _Way(1, start, _LEFT_OUT)}]
+    for index, shape in enumerate(parameters):
         reached: dict[Place, _Way] = {}
-        for place, way in ways.items():
+        for place, way in steps[-1].items():
             if index - sum(place) < spare:
                 _reach(reached, place, _Way(way.count, place, _LEFT_OUT))
             for group, wanted in enumerate(shapes):
@@ -130,19 +156,8 @@ def assigned(
                     _reach(reached, after, _Way(way.count, place, group))
         if len(reached) > _WIDEST:
             raise _several()
-        ways = reached
-        steps.append(ways)
-    end: Place = tuple(map(len, shapes))
-    if end not in ways:
-        raise PlanError("the shapes of its state are not those of the model's parameters")
-    if ways[end].count > 1:
-        raise _several()
-    names: list[list[str]] = [[] for _ in shapes]
-    for name, step in zip(reversed(list(parameters)), reversed(steps), strict=True):
-        if step[end].group != _LEFT_OUT:
-            names[step[end].group].insert(0, name)
-        end = step[end].before
-    return names
+        steps.append(reached)
+    return steps
 
 
 def _reach(reached: dict[Place, _Way], place: Place, way: _Way) -> None:

@@ -14,7 +14,7 @@ from fxgrow.errors import PlanError, listed
 from fxgrow.files.optimizer.buffers import State
 from fxgrow.files.optimizer.state import grow_state
 from fxgrow.plan.init import zeros
-from fxgrow.plan.names import names_after
+from fxgrow.plan.names import names_after, tensor_origins
 from fxgrow.plan.schema import Plan
 
 Member: TypeAlias = tuple[str, str]  # a parameter's new name and its old one, "" if it is new
@@ -90,7 +90,7 @@ def grow_groups(
     """
     before = list(names)
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    origins = _origins(plan, before)
+    origins = tensor_origins(before, plan.steps)
     name_after = {old: name for name, (old, is_new) in origins.items() if not is_new}
     group_of = {name: index for index, group in enumerate(groups) for name in group}
     result = [[(name_after.get(name, name), name) for name in group] for group in groups]
@@ -108,12 +108,3 @@ def _in_order(group: Sequence[str], names: Sequence[str]) -> bool:
     """Return whether all of a group are among some names, and stand in their order."""
     held = set(group)
     return list(group) == [name for name in names if name in held]
-
-
-def _origins(plan: Plan, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Return, for each tensor after a plan, the old one that it is like, and whether it is new."""
-    origins = {name: (name, False) for name in names}
-    for step in plan.steps:
-        moved = names_after(origins, step)
-        origins = {n: (origins[old][0], new or origins[old][1]) for n, old, new in moved}
-    return origins

@@ -39,7 +39,7 @@ class _Stop(Exception):  # noqa: N818 - no error
 
 
 @dataclass(frozen=True)
-class Deviation:
+class NormDivisor:
     """What a norm over all channels divides by.
 
     Attributes:
@@ -63,7 +63,7 @@ class Deviation:
 
 def deviation(
     module: nn.Module, norm: str, pair: LayerPair, run: Callable[[], object]
-) -> Deviation:
+) -> NormDivisor:
     """Return what a norm divides by when a module runs.
 
     Args:
@@ -108,7 +108,7 @@ def deviation(
                     "nothing to divide by but its eps"
                 )
             if float(off) <= _TOLERANCE * float(found.abs().amax()):
-                return Deviation(inverse)
+                return NormDivisor(inverse)
     raise UnknownNorm(
         f"{pair.over} is over all channels and does not divide them by their deviation alone"
     )

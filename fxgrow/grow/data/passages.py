@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from fxgrow.errors import PlanError
 from fxgrow.grow.data.entered import Stop, channel_dim_of, enter
-from fxgrow.grow.data.held import Deviation, UnknownNorm, deviation, over_entries
+from fxgrow.grow.data.held import NormDivisor, UnknownNorm, deviation, over_entries
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
 from fxgrow.grow.data.skipped import sharing, skipping
 from fxgrow.modules.calling import Arguments, map_tensors
@@ -56,7 +56,7 @@ class Passage:
         self._module = doubles[owner]
         self._between = self._doubled() | self._carriers(False)
         self._writes_in_place = False  # into what earlier parts put out
-        self._deviation: Deviation | None = None
+        self._deviation: NormDivisor | None = None
         if pair.over:
             norm, run = self._local(pair.over), self._run_plain
             self._deviation = deviation(self._module, norm, pair, run)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor, nn
 
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import PlanError
+from fxgrow.plan.amounts import amount
 from fxgrow.plan.edits import Child, Rearrangement
 
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_COUNT = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FORMS = 'Give an increment ("+2"), a ratio ("2x") or a number of blocks in all ("6").'
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)")
 
@@ -66,16 +65,7 @@ def new_blocks(blocks: str, old: int, name: str = "") -> int:
         >>> new_blocks("+2", 3), new_blocks("2x", 3), new_blocks("5", 3)
         (2, 3, 2)
     """
-    match = _COUNT.fullmatch(blocks.strip())
-    if match is None or (match["sign"] and match["ratio"]):
-        raise UsageError(f"the number of blocks {blocks!r} cannot be read.", way_out=_FORMS)
-    number = Fraction(match["number"])
-    if match["ratio"]:
-        asked = (number * old + Fraction(1, 2)).__floor__()
-    elif number.denominator != 1:
-        raise UsageError(f"the number of blocks {blocks!r} is not a whole number.", way_out=_FORMS)
-    else:
-        asked = int(number) + (old if match["sign"] else 0)
+    asked = amount(blocks, old, what="number of blocks", way_out=_FORMS)
     if asked <= old:
         raise PlanError(
             f"{blocks!r} asks for {asked} blocks where {name or 'the stage'} has {old} already; "

@@ -115,7 +115,7 @@ class Payers:
             yield from self._through(self.tape.operations[value.producer], factor)
 
     def _through(self, op: Operation, factor: float) -> Ways:
-        name, traits, data = operator_name(op.target), traits_of(op.target), self.data(op)
+        name, data = operator_name(op.target), self.data(op)
         weights = [value for value in op.inputs if value.is_weight and value.layers]
         if name in _WEIGHT_OF_NORM:
             yield from _paid([op.args[_WEIGHT_OF_NORM[name]]], factor, of_norm=True)
@@ -123,20 +123,27 @@ class Payers:
             yield from _paid(weights, factor)
         elif name in _SUMS:
             yield from self._all(data, factor)
-        elif weights and traits.is_product and len(data) == 1:  # behind its bias, if it has one
+        elif weights:
+            yield from self._by_weights(op, weights, data, factor)
+        elif len(data) == 1:
+            power = self._power(op, data[0])
+            if power:
+                yield from self._of(data[0], factor ** (1.0 / power))
+        elif len(data) == 2 and (traits_of(op.target).is_product or name == "aten.mul"):
+            yield from self._either(op, data, factor)
+
+    def _by_weights(
+        self, op: Operation, weights: Sequence[Value], data: Sequence[Value], factor: float
+    ) -> Ways:
+        """Yield ways for a layer: by its weight, or before it where the weight is to be kept."""
+        if traits_of(op.target).is_product and len(data) == 1:  # behind its bias, if it has one
             own = [v for v in weights if v is not _bias(op)]
             if self.kept and {*self.kept}.issuperset(n for v in own for n in v.origins):
                 yield from self._of(data[0], factor)
             else:
                 yield from _paid(own, factor)
-        elif weights and name == "aten.mul":
+        elif operator_name(op.target) == "aten.mul":
             yield from _paid(weights, factor, of_norm=True)
-        elif not weights and len(data) == 1:
-            power = self._power(op, data[0])
-            if power:
-                yield from self._of(data[0], factor ** (1.0 / power))
-        elif not weights and len(data) == 2 and (traits.is_product or name == "aten.mul"):
-            yield from self._either(op, data, factor)
 
     def _power(self, op: Operation, value: Value) -> float | None:
         """Return the power with which an operation takes a factor on its one operand."""

@@ -7,7 +7,7 @@ repairs have in common is set and tried first; what does not help is left as it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -65,32 +65,35 @@ def candidates(
     before those of objects that they hold (``self.config``). Where no call was wrong, what compares
     sizes is the code of the modules that were running: an attribute of theirs is a size.
     """
-    names = repair.module.split(".") if repair.module else []
-    owners = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
-    inner = attributes.model.get_submodule(repair.module)
-    below = (
-        ()
-        if not repair.function
-        else sorted((n for n, _ in inner.named_modules() if n), key=lambda name: name.count("."))
-    )
-    owners += [".".join((*names, name)) for name in below]
+    owners = _owners(attributes.model, repair)
+
+    def having(size: int | tuple[int, ...]) -> list[tuple[Candidate, ModuleEdit]]:
+        found = [item for owner in owners for item in attributes.of(owner, size)]
+        return [(key, edit) for key, edit in found if key not in without]
+
     given_all, after_all = (
         tuple(size for size in sizes if size is not None) for sizes in (repair.given, repair.wanted)
     )
-    for owner in owners:
-        for key, edit in attributes.of(owner, given_all):
-            if edit.before == repair.given and key not in without:
-                yield key, replace(edit, after=after_all)
+    for key, edit in having(given_all):
+        if edit.before == repair.given:
+            yield key, replace(edit, after=after_all)
     for given, wanted in _multiples(repair):
-        found = [item for owner in owners for item in attributes.of(owner, given)]
-        for key, edit in sorted(found, key=lambda item: "." in item[1].attribute):
-            if key not in without:
-                yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+        for key, edit in sorted(having(given), key=lambda item: "." in item[1].attribute):
+            yield key, replace(edit, after=_replaced(edit.before, given, wanted))
     for given, wanted in _wholes(repair, grown):
-        for owner in owners:
-            for key, edit in attributes.of(owner, given):
-                if key not in without:
-                    yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+        for key, edit in having(given):
+            yield key, replace(edit, after=_replaced(edit.before, given, wanted))
+
+
+def _owners(model: nn.Module, repair: Repair) -> list[str]:
+    """Return the modules whose attributes a wrong size may come from, the most likely first."""
+    names = repair.module.split(".") if repair.module else []
+    running = [".".join(names[:depth]) for depth in range(len(names), -1, -1)]
+    if not repair.function:
+        return running
+    inner = [name for name, _ in model.get_submodule(repair.module).named_modules() if name]
+    inner.sort(key=lambda name: name.count("."))
+    return [*running, *(".".join((*names, name)) for name in inner)]
 
 
 def _wholes(repair: Repair, grown: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -215,33 +218,33 @@ class Guesses:
     def revise(self, repairs: Sequence[Repair]) -> bool:
         """Return whether there is something more to try, now that these sizes are wrong.
 
-        Of the candidates for a repair, the one is tried that most repairs have in common. One that
-        mends nothing, and spoils what was right, is alone to blame for it.
+        Of the candidates for a repair, the one is tried that most repairs have in common. What is
+        set and mended none of its calls is useless. Where the last choice mended nothing at all,
+        and spoiled what was right, it is alone to blame, and all is as it was before it.
         """
         wrong = {repair.call for repair in repairs}
         if self.newest and wrong > self.wrong:
-            self.useless.update(self.newest)
-            self.chosen = {key: g for key, g in self.chosen.items() if key not in self.newest}
+            self._unset(self.newest)
             return self._choose(self._before)
         self.wrong, self._before = wrong, repairs
-        self.useless |= {key for key, guess in self.chosen.items() if guess.calls <= self.wrong}
-        self.chosen = {key: g for key, g in self.chosen.items() if key not in self.useless}
+        self._unset([key for key, guess in self.chosen.items() if guess.calls <= wrong])
         return self._choose(repairs)
 
-    def take_back(self, repairs: Sequence[Repair]) -> bool:
+    def take_back(self) -> bool:
         """Return whether there is something more to try, now that the network does not run.
 
-        What was chosen last is to blame, the least likely first.
-
-        Args:
-            repairs: what the choice was made for.
+        The last choice is to blame, the least likely of it first.
         """
         if not self.newest:
             return False
-        key = self.newest.pop()
-        self.useless.add(key)
-        self.chosen.pop(key, None)
-        return bool(self.newest) or self._choose(repairs)
+        self._unset([self.newest.pop()])
+        return bool(self.newest) or self._choose(self._before)
+
+    def _unset(self, keys: Iterable[Candidate]) -> None:
+        """Leave attributes as they were from now on: they are useless."""
+        for key in keys:
+            self.useless.add(key)
+            self.chosen.pop(key, None)
 
     def _choose(self, repairs: Sequence[Repair]) -> bool:
         """Choose what most repairs have in common; return whether there is any choice."""

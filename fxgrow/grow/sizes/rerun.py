@@ -245,7 +245,7 @@ class _Rerun:
                 compared, wrong = True, [self._comparison(found)]
                 is_open = guesses.revise(wrong)
             else:  # it is of the guesses that it does not run, which nobody asked for
-                is_open = guesses.take_back(wrong)
+                is_open = guesses.take_back()
         left = {repair.call for repair in wrong}
         return [repair for repair in repairs if repair.call in left] or repairs
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from fractions import Fraction
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.errors import FxgrowError, PlanError, UnsupportedOperationError, UsageError
 from fxgrow.labels.pins import PinKind
 from fxgrow.modules.tensors import layer_of, named_tensors
+from fxgrow.plan.amounts import amount
 from fxgrow.plan.by_layer import globs_in
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.step import Refusal
 
-_WIDTH = re.compile(r"(?P<sign>\+?)(?P<number>\d+(\.\d+)?)(?P<ratio>x?)")
 _FROM_NONE = 'ask for a number ("8", "+8")'
 _FREED = (PinKind.NO_RULE, PinKind.FIXED)  # of which a refusal tells how to
 _SHOWN = 3  # groups that a message names
@@ -41,17 +39,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
         >>> new_width("1.5x", 64), new_width("+5", 64), new_width("100", 64, multiple_of=8)
         (96, 69, 104)
     """
-    match = _WIDTH.fullmatch(width.strip())
-    if match is None or (match["sign"] and match["ratio"]):
-        raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)
-    number = Fraction(match["number"])
-    if match["ratio"]:
-        wanted = number * old
-        asked = (wanted + Fraction(1, 2)).__floor__()
-    elif number.denominator != 1:
-        raise UsageError(f"the width {width!r} is not a whole number.", way_out=_FORMS)
-    else:
-        asked = int(number) + (old if match["sign"] else 0)
+    asked = amount(width, old, what="width", way_out=_FORMS)
     if asked > _MOST:
         raise UsageError(f"the width {width!r} is more than any layer has.", way_out=_FORMS)
     if asked < old:

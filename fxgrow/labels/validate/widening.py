@@ -72,7 +72,20 @@ def check_widening(case: SampleCase) -> str:
         results = run(call, operands)
     except (RuntimeError, IndexError, ValueError) as error:
         return f"more channels: torch refuses them ({_first_line(error)})"
-    if len(results) != len(case.results):
+    continued = _continued(case, wide, results, origin)
+    return difference(case, case.results, continued, "more channels")
+
+
+def _continued(
+    case: SampleCase, wide: Claims, results: Sequence[Tensor], origin: Origin
+) -> list[Tensor]:
+    """Return what of the wider results continues the old ones, in their shapes.
+
+    Raises:
+        UnmatchedError: that cannot be said.
+    """
+    claims, found = case.claims, list(results)
+    if len(found) != len(case.results):
         raise UnmatchedError
     for place, before in enumerate(case.results):
         if claims.is_open[place]:
@@ -81,11 +94,11 @@ def check_widening(case: SampleCase) -> str:
         if [x.dims for x in old] != [x.dims for x in new]:
             raise UnmatchedError
         for mine, theirs in zip(old, new, strict=True):
-            results[place] = _kept(results[place], mine, theirs, origin)
-        results[place] = _cut(results[place], before)
-        if before.shape != results[place].shape and wide.numbers != claims.numbers:
+            found[place] = _kept(found[place], mine, theirs, origin)
+        found[place] = _cut(found[place], before)
+        if before.shape != found[place].shape and wide.numbers != claims.numbers:
             raise UnmatchedError  # what was computed from a size in Python has another one
-    return difference(case, case.results, results, "more channels")
+    return found
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:
