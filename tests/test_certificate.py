@@ -68,6 +68,34 @@ class Attention(nn.Module):
         return self.head(self.last(x)).transpose(1, 2)
 
 
+class Tied(Attention):
+    """Likewise, with the weight of its embedding for the last layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
+class Recurrent(nn.Module):
+    """An LSTM of two layers over a row as a sequence of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 4), nn.Linear(4, 3)
+        self.lstm = nn.LSTM(4, 4, num_layers=2, batch_first=True)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.last(self.lstm(self.first(rows.unsqueeze(2)))[0][:, -1])
+
+
+def in_groups() -> nn.Module:
+    """Return a network with a grouped and a depthwise convolution."""
+    body = [nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=2, bias=False)]
+    body += [nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)]
+    body += [nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)]
+    return nn.Sequential(*body, nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))
+
+
 def perceptron() -> nn.Module:
     """Return a network of two hidden layers."""
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -89,6 +117,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "perceptron": (perceptron, rows),
     "residual": (Residual, images),
     "transformer": (Attention, tokens),
+    "tied": (Tied, tokens),
+    "recurrent": (Recurrent, rows),
+    "in groups": (in_groups, images),
 }
 OPTIM = torch.optim
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
 )
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
+from fxgrow.training import GrowthSchedule, Plateau  # noqa: E402
 from fxgrow.training.lightning import GrowthCallback, regrow_from  # noqa: E402
 
 pytestmark = [
@@ -114,6 +115,72 @@ def test_every_checkpoint_resumes_to_the_same_weights(average, growth_first, tmp
     for epoch in range(4):
         found = fit(tmp_path / "again", tmp_path / "whole" / f"epoch={epoch}.ckpt").state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), epoch
+
+
+WAITING = GrowthSchedule.of(
+    [{"epochs": None}, {"epochs": None, "width": "2x"}, {"epochs": 9, "width": "1.5x"}],
+    plateau=Plateau(patience=1, threshold=0.0),
+    where="hidden",
+)
+SCORES = (0.9, 0.9, 0.8, 0.9, 0.9, 0.9)  # a plateau after the second and the fourth epoch
+
+
+class Scored(Net):
+    """Logs a score, in validation or in training."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.widths: list[int] = []
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        if self.where == "train":
+            self.log("score", SCORES[self.current_epoch], on_step=False, on_epoch=True)
+        self.widths.append(self.net[0].out_features)
+        return super().training_step(batch)
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        if self.where == "val":
+            self.log("score", SCORES[self.current_epoch])
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_a_plateau_grows_and_resumes(where, tmp_path):
+    def fit(folder: Path, resume: Path | None = None) -> Scored:
+        module = Scored(where)
+        growth = GrowthCallback(WAITING, monitor="score")
+        run = trainer(folder, [each_epoch(folder), growth], 6)
+        run.fit(module, data(), data(), ckpt_path=resume)
+        return module
+
+    module = fit(tmp_path / "whole")
+    assert module.widths == [8] * 8 + [16] * 8 + [24] * 8
+    expected = module.state_dict()
+    for epoch in range(5):
+        found = fit(tmp_path / "again", tmp_path / "whole" / f"epoch={epoch}.ckpt").state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), epoch
+
+
+def test_epochs_without_a_validation_do_not_count(tmp_path):
+    module = Scored("val")
+    growth = GrowthCallback(WAITING, monitor="score")
+    trainer(tmp_path, [growth], 6, check_val_every_n_epoch=2).fit(module, data(), data())
+    assert module.widths == [8] * 16 + [16] * 8  # after the second value, that of epoch 4
+
+
+def test_a_metric_that_is_not_logged_is_named(tmp_path):
+    run = trainer(tmp_path, [GrowthCallback(WAITING, monitor="val_los")])
+    with pytest.raises(PlanError, match="val_los") as caught:
+        run.fit(Net(), data(), data())
+    assert "loss, val" in caught.value.message
+
+
+def test_names_are_checked_before_the_first_step(tmp_path):
+    module = Net()
+    run = trainer(tmp_path, [GrowthCallback({4: {"width": {"net.7*": "2x"}}})])
+    with pytest.raises(PlanError, match="matches no channel group"):
+        run.fit(module, data())
+    assert module.losses == []
 
 
 def test_the_loss_does_not_jump_and_what_is_new_trains(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxgrow
 import fxgrow.training
 from fxgrow.errors import PlanError, SourceError, UsageError
+from fxgrow.training import stepping
 from fxgrow.training.rates import WARM_UP, rate_of
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -178,10 +179,66 @@ def by_parts(make: Any) -> tuple[Tensor, Tensor]:
     return found, torch.cat([piece.detach() for piece in pieces])
 
 
-@pytest.mark.parametrize("name", ["sgd", "plain", "nesterov", "adam", "adamw", "fused", "rmsprop"])
+BY_PARTS = OPTIMIZERS | {
+    "dampened": functools.partial(SGD, dampening=0.3),
+    "maximize plainly": functools.partial(OPTIMIZERS["plain"], maximize=True, lr=0.001),
+    "maximize adam": functools.partial(ADAMW, maximize=True, lr=0.001),
+    "amsgrad": functools.partial(OPTIMIZERS["adam"], amsgrad=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sgd", "plain", "nesterov", "dampened", "maximize", "maximize plainly", "adam", "adamw",
+        "foreach", "amsgrad", "maximize adam", "fused", "rmsprop",
+    ],
+)  # fmt: skip
 def test_variance_transfer_is_a_rate_for_each_part(name: str) -> None:
-    found, expected = by_parts(OPTIMIZERS[name])
+    found, expected = by_parts(BY_PARTS[name])
     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["plain", "adam", "amsgrad", "nesterov", "dampened"])
+def test_a_step_by_parts_leaves_gradients_alone(name: str) -> None:
+    model = network()
+    optimizer = BY_PARTS[name](model.parameters())
+    fxgrow.training.grow_(
+        model, "2x", optimizer=optimizer, lr="variance_transfer", rescaling="default_vt"
+    )
+    train(model, optimizer, batches(), 2)  # the first one makes the averages
+    gradient = model[2].weight.grad
+    before, weight = gradient.clone(), model[2].weight.detach().clone()
+    optimizer.step()
+    assert model[2].weight.grad is gradient
+    assert torch.equal(gradient, before)
+    assert not torch.equal(model[2].weight, weight)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_parts_of_other_growths_take_whole_steps(name: str) -> None:
+    model = network()
+    optimizer = BY_PARTS[name](model.parameters())
+    fxgrow.training.grow_(
+        model, "2x", optimizer=optimizer, lr="variance_transfer", rescaling="default_vt"
+    )
+    grown = fxgrow.training.grow_(model, "1.5x", optimizer=optimizer)
+    weight = model[2].weight
+    (last,) = (part for part in grown.parts if part.name == "2.weight" and part.stage == 2)
+    train(model, optimizer, batches(), 2)
+    same, other = copy.deepcopy((model, optimizer))
+    forget_rates(same)
+    for one, steps in ((model, optimizer), (same, other)):
+        train(one, steps, batches(), 1)
+    mask = last.mask(weight)
+    assert torch.allclose(weight[mask], same[2].weight[mask], rtol=1e-12, atol=1e-15)
+    assert not torch.allclose(weight, same[2].weight, rtol=1e-6)
+
+
+def forget_rates(model: nn.Module) -> None:
+    """Let all parameters of a network take whole steps."""
+    for parameter in model.parameters():
+        stepping.RATES.pop(parameter, None)
 
 
 def test_a_weight_that_begins_at_zero_is_refused_under_variance_transfer() -> None:
@@ -190,6 +247,38 @@ def test_a_weight_that_begins_at_zero_is_refused_under_variance_transfer() -> No
     with pytest.raises(PlanError, match="stay zero"):
         fxgrow.training.grow_(model, "2x", lr="variance_transfer", pairing="v_zero")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
+    ],
+)
+@pytest.mark.parametrize("lr", ["width", "variance_transfer"])
+def test_what_takes_the_place_of_a_parameter_with_rates_is_not_trained_unsaid(
+    lr: Any, register: Callable[[nn.Module], object]
+) -> None:
+    model = network()
+    given = COPIES if lr == "width" else {"rescaling": "default_vt"}
+    fxgrow.training.grow_(model, "2x", lr=lr, **given)
+    register(model[2])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match="taken its place"):
+        train(model, SGD(model.parameters()), batches(), 1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    others = [*model[0].parameters(), *model[4].parameters(), model[2].bias]
+    train(model, SGD(others), batches(), 1)  # does not train it
+
+
+def test_a_parametrization_that_computes_with_the_same_parameter_keeps_its_rates() -> None:
+    model = network()
+    fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
+    rate = rate_of(model[2].weight)
+    nn.utils.parametrizations.spectral_norm(model[2])
+    assert rate_of(model[2].parametrizations.weight.original) is rate
+    train(model, SGD(model.parameters()), batches(), 2)
 
 
 def test_a_warm_up_ends() -> None:

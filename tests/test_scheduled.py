@@ -45,9 +45,9 @@ def test_a_schedule_of_stages_becomes_deeper_and_wider_as_each_begins():
     found = growths_of(GrowthSchedule.of(stages), {})
     assert [(growth.at, growth.deepens) for growth in found] == [(7, True), (7, False), (12, False)]
     assert dict(found[1].options) == {"width": {"a": "16"}, "where": "all"}
-    waiting = GrowthSchedule.of([{"epochs": None}, {"epochs": 4}], plateau=Plateau())
-    with pytest.raises(UsageError, match="metric"):
-        growths_of(waiting, {})
+    waiting = GrowthSchedule.of(stages, plateau=Plateau())
+    found = growths_of(waiting, {})  # by stages
+    assert [(growth.at, growth.deepens) for growth in found] == [(2, True), (2, False), (3, False)]
 
 
 @pytest.mark.parametrize(

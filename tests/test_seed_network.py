@@ -149,18 +149,34 @@ def test_a_schedule_of_another_network_is_refused():
     seed_network(other, schedule, torch.randn(2, 6), check=False)
 
 
-def test_what_cannot_grow_back_is_named():
-    """LayerNorm behind a layer that mixes positions grows by whole copies only."""
-    full, x = (
-        nn.Sequential(nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 3, groups=16)),
-        torch.randn(2, 3, 6),
-    )
-    full.append(Last(16))
+def of_whole_copies() -> nn.Module:
+    """Return a network with a LayerNorm behind a layer that mixes positions."""
+    full = nn.Sequential(nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 3, groups=16))
+    return full.append(Last(16)).append(nn.Linear(2, 32)).append(nn.ReLU()).append(nn.Linear(32, 2))
+
+
+def test_what_grows_by_whole_copies_waits_for_the_next_multiple():
+    full, x = of_whole_copies(), torch.randn(2, 3, 6)
     schedule = GrowthSchedule.geometric(full, epochs=30, example_inputs=x)
+    count = len(schedule.stages)
+    widths = [schedule.widths_at(stage)["0"] for stage in range(count)]
+    assert sorted(set(widths)) == [4, 8, 16]
+    assert widths == sorted(widths)
+    others = [schedule.widths_at(stage)["3"] for stage in range(count)]
+    assert others == sorted(set(others))  # which grow in each stage
+    network = seed_network(full, schedule, x)
+    for stage in range(1, count):
+        enter_stage_(network, schedule, stage, x, verify="quick")
+    assert shapes(network) == shapes(full)
+
+
+def test_what_cannot_grow_back_is_named():
+    full, x = of_whole_copies(), torch.randn(2, 3, 6)
+    schedule = GrowthSchedule.of(
+        [{"epochs": 5, "width": {"0": "4"}}, {"epochs": 5, "width": {"0": "6"}}, {"epochs": 5}]
+    )
     with pytest.raises(PlanError, match="cannot be widened"):
         seed_network(full, schedule, x)
-    doubling = GrowthSchedule.geometric(full, epochs=30, example_inputs=x, rate=1.0)
-    assert seed_network(full, doubling, x)[0].out_channels == 4
 
 
 class Last(nn.Module):

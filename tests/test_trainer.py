@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 import torch
 
 import fxgrow
+import fxgrow.training
 from fxgrow.errors import PlanError, SourceError, UsageError
 
 pytest.importorskip("accelerate")
@@ -20,6 +26,7 @@ safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("
 
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from fxgrow.training import GrowthSchedule, Plateau  # noqa: E402
 from fxgrow.training.trainer import GrowthCallback, regrow_from  # noqa: E402
 
 GROWTHS = {1: "2x", 3: {"width": "1.5x", "pairing": "replicate"}}
@@ -156,11 +163,119 @@ def test_a_checkpoint_of_an_earlier_stage_does_not_undo_growth(whole):
         run.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
 
 
-def test_several_processes_are_refused_before_training(tmp_path):
-    growth, run = GrowthCallback({1: "2x"}), trainer(tmp_path, GrowthCallback({1: "2x"}))
-    arguments = type("Arguments", (), {"world_size": 2})()
-    with pytest.raises(PlanError, match="several processes"):
-        growth.on_train_begin(arguments, run.state, run.control, model=run.model)
+def test_several_processes_are_refused_as_the_trainer_is_made(tmp_path):
+    script = """
+        import sys, pathlib
+        sys.path.insert(0, sys.argv[2])
+        from fxgrow.errors import PlanError
+        from test_trainer import GrowthCallback, bert, trainer
+        try:
+            trainer(pathlib.Path(sys.argv[1]), GrowthCallback({1: "2x"}), ddp_backend="gloo")
+        except PlanError as error:
+            assert "2 processes" in str(error) and "between two calls" in str(error), error
+            print("refused")
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = str(Path(__file__).parent)
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), tests],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for run in runs:
+        out, err = run.communicate(timeout=300)
+        assert "refused" in out, err[-2000:]
+
+
+WAITING = GrowthSchedule.of(
+    [{"epochs": None}, {"epochs": None, "width": "2x"}, {"epochs": 9, "width": "1.5x"}],
+    plateau=Plateau(patience=1, threshold=0.0),
+    where="hidden",
+)
+SCORES = (0.9, 0.9, 0.8, 0.9, 0.9)  # a plateau after the second and the fourth evaluation
+
+
+def waiting(folder: Path, growth: GrowthCallback, scores: Any = SCORES, **options: Any) -> Any:
+    left = iter(scores)
+    run = trainer(folder, growth, eval_strategy="epoch", save_strategy="epoch", **options)
+    run.compute_metrics = lambda _: {"score": next(left)}
+    return run
+
+
+def test_a_config_that_tells_the_old_sizes_is_told(tmp_path):
+    model = bert()
+    grown = fxgrow.training.grow_(model, "2x")
+    assert model.config.intermediate_size == 16
+    assert "config" in grown.advice
+    model.save_pretrained(tmp_path / "saved")
+    config = transformers.BertConfig.from_pretrained(tmp_path / "saved")
+    again = transformers.BertForSequenceClassification(config)
+    fxgrow.training.regrow_(again, fxgrow.training.state_dict(model))
+    again.load_state_dict(model.state_dict())
+    assert "config" not in fxgrow.training.grow_(torch.nn.Sequential(*mlp()), "2x").advice
+
+
+def mlp() -> list[torch.nn.Module]:
+    return [torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)]
+
+
+class Widths(TrainerCallback):
+    """Notes how wide the pooler is in each step."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(len(kwargs["model"].bert.pooler.dense.weight))
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_plateau_of_evaluations_grows_and_resumes(made_anew, tmp_path):
+    first, widths = tmp_path / "whole", Widths()
+    run = waiting(first, GrowthCallback(WAITING, monitor="eval_score"))
+    run.add_callback(widths)
+    run.train()
+    assert widths.found == [16] * 4 + [32] * 4 + [48] * 2
+    for epoch in (1, 2, 3):
+        name = f"checkpoint-{2 * epoch}"
+        folder = tmp_path / f"{made_anew}{epoch}"
+        shutil.copytree(first / name, folder / name)
+        again = waiting(
+            folder, GrowthCallback(WAITING, monitor="eval_score"), SCORES[epoch:],
+            restore_callback_states_from_checkpoint=made_anew,
+        )  # fmt: skip
+        again.train(resume_from_checkpoint=True)
+        found, expected = again.model.state_dict(), run.model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), epoch
+
+
+def test_a_metric_that_cannot_be_waited_on_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no metric is named"):
+        GrowthCallback(WAITING)
+    with pytest.raises(UsageError, match="no plateau"):
+        GrowthCallback({1: "2x"}, monitor="eval_loss")
+    with pytest.raises(PlanError, match="evaluations, and there are none"):
+        trainer(tmp_path, GrowthCallback(WAITING, monitor="eval_loss")).train()
+    with pytest.raises(PlanError, match="eval_loss") as caught:
+        waiting(tmp_path, GrowthCallback(WAITING, monitor="eval_los")).train()
+    assert "not there" in caught.value.message
+
+
+def test_names_are_checked_before_the_first_step(tmp_path):
+    for wrong in ({4: {"width": {"bert.poolr*": "2x"}}}, {4: {"deepen": {"bert.layers": "+1"}}}):
+        run = trainer(tmp_path, GrowthCallback(wrong))
+        with pytest.raises(PlanError, match=r"poolr|layers"):
+            run.train()
+        assert run.state.global_step == 0
 
 
 def test_what_json_does_not_hold_is_not_made_anew_from_it(tmp_path):

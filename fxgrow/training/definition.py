@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import escape
 from math import lcm
 
 from torch import nn
 
+from fxgrow.api.widen import plan as plan_widening
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.channels.scope import follow
@@ -29,10 +31,12 @@ class Definition:
     Attributes:
         model: the network.
         analysis: what is known of it.
+        example_inputs: what it was followed with, as for :func:`fxgrow.widen`.
     """
 
     model: nn.Module
     analysis: Analysis
+    example_inputs: object = None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +81,23 @@ class Definition:
                 f"none of the {len(groups)} channel groups can be narrower.",
                 way_out="See fxgrow.inspect for the groups, and where=, include=, exclude=.",
             )
-        return found
+        return self._told_whole(found)
+
+    def _told_whole(self, units: list[Unit]) -> list[Unit]:
+        """Return units that tell whether they only grow by whole copies, as behind some norms.
+
+        A plan for the least growth of all of them shows it.
+        """
+        wider = {name: n for unit in units for name, n in unit.at(unit.lead + unit.step).items()}
+        widths = {escape(name): str(width) for name, width in wider.items()}
+        try:
+            plan = plan_widening(self.model, widths, self.example_inputs, where="all")
+        except UsageError:
+            raise
+        except PlanError:
+            return [replace(unit, whole=True) for unit in units]  # none of them can grow so
+        refused = {refusal.name for refusal in plan.refused}
+        return [replace(unit, whole=bool(refused & unit.widths.keys())) for unit in units]
 
     def _unit(self, groups: Sequence[ChannelGroup]) -> Unit | None:
         """Return groups as one unit, None if only the full widths work out."""
@@ -173,4 +193,4 @@ def definition_of(
             "the network cannot be followed as a whole on inputs that are inferred.",
             way_out="Give example_inputs.",
         )
-    return Definition(model, analyses[0])
+    return Definition(model, analyses[0], example_inputs)

@@ -49,9 +49,11 @@ class Due:
 def mapping_of(schedule: Schedule) -> Mapping[int, object]:
     """Return a schedule by its epochs.
 
-    Raises:
-        UsageError: when it grows depends on a metric.
+    Where a metric decides when it grows, that is by stages, from 0.
     """
+    if isinstance(schedule, GrowthSchedule) and schedule.plateau is not None:
+        told = {stage: schedule.growths_of(stage) for stage in range(1, len(schedule.stages))}
+        return {stage: growths for stage, growths in told.items() if growths}
     return schedule.growths() if isinstance(schedule, GrowthSchedule) else schedule
 
 

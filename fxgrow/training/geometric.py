@@ -23,12 +23,15 @@ class Unit:
         widths: the full width of each group, by name.
         least: what the width that counts has at least: a channel by itself cannot be told from what
             is broadcast, nor a convolution of one in each group from a depthwise one.
+        whole: whether it only grows by whole copies of what there is, so that each width is a
+            multiple of the one before.
     """
 
     lead: int
     step: int
     widths: dict[str, int]
     least: int = 2
+    whole: bool = False
 
     def at(self, width: int) -> dict[str, int]:
         """Return the width of each group where the leading one is so wide."""
@@ -102,9 +105,28 @@ def widths_by_stage(
     if present != full:
         found[-1] = full
     return [
-        {name: width for u, n in zip(units, each, strict=True) for name, width in u.at(n).items()}
+        {
+            name: width
+            for unit, now in zip(units, each, strict=True)
+            for name, width in unit.at(_whole_copies(unit, now) if unit.whole else now).items()
+        }
         for each in found
     ]
+
+
+def _whole_copies(unit: Unit, width: int) -> int:
+    """Return the largest width up to one, of those that each are a multiple of the one before."""
+    found = unit.lead
+    while found > width:
+        below = [
+            found // by
+            for by in range(2, found // unit.step + 1)
+            if found % by == 0 and found // by % unit.step == 0 and found // by >= unit.least
+        ]
+        if not below:
+            break
+        found = below[0]
+    return found
 
 
 def depths_by_stage(blocks: Mapping[str, tuple[int, int]], count: int) -> list[dict[str, str]]:

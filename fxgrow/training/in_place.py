@@ -179,8 +179,22 @@ def _in_place(
     check_growth(network, grown, lr, optimizers)
     with all_or_nothing(network, optimizers, means):
         put_in_place(network, grown, lr, optimizers, means, within=model)
-        told, parts = advice(grown.plan, lr), parts_of(network)
+        told, parts = advice(grown.plan, lr) + _of_config(network), parts_of(network)
     return Grown(model, grown.plan, grown.report, grown.init, advice=told, parts=parts)
+
+
+def _of_config(network: nn.Module) -> str:
+    """Return what to know of a configuration beside a network, which tells the old sizes on.
+
+    What resumes a training builds the network from it, before its first growth.
+    """
+    if not callable(getattr(getattr(network, "config", None), "to_dict", None)):
+        return ""
+    return (
+        " The sizes in the network's config stay those before the first growth, from which regrow_ "
+        "makes these again: where save_pretrained writes it, keep "
+        "fxgrow.training.state_dict(model) beside it."
+    )
 
 
 @contextlib.contextmanager

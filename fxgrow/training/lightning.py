@@ -59,6 +59,9 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
             ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
             :class:`fxgrow.training.GrowthSchedule`.
+        monitor: the name of the metric that a schedule with a plateau waits on, as it is logged
+            (``"val_loss"``); it is looked at as each epoch ends, of those with a validation if
+            ``check_val_every_n_epoch`` leaves some out. The first process's value counts.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``trainer.global_step``.
         part: the name of the module that grows, for ``self.net`` of the LightningModule
             ``"net"``; "" (default) for all of it.
@@ -84,6 +87,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         part: str = "",
         inputs: object = None,
         averages: Averages | None = None,
+        monitor: str | None = None,
         **options: Any,
     ) -> None:
         if not _NAME:
@@ -93,8 +97,9 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
             )
         super().__init__()
         self._growing = Growing(
-            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options
-        )
+            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options,
+            monitor=monitor,
+        )  # fmt: skip
         self._fitted: Callable[[], object] = lambda: None
 
     @property
@@ -108,8 +113,9 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         return f"{type(self).__qualname__}{{'part': {self._growing.part!r}}}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which growths of the schedule are done."""
-        return {"done": self._growing.done, "growths": self._growing.told()}
+        """Return which growths of the schedule are done, and how long a plateau has lasted."""
+        growing = self._growing
+        return {"done": growing.done, "growths": growing.told(), "waited": growing.waited()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the growths that a checkpoint has seen.
@@ -117,7 +123,9 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         Raises:
             PlanError: they are not the first ones of the schedule.
         """
-        self._growing.take_up(state_dict["done"], state_dict.get("growths"))
+        self._growing.take_up(
+            state_dict["done"], state_dict.get("growths"), state_dict.get("waited")
+        )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare to grow the network again as soon as a checkpoint has been read."""
@@ -129,7 +137,8 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
                 way_out="Train with strategy='ddp' or on one device.",
             )
         if self._fitted() is not pl_module:
-            self._growing.done, self._fitted = 0, weakref.ref(pl_module)
+            self._growing.begin_anew()
+            self._fitted = weakref.ref(pl_module)
 
         def regrow(checkpoint: Mapping[str, Any]) -> None:
             parts = checkpoint.get(KEY)
@@ -146,8 +155,13 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         strategy.checkpoint_io = _GrowthIO(strategy.checkpoint_io, regrow, recorded, owner=self)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warn of growths that the training ends before."""
-        del pl_module
+        """Check the names in the schedule, and warn of growths that the training ends before.
+
+        Raises:
+            PlanError: the network has none of that name.
+        """
+        self._tell_inputs(pl_module)
+        self._growing.begin(pl_module)
         ends = trainer.max_steps if self._growing.unit == "steps" else trainer.max_epochs
         if ends is not None and ends >= 0:  # -1 is no end
             self._growing.warn_of_never(ends)
@@ -156,6 +170,25 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         """Grow before an epoch."""
         if self._growing.unit == "epochs":
             self._grow_due(trainer.current_epoch, trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the metric that a schedule with a plateau waits on.
+
+        Raises:
+            PlanError: it is not logged.
+        """
+        del pl_module
+        number, monitored = trainer.current_epoch + 1, self._growing.monitored
+        every = trainer.check_val_every_n_epoch or 1
+        if monitored is not None and number % every == 0:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            # Each process has its own, and all grow or none.
+            monitored.count(number, trainer.strategy.broadcast(metrics))
+
+    def _tell_inputs(self, pl_module: Any) -> None:
+        """Take the module's own example for inputs, where none were given."""
+        if self._growing.inputs is None and not self._growing.part:
+            self._growing.inputs = getattr(pl_module, "example_input_array", None)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: object, batch_idx: int
@@ -179,9 +212,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
                 way_out="Train with strategy='ddp' or on one device.",
             )
         _drop_own_forward(pl_module)
-        example = getattr(pl_module, "example_input_array", None)
-        if self._growing.inputs is None and not self._growing.part:
-            self._growing.inputs = example
+        self._tell_inputs(pl_module)
         self._growing.grow_due(
             count,
             pl_module,

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -45,13 +46,22 @@ class Part:
 
     def views(self, tensor: Tensor) -> Iterator[Tensor]:
         """Yield the entries of a tensor of the parameter's shape, as views of it."""
-        for block in self.blocks:
-            for box in itertools.product(*block):
-                view = tensor
-                for dim, (first, end) in enumerate(box):
-                    if end - first != view.shape[dim]:
-                        view = view.narrow(dim, first, end - first)
-                yield view
+        shape = tensor.shape
+        for box in self._boxes:
+            view = tensor
+            for dim, first, length in box:
+                if length != shape[dim]:
+                    view = view.narrow(dim, first, length)
+            yield view
+
+    @cached_property
+    def _boxes(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """The dims of each view, with the first position and the number of them; made once."""
+        boxes = itertools.chain.from_iterable(itertools.product(*block) for block in self.blocks)
+        return tuple(
+            tuple((dim, first, end - first) for dim, (first, end) in enumerate(box))
+            for box in boxes
+        )
 
     def mask(self, tensor: Tensor) -> Tensor:
         """Return where the entries lie, bool in the shape of a tensor, on its device."""

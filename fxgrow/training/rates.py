@@ -34,6 +34,7 @@ from fxgrow.files.optimizer.buffers import BUFFERS, is_counter
 from fxgrow.plan.schema import Plan
 from fxgrow.training import stepping
 from fxgrow.training.history import stages_within
+from fxgrow.training.lost import OWN, watch
 from fxgrow.training.parts import Part, Provenance, WrittenAxis, copies_in, provenances, split
 from fxgrow.training.stepping import Rate, WarmUp
 
@@ -41,7 +42,6 @@ Rates: TypeAlias = Literal["none", "width", "variance_transfer", "warm_up"]
 RATES: tuple[Rates, ...] = ("none", "width", "variance_transfer", "warm_up")
 WARM_UP = 100  # steps
 _TABLE = "_fxgrow_rates"  # the attribute of the grown module that holds its table
-_OWN = "_fxgrow_rates_of_own"  # that of each module with such parameters, by their local names
 
 
 @dataclass
@@ -224,7 +224,8 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
     for module in network.modules():
         own = {n: rates[p] for n, p in module._parameters.items() if p is not None and p in rates}
         if own:
-            vars(module)[_OWN] = own
+            vars(module)[OWN] = own
+            watch(module)
             if _after_load not in module._load_state_dict_post_hooks.values():
                 module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -232,7 +233,7 @@ def follow(network: nn.Module, rule: str, *, left: int | None = None) -> None:
 def _after_load(module: nn.Module, keys: object) -> None:
     """Give rates to parameters that ``load_state_dict(…, assign=True)`` has put into a module."""
     del keys
-    for local, entry in vars(module).get(_OWN, {}).items():
+    for local, entry in vars(module).get(OWN, {}).items():
         parameter = module._parameters.get(local)
         if parameter is not None and parameter is not entry.parameter:
             is_kept = stepping.RATES.get(entry.parameter) is entry.rate  # not in a layer's own copy
@@ -265,7 +266,7 @@ def forget(network: nn.Module) -> None:
     """Drop the rates of a copy of a network, which no optimizer trains."""
     for module in network.modules():
         vars(module).pop(_TABLE, None)
-        vars(module).pop(_OWN, None)
+        vars(module).pop(OWN, None)
 
 
 def rate_of(parameter: Tensor) -> Rate:

@@ -257,16 +257,21 @@ class GrowthSchedule:
         """
         found: dict[int, list[dict[str, Any]]] = {}
         begins = 0
-        for before, stage in itertools.pairwise(self.stages):
+        for index, before in enumerate(self.stages[:-1]):
             begins += before.epochs or 0
-            told: list[dict[str, Any]] = []
-            if stage.blocks:
-                told.append({"deepen": dict(stage.blocks)})
-            if stage.width:
-                told.append({"width": dict(stage.width), "where": self.where})
+            told = self.growths_of(index + 1)
             if told:
                 found[begins] = told
         self.stage_at(0)  # which is refused where a metric decides
+        return found
+
+    def growths_of(self, stage: int) -> list[dict[str, Any]]:
+        """Return what grows as a stage begins, likewise."""
+        told, found = self.stages[stage], list[dict[str, Any]]()
+        if told.blocks:
+            found.append({"deepen": dict(told.blocks)})
+        if told.width:
+            found.append({"width": dict(told.width), "where": self.where})
         return found
 
     def widths_at(self, stage: int) -> dict[str, int]:

@@ -12,11 +12,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fxgrow.errors import PlanError, UsageError, shown, warn
 from fxgrow.modules.tensors import module_names
+from fxgrow.training.ahead import check_names
 from fxgrow.training.due import Schedule, growths_of
 from fxgrow.training.followers import averaged, optimizers_of
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
+from fxgrow.training.monitored import Monitored
 from fxgrow.training.resume import regrow_, state_dict
+from fxgrow.training.schedule import GrowthSchedule
 
 Averages: TypeAlias = Callable[[nn.Module], Iterable[nn.Module]]
 
@@ -37,6 +40,7 @@ class Growing:
         inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None infers them.
         averages: returns averages of the module's weights, of the network.
         options: for all growths.
+        monitor: the name of the metric that the schedule waits on, where it does.
     """
 
     def __init__(
@@ -48,16 +52,30 @@ class Growing:
         inputs: object,
         averages: Averages | None,
         options: Mapping[str, Any],
+        monitor: str | None = None,
     ) -> None:
         if unit not in UNITS:
             raise UsageError(f"a schedule counts {' or '.join(UNITS)}, not {unit!r}.")
+        waits = isinstance(schedule, GrowthSchedule) and schedule.plateau is not None
+        if monitor is not None and not waits:
+            raise UsageError(
+                f"growth does not wait on {shown(repr(monitor))}: the schedule has no plateau.",
+                way_out="Give GrowthSchedule.of(…, plateau=Plateau(…)), or leave monitor= out.",
+            )
+        self.monitored: Monitored | None = None
+        if isinstance(schedule, GrowthSchedule) and waits:
+            self.monitored = Monitored(schedule, monitor)
         self.growths = growths_of(schedule, options)
         self.unit, self.part, self.inputs, self._averages = unit, part, inputs, averages
         self.done = 0
         self.grown: list[Grown] = []
 
     def is_due(self, count: int) -> bool:
-        """Return whether a growth is due before an epoch or step, or was before."""
+        """Return whether a growth is due before an epoch or step, or was before.
+
+        Where a metric decides, that is told by the stage that it is time for.
+        """
+        count = count if self.monitored is None else self.monitored.stage
         return self.done < len(self.growths) and self.growths[self.done].at <= count
 
     def grow_due(
@@ -114,16 +132,39 @@ class Growing:
                 )
         return error
 
+    def begin(self, root: nn.Module) -> None:
+        """Check the names in what is to come before the training begins.
+
+        Raises:
+            TraceError, PlanError: as for :func:`check_names`.
+        """
+        part = self._part_of(root)
+        try:
+            check_names(self.growths[self.done :], part, self.inputs)
+        except PlanError as error:
+            raise self._located(error, part) from error
+
+    def begin_anew(self) -> None:
+        """Begin with the first growth, of another network."""
+        self.done = 0
+        if self.monitored is not None:
+            self.monitored.begin_anew()
+
     def told(self) -> list[str]:
         """Return the growths that are done, as text, for a checkpoint."""
         return [str(due) for due in self.growths[: self.done]]
 
-    def take_up(self, done: object, told: object) -> None:
+    def waited(self) -> dict[str, Any] | None:
+        """Return how long a plateau has lasted, for a checkpoint; None if none is waited for."""
+        return None if self.monitored is None else self.monitored.state_dict()
+
+    def take_up(self, done: object, told: object, waited: object = None) -> None:
         """Go on after the growths that a checkpoint has seen.
 
         Args:
             done: how many.
             told: what :meth:`told` returned then; None if the checkpoint does not hold it.
+            waited: what :meth:`waited` returned then, likewise.
 
         Raises:
             PlanError: they are not the first ones of the schedule.
@@ -144,6 +185,8 @@ class Growing:
                 "were, and those that are to come may change.",
             )
         self.done = count
+        if self.monitored is not None and waited is not None:
+            self.monitored.load_state_dict(waited)
 
     def warn_of_never(self, ends: float) -> None:
         """Warn of growths that a training ends before.
@@ -151,7 +194,7 @@ class Growing:
         Args:
             ends: how many epochs or steps it has.
         """
-        for due in self.growths[self.done :]:
+        for due in self.growths[self.done :] if self.monitored is None else ():
             if due.at >= ends:
                 text = f"the network never grows {due}: the training has {ends:g} {self.unit}."
                 warn(text)

@@ -4,7 +4,8 @@ The steps of all optimizers are watched, and those that hold such parameters are
 step, gradients are scaled and what is to be held back is noted; after it, each entry goes back by
 the share of the step that it does not take. Groups, settings and averages stay the optimizer's own,
 so schedulers, fused and foreach kernels, gradient scalers and state_dicts need nothing. Weight
-decay is kept apart: it pulls as it would without the rate.
+decay is kept apart: it pulls as it would without the rate. Where it can, the step of a parameter is
+made part by part instead, see :mod:`fxgrow.training.own_steps`, which costs less.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgrow.errors import PlanError
+from fxgrow.training.own_steps import is_by_parts, step_by_parts
 from fxgrow.training.parts import Part
 
 _Ratios: TypeAlias = dict[int, Sequence[Tensor]]  # by the id of a rate, for each later growth
@@ -123,6 +125,7 @@ class _Step:
         held: entries, where they were, and the share of the step that they take.
         along: parameters of SGD that move along their momentum: how far can be told without a
             copy of where they were.
+        parted: parameters of SGD whose step is made part by part, in place of the optimizer's.
         warming: the warm-ups that this is a step of, by id.
         ratios: of norms of parts.
     """
@@ -130,6 +133,7 @@ class _Step:
     gradients: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     held: list[tuple[Tensor, Tensor, float | Tensor]] = field(default_factory=list)
     along: list[tuple[Tensor, Rate, Mapping[str, Any]]] = field(default_factory=list)
+    parted: list[tuple[Tensor, Rate, Mapping[str, Any]]] = field(default_factory=list)
     warming: dict[int, WarmUp] = field(default_factory=dict)
     ratios: _Ratios = field(default_factory=dict)
 
@@ -218,6 +222,15 @@ def _prepare(optimizer: Optimizer) -> None:
         if rate.is_whole:
             continue
         rate.to(parameter)
+        if (
+            _is_one(rate.gradient)
+            and _is_one(rate.update)
+            and is_by_parts(optimizer, group, parameter, (rate.first, *rate.later))
+        ):
+            step.parted.append((parameter, rate, group))
+            step.gradients.append((parameter, parameter.grad))
+            parameter.grad = None  # so that the optimizer leaves it alone
+            continue
         if _is_along(optimizer, group, rate):
             step.along.append((parameter, rate, group))
         else:
@@ -296,7 +309,9 @@ def _ratios(members: Sequence[tuple[Tensor, Rate]]) -> _Ratios:
                 sums.extend([count] * (len(views) - len(sums)))
                 count += 1
         wide = torch.promote_types(here[0][0].dtype, torch.float32)
-        norms = torch.stack([_norm(view, wide) for view in views])
+        # Norms of rows first are several times as fast over strides.
+        rows = [torch.linalg.vector_norm(view.flatten(1), dim=1, dtype=wide) for view in views]
+        norms = torch.stack(torch._foreach_norm(rows))
         index = torch.tensor(sums, device=device)
         squares = norms.new_zeros(count).index_add_(0, index, norms.square())
         count = 0
@@ -307,13 +322,6 @@ def _ratios(members: Sequence[tuple[Tensor, Rate]]) -> _Ratios:
             ratio = ratio.where((own[1:] > 0) & (own[0] > 0), 1.0)
             found[id(rate)] = ratio.to(parameter.dtype).unbind()
     return found
-
-
-def _norm(view: Tensor, wide: torch.dtype) -> Tensor:
-    """Return the norm of a view; that of rows first is several times as fast over strides."""
-    rows: Tensor = torch.linalg.vector_norm(view.flatten(1), dim=1, dtype=wide)
-    norm: Tensor = torch.linalg.vector_norm(rows)
-    return norm
 
 
 def _shrunk(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
@@ -340,6 +348,9 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if step is None:
         return
     _give_back(optimizer)
+    for parameter, rate, group in step.parted:
+        shares = zip(rate.later, map(float, step.ratios[id(rate)]), strict=True)
+        step_by_parts(optimizer, group, parameter, ((rate.first, 1.0), *shares))
     for parameter, rate, group in step.along:
         moved = optimizer.state[parameter]["momentum_buffer"]
         steps = _parted(rate, step.ratios, moved)

@@ -11,7 +11,7 @@ import copy
 import importlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,24 @@ from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown
 from fxgrow.files.pretrained import example_inputs
-from fxgrow.training.due import Schedule, mapping_of
+from fxgrow.training.due import Schedule
 from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
 from fxgrow.training.resume import regrow_
+from fxgrow.training.schedule import GrowthSchedule
 from fxgrow.training.scheduled import Averages, Growing
+from fxgrow.training.trainer_files import (
+    STATE,
+    differs,
+    has_other_shape,
+    is_json,
+    number,
+    progress_in,
+    progress_of,
+    progresses,
+    step_of,
+)
 
-_STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
 _NO_RECORD = (
     "Name a checkpoint that the Trainer wrote with a GrowthCallback. save_pretrained keeps no "
@@ -62,6 +73,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             ``{"width": "1.5x", …}``; those of :func:`fxgrow.deepen`,
             ``{"deepen": {"layer3": "+1"}, …}``; or a list of such. Or a
             :class:`fxgrow.training.GrowthSchedule`.
+        monitor: the name of the metric that a schedule with a plateau waits on, as evaluations tell
+            it (``"eval_loss"``); each evaluation counts as an epoch.
         unit: ``"epochs"`` (default), or ``"steps"`` for ``state.global_step``.
         part: the name of the module that grows; "" (default) for all of the network.
         inputs: as ``example_inputs`` of :func:`fxgrow.widen`; None takes what the configuration of
@@ -88,6 +101,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         inputs: object = None,
         averages: Averages | None = None,
         resume_from: str | Path | None = None,
+        monitor: str | None = None,
         **options: Any,
     ) -> None:
         if not _BASES:
@@ -95,14 +109,19 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 "this callback needs transformers.",
                 way_out="pip install 'fxgrow[transformers]' brings it.",
             )
-        schedule = mapping_of(schedule)
-        if isinstance(schedule, Mapping):  # what JSON holds has strings as keys
-            schedule = {_number(at): growths for at, growths in schedule.items()}
-        self._given = {"schedule": schedule, "unit": unit, "part": part, **options}
+        if isinstance(schedule, Mapping) and "stages" in set(map(str, schedule)):
+            schedule = GrowthSchedule.from_dict(schedule)
+        elif isinstance(schedule, Mapping):  # what JSON holds has strings as keys
+            schedule = {number(at): growths for at, growths in schedule.items()}
+        told = schedule.to_dict() if isinstance(schedule, GrowthSchedule) else schedule
+        self._given = {"schedule": told, "unit": unit, "part": part, **options}
+        if monitor is not None:
+            self._given["monitor"] = monitor
         self._is_data = inputs is None and averages is None  # so that JSON holds all
         self._growing = Growing(
-            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options
-        )
+            schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options,
+            monitor=monitor,
+        )  # fmt: skip
         self._resume_from = resume_from
         self._root: Callable[[], nn.Module | None] = lambda: None
 
@@ -119,22 +138,36 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         growing = self._growing
         return {
             "done": growing.done, "growths": growing.told(), "part": growing.part, "growth": record,
+            "waited": growing.waited(),
         }  # fmt: skip
 
     @progress.setter
     def progress(self, progress: Mapping[str, Any]) -> None:
-        self._growing.take_up(progress["done"], progress.get("growths"))
+        self._growing.take_up(progress["done"], progress.get("growths"), progress.get("waited"))
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps of this callback in a checkpoint, as JSON."""
-        given = self._given if _is_json(self._given) else {}
+        given = self._given if is_json(self._given) else {}
         return {"args": given, "attributes": {"progress": self.progress}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prepare to grow the network again when weights of a later stage are loaded."""
+        """Prepare to grow the network again when weights of a later stage are loaded.
+
+        Raises:
+            PlanError: the training is spread over processes.
+            UsageError: callbacks are to be made anew from JSON that does not hold all of this one.
+        """
         del state, control
+        if getattr(args, "world_size", 1) > 1:
+            raise PlanError(
+                f"the Trainer wraps the network for {args.world_size} processes, out of a "
+                "callback's reach: what grows would not be kept equal in them.",
+                name="world_size",
+                way_out="Grow between two calls of train() with fxgrow.training.grow_, each with "
+                "a new Trainer; or train on one device.",
+            )
         again = getattr(args, "restore_callback_states_from_checkpoint", False)
-        if again and not (self._is_data and _is_json(self._given)):
+        if again and not (self._is_data and is_json(self._given)):
             raise UsageError(
                 "restore_callback_states_from_checkpoint makes callbacks anew from JSON, which "
                 "does not hold inputs, averages and options that are no text or numbers.",
@@ -146,24 +179,26 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Take up the schedule where the checkpoint left it.
 
         Raises:
-            PlanError: the network is spread over processes, or has not grown as the checkpoint's,
-                or that has grown in another way than the schedule says.
+            PlanError: the network has not grown as the checkpoint's, or that has grown in another
+                way than the schedule says, or a name in the schedule is not of the network.
         """
         del control
         model = kwargs["model"]
-        if getattr(args, "world_size", 1) > 1:
-            raise PlanError(
-                "the Trainer wraps the network for several processes, out of a callback's reach.",
-                way_out="Grow between two calls of train() with fxgrow.training.grow_, each with "
-                "a new Trainer; or train on one device.",
-            )
         if self._root() is not model:
-            self._growing.done = 0
+            self._growing.begin_anew()
             self._watch(model, args)
         held = state.stateful_callbacks or {} if state.global_step else {}  # none is of step 0
-        saved = _progress_in(held, type(self).__name__, self._growing.part)
+        saved = progress_in(held, type(self).__name__, self._growing.part)
         if saved is not None:
             self._take_up(model, saved, kwargs["optimizer"])
+        if self._growing.monitored is not None and not args.do_eval:
+            raise PlanError(
+                "growth waits on a metric of evaluations, and there are none.",
+                name="eval_strategy",
+                way_out='Give TrainingArguments(…, eval_strategy="epoch").',
+            )
+        self._tell_inputs(model)
+        self._growing.begin(model)
         is_steps = self._growing.unit == "steps"
         self._growing.warn_of_never(state.max_steps if is_steps else state.num_train_epochs)
 
@@ -178,7 +213,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             )
         if record:  # another checkpoint of the same stage may have told the shapes
             self._growing.regrow(model, record, [optimizer])
-        self._growing.take_up(saved["done"], saved.get("growths"))
+        self._growing.take_up(saved["done"], saved.get("growths"), saved.get("waited"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before an epoch."""
@@ -189,16 +224,31 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Grow before a step."""
         del control
-        if self._growing.unit == "steps":
+        if self._growing.unit == "steps" or self._growing.monitored is not None:
             self._grow_due(state.global_step, args, state, kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the metric that a schedule with a plateau waits on.
+
+        Raises:
+            PlanError: the evaluation does not tell it.
+        """
+        del args, control
+        monitored = self._growing.monitored
+        if monitored is not None and state.global_step:
+            monitored.count(state.global_step, kwargs["metrics"])
+
+    def _tell_inputs(self, model: nn.Module) -> None:
+        """Take what a configuration tells for inputs, where none were given."""
+        if self._growing.inputs is None and not self._growing.part:
+            self._growing.inputs = example_inputs(model)
 
     def _grow_due(self, count: int, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         """Carry out what is due."""
         if not self._growing.is_due(count):
             return
         model = given["model"]
-        if self._growing.inputs is None and not self._growing.part:
-            self._growing.inputs = example_inputs(model)
+        self._tell_inputs(model)
         optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
         self._growing.grow_due(count, model, [optimizer], [scheduler])
         if getattr(args, "load_best_model_at_end", False):
@@ -226,15 +276,15 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             PlanError: no checkpoint says how.
         """
         model = self._root()
-        if model is None or not _differs(model, weights):
+        if model is None or not differs(model, weights):
             return
         named = [Path(one) for one in (self._resume_from, resume) if isinstance(one, (str, Path))]
         found = [] if output is None else list(Path(output).glob(_CHECKPOINTS))
-        newest = sorted(found, key=_step_of, reverse=True)
+        newest = sorted(found, key=step_of, reverse=True)
         tried: list[object] = []
         reason: FxgrowError | None = None
         for folder in (*named, *newest):
-            for progress in _progress_of(folder, type(self).__name__, self._growing.part):
+            for progress in progress_of(folder, type(self).__name__, self._growing.part):
                 record = progress["growth"]
                 if not isinstance(record, dict) or record.get("stages") in tried:
                     continue
@@ -245,10 +295,10 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 except FxgrowError as error:
                     reason = error
                     continue
-                if not _differs(trial, weights):
+                if not differs(trial, weights):
                     self._growing.regrow(model, record)
                     return
-        if any(_has_other_shape(model, name, tensor) for name, tensor in weights.items()):
+        if any(has_other_shape(model, name, tensor) for name, tensor in weights.items()):
             why = f" The last one that was tried: {reason.message}" if reason is not None else ""
             raise PlanError(
                 f"{type(model).__name__} gets weights of other shapes, and no checkpoint in "
@@ -280,7 +330,7 @@ def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         ...     model, "out/checkpoint-20/model.safetensors"
         ... )  # doctest: +SKIP
     """
-    file = Path(checkpoint) / _STATE
+    file = Path(checkpoint) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -290,7 +340,7 @@ def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         ) from error
     held = state.get("stateful_callbacks") if isinstance(state, dict) else None
     several = held.values() if isinstance(held, dict) else ()
-    found = [one for entry in several for one in _progresses(entry)]
+    found = [one for entry in several for one in progresses(entry)]
     if not found:
         raise SourceError(
             f"{file} does not tell how a network has grown.", name=str(file), way_out=_NO_RECORD
@@ -324,63 +374,3 @@ class _Regrow:
         if callback is not None:
             own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
             callback.regrow(own, self._output, self._resume)
-
-
-def _differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Return whether weights have other shapes than a network's, or names that it has not."""
-    own = model.state_dict(keep_vars=True)
-    return any(name not in own or own[name].shape != w.shape for name, w in weights.items())
-
-
-def _has_other_shape(model: nn.Module, name: str, weight: Tensor) -> bool:
-    """Return whether a network has a tensor of a name, of another shape."""
-    own = model.state_dict(keep_vars=True).get(name)
-    return own is not None and own.shape != weight.shape
-
-
-def _step_of(folder: Path) -> int:
-    """Return the step in a checkpoint's name; -1 if there is none."""
-    step = folder.name.rpartition("-")[2]
-    return int(step) if step.isdecimal() else -1
-
-
-def _progress_of(folder: Path, name: str, part: str) -> Iterator[dict[str, Any]]:
-    """Yield what a checkpoint says of a callback, if it says anything."""
-    try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # no checkpoint, or one that was being written
-    held = state.get("stateful_callbacks") if isinstance(state, dict) else None
-    progress = _progress_in(held, name, part) if isinstance(held, dict) else None
-    if progress is not None:
-        yield progress
-
-
-def _progress_in(held: Mapping[str, Any], name: str, part: str) -> dict[str, Any] | None:
-    """Return what the state of callbacks says of one of them; None if it is not among them."""
-    return next((one for one in _progresses(held.get(name)) if one["part"] == part), None)
-
-
-def _progresses(several: object) -> Iterator[dict[str, Any]]:
-    """Yield how far callbacks of growth have come, of what the Trainer keeps under one name."""
-    for one in several if isinstance(several, list) else [several]:
-        attributes = one.get("attributes") if isinstance(one, dict) else None
-        progress = attributes.get("progress") if isinstance(attributes, dict) else None
-        if not isinstance(progress, dict) or not isinstance(progress.get("part"), str):
-            continue
-        if progress.keys() >= {"done", "growth"}:
-            yield progress
-
-
-def _number(key: Any) -> Any:
-    """Return a key of a schedule as a number, if it is the text of one."""
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
-
-
-def _is_json(value: object) -> bool:
-    """Return whether a value can be written as JSON."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -1,0 +1,72 @@
+"""What the Trainer's checkpoints tell of growth, and which weights fit a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+STATE = "trainer_state.json"
+
+
+def differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether weights have other shapes than a network's, or names that it has not."""
+    own = model.state_dict(keep_vars=True)
+    return any(name not in own or own[name].shape != w.shape for name, w in weights.items())
+
+
+def has_other_shape(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Return whether a network has a tensor of a name, of another shape."""
+    own = model.state_dict(keep_vars=True).get(name)
+    return own is not None and own.shape != weight.shape
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint's name; -1 if there is none."""
+    step = folder.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def progress_of(folder: Path, name: str, part: str) -> Iterator[dict[str, Any]]:
+    """Yield what a checkpoint says of a callback, if it says anything."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # no checkpoint, or one that was being written
+    held = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    progress = progress_in(held, name, part) if isinstance(held, dict) else None
+    if progress is not None:
+        yield progress
+
+
+def progress_in(held: Mapping[str, Any], name: str, part: str) -> dict[str, Any] | None:
+    """Return what the state of callbacks says of one of them; None if it is not among them."""
+    return next((one for one in progresses(held.get(name)) if one["part"] == part), None)
+
+
+def progresses(several: object) -> Iterator[dict[str, Any]]:
+    """Yield how far callbacks of growth have come, of what the Trainer keeps under one name."""
+    for one in several if isinstance(several, list) else [several]:
+        attributes = one.get("attributes") if isinstance(one, dict) else None
+        progress = attributes.get("progress") if isinstance(attributes, dict) else None
+        if not isinstance(progress, dict) or not isinstance(progress.get("part"), str):
+            continue
+        if progress.keys() >= {"done", "growth"}:
+            yield progress
+
+
+def number(key: Any) -> Any:
+    """Return a key of a schedule as a number, if it is the text of one."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
+def is_json(value: object) -> bool:
+    """Return whether a value can be written as JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
