@@ -107,7 +107,8 @@ def test_every_checkpoint_resumes_to_the_same_weights(average, growth_first, tmp
         callbacks = [growth, *others] if growth_first else [*others, growth]
         module = Net()
         run = trainer(folder, [*callbacks, each_epoch(folder)])
-        run.fit(module, data(), data(), ckpt_path=resume)
+        # Under Python 3.10 the schedule of Lightning's SWA pickles as code.
+        run.fit(module, data(), data(), ckpt_path=resume, weights_only=average != "swa")
         return module
 
     expected = fit(tmp_path / "whole").state_dict()
