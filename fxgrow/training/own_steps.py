@@ -2,18 +2,20 @@
 
 To hold back what parts do not take of a step, they are to be read and written once more, twice with
 weight decay; memory is what that costs. Made part by part, a step reads and writes what it would.
-The formulas are those of torch.optim, entry by entry.
+torch's own functions make it, of views of each part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from math import prod, sqrt
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from fxgrow.training.parts import Part
 
@@ -72,61 +74,47 @@ def step_by_parts(optimizer: Optimizer, group: _Group, parameter: Tensor, shares
     gradient, state = parameter.grad, optimizer.state.get(parameter, {})
     if gradient is None:
         return
-    count = 0.0
-    if "step" in state:
-        state["step"] += 1
-        count = float(state["step"])
-    update = _sgd(group) if type(optimizer) is torch.optim.SGD else _adam(group, count)
     averages = [state[name] for name in _averages(optimizer, group)]
     for parts, share in shares:
-        for part in parts:
-            views = map(part.views, (parameter, gradient, *averages))
-            for entries in zip(*views, strict=True):
-                update(share, *entries)
+        told = {
+            "lr": float(group["lr"]) * share,
+            "weight_decay": float(group["weight_decay"]) / share,
+            "maximize": group["maximize"],
+            "foreach": False,
+        }
+        views = [
+            [view for part in parts for view in part.views(tensor)]
+            for tensor in (parameter, gradient, *averages)
+        ]
+        if type(optimizer) is torch.optim.SGD:
+            _sgd(group, told, *views)
+        else:
+            _adam(group, told, state["step"], *views)
+    if "step" in state:
+        state["step"] += 1
 
 
-def _sgd(group: _Group) -> Callable[..., None]:
-    """Return what makes a step of SGD of a share, a weight, its gradient and its momentum."""
-    rate, decay, momentum = float(group["lr"]), float(group["weight_decay"]), group["momentum"]
-
-    sign = -1.0 if group["maximize"] else 1.0
-
-    def update(share: float, weight: Tensor, gradient: Tensor, *averages: Tensor) -> None:
-        step, new = gradient, sign
-        for average in averages:
-            new = 1 - group["dampening"]
-            average.mul_(momentum).add_(gradient, alpha=sign * new)
-            average.add_(weight, alpha=new * decay / share)
-            step, new = average, 1.0
-        if group["nesterov"]:
-            step, new = step.mul(momentum).add_(gradient, alpha=sign), 1.0
-        if decay and (group["nesterov"] or not averages):
-            weight.mul_(1 - rate * decay)
-        weight.add_(step, alpha=-rate * share * new)
-
-    return update
+def _sgd(
+    group: _Group, told: _Group, weights: list[Tensor], gradients: list[Tensor],
+    momenta: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """Make the step of SGD of views of a parameter, its gradient and its momentum."""
+    sgd(
+        weights, gradients, [*momenta] or [None] * len(weights),
+        momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"],
+        **told,
+    )  # fmt: skip
 
 
-def _adam(group: _Group, count: float) -> Callable[..., None]:
-    """Return what makes the step of a number of Adam, likewise of both averages."""
-    rate, decay = float(group["lr"]), float(group["weight_decay"])
+def _adam(
+    group: _Group, told: _Group, step: Tensor, weights: list[Tensor], *others: list[Tensor]
+) -> None:
+    """Make the step of Adam of views of a parameter, its gradient and its averages."""
+    gradients, means, squares, *largest = others
     first, second = map(float, group["betas"])
-    size, scale = rate / (1 - first**count), sqrt(1 - second**count)
-    apart = bool(group.get("decoupled_weight_decay", False))
-
-    def update(
-        share: float, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *most: Tensor
-    ) -> None:
-        step = gradient.neg() if group["maximize"] else gradient
-        if decay and apart:
-            weight.mul_(1 - rate * decay)
-        elif decay:
-            step = step.add(weight, alpha=decay / share)
-        mean.lerp_(step, 1 - first)
-        square.mul_(second).addcmul_(step, step, value=1 - second)
-        for one in most:
-            torch.maximum(one, square, out=one)
-        root = (most[0] if most else square).sqrt()
-        weight.addcdiv_(mean, root.div_(scale).add_(group["eps"]), value=-size * share)
-
-    return update
+    adam(
+        weights, gradients, means, squares, largest[0] if largest else [],
+        [step.clone() for _ in weights],  # each view counts its own
+        decoupled_weight_decay=bool(group.get("decoupled_weight_decay", False)),
+        amsgrad=group["amsgrad"], beta1=first, beta2=second, eps=group["eps"], **told,
+    )  # fmt: skip
