@@ -457,3 +457,32 @@ class _Apart(nn.Module):
 def test_new_blocks_that_are_not_called_as_wholes_are_named():
     with pytest.raises(fxgrow.PlanError, match=r"blocks\.2 is not called as a whole"):
         fxgrow.convert(_Apart(2), _Apart(3), torch.randn(2, 4))
+
+
+class _Block(nn.Module):
+    """A block that adds to the network's input, which cannot grow."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_blocks_between_an_input_and_an_output_add_nothing_at_first(ends):
+    def blocks(count):
+        return nn.Sequential(
+            *(_Block(6) for _ in range(count)), *([nn.Linear(6, 3)] if ends else [])
+        )
+
+    torch.manual_seed(0)
+    small, x = blocks(2), torch.randn(4, 6)
+    if ends:  # by name, the end of the small one would be a block
+        small, large = (nn.Sequential(b[:-1], b[-1]) for b in (small, blocks(4)))
+    else:
+        large = blocks(4)
+    grown = fxgrow.convert(small, large, x)
+    assert [block.method for block in grown.plan.blocks] == ["r2deeper", "r2deeper"]
+    assert torch.allclose(grown.model(x), small(x), rtol=1e-5, atol=1e-6)

@@ -70,23 +70,29 @@ class Fresh:
         if single and block.is_in_chain():
             return "net2deeper"
         channels = self.analysis.channels
-        shared = any(
-            self._written_by_old[channels.of_axis(index)].any()
+        own = [
+            self._own[channels.of_axis(index)]
             for index, axis in enumerate(channels.axes)
             if channels.roles[index] == "writer" and any_inside(axis.tensor, unit)
-        )
-        return "r2deeper" if shared else "read_by_zeros"
+        ]
+        return "read_by_zeros" if all(one.all() for one in own) else "r2deeper"
 
     @cached_property
-    def _written_by_old(self) -> npt.NDArray[np.bool_]:
-        """Whether each channel is written by something that is not new."""
+    def _own(self) -> npt.NDArray[np.bool_]:
+        """Whether each channel is of new modules alone: nothing old writes it, and weights read it.
+
+        What no weight reads becomes something that cannot grow, as where an input is added to it.
+        """
         fresh = [name for unit in self.units for name in unit]
         channels = self.analysis.channels
-        written = np.zeros(channels.count, dtype=bool)
+        own = np.zeros(channels.count, dtype=bool)
+        for index, role in enumerate(channels.roles):
+            if role == "reader":
+                own[channels.of_axis(index)] = True
         for index, axis in enumerate(channels.axes):
             if channels.roles[index] == "writer" and not any_inside(axis.tensor, fresh):
-                written[channels.of_axis(index)] = True
-        return written
+                own[channels.of_axis(index)] = False
+        return own
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
