@@ -62,6 +62,13 @@ GROWTHS: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
         {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8},
     ),
     "convnextv2": ({"where": "all"}, {"hidden_sizes": [16, 24]}),
+    "whisper": (  # which takes spectrograms of one length, that its configuration tells
+        {"where": "all"},
+        {
+            "d_model": 32, "decoder_attention_heads": 8, "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 8, "encoder_ffn_dim": 48,
+        },
+    ),
     # Its code slices by sizes that no attribute gives alone; with its own configuration it fits.
     "phi3": (
         {"where": "all"},

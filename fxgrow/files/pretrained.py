@@ -242,22 +242,46 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     """
     main, config = getattr(model, "main_input_name", ""), getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
-    if main == "input_ids":
+    found: dict[str, Tensor] = {}
+    shape = _shape_of(main, model, config)
+    parameter = next((t for t in model.parameters() if t.is_floating_point()), None)
+    if shape is not None and _are_sizes(shape) and parameter is not None:
+        found[main] = torch.randn(shape, generator=generator).to(parameter.dtype)
+    elif main != "input_ids":
+        return None
+    decodes = bool(getattr(config, "is_encoder_decoder", False))
+    if main == "input_ids" or decodes:
         size = getattr(config.get_text_config(), "vocab_size", 0) if config is not None else 0
         if not _are_sizes([size]):
             return None
         tokens = torch.randint(min(3, size - 1), size, (_BATCH, _TOKENS), generator=generator)
-        if getattr(config, "is_encoder_decoder", False):
-            return {"input_ids": tokens, "decoder_input_ids": tokens.flip(0)[:, : _TOKENS - 1]}
-        return {"input_ids": tokens}
+        if main == "input_ids":
+            found[main] = tokens
+        if decodes:
+            found["decoder_input_ids"] = tokens.flip(0)[:, : _TOKENS - 1]
+    return found
+
+
+def _shape_of(main: str, model: nn.Module, config: object) -> tuple[Any, ...] | None:
+    """Return the shape of images, spectrograms or sound that a model of transformers takes.
+
+    Args:
+        main: the name of its first input.
+        model: the model.
+        config: its configuration.
+    """
     if main == "pixel_values":
         size = getattr(config, "image_size", None)
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         shape = (_BATCH, getattr(config, "num_channels", 3), *sides)
-        parameter = next((t for t in model.parameters() if t.is_floating_point()), None)
-        if len(shape) == 4 and _are_sizes(shape) and parameter is not None:
-            image = torch.randn(shape, generator=generator)
-            return {"pixel_values": image.to(parameter.dtype)}
+        return shape if len(shape) == 4 else None
+    positions = getattr(config, "max_source_positions", None)
+    if main == "input_features" and isinstance(positions, int):
+        strides = [m.stride[0] for m in model.modules() if isinstance(m, nn.Conv1d)]
+        return (_BATCH, getattr(config, "num_mel_bins", None), positions * math.prod(strides))
+    steps = getattr(config, "conv_stride", None)
+    if main == "input_values" and isinstance(steps, (list, tuple)) and _are_sizes(steps):
+        return (_BATCH, (_TOKENS + 1) * math.prod(steps))
     return None
 
 
