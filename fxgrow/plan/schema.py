@@ -164,7 +164,8 @@ class Plan(PlanStep):
         if not (init is None and output_init is None and input_init is None):
             sides = importlib.import_module("fxgrow.plan.inits_by_side")  # late, as it needs torch
             fill = sides.init_for(self.request.drawing, init, output_init, input_init)
-            if isinstance(fill, sides.PlacedInit):  # which may compute them
+            placed = importlib.import_module("fxgrow.plan.init").PlacedInit
+            if isinstance(fill, placed):  # which may compute them
                 importlib.import_module("fxgrow.api.recomputed").computed_again(self, model, fill)
         executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
         return executor.apply_to_module(self, model, fill, like=like)
