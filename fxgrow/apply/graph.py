@@ -79,6 +79,8 @@ def _as_graph(
     try:
         with keeping_modes(model):
             graphs = [symbolic_trace(model.train(mode)) for mode in (True, False)]
+    except TraceError:
+        raise
     except Exception as error:  # a user's forward may raise anything
         raise TraceError(f"torch.fx cannot trace it: {first_line(error)}.") from error
     graph = graphs[1]

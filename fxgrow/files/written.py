@@ -28,7 +28,7 @@ from fxgrow.files.comparison import (
 from fxgrow.files.pretrained import keep_tensors_
 from fxgrow.modules.calling import Arguments, call, results_in
 from fxgrow.modules.huggingface import closed, screened
-from fxgrow.modules.standin import first_line, keeping_modes
+from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.verification.judge import NATIVE_FACTOR
 
 _CLASSES = "architectures"
@@ -145,10 +145,9 @@ def check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) 
     """Return if two networks give the same outputs, up to rounding; without inputs, at once."""
     if inputs is None:
         return
-    with torch.no_grad(), keeping_modes(grown):
-        if any(module.training for module in grown.modules()):
-            grown.eval()
-        before, after = (results_in(call(model, inputs)) for model in (grown, found))
+    copied = stand_in(grown, {}).eval()  # a forward may set what it finds unset
+    with torch.no_grad():
+        before, after = (results_in(call(model, inputs)) for model in (copied, found))
     for old, new in zip(before, after, strict=True):
         unit = torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
         if not torch.allclose(

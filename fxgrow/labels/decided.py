@@ -165,8 +165,7 @@ class Decided:
         """
         if not self._has_values:
             return None
-        lent = {id(parameter): parameter for parameter in self.model.parameters()}
-        model = stand_in(self.model, {}, shared=lent).train(mode == "train")
+        model = stand_in(self.model, {}).train(mode == "train")
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 real = map_tensors(Tensor.clone, self.real_inputs(inputs))

@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Set
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxgrow.labels.open_attention import open_attention
 from fxgrow.modules.standin import first_line, keeping_attributes, keeping_modes
 
 _MAKERS = (torch.ones, torch.zeros, torch.full, torch.empty, torch.arange, torch.eye)
+_FLAGS = (bool, int, float, str, NoneType)
 _CONSTANT = re.compile(r"\b_tensor_constant\d+\b")  # what torch.fx calls a tensor of the code's own
 
 
@@ -90,9 +92,9 @@ def symbolic_trace(standin: nn.Module) -> fx.Graph:
     with _without_proxies(standin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return OpenTracer().trace(standin)
+            return _traced(standin, OpenTracer)
         except Exception:
-            return ThreadTracer().trace(standin)
+            return _traced(standin, ThreadTracer)
 
 
 def _without_proxies(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -111,7 +113,8 @@ def open_graph(model: nn.Module) -> fx.Graph:
             that computes the same in the open.
 
     Raises:
-        TraceError: it cannot be traced, or the graph differs between the modes.
+        TraceError: it cannot be traced, or the graph differs between the modes, or from the first
+            run to later ones.
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:
@@ -120,7 +123,9 @@ def open_graph(model: nn.Module) -> fx.Graph:
         try:
             with keeping_modes(model), _without_proxies(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graphs = [tracer().trace(model.train(mode)) for mode in (True, False)]
+                graphs = [_traced(model.train(mode), tracer) for mode in (True, False)]
+        except TraceError:
+            raise
         except Exception as error:  # a user's forward may raise anything
             raise TraceError(f"torch.fx cannot trace it: {first_line(error)}") from error
         if same_graphs(model, *graphs):
@@ -129,6 +134,47 @@ def open_graph(model: nn.Module) -> fx.Graph:
         f"the graph of {type(model).__name__} differs between train and eval mode, so that sizes "
         "in its code cannot be rewritten"
     )
+
+
+def _traced(model: nn.Module, tracer: type[fx.Tracer]) -> fx.Graph:
+    """Return a graph of a model; what its code notes of having run is as before.
+
+    Raises:
+        TraceError: the first run does something else than later ones: no graph does both.
+    """
+    before = [(module, _plain_attributes(module), _tensors(module)) for module in model.modules()]
+    try:
+        graph = tracer().trace(model)
+        changed = [
+            (module, key)
+            for module, plain, tensors in before
+            for key, value in plain.items()
+            # What keeps a table for the next run notes that, and may make it each time.
+            if vars(module).get(key) != value and _tensors(module) == tensors
+        ]
+        if changed and not same_graphs(model, graph, tracer().trace(model)):
+            module, key = changed[0]
+            raise TraceError(
+                f"the first run of {type(module).__name__} does something else than later ones, "
+                f"for which it sets {key}, and no graph does both.",
+                way_out="Run the model once on data before it grows.",
+            )
+    finally:
+        for module, plain, _ in before:
+            vars(module).update(plain)
+    return graph
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Return the flags, numbers and strings that a module holds."""
+    held = vars(module).items()
+    return {key: value for key, value in held if type(value) in _FLAGS and key != "training"}
+
+
+def _tensors(module: nn.Module) -> dict[str, int]:
+    """Return what tells the tensors that a module holds from others."""
+    held = {**vars(module), **module._parameters, **module._buffers}
+    return {key: id(value) for key, value in held.items() if isinstance(value, (Tensor, fx.Proxy))}
 
 
 def same_graphs(model: nn.Module, first: fx.Graph, second: fx.Graph) -> bool:

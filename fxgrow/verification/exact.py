@@ -8,8 +8,9 @@ of a few at a time.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,13 @@ class Exact:
             self._last = name, found
         return found
 
+    def twin(self) -> Exact:
+        """Return what lends the same weights to a copy of the module, as they are now."""
+        found = copy.copy(self)
+        found._kept = {name: nn.Parameter(x.clone(), False) for name, x in self._kept.items()}
+        found._last = None
+        return found
+
     def _lend(self, inner: nn.Module, prefix: str, eager: set[str]) -> None:
         """Have a module ask for its parameters here."""
         names = {
@@ -138,6 +146,15 @@ class _Lent(dict[str, Tensor | None]):
         super().__init__(held)
         self._names = dict(names)
         self._exact = exact
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lent:
+        """Return the same for a copy of the module, where whatever is set since is copied."""
+        exact = memo.setdefault(id(self._exact), self._exact.twin())
+        held = {local: super(_Lent, self).__getitem__(local) for local in self}
+        own = {
+            local: copy.deepcopy(x, memo) for local, x in held.items() if local not in self._names
+        }
+        return _Lent({**held, **own}, self._names, exact)
 
     def __getitem__(self, local: str) -> Tensor | None:
         name = self._names.get(local)

@@ -110,7 +110,7 @@ def told_of_first(old: nn.Module, batch: Arguments, error: VerificationError) ->
     """
     shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(batch))
     try:
-        outputs_of(lent_copy(old), batch, "eval", Expectation())
+        outputs_of(stand_in(old, {}), batch, "eval", Expectation())
     except VerificationError as problem:
         told = problem.reason.partition(": ")[2]
         return VerificationError(
@@ -138,8 +138,12 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 def lent_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a network with buffers of its own and the parameters of the original."""
-    return stand_in(model, {}, shared={id(p): p for p in model.parameters()})
+    """Return a copy of a network with buffers of its own and the parameters of the original.
+
+    Their values are those of the original and their objects are not: a forward that gives one other
+    data gives it the copy. What writes into the values needs a whole copy.
+    """
+    return stand_in(model, {name: p.detach() for name, p in model.named_parameters()})
 
 
 def in_double(arguments: Arguments) -> Arguments:

@@ -127,7 +127,7 @@ def _listened_to(
 
 def _learns(original: nn.Module, batch: Arguments) -> bool:
     """Return whether the old network runs where the grown one, on its gradients, did not."""
-    copied = _copy(original)
+    copied = _copy(stand_in(original, {}))  # its forward may write into its parameters
     set_mode(copied, "train")
     try:
         _backward(copied, map_tensors(Tensor.clone, _typed(batch, original)))

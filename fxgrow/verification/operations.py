@@ -161,7 +161,7 @@ class _OperationRecorder(OnMeta):  # type: ignore[no-untyped-call]
             id(tensor): ("input", index) for index, tensor in enumerate(tensors_in(arguments))
         }
         self._names = {id(tensor): name for name, tensor in standin.named_parameters()}
-        self._known = frozenset(self._names.values())
+        self._lent = frozenset(map(_memory, standin.parameters()))
 
     def ran(
         self,
@@ -178,7 +178,8 @@ class _OperationRecorder(OnMeta):  # type: ignore[no-untyped-call]
             return
         position = len(self.operations)
         if not self.writes and func._schema.is_mutable:
-            self.writes = any(self._of(tensor) in self._known for tensor in operands)
+            given = [args[i] for i in _written(func) if i < len(args)] + [*kwargs.values()]
+            self.writes = any(_memory(tensor) in self._lent for tensor in tensors_in(given))
         self.numbers.append(tuple(_numbers((args, kwargs))))
         origins = tuple([self._of(tensor) for tensor in operands])
         fixed = tuple([_plain(args[i]) for i in _fixed(func) if i < len(args)])
@@ -199,6 +200,18 @@ class _OperationRecorder(OnMeta):  # type: ignore[no-untyped-call]
         """Return where a tensor comes from."""
         name = self._names.get(id(tensor))
         return name if name is not None else self._origin.get(id(tensor), "constant")
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tells a tensor's memory from that of others, which its views share."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def _written(func: OpOverload) -> tuple[int, ...]:
+    """Return the positions of the arguments that an operation writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple(i for i, x in arguments if x.alias_info is not None and x.alias_info.is_write)
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import VerificationError
 from fxgrow.modules.calling import Arguments, tensors_in
 from fxgrow.modules.expectation import Expectation
-from fxgrow.modules.standin import stand_in
+from fxgrow.modules.standin import keeping_state, stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.edits import NormGain
 from fxgrow.verification.cases import Case, Drawn, Inputs, Modes, Network
@@ -299,14 +299,15 @@ class Runs:
         like: Ran | None = None,
     ) -> Ran:
         """Return what a network computes as it is."""
-        part = self._copy(model).get_submodule(self._case.part)
+        part = self._copied(model)
         units = (torch.finfo(t.dtype).eps for t in part.parameters() if t.is_floating_point())
         tolerance = min(_TIMES_NATIVE * max(units, default=0.0), _MOST)
         found = Ran()
         for job in jobs:
             choosing = Choosing(like.choices[job] if like else (), max(tolerance, _SAME))
             run = Expectation()
-            with keeping_values(part):
+            part = self._copied(model) if self._inputs.writes else part
+            with keeping_values(part), keeping_state(part):
                 outputs = outputs_of(
                     part, batches[job.batch], job.mode, run, choosing=choosing, grown=grown
                 )
@@ -314,17 +315,17 @@ class Runs:
             self._advance()
         return found
 
-    def _copy(self, model: nn.Module) -> nn.Module:
+    def _copied(self, model: nn.Module) -> nn.Module:
         """Return a copy to run, with parameters of its own where the forward writes into them."""
-        return stand_in(model, {}) if self._inputs.writes else lent_copy(model)
+        copied = stand_in(model, {}) if self._inputs.writes else lent_copy(model)
+        return copied.get_submodule(self._case.part)
 
     def _check_gradients(self, batch: Arguments) -> Gradients:
         case = self._case
         start = len(f"{case.part}.") if case.part else 0
         edits = {name[start:]: edit for name, edit in case.edits.items() if case.is_inside(name)}
-        model = self._copy(case.after.module) if self._inputs.writes else case.after.module
-        old, new = (m.get_submodule(case.part) for m in (case.before.module, model))
-        found = check_gradients(new, edits, batch, old)
+        old = case.before.module.get_submodule(case.part)
+        found = check_gradients(self._copied(case.after.module), edits, batch, old)
         missing = tuple(f"{case.part}.{n}" if case.part else n for n in found.missing)
         return Gradients(missing, found.notes)
 

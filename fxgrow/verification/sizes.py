@@ -17,7 +17,7 @@ from fxgrow.modules.standin import stand_in
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.verification.cases import Inputs, Modes
 from fxgrow.verification.findings import Effort
-from fxgrow.verification.forward import Mode, lent_copy, outputs_of
+from fxgrow.verification.forward import Mode, outputs_of
 from fxgrow.verification.operations import Behaviour, Size, behaviour, other_sizes, resized
 from fxgrow.verification.runs import entries
 
@@ -61,14 +61,13 @@ def judged_inputs(
         return _arranged(fit, _BOTH, (), draw=draw, same=False), notes[:1]
     followed = [mode for mode in _BOTH if not problems[mode]]
     same = all(a.equals(b) for a, b in zip(*base.values(), strict=True))
-    writes = any(problems.values()) or any(b.writes for mode in _BOTH for b in base[mode])
     modes: Modes = ("eval",) if same else _BOTH
     first, *others = batches
     if draw:
         others = [probe.covering(others[0] if others else probe.smaller(first, modes), base)]
     found, more = _differing(probe, first, base, followed, needs_room=needs_room)
     made = _arranged([first, *others], modes, found, draw=draw, same=same)
-    return replace(made, writes=writes), notes + more
+    return replace(made, writes=any(problems.values()) or probe.writes), notes + more
 
 
 def _told(problem: str) -> str:
@@ -81,11 +80,10 @@ def _fits(model: nn.Module, batch: Arguments, known: Arguments) -> bool:
 
     Boxes may be given that have a height and a width.
     """
-    copied = lent_copy(model)
     for mode in _BOTH:
         for arguments in (batch, known):
-            try:
-                outputs_of(copied, arguments, mode, Expectation())
+            try:  # on a copy that has not run: a forward may set what it finds unset
+                outputs_of(stand_in(model, {}), arguments, mode, Expectation())
             except VerificationError:
                 continue
             if arguments is known:
@@ -221,15 +219,21 @@ def _ranks(found: Sequence[Behaviour]) -> Iterator[tuple[int, ...]]:
 
 
 class _Probe:
-    """Runs two networks on the meta device."""
+    """Runs two networks on the meta device.
+
+    Attributes:
+        writes: whether any run so far wrote into a parameter.
+    """
 
     def __init__(self, before: nn.Module, after: nn.Module) -> None:
         self._networks = stand_in(before), stand_in(after)
+        self.writes = False
 
     def behaviours(self, batch: Arguments, mode: Mode) -> tuple[Behaviour, Behaviour]:
         """Return what both networks do on inputs in a mode."""
         arguments: Arguments = map_tensors(_on_meta, batch)
         old, new = (behaviour(network, arguments, mode) for network in self._networks)
+        self.writes |= old.writes or new.writes
         return old, new
 
     def smaller(self, batch: Arguments, modes: Modes) -> Arguments:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import PlanError
 from fxgrow.modules.calling import arguments_of, call
-from fxgrow.modules.standin import keeping_modes
+from fxgrow.modules.standin import stand_in
 from fxgrow.plan.requests import Deepen
 from fxgrow.plan.schema import Plan
 
@@ -190,20 +190,18 @@ def _run(
     def typed(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    handles = [network.get_submodule(n).register_forward_hook(hook) for n, hook in hooks.items()]
+    copied = stand_in(network, {}).eval()  # a forward may set what it finds unset
+    for name, hook in hooks.items():
+        copied.get_submodule(name).register_forward_hook(hook)
     try:
-        with torch.no_grad(), keeping_modes(network):
-            network.eval()
+        with torch.no_grad():
             for batch in batches:
-                call(network, pytree.tree_map_only(Tensor, typed, arguments_of(batch)))
+                call(copied, pytree.tree_map_only(Tensor, typed, arguments_of(batch)))
     except (RuntimeError, TypeError, ValueError) as error:
         raise PlanError(
             f"the network does not run on the batches for calibration: {error}.",
             way_out="Give its inputs, without targets.",
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _given(name: str, found: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from fxgrow.grow.data.costs import Costs
 from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.selection import Limits, Room
-from fxgrow.grow.data.skipped import sharing
+from fxgrow.grow.data.skipped import frozen_copy
 from fxgrow.grow.sizes.widths import select
 from fxgrow.plan.requests import Widen
 
@@ -80,7 +80,7 @@ def expected_growth(
         groups = [group for group in groups if group.name in widths]
     pairing = init.paired(None)
     asked = {group.name: Room(group.width, _MOST, pairing, 1) for group in groups}
-    network = sharing(model)
+    network = frozen_copy(model)
     pairs, unfit = init.pairs(network, analyses, asked)
     rooms = init.rooms(asked, pairs)
     limits = Limits(init.keep, init.threshold, "")

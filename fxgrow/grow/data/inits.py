@@ -33,7 +33,7 @@ from fxgrow.grow.data.laid_out import laid_out, twinned
 from fxgrow.grow.data.pairs import LayerPair, find_pair
 from fxgrow.grow.data.passages import ask, norm_entries
 from fxgrow.grow.data.selection import Limits, Room, rooms_of
-from fxgrow.grow.data.skipped import sharing
+from fxgrow.grow.data.skipped import frozen_copy
 from fxgrow.grow.data.statistics import Seen, Sum
 from fxgrow.grow.sizes.widths import select
 from fxgrow.grow.widen.planner import VarianceOf
@@ -184,7 +184,7 @@ class DataDriven(PlacedInit):
         """
         groups = [group for part in analyses for group in part.groups]
         widths, refused = select(groups, request)
-        network, asked = sharing(model), rooms_of(groups, widths, request)
+        network, asked = frozen_copy(model), rooms_of(groups, widths, request)
         searches = not all(cancels(room.pairing) for room in asked.values())
         limits = Limits(self.keep, self.threshold, request.budget, searches)
         kept = (name for name in widths if name not in asked)

@@ -21,7 +21,7 @@ from fxgrow.errors import PlanError
 from fxgrow.grow.data.entered import Stop, channel_dim_of, enter
 from fxgrow.grow.data.held import NormDivisor, UnknownNorm, deviation, over_entries
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, Reader, Slopes
-from fxgrow.grow.data.skipped import sharing, skipping
+from fxgrow.grow.data.skipped import frozen_copy, skipping
 from fxgrow.modules.calling import Arguments, map_tensors
 from fxgrow.modules.standin import first_line
 from fxgrow.modules.tensors import layer_of
@@ -52,7 +52,7 @@ class Passage:
         self._entered = enter(network, pair, inputs)
         owner = self._entered.owner
         if owner not in doubles:
-            doubles[owner] = sharing(network.get_submodule(owner))
+            doubles[owner] = frozen_copy(network.get_submodule(owner))
         self._module = doubles[owner]
         self._between = self._doubled() | self._carriers(False)
         self._writes_in_place = False  # into what earlier parts put out

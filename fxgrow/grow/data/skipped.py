@@ -17,10 +17,12 @@ from fxgrow.modules.calling import map_tensors
 from fxgrow.modules.standin import stand_in
 
 
-def sharing(module: nn.Module) -> nn.Module:
-    """Return a copy of a module in eval mode that shares its parameters, which get no gradients."""
-    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return stand_in(module, parameters).eval().requires_grad_(requires_grad=False)
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module in eval mode, of which no parameter gets a gradient.
+
+    It shares nothing: forwards may write into parameters, as those do that are set by first data.
+    """
+    return stand_in(module, {}).eval().requires_grad_(requires_grad=False)
 
 
 def note_ends(network: nn.Module, into: dict[str, list[Any]]) -> list[Any]:

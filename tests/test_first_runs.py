@@ -1,0 +1,112 @@
+"""Networks that set their parameters by the first data they see: they stay as they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxgrow
+
+_INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class FirstData(nn.Module):
+    """Shifts its inputs by the mean of the first ones, as ActNorm does.
+
+    Args:
+        asked: what tells of the first run: a ``buffer`` whose value is read, or a ``flag``.
+        how: how the shift is set.
+        literal: there is a width in the code.
+    """
+
+    def __init__(self, asked: str, how: str, literal: bool = False) -> None:
+        super().__init__()
+        self.asked, self.how, self.literal = asked, how, literal
+        self.shift = nn.Parameter(torch.zeros(1, 4))
+        self.register_buffer("begun", torch.tensor(0))
+        self.flag = False
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.begun.item() == 0 if self.asked == "buffer" else not self.flag:
+            self.set_shift(-x.mean(0, keepdim=True).detach())
+            self.begun.fill_(1)
+            self.flag = True
+        hidden = torch.relu(self.norm(self.first(x + self.shift)))
+        return self.last(hidden.view(-1, 1, 8)[:, 0] if self.literal else hidden)
+
+    def set_shift(self, value: Tensor) -> None:
+        if self.how == "copy":
+            self.shift.data.copy_(value)
+        elif self.how == "index":
+            self.shift.data[0] = value[0]
+        elif self.how == "data":
+            self.shift.data = value
+        else:
+            with torch.no_grad():
+                self.shift.add_(value)
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {**tensors, "flag": torch.tensor(model.flag), "object": torch.tensor(id(model.shift))}
+
+
+def _model(*how: Any) -> FirstData:
+    torch.manual_seed(0)
+    return FirstData(*how).double().eval()
+
+
+_HOW = ["copy", "index", "data", "add"]
+_TARGETS = torch.zeros(6, 2, dtype=torch.float64)
+_BATCHES = [(_INPUTS, _TARGETS), (_INPUTS + 1, _TARGETS)]
+
+
+def _gradmax(model: nn.Module) -> object:
+    return fxgrow.widen(model, "1.5x", init=fxgrow.GradMax(nn.functional.mse_loss, _BATCHES))
+
+
+_USES: dict[str, Callable[[FirstData], object]] = {
+    "widen": lambda model: fxgrow.widen(model, "2x", _INPUTS),
+    "calibration": lambda model: fxgrow.widen(model, "2x", _INPUTS, calibration=[_INPUTS + 1]),
+    "gradmax": _gradmax,
+    "inspect": lambda model: fxgrow.inspect(model, _INPUTS),
+    "verify": lambda model: fxgrow.verify(model, _model(model.asked, model.how), _INPUTS),
+}
+
+
+@pytest.mark.parametrize("use", _USES)
+@pytest.mark.parametrize(("asked", "how"), [*zip(["buffer", "flag"] * 2, _HOW, strict=True)])
+def test_no_run_changes_the_network_that_is_given(use: str, asked: str, how: str) -> None:
+    model = _model(asked, how)
+    before = _state(model)
+    _USES[use](model)
+    assert all(torch.equal(value, before[name]) for name, value in _state(model).items())
+
+
+@pytest.mark.filterwarnings("ignore:the code of the model fixes sizes")
+@pytest.mark.parametrize("asked", ["buffer", "flag"])
+@pytest.mark.parametrize("how", _HOW)
+@pytest.mark.parametrize(("literal", "calibrated"), [(False, True), (True, False)])
+def test_the_grown_network_begins_and_goes_on_as_the_given_one(
+    literal: bool, asked: str, how: str, calibrated: bool
+) -> None:
+    model = _model(asked, how, literal)
+    batches = [_INPUTS - 1] if calibrated else None
+    grown = fxgrow.widen(model, "2x", _INPUTS, calibration=batches)
+    assert grown.model.first.out_features == 16
+    for inputs in (_INPUTS, _INPUTS + 1, 2 * _INPUTS):
+        torch.testing.assert_close(grown.model(inputs), model(inputs), rtol=1e-9, atol=1e-12)
+
+
+def test_no_graph_stands_for_the_first_run_and_later_ones() -> None:
+    model = _model("flag", "copy")
+    with pytest.raises(fxgrow.FxgrowError, match=r"cannot be predicted"):
+        fxgrow.widen(model, "2x", _INPUTS, rescaling="default_vt")
+    model(_INPUTS)
+    grown = fxgrow.widen(model, "2x", _INPUTS, rescaling="default_vt")
+    assert grown.report.verification.verdict in ("preserved", "as predicted")
