@@ -341,3 +341,21 @@ def test_a_parameter_that_nobody_uses_hides_no_norm() -> None:
 
     grown = fxgrow.widen(Unused(), "1.5x", torch.randn(4, 5))
     assert grown.report.verification.verdict == "preserved"
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_table_of_more_than_these_channels_gives_them_no_mean(both: bool) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.into = nn.Embedding(3, 2 * WIDTH), nn.Linear(4, WIDTH)
+            self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.table.weight.chunk(2, 1)
+            added = second + first if both else self.table.weight[:, WIDTH:]
+            return self.out(self.norm(added + self.into(x)))
+
+    model, x = Half().double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    with pytest.raises(PlanError, match=r"table.weight has others besides them"):
+        fxgrow.widen(model, "1.5x", x)

@@ -159,7 +159,8 @@ class PaddingFlow:
     def of(self, value: Value) -> Held:
         """Return what a value's new channels hold; a parameter's are filled as the writers' are."""
         if value.parameter:
-            return self._of_whole(value, Held(self.holds), "it is a part of them")
+            held = self._of_whole(value, Held(self.holds), "it is a part of them")
+            return held if self._fills_whole(value) else Held(None, f"{value.parameter} has others besides them")
         return self._held.get(value.index, Held(None, "it is computed in an unknown way"))
 
     def _of_whole(self, value: Value, held: Held, why: str) -> Held:
@@ -169,6 +170,11 @@ class PaddingFlow:
         found = self.table.of_layers(value.layers)
         whole = np.count_nonzero(self._is_member[found]) == len(self.channels)
         return held if whole else Held(None, why)
+
+    def _fills_whole(self, value: Value) -> bool:
+        """Return whether each of a parameter's axes has all the channels once, or needs no mean."""
+        axes = [axis for name in value.origins for axis in self._axes.get(name, ())]
+        return self.holds != "mean" or all(self.is_whole(self.table.of_axis(x)) for x in axes)
 
     def axes_of(self, value: Value, role: Role) -> list[int]:
         """Return the group's axes with a role, of the parameters that a value depends on."""
