@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,30 @@ def test_a_first_state_of_fixed_width_says_where_it_comes_from(
     net = Learned(cell, given).double()
     with pytest.raises(fxgrow.PlanError, match=rf"rnn: [^;]*{reason}"):
         fxgrow.widen(net, "2x", STATE_INPUTS, where="all")
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "max", "of a part"])
+def test_a_first_state_that_is_reduced_is_as_wide_as_what_it_meets(how: str) -> None:
+    class Node(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            children = x.new_zeros(3, 6)
+            if how == "max":
+                state = children.max(0, keepdim=True)[0]
+            elif how == "of a part":
+                state = children.view(3, 6, 1)[:2].sum((0, 2)).unsqueeze(0)
+            else:
+                state = getattr(children, how)(0, keepdim=True)
+            for _ in range(2):
+                state = torch.tanh(self.into(x) + self.hidden(state))
+            return self.out(state)
+
+    model, x = Node().double(), torch.randn(3, 4, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxgrow.FxgrowWarning)  # 6 is a literal
+        grown = fxgrow.widen(model, "2x", x, where="all")
+    assert grown.model.hidden.weight.shape == (12, 12)
+    torch.testing.assert_close(grown.model(x), model(x))

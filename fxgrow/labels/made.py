@@ -20,6 +20,9 @@ from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.step import Step
 
 # What is summed over by a product: which argument is the weight, and the dims of data and weight.
+_REDUCING = frozenset(
+    f"aten.{name}" for name in ("sum", "mean", "prod", "amax", "amin", "max", "min", "any", "all")
+)
 _READ = {"aten.mm": (0, 1), "aten.addmm": (1, 2)}
 
 
@@ -75,6 +78,8 @@ def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list
             return [()] * len(step.outputs)
     if step.traits.is_pointwise or name == "aten.copy":
         return [_combined(step, made)] * len(step.outputs)
+    if name in _REDUCING:
+        return _reduced(step, made)
     if name in _READ:
         data, weight = (step.args[place] for place in _READ[name])
         reads = step.value(weight).is_weight
@@ -83,6 +88,22 @@ def follow(step: Step, made: Sequence[Layers], labels: Sequence[Layers]) -> list
     elif name == "aten.convolution":
         _convolve(step, made)
     return [()] * len(step.outputs)
+
+
+def _reduced(step: Step, made: Sequence[Layers]) -> list[Layers]:
+    """Return the numbers along the dims that a reduction leaves alone: zeros add up to zeros."""
+    x, out = step.args[0], step.outputs[0]
+    given = step.argument("dim")
+    dims = range(x.ndim) if given is None or given == [] else given
+    reduced = {dim % x.ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+    kept: list[Layer] = []
+    for layer in made[0]:
+        if not support(layer) & reduced:
+            for dim in sorted(reduced, reverse=True):
+                keeps = out.ndim == x.ndim
+                layer = layer.narrow(dim, 0, 1) if keeps else layer.select(dim, 0)
+            kept.append(layer)
+    return [tuple(layer.expand(out.shape) for layer in kept)] * len(step.outputs)
 
 
 def _convolve(step: Step, made: Sequence[Layers]) -> None:
