@@ -44,10 +44,18 @@ def written(x: Tensor, y: Tensor) -> Tensor:
     return table
 
 
+def slope(net: Net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        given = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(F.linear(given, net.table).sin().sum(), given)
+    return found
+
+
 NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
     PinKind.OUTPUT: lambda net, x, y: x + y,
     PinKind.NO_RULE: lambda net, x, y: x.view(torch.int32).to(x.dtype),
     PinKind.TIED: lambda net, x, y: F.linear(x, net.table) @ net.table,
+    PinKind.BACKWARD: lambda net, x, y: slope(net, x),
     PinKind.BROADCAST: lambda net, x, y: x + y[:, :1],
     PinKind.FIXED: lambda net, x, y: x + torch.arange(8),
     PinKind.CONSTANTS: lambda net, x, y: torch.cat([x[:, :4], torch.arange(4).expand(3, 4)], 1) + y,
@@ -122,3 +130,39 @@ def test_memory_that_is_read_as_another_dtype_is_pinned() -> None:
 
     with pytest.raises(fxgrow.FxgrowError, match=r"first: no rule for aten\.view\.dtype"):
         fxgrow.widen(Bits(), "2x", torch.randn(2, 6))
+
+
+def test_of_two_sides_of_a_grouped_convolution_the_one_that_does_not_divide_is_told() -> None:
+    net = nn.Sequential(nn.Conv1d(1, 8, 3), nn.Conv1d(8, 12, 3, groups=4), nn.Conv1d(12, 1, 3))
+    grown = fxgrow.widen(net, "1.5x", torch.randn(2, 1, 16))
+    assert [group["name"] for group in grown.report.to_dict()["groups"]] == ["0"]
+    with pytest.raises(
+        fxgrow.PlanError, match=r"^1 cannot be widened: width 18 .* possible: 16 or 20"
+    ):
+        fxgrow.widen(net, {"1": "1.5x"}, torch.randn(2, 1, 16))
+
+
+def test_channels_go_on_through_conjugates() -> None:
+    def product(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        numbers = torch.fft.rfft(x, dim=0) * torch.conj(torch.fft.rfft(y, dim=0))
+        return F.linear(torch.fft.irfft(numbers, n=len(x), dim=0), net.table)[:, :2]
+
+    net = Net(product).double()
+    grown = fxgrow.widen(net, "2x", torch.randn(4, 5, dtype=torch.float64))
+    assert grown.model.first.out_features == 16
+    assert grown.report.verification.verdict == "preserved"
+
+
+def test_a_network_that_takes_other_tensors_at_other_sizes_tells_which() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+            self.wide, self.slim = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).relu()
+            return self.last(hidden) + (self.wide if hidden.shape[1] > 8 else self.slim)
+
+    with pytest.raises(fxgrow.PlanError, match=r"computes with wide and without slim, other"):
+        fxgrow.widen(Chosen(), "2x", torch.randn(3, 5))

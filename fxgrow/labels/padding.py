@@ -160,7 +160,8 @@ class PaddingFlow:
         """Return what a value's new channels hold; a parameter's are filled as the writers' are."""
         if value.parameter:
             held = self._of_whole(value, Held(self.holds), "it is a part of them")
-            return held if self._fills_whole(value) else Held(None, f"{value.parameter} has others besides them")
+            others = f"{value.parameter} has others besides them"
+            return held if self._fills_whole(value) else Held(None, others)
         return self._held.get(value.index, Held(None, "it is computed in an unknown way"))
 
     def _of_whole(self, value: Value, held: Held, why: str) -> Held:

@@ -28,6 +28,11 @@ class PinKind(Enum):
         "a parameter of its own on either side (--untie): what is written and read by one cannot "
         "cancel, unless the weight of a norm before it silences what is new",
     )
+    BACKWARD = (
+        "{} reads them, and again, backwards, for a gradient that is taken in the forward",
+        "nothing yet: what autograd computes in a forward is not followed; take the gradient "
+        "outside of it",
+    )
     BROADCAST = (
         "a width of one is broadcast here",
         "write the expanded width out: a channel that all others share cannot be told from them",
@@ -54,8 +59,8 @@ class PinKind(Enum):
         "a second head: heads grow in number, one has no number",
     )
     EVERY_HEAD = (
-        "every head reads these positions alike",
-        "nothing: what all heads share keeps its size; the heads themselves can grow",
+        "every head, or matrix of a batch, reads these positions alike",
+        "nothing: what all of them share keeps its size; heads can grow in number",
     )
     ACTIVATIONS = (
         "two activations are multiplied over these channels",

@@ -208,6 +208,8 @@ class LabelSpace:
                 if "carrier" in (known, role):
                     details = (axis.tensor, "accompanies", "no new entry of it can do both")
                     self.pins.append((tied, Pin(PinKind.TIED, details=details)))
+                elif torch._C._current_graph_task_id() >= 0:  # autograd runs
+                    self.pins.append((tied, Pin(PinKind.BACKWARD, self.place, (axis.tensor,))))
                 else:
                     self.roles[owner] = "writer"
                     if not any(pin.details[0] == axis.tensor for _, pin in self.tied):

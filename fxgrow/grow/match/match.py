@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxgrow.channels.channels import Channels, HashArray
+from fxgrow.errors import listed
 from fxgrow.grow.match.assignment import Assignment, check_copies, check_order, part_twins
 from fxgrow.grow.match.group_norms import with_new_groups
 from fxgrow.grow.match.hashes import mix
@@ -126,7 +127,12 @@ def _common_history(old: Channels, new: Channels) -> list[str] | Obstacle:
     """
     places = [{(axis.tensor, axis.dim) for axis in run.axes} for run in (old, new)]
     if places[0] != places[1]:
-        return Obstacle("the network computes with other tensors at its new sizes")
+        added, lost = (sorted({name for name, _ in x - y}) for x, y in (places[::-1], places))
+        told = [f"with {listed(added)}" if added else "", f"without {listed(lost)}" if lost else ""]
+        return Obstacle(
+            f"at its new sizes the network computes {' and '.join(filter(None, told))}, other than "
+            "now: its code decides by a size, or by values, which tensors take part"
+        )
     before, after = ([done for done, _ in channels.history] for channels in (old, new))
     names = [[done.split()[0] for done in history] for history in (before, after)]
     if names[0] != names[1]:  # the same written in other operations, which says nothing

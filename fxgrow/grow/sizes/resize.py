@@ -213,8 +213,11 @@ class _Count:
     ) -> None:
         """Let the groups that a convolution has be larger."""
         split = self.channels.convolution_groups[weight]
+        wrong = [dim for dim, size in enumerate((outgoing, incoming)) if size % split]
+        axes = [i for i in self._axes.get(weight, ()) if self.channels.axes[i].dim in wrong]
+        owners = {m for i in axes for m in self._group_of[self.channels.of_axis(i)].tolist()}
         for group in growing:
-            if incoming % split or outgoing % split:
+            if any(self.groups[member] is group for member in owners if member >= 0):
                 near = nearest_widths(split, self.widths[group.name], group.width)
                 self.problems[group.name] = (
                     f"width {self.widths[group.name]} does not divide among the {split} groups of "

@@ -14,6 +14,12 @@ from fxgrow.labels.step import Step
 from fxgrow.labels.tape import Operation, Value
 
 
+@rule("aten._conj", "aten._neg_view")
+def marked(step: Step) -> tuple[Layers, ...]:
+    """What torch only marks, until it is read, has its channels where they were."""
+    return (step.layers(step.args[0]),)
+
+
 @rule("aten.cat", gain=agree, padding=joined)
 def concatenate(step: Step) -> tuple[Layers, ...]:
     """Join the layers of each tensor.

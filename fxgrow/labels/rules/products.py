@@ -173,7 +173,7 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
     for tensor, dim in ((left, left.ndim - 1), (right, right.ndim - 2)):
         alone = cover(step.layers(tensor), 0) is None
         if alone and not _is_alike_for_heads(step.value(tensor), heads):
-            step.pin((heads,), PinKind.FIXED, "multiplied by matrices of a tensor")
+            step.pin((heads,), PinKind.FIXED, step.met_by("multiplied by matrices of"))
         for layer in step.layers(tensor):
             if 0 in support(layer):
                 whole = core(layer, support(layer) | {0})
