@@ -143,7 +143,11 @@ def lent_copy(model: nn.Module) -> nn.Module:
     Their values are those of the original and their objects are not: a forward that gives one other
     data gives it the copy. What writes into the values needs a whole copy.
     """
-    return stand_in(model, {name: p.detach() for name, p in model.named_parameters()})
+    parameters = dict(model.named_parameters())
+    own = {name: p.detach() for name, p in parameters.items() if not p.is_inference()}
+    # Outside of inference mode, what was made in it lets nobody set its gradient's flag.
+    lent = {id(p): p for p in parameters.values() if p.is_inference()}
+    return stand_in(model, own, shared=lent)
 
 
 def in_double(arguments: Arguments) -> Arguments:
