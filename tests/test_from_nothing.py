@@ -247,3 +247,24 @@ def test_parts_take_a_norm_as_a_module() -> None:
     norm = nn.BatchNorm1d(2)
     scaled = fxgrow.apply_rescaling(torch.ones(2, 4), "default_vt", new_fan_in=16, norm=norm)  # type: ignore[call-overload]
     assert scaled.norm.running_mean.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", [fxgrow.Tiny, fxgrow.GradMax])
+def test_data_tell_nothing_behind_an_empty_layer(method: Callable[..., object]) -> None:
+    """The empty layer itself grows; that it leaves the next one nothing to read is told."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 0), nn.GELU(), nn.Linear(0, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    batches = [(torch.randn(14, 5).double(), torch.randn(14, 3).double())]
+    grown = fxgrow.widen(net, "+2", init=method(F.mse_loss, batches), verify=False)
+    assert [(group.name, group.width) for group in grown.plan.groups] == [("0", (0, 2))]
+    assert [(r.name, "2 reads no channels yet" in r.reason) for r in grown.plan.refused] == [
+        ("2", True)
+    ]
+    table = fxgrow.inspect(net, growth=method(F.mse_loss, batches)).growth
+    assert [len(row.gains) > 0 for row in table.groups] == [True, False]
+    both = nn.Sequential(nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 0), nn.Tanh(), nn.Linear(0, 3))
+    batches = [(torch.randn(7, 4), torch.randn(7, 3))]
+    with pytest.raises(PlanError, match=r"0: .*2 writes no channels yet.* 2: .*2 reads no channe"):
+        fxgrow.widen(both, "+2", init=method(F.mse_loss, batches))

@@ -200,6 +200,41 @@ def test_a_budget_goes_where_channels_gain_most(
         assert sum(counts.values()) < sum(map(len, everything.values()))
 
 
+TWINS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: chain(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)),
+    "batch norm": lambda: chain(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4)),
+    "layer norm": lambda: chain(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 4)),
+    "asked for": lambda: chain(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* the batches give no more")
+@pytest.mark.parametrize("name", TWINS)
+def test_both_twins_gain_what_a_direction_is_told_to(name: str) -> None:
+    """GradMax tells the squared norm of the gradient of all new rows, per learning rate.
+
+    Behind a norm over all channels that is what parts the twins: all rows move its mean besides.
+    """
+    model = TWINS[name]()
+    batches = batches_for(model, 6)
+    pairing = "vv_z_negz" if name == "asked for" else None
+    init = fxgrow.GradMax(F.mse_loss, batches)
+    grown = fxgrow.widen(model, "+4", init=init, pairing=pairing, verify=False)
+    (group,) = grown.plan.groups
+    assert group.pairing == "vv_z_negz"
+    mean_loss(grown.model.eval(), batches).backward()
+    weight = grown.model.get_parameter("0.weight")
+    assert weight.grad is not None
+    one, other = weight.grad[group.width[0] :].chunk(2)
+    parting = (one - other).square().sum().item() / 2
+    assert sum(grown.init.gains["0"]) == pytest.approx(parting, rel=1e-5)
+    if name != "layer norm":
+        assert torch.allclose(one, -other)
+    if pairing is None:
+        (row,) = fxgrow.inspect(model, growth=fxgrow.GradMax(F.mse_loss, batches)).growth.groups
+        assert row.gains[: len(grown.init.gains["0"])] == pytest.approx(grown.init.gains["0"])
+
+
 def test_a_budget_prefers_the_gain_per_parameter() -> None:
     """Of two groups alike but for what they gain, the one that gains more is paid first."""
     model, batches = network()
