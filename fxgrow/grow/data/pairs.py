@@ -254,7 +254,7 @@ def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) 
 
 
 def _empty_around(model: nn.Module, writer: str, readers: Collection[str]) -> Iterator[str]:
-    """Yield what is empty on the other side of a writer or of readers, so that data tell nothing."""
+    """Yield which layer is empty on its other side, so that data tell nothing."""
     if not model.get_parameter(f"{writer}.weight").shape[1]:
         yield f"{writer} reads no channels yet (grow these first, by another init if need be)"
     for layer in readers:
