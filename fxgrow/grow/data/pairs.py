@@ -239,6 +239,8 @@ def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) 
         yield from _problems_of(model, layer)
     yield from _empty_around(model, writer, group.readers)
     rows = model.get_parameter(f"{writer}.weight").shape[0]
+    if group.followed_at not in (None, len(group.channels)):
+        yield f"several rows of {writer} make one of its channels"
     for layer in group.readers:
         columns = _columns(analysis, group, layer)
         if not rows == group.width == len(group.channels) - len(group.absent) == len(columns):
