@@ -160,7 +160,7 @@ def test_mapped_files_hold_the_same(zipped, tmp_path):
     assert torch.equal(again["1.weight"], tensors["1.weight"])
 
 
-@pytest.mark.parametrize("file_format", ["pt", "safetensors"])
+@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
 def test_files_are_as_readable_as_others_that_the_user_makes(file_format, tmp_path):
     (tmp_path / "other").touch()
     write_file(Contents({"a": torch.ones(2)}), tmp_path / "new", file_format, source=None)
