@@ -154,7 +154,7 @@ def test_a_wider_shuffler_computes_the_same(train: bool) -> None:
 
 
 def test_a_network_that_computes_with_other_tensors_is_refused() -> None:
-    assert "other tensors" in obstacle(two_readers(4, [0]), resolve(LabelSpace())).reason
+    assert "without first and 2 more" in obstacle(two_readers(4, [0]), resolve(LabelSpace())).reason
 
 
 @pytest.mark.parametrize("groups", [2, 3])
