@@ -193,3 +193,12 @@ def test_warnings_name_the_line_that_called():
 def test_a_stage_without_epochs_is_named():
     with pytest.raises(UsageError, match="stage 1 has no epochs: give a number"):
         GrowthSchedule.of([{"epochs": 2}, {"width": "2x"}])
+
+
+def test_an_average_is_named_once_however_often_it_is_found():
+    net = nn.Linear(2, 2)
+    ema, other = deepcopy(net), torch.optim.swa_utils.AveragedModel(net)
+    growing = Growing(
+        {1: "2x"}, unit="epochs", part="", inputs=None, averages=lambda _: [ema], options={}
+    )
+    assert growing.averages(net, [ema, other]) == [ema, other.module]

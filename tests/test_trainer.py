@@ -146,6 +146,39 @@ def test_averages_grow_too(tmp_path):
     ema.update_parameters(model)
 
 
+class Beside(torch.nn.Module):
+    """A network that holds an average of a part of it, in its own state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bert()
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        return self.net(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_averages_grow_again_in_a_resumed_run(is_inside, tmp_path):
+    def fit(resume: bool | str) -> tuple[Any, Any]:
+        model = Beside() if is_inside else bert()
+        ema = model.ema if is_inside else torch.optim.swa_utils.AveragedModel(model)
+        part = "net" if is_inside else ""
+        named = (lambda one: [one.ema]) if is_inside else (lambda _: [ema])
+        inputs = {"input_ids": torch.randint(3, 40, (2, 8))}
+        growth = GrowthCallback({1: "2x", 2: "2x"}, part=part, averages=named, inputs=inputs)
+        trainer(
+            tmp_path, growth, model=model, num_train_epochs=3, save_strategy="epoch"
+        ).train(resume_from_checkpoint=resume)  # fmt: skip
+        return model, ema
+
+    expected, average = fit(False)
+    found, again = fit(str(tmp_path / "checkpoint-4"))
+    shapes = [tensor.shape for tensor in average.state_dict().values()]
+    assert shapes == [tensor.shape for tensor in again.state_dict().values()]
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+
+
 def test_weights_of_no_checkpoint_are_refused_with_the_way_out(whole, tmp_path):
     folder, _ = whole
     run = trainer(tmp_path, GrowthCallback(GROWTHS))

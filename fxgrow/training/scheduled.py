@@ -209,6 +209,8 @@ class Growing:
         record: Mapping[str, Any] | None,
         optimizers: Sequence[Optimizer] = (),
         others: Iterable[nn.Module] = (),
+        *,
+        trial: bool = False,
     ) -> None:
         """Give the module the shape that a checkpoint's has.
 
@@ -217,6 +219,7 @@ class Growing:
             record: what :meth:`record` returned; None if the module had never grown.
             optimizers: what trains the network, if there are any yet.
             others: copies of the whole network that average its weights.
+            trial: whether the root is a copy, so that only averages in it may change.
 
         Raises:
             PlanError: the network has grown already, past what the checkpoint holds.
@@ -224,12 +227,16 @@ class Growing:
         part = self._part_of(root)
         if record is None and not stages_within(part):
             return
+        averages = self.averages(root, others)
+        if trial:
+            inside = set(root.modules())
+            averages = [one for one in averages if one in inside]
         try:
             regrow_(
                 part,
                 record if record is not None else {"schema": 1, "stages": []},
                 optimizer=_training(optimizers, part),
-                averages=self.averages(root, others),
+                averages=averages,
             )
         except PlanError as error:
             raise PlanError(
@@ -239,13 +246,16 @@ class Growing:
             ) from error
 
     def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
-        """Return all averages of the module's weights: those named, and in copies of the root."""
+        """Return all averages of the module's weights: those named, and in copies of the root.
+
+        Each comes once: what is named may not depend on the copy, or may be in a callback too.
+        """
         copies = averaged(others)
         found = [named_module(copy, self.part) for copy in copies]
         if self._averages is not None:
             for one in (root, *copies):
-                found += self._averages(one)
-        return found
+                found += averaged(self._averages(one))
+        return list({id(one): one for one in found}.values())
 
     def _part_of(self, root: nn.Module) -> nn.Module:
         """Return the module that grows."""

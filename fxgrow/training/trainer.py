@@ -291,7 +291,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 tried.append(record.get("stages"))
                 trial = copy.deepcopy(model)
                 try:
-                    self._growing.regrow(trial, record)
+                    self._growing.regrow(trial, record, trial=True)
                 except FxgrowError as error:
                     reason = error
                     continue
