@@ -411,21 +411,46 @@ def test_one_that_failed_to_grow_is_not_stale(monkeypatch: pytest.MonkeyPatch) -
     trained(net, optimizer, torch.randn(3, 4))
 
 
-def test_compiled_networks_grow() -> None:
-    for wrap in (True, False):
-        net = mlp()
-        called: Any = torch.compile(net, backend="eager") if wrap else net
-        if not wrap:
-            net.compile(backend="eager")
-        x = torch.randn(3, 4)
-        out = called(x)
-        optimizer = torch.optim.Adam(called.parameters())
-        grown = training.grow_(called, "2x", optimizer=optimizer)
-        assert grown.model is called
-        assert close(called(x), out, 1e-5)
-        trained(called, optimizer, x)
-        assert not torch.equal(called(x), out)
-        assert net[0].out_features == 16
+class Plain(nn.Module):
+    """A network without a length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.net[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Queue(Plain):
+    """A network of which ``bool`` is False, since its length is that of a queue."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("kind", [mlp, Plain, Queue])
+def test_compiled_networks_grow(kind: Callable[[], Any], wrap: bool) -> None:
+    net = kind()
+    called: Any = torch.compile(net, backend="eager") if wrap else net
+    if not wrap:
+        net.compile(backend="eager")
+    x = torch.randn(3, 4)
+    out = called(x)
+    optimizer = torch.optim.Adam(called.parameters())
+    grown = training.grow_(called, "2x", optimizer=optimizer)
+    assert grown.model is called
+    assert close(called(x), out, 1e-5)
+    trained(called, optimizer, x)
+    assert not torch.equal(called(x), out)
+    assert net[0].out_features == 16
+    assert training.grow_(called, "2x", optimizer=optimizer).plan.steps
+    assert len(training.state_dict(called)["stages"]) == 2
+    assert net[0].out_features == 32
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
