@@ -124,6 +124,20 @@ def test_the_loss_does_not_jump_and_what_is_new_trains(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_network_in_mixed_precision_grows_deeper(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, num_labels=3, n_positions=8, pad_token_id=0
+    )
+    model = transformers.GPT2ForSequenceClassification(config)
+    growth = GrowthCallback({1: [{"deepen": {"transformer.h": "+1"}}, {"width": "2x"}]})
+    run = trainer(tmp_path, growth, model=model, bf16=True, num_train_epochs=2)
+    run.train()
+    _, new = model.transformer.h
+    assert new.mlp.c_fc.weight.shape == (16, 128)
+    assert new.mlp.c_fc.weight.dtype == torch.float32
+    assert bool(new.mlp.c_proj.weight.any())
+
+
 def test_the_best_model_is_that_since_the_last_growth(tmp_path):
     scores = iter([0.9, 0.8, 0.7, 0.6])
     run = trainer(
