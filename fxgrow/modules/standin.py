@@ -58,7 +58,8 @@ def stand_in(
                 way_out="Give the module that it was compiled from, and compile the grown one.",
             )
         own = vars(part).get("forward")
-        if own is not None and _closes_over(own, {id(module) for module in model.modules()}):
+        closed = own is not None and _closes_over(own, {id(module) for module in model.modules()})
+        if closed and _recipe(part) is not None:  # what torch.compile wraps is made anew
             raise TraceError(
                 f"{name or 'the model'} has a forward of its own that holds on to the module, so "
                 "that a copy would run the original.",
