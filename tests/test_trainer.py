@@ -138,6 +138,25 @@ def test_a_network_in_mixed_precision_grows_deeper(tmp_path):
     assert bool(new.mlp.c_proj.weight.any())
 
 
+def test_weights_under_other_names_are_told_of_as_they_are_written(tmp_path, monkeypatch):
+    def renamed(self: Any, folder: Any, **options: Any) -> None:
+        state = {f"old.{name}": tensor.clone() for name, tensor in self.state_dict().items()}
+        Path(folder).mkdir(exist_ok=True)
+        safetensors.torch.save_file(state, Path(folder) / "model.safetensors")
+
+    def run(folder: Path, names: Any, resume: bool = False) -> None:
+        monkeypatch.setattr(transformers.BertForSequenceClassification, "save_pretrained", names)
+        growth = GrowthCallback({1: "2x"})
+        trainer(folder, growth, num_train_epochs=2, save_strategy="epoch").train(
+            resume_from_checkpoint=resume
+        )
+
+    with pytest.warns(fxgrow.FxgrowWarning, match=r"checkpoint-2 .*old.*save_original_format"):
+        run(tmp_path, renamed)
+    with pytest.raises(PlanError, match=r"names that .* has not .*renamed.*save_original_format"):
+        run(tmp_path, renamed, resume=True)
+
+
 def test_the_best_model_is_that_since_the_last_growth(tmp_path):
     scores = iter([0.9, 0.8, 0.7, 0.6])
     run = trainer(
