@@ -283,7 +283,7 @@ def test_a_parametrization_before_the_growth_has_rates_where_it_reads_no_copies(
         train(model, SGD(model.parameters()), batches(), 1)
     model = network()
     weight_norm(model[4])
-    with pytest.raises(PlanError, match="no rate for 4.parametrizations"):
+    with pytest.raises(PlanError, match=r"no rate for 4\.parametrizations"):
         fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
 
 
