@@ -5,14 +5,16 @@ set for all threads at once, so functions that do such things wait for one anoth
 ``torch.inference_mode`` nothing could be labelled, and under a default device of meta no input
 would have values; the caller has them back afterwards. So is torch's fast way through
 ``nn.TransformerEncoder``, which computes the same by nested tensors, and by operations that take no
-float64.
+float64. What is compiled runs as it is written: compiled code shows none of its operations.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -45,4 +47,8 @@ def _plainly() -> Iterator[None]:
             modes.enter_context(torch.inference_mode(mode=False))
         if torch.get_default_device().type == "meta":
             modes.enter_context(torch.device("cpu"))
+        if "torch._dynamo" in sys.modules:  # which nothing is compiled without
+            modes.enter_context(torch.compiler.set_stance("force_eager"))
+            modes.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.* when there are global hooks")
         yield
