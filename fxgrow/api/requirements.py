@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from fxgrow.errors import NotPreservedError, PlanError
@@ -30,6 +32,19 @@ def require_exact(made: Plan) -> None:
         raise NotPreservedError("the output would change.", way_out=way_out)
     if not predictable(made):
         raise NotPreservedError("new channels would not cancel.", way_out=way_out)
+
+
+def counted(made: Plan, model: nn.Module, grown: nn.Module) -> Plan:
+    """Return a plan that tells how many parameters there were, and how many there are now.
+
+    A plan that was read may have told otherwise: of that number nothing is made.
+    """
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (model, grown))
+    if made.after:
+        first, *others = made.after
+        first = replace(first, parameters=(before, first.parameters[1]))
+        return replace(made, after=(first, *others), parameters=(made.parameters[0], after))
+    return replace(made, parameters=(before, after))
 
 
 def require_values(model: nn.Module) -> None:

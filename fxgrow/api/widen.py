@@ -24,7 +24,7 @@ from fxgrow.api.arguments import (
 from fxgrow.api.following import example_of, follow_on
 from fxgrow.api.left_out import left_out, tied_twins
 from fxgrow.api.report.data import Report
-from fxgrow.api.requirements import require_exact, require_values
+from fxgrow.api.requirements import counted, require_exact, require_values
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
@@ -362,4 +362,5 @@ def carry_out(
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
         warn(text)
+    made = counted(made, model, grown)
     return Grown(grown, made, Report(made, verification, made.warnings), fill)
