@@ -17,6 +17,7 @@ from fxgrow.cli.app import app
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.checkpoint.mapping import Mappings
 from fxgrow.files.checkpoint.source import load_source
+from fxgrow.files.checkpoint.writing import write_file
 
 BEFORE = {"net.pt", "net.safetensors", "net", "plan.json"}
 
@@ -157,3 +158,11 @@ def test_mapped_files_hold_the_same(zipped, tmp_path):
     found["1.weight"].zero_()  # a copy of its own
     again = load_source(tmp_path / "net.pt").state_dict
     assert torch.equal(again["1.weight"], tensors["1.weight"])
+
+
+@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
+def test_files_are_as_readable_as_others_that_the_user_makes(file_format, tmp_path):
+    (tmp_path / "other").touch()
+    write_file(Contents({"a": torch.ones(2)}), tmp_path / "new", file_format, source=None)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}
+    assert len(modes) == 1

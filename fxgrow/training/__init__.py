@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fxgrow.training.probing import Ranking as Ranking
     from fxgrow.training.probing import Tried as Tried
     from fxgrow.training.probing import probe as probe
+    from fxgrow.training.reconfigured import reconfigured as reconfigured
     from fxgrow.training.resume import regrow_ as regrow_
     from fxgrow.training.resume import state_dict as state_dict
     from fxgrow.training.schedule import GrowthSchedule as GrowthSchedule
@@ -50,6 +51,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("regrow_", "state_dict"), "fxgrow.training.resume"),
     **dict.fromkeys(("GrowthSchedule", "GrowthStage"), "fxgrow.training.schedule"),
     "Plateau": "fxgrow.training.plateau",
+    "reconfigured": "fxgrow.training.reconfigured",
     "seed_network": "fxgrow.training.seed",
     **dict.fromkeys(("Monitor", "effective_rank", "monitor"), "fxgrow.training.monitoring"),
     **dict.fromkeys(("Ranking", "Tried", "probe"), "fxgrow.training.probing"),

@@ -25,12 +25,18 @@ def generated_class(kind: type[nn.Module], graph: fx.GraphModule) -> type[nn.Mod
     """
     if issubclass(kind, fx.GraphModule):
         return type(graph)
-    origin: Any = getattr(kind, _CODE, (kind,))[0]
+    origin: Any = extended(kind)
     code = graph.graph.python_code("self")
-    extended: type[nn.Module] = _extended(
+    found: type[nn.Module] = _extended(
         origin, f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
     )
-    return extended
+    return found
+
+
+def extended(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a generated one extends; any other class itself."""
+    found: type[nn.Module] = getattr(kind, _CODE, (kind,))[0]
+    return found
 
 
 @functools.cache

@@ -54,7 +54,10 @@ class _Safetensors(FileFormat):
         from safetensors.torch import save_file
 
         tensors = cast(Mapping[str, Tensor], contents.data)
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)  # the user's; the library's own are private
         save_file(dict(tensors), path, metadata=contents.header or None)
+        path.chmod(mode)
 
 
 class _Sharded(FileFormat):
