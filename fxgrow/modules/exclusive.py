@@ -66,7 +66,7 @@ def check_network(given: object, name: str = "model") -> None:
         return
     what, way_out = f"a {type(given).__name__}", "Give the network itself."
     if isinstance(given, (str, os.PathLike)):
-        way_out = f"Read the file first: fxgrow.load({shown(os.fspath(given))!r})."  # type: ignore[type-var]
+        way_out = f"Read the file first: fxgrow.load({shown(os.fspath(given))!r})."
     elif isinstance(given, Mapping):
         way_out = (
             "Put a state_dict into its network (load_state_dict), or have fxgrow.load(PATH) read "
