@@ -259,9 +259,9 @@ def results_of(
 
 
 def mean_std(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation as text."""
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.2f} ± {spread:.2f}"
+    """Return mean ± standard deviation as text; the mean alone of one value, which tells none."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> str:
@@ -270,9 +270,10 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> str:
 
 
 def mean_error(values: Sequence[float]) -> str:
-    """Return mean ± standard error as text, with its sign."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):+.2f} ± {error:.2f}"
+    """Return mean ± standard error as text, with its sign; of one value, the mean alone."""
+    root = math.sqrt(len(values))
+    error = f" ± {statistics.stdev(values) / root:.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.2f}{error}"
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]], arm: str, key: str) -> dict[int, float]:

@@ -81,6 +81,10 @@ class TraceError(FxgrowError):
     """A model whose computation could not be followed."""
 
 
+class UnknownInputsError(TraceError):
+    """Inputs that were not given and could not be inferred."""
+
+
 class TooLargeError(TraceError):
     """A run that would need more memory than any comparison should."""
 

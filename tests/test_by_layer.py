@@ -242,6 +242,21 @@ def test_a_glob_that_matches_nothing_is_refused(name: str) -> None:
         widened(model, **{name: {"first": value, "frist": value}})
 
 
+@pytest.mark.parametrize(
+    ("gain", "glob"),
+    [({"0": 2.0}, "0"), ({"0": "relu", "*": 1.5}, "0"), ({"4": 1.0, "?": 3.0}, "?")],
+)
+def test_a_gain_that_its_layers_do_not_take_is_refused(
+    gain: dict[str, float | str], glob: str
+) -> None:
+    rescaling = {"4": "vt_constraint_old_shape", "*": "default_vt"}
+    if "*" in gain:
+        rescaling = {"0": "none", "*": "vt_constraint_new_shape"}
+    with pytest.raises(UsageError, match=rf"the gain of '[{glob}]' says nothing"):
+        widened(chain(), rescaling=rescaling, gain=gain)
+    widened(chain(), rescaling=rescaling, gain=dict.fromkeys(gain, 1.0))
+
+
 WRONG: list[dict[str, object]] = [
     {"rescaling": {}}, {"rescaling": ["none"]}, {"rescaling": 1}, {"rescaling": {"*": None}},
     {"rescaling": {1: "none"}}, {"rescaling": {"*": "twice"}}, {"rescaling": {"*": {"*": "none"}}},

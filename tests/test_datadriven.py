@@ -560,6 +560,30 @@ def test_a_plan_is_carried_out_with_the_same_data_again(
         plan.apply(model, init=method(F.mse_loss, batches, keep=1, threshold=1.0))
 
 
+@pytest.mark.parametrize("method", [fxgrow.GradMax, fxgrow.Tiny])
+def test_a_plan_takes_no_other_init_than_it_was_made_with(method: Callable[..., object]) -> None:
+    """Its room is for what was computed: what draws would give a function that it does not tell."""
+    model = perceptron(nn.Tanh())
+    batches = batches_for(model, 6)
+    grown = fxgrow.widen(model, "+2", init=method(F.mse_loss, batches), verify=False)
+    plan = fxgrow.Plan.from_json(grown.plan.to_json())
+    plan.apply(model, init=grown.init)
+    for given in (
+        {"init": "kaiming"},
+        {"init": {"0": "zeros", "*": "kaiming"}},
+        {"output_init": "zeros", "input_init": "kaiming"},
+        {"init": method(F.mse_loss, batches), "input_init": "kaiming"},
+    ):
+        with pytest.raises(PlanError, match=rf"come from data \({method.__name__}\)"):
+            plan.apply(model, **given)
+    for other in {fxgrow.GradMax, fxgrow.Tiny} - {method}:
+        with pytest.raises(PlanError, match=f"not made with {other.__name__}: .* those of"):
+            plan.apply(model, init=other(F.mse_loss, batches))
+    drawn = fxgrow.widen(model, "+2", verify=False, init={"0": "zeros"}).plan
+    with pytest.raises(PlanError, match=rf"not made with {method.__name__}: .* those of zeros"):
+        drawn.apply(model, init=method(F.mse_loss, batches))
+
+
 def test_a_name_gives_no_data() -> None:
     with pytest.raises(PlanError, match="needs data"):
         fxgrow.widen(perceptron(nn.Tanh()), "2x", init="fxgrow.grow.data:GradMax")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import pairwise
+from types import MethodType
 
 import pytest
 import torch
@@ -351,6 +353,51 @@ def test_deepening_can_be_repeated(resnet):
     grown = fxgrow.deepen(once, {"layer1.1": "+1", "layer4": "3"}, INPUTS)
     assert exact(grown)
     torch.testing.assert_close(grown.model(INPUTS), resnet(INPUTS), rtol=1e-10, atol=1e-10)
+
+
+class Block(nn.Module):
+    def __init__(self, whole):
+        super().__init__()
+        self.whole, self.norm = [whole], nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.whole[0].scale * self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Residual(nn.Module):
+    """Its blocks look at the network that holds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.blocks = 1.0, nn.Sequential(Block(self), Block(self))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+def halved(forward):
+    def of_halves(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(self, x).float()
+
+    return of_halves
+
+
+@pytest.mark.parametrize("bind", [MethodType, partial])
+@pytest.mark.parametrize("at", ["", "blocks"])
+def test_a_forward_that_was_put_on_a_module_runs_the_new_blocks(bind, at):
+    net, x = Residual(), torch.randn(4, 8)
+    module = net.get_submodule(at)
+    module.forward = bind(halved(type(module).forward), module)
+    for grown in (net, fxgrow.widen(net, "2x", x).model):
+        deeper = fxgrow.deepen(grown, {"blocks": "+1"}, x).model
+        torch.testing.assert_close(deeper(x), net(x), rtol=0.02, atol=0.02)
+        assert all(block.whole[0] is deeper for block in deeper.blocks)
+        before = deeper(x)
+        nn.init.normal_(deeper.blocks[2].down.weight)
+        assert not torch.equal(deeper(x), before)
 
 
 def settled_chain(batches):

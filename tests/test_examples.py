@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -51,3 +52,12 @@ def test_results_are_kept_and_nothing_is_run_twice(tmp_path):
     assert "4 of 4" in runs[0].stderr
     assert "of 4" not in runs[1].stderr
     assert len((tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_one_seed_tells_no_spread(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    images = importlib.import_module("images")
+    assert images.mean_std([1.5]) == "1.50"
+    assert images.paired({0: 2.0}, {0: 1.5, 1: 3.0}) == "+0.50"
+    assert images.mean_std([1.0, 3.0]) == "2.00 ± 1.41"
+    assert images.mean_error([1.0, 3.0]) == "+2.00 ± 1.00"

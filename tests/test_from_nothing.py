@@ -103,6 +103,45 @@ def test_none_becomes_one(name: str, pairing: str) -> None:
         assert bool(reader.weight.grad.any())  # type: ignore[union-attr, operator]
 
 
+def _gated(m: Calls, x: Tensor, parts: int) -> Tensor:
+    first, *others = m.a(x).chunk(parts, -1)  # type: ignore[operator]
+    return m.b(math.prod((torch.tanh(other) for other in others), start=first))  # type: ignore[operator]
+
+
+CUT: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "a GLU": (2, lambda: nn.Sequential(nn.Linear(4, 0), nn.GLU(), nn.Linear(0, 3))),
+    "GLUs in a row": (
+        2,
+        lambda: nn.Sequential(
+            nn.Linear(4, 0), nn.GLU(), nn.Linear(0, 8), nn.GLU(), nn.Linear(4, 0), nn.GLU(),
+            nn.Linear(0, 3),
+        ),
+    ),
+    "halves": (2, lambda: Calls(lambda m, x: _gated(m, x, 2), a=(4, 0), b=(0, 3))),
+    "thirds": (3, lambda: Calls(lambda m, x: _gated(m, x, 3), a=(4, 0), b=(0, 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("name", CUT)
+def test_an_empty_layer_that_is_cut_grows_by_whole_channels(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    parts, make = CUT[name]
+    net, x = make().double(), torch.randn(64, 4, dtype=torch.float64)
+    grown = fxgrow.widen(net, f"+{channels * parts}", x)
+    of_none = [group for group in grown.plan.groups if group.width[0] == 0]
+    assert {group.width for group in of_none} == {(0, channels * parts)}
+    assert grown.report.verification.verdict == "preserved"
+    assert (grown.model(x) - net(x)).abs().max() <= 1e-10
+    for group in of_none:
+        reader = grown.model.get_submodule(group.readers[0])
+        assert reader.in_features == channels
+    again = fxgrow.Plan.from_json(grown.plan.to_json()).apply(net)
+    assert all(map(torch.equal, again.parameters(), grown.model.parameters()))
+    with pytest.raises(PlanError, match=f"does not divide among its channels.* {parts}"):
+        fxgrow.widen(net, f"+{parts * channels + 1}", x, include=of_none[0].writers)
+
+
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "SGD"])
 def test_an_optimizer_goes_on_from_none_to_one(name: str) -> None:
     net, x = pair(0), torch.randn(64, 4)
@@ -151,7 +190,7 @@ def test_code_that_does_something_else_with_one_is_refused() -> None:
         return m.c(hidden.neg() if hidden.shape[1] == 1 else hidden)  # type: ignore[no-any-return, operator]
 
     net = Calls(run, a=(4, 0), c=(0, 3))
-    with pytest.raises(PlanError, match="something else at a width of one; ask for more"):
+    with pytest.raises(PlanError, match="something else with one channel; ask for more"):
         fxgrow.widen(net, "1", torch.randn(8, 4))
     assert fxgrow.widen(net, "2", torch.randn(8, 4)).plan.groups[0].width == (0, 2)
 
@@ -247,3 +286,24 @@ def test_parts_take_a_norm_as_a_module() -> None:
     norm = nn.BatchNorm1d(2)
     scaled = fxgrow.apply_rescaling(torch.ones(2, 4), "default_vt", new_fan_in=16, norm=norm)  # type: ignore[call-overload]
     assert scaled.norm.running_mean.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", [fxgrow.Tiny, fxgrow.GradMax])
+def test_data_tell_nothing_behind_an_empty_layer(method: Callable[..., object]) -> None:
+    """The empty layer itself grows; that it leaves the next one nothing to read is told."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, 0), nn.GELU(), nn.Linear(0, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    batches = [(torch.randn(14, 5).double(), torch.randn(14, 3).double())]
+    grown = fxgrow.widen(net, "+2", init=method(F.mse_loss, batches), verify=False)
+    assert [(group.name, group.width) for group in grown.plan.groups] == [("0", (0, 2))]
+    assert [(r.name, "2 reads no channels yet" in r.reason) for r in grown.plan.refused] == [
+        ("2", True)
+    ]
+    table = fxgrow.inspect(net, growth=method(F.mse_loss, batches)).growth
+    assert [len(row.gains) > 0 for row in table.groups] == [True, False]
+    both = nn.Sequential(nn.Linear(4, 0), nn.Tanh(), nn.Linear(0, 0), nn.Tanh(), nn.Linear(0, 3))
+    batches = [(torch.randn(7, 4), torch.randn(7, 3))]
+    with pytest.raises(PlanError, match=r"0: .*2 writes no channels yet.* 2: .*2 reads no channe"):
+        fxgrow.widen(both, "+2", init=method(F.mse_loss, batches))

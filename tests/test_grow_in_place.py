@@ -411,21 +411,82 @@ def test_one_that_failed_to_grow_is_not_stale(monkeypatch: pytest.MonkeyPatch) -
     trained(net, optimizer, torch.randn(3, 4))
 
 
-def test_compiled_networks_grow() -> None:
-    for wrap in (True, False):
-        net = mlp()
-        called: Any = torch.compile(net, backend="eager") if wrap else net
-        if not wrap:
-            net.compile(backend="eager")
-        x = torch.randn(3, 4)
-        out = called(x)
-        optimizer = torch.optim.Adam(called.parameters())
-        grown = training.grow_(called, "2x", optimizer=optimizer)
-        assert grown.model is called
-        assert close(called(x), out, 1e-5)
-        trained(called, optimizer, x)
-        assert not torch.equal(called(x), out)
-        assert net[0].out_features == 16
+class Plain(nn.Module):
+    """A network without a length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.net[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Queue(Plain):
+    """A network of which ``bool`` is False, since its length is that of a queue."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("kind", [mlp, Plain, Queue])
+def test_compiled_networks_grow(kind: Callable[[], Any], wrap: bool) -> None:
+    net = kind()
+    called: Any = torch.compile(net, backend="eager") if wrap else net
+    if not wrap:
+        net.compile(backend="eager")
+    x = torch.randn(3, 4)
+    out = called(x)
+    optimizer = torch.optim.Adam(called.parameters())
+    grown = training.grow_(called, "2x", optimizer=optimizer)
+    assert grown.model is called
+    assert close(called(x), out, 1e-5)
+    trained(called, optimizer, x)
+    assert not torch.equal(called(x), out)
+    assert net[0].out_features == 16
+    assert training.grow_(called, "2x", optimizer=optimizer).plan.steps
+    assert len(training.state_dict(called)["stages"]) == 2
+    assert net[0].out_features == 32
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler
+def test_networks_with_compiled_modules_grow(has_run: bool) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    units = [torch.compile(Unit(), backend=backend), torch.compile(Unit(), backend=backend)]
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*units), nn.Linear(8, 2))
+    x = torch.randn(16, 4)
+    out = net(x) if has_run else copy.deepcopy(net)(x)
+    optimizer, before = torch.optim.Adam(net.parameters()), len(compiled)
+    copied = fxgrow.widen(net, "2x", x).model
+    training.grow_(net, "2x", x, optimizer=optimizer)
+    training.deepen_(net, {"1": "+1"}, x, optimizer=optimizer)
+    assert len(compiled) == before
+    assert net[1][0] is units[0]
+    assert units[0].up.out_features == net[1][2].up.out_features == 16
+    assert close(net(x), out, 1e-5)
+    assert close(copied(x), out, 1e-5)
+    assert len(compiled) > before
+    trained(net, optimizer, x)
+    assert not torch.equal(net(x), out)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])

@@ -12,6 +12,7 @@ from torch import nn
 from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError
 from fxgrow.training import GrowthClock, GrowthSchedule, GrowthStage, Plateau, enter_stage_
 from fxgrow.training.due import growths_of
+from fxgrow.training.geometric import lengths
 
 
 def mlp(width: int = 32) -> nn.Module:
@@ -59,6 +60,24 @@ def test_widths_only_grow_and_end_at_the_final_ones(full, initial, rate):
     assert all(width % 2 == 0 for width in widths[:-1])
     assert schedule.epochs == 500
     assert min(stage.epochs for stage in schedule.stages) >= 1
+
+
+@pytest.mark.parametrize("first", [None, 1, 3])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+@pytest.mark.parametrize("epochs", [9, 16, 40, 97, 5000])
+def test_stages_become_longer_by_the_rate(first, rate, count, epochs):
+    shares = [(1 + rate) ** t for t in range(count)]
+    start = epochs / sum(shares) if first is None else first
+    if first is not None and start * sum(shares[:-1]) >= epochs - count / 2:
+        return
+    found = lengths(epochs, count, rate, first)
+    assert sum(found) == epochs
+    assert min(found) >= 1
+    told = found if first is None else found[:-1]
+    assert told == sorted(told)
+    if start >= 1:  # else each has one epoch first
+        assert all(abs(n - start * s) <= 1.5 for n, s in zip(told, shares, strict=False))
 
 
 def test_fewer_stages_end_at_the_final_widths_too():
@@ -235,8 +254,8 @@ def test_callbacks_grow_by_a_schedule():
     assert [(one.at, one.deepens) for one in due] == [(2, True), (2, False), (6, False)]
     assert due[0].options == {"blocks": {"blocks": "+1"}, "lr": "none"}
     assert due[1].options == {"width": {"stem": "+4"}, "where": "hidden", "lr": "none"}
-    with pytest.raises(UsageError, match="depends on a metric"):
-        growths_of(GrowthSchedule.of([{"epochs": 1}] * 2, plateau=Plateau()), {})
+    waiting = GrowthSchedule.of([{"epochs": 3}, {"epochs": 4, "width": "2x"}], plateau=Plateau())
+    assert [one.at for one in growths_of(waiting, {})] == [1]  # by stages: a metric decides when
 
 
 def test_names_of_groups_are_not_taken_for_globs():

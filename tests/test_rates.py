@@ -272,6 +272,21 @@ def test_what_takes_the_place_of_a_parameter_with_rates_is_not_trained_unsaid(
     train(model, SGD(others), batches(), 1)  # does not train it
 
 
+def test_a_parametrization_before_the_growth_has_rates_where_it_reads_no_copies() -> None:
+    model = network()
+    weight_norm = nn.utils.parametrizations.weight_norm
+    weight_norm(model[0])
+    fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
+    train(model, SGD(model.parameters()), batches(), 1)
+    weight_norm(model[4])
+    with pytest.raises(PlanError, match=r"lr=.width. refuses for layers that read copies"):
+        train(model, SGD(model.parameters()), batches(), 1)
+    model = network()
+    weight_norm(model[4])
+    with pytest.raises(PlanError, match=r"no rate for 4\.parametrizations"):
+        fxgrow.training.grow_(model, "2x", lr="width", **COPIES)
+
+
 def test_a_parametrization_that_computes_with_the_same_parameter_keeps_its_rates() -> None:
     model = network()
     fxgrow.training.grow_(model, "2x", lr="width", **COPIES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxgrow.errors import FxgrowWarning, PlanError, UsageError
+from fxgrow.errors import FxgrowWarning, PlanError, TraceError, UsageError
 from fxgrow.training import GrowthSchedule, Plateau, grow_
 from fxgrow.training.due import growths_of
 from fxgrow.training.scheduled import Growing, copies_held
@@ -193,3 +193,29 @@ def test_warnings_name_the_line_that_called():
 def test_a_stage_without_epochs_is_named():
     with pytest.raises(UsageError, match="stage 1 has no epochs: give a number"):
         GrowthSchedule.of([{"epochs": 2}, {"width": "2x"}])
+
+
+def test_an_average_is_named_once_however_often_it_is_found():
+    net = nn.Linear(2, 2)
+    ema, other = deepcopy(net), torch.optim.swa_utils.AveragedModel(net)
+    growing = Growing(
+        {1: "2x"}, unit="epochs", part="", inputs=None, averages=lambda _: [ema], options={}
+    )
+    assert growing.averages(net, [ema, other]) == [ema, other.module]
+
+
+@pytest.mark.parametrize("part", ["", "0"])
+def test_inputs_that_cannot_be_inferred_are_asked_of_the_callback(part):
+    flat = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 2))
+    network = nn.Sequential(flat) if part else flat
+    growing = Growing(
+        {1: {"width": {"0": "2x"}}}, unit="epochs", part=part, inputs=None, averages=None,
+        options={}, takes_inputs="; or a hint",
+    )  # fmt: skip
+    for act in (growing.begin, lambda root: growing.grow_due(1, root, [], [])):
+        with pytest.raises(TraceError, match="Give the callback inputs=") as caught:
+            act(network)
+        assert "--input-shape" not in str(caught.value)
+        assert ("or a hint" in str(caught.value)) is not bool(part)
+    growing.inputs = torch.zeros(1, 1, 8, 8)
+    growing.begin(network)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 import fxgrow
+from fxgrow.errors import TraceError
 from fxgrow.modules.standin import stand_in
 
 
@@ -93,3 +97,57 @@ def test_compiled_code_is_refused_by_name(name: str) -> None:
     for grow in (fxgrow.inspect, lambda net, x: fxgrow.widen(net, "2x", x)):
         with pytest.raises(fxgrow.TraceError, match=f"{name or 'the model'} is a TorchScript"):
             grow(model, torch.randn(3, 4))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+def closed(net: nn.Module) -> Any:
+    own = net.forward
+    return lambda x: own(x)
+
+
+def closed_and_bound(net: nn.Module) -> Any:
+    own = net.forward
+    return MethodType(lambda self, x: own(x), net)
+
+
+def closed_by_another(net: nn.Module) -> Any:
+    inner = closed(net)
+
+    def forward(x: Tensor) -> Tensor:
+        return inner(x) if x.ndim else forward(x[None])
+
+    return forward
+
+
+@pytest.mark.parametrize("made", [closed, closed_and_bound, closed_by_another])
+def test_a_forward_that_would_run_the_original_is_refused(made: Any) -> None:
+    net = nn.Sequential(Twice())
+    net[0].forward = made(net[0])
+    with pytest.raises(TraceError, match=r"0 has a forward of its own.*Bind it"):
+        stand_in(net)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net: MethodType(Twice.forward, net),
+        lambda net: partial(Twice.forward, net),
+        lambda net: lambda x: torch.zeros_like(x),
+    ],
+)
+def test_a_forward_of_its_own_is_that_of_the_copy(made: Any) -> None:
+    net = nn.Sequential(Twice())
+    net[0].forward = made(net[0])
+    found, x = stand_in(net, {}), torch.randn(2, 3)
+    expected = net(x)
+    with torch.no_grad():
+        net[0].layer.weight.zero_()
+    assert torch.equal(found(x), expected)

@@ -124,6 +124,39 @@ def test_the_loss_does_not_jump_and_what_is_new_trains(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_network_in_mixed_precision_grows_deeper(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, num_labels=3, n_positions=8, pad_token_id=0
+    )
+    model = transformers.GPT2ForSequenceClassification(config)
+    growth = GrowthCallback({1: [{"deepen": {"transformer.h": "+1"}}, {"width": "2x"}]})
+    run = trainer(tmp_path, growth, model=model, bf16=True, num_train_epochs=2)
+    run.train()
+    _, new = model.transformer.h
+    assert new.mlp.c_fc.weight.shape == (16, 128)
+    assert new.mlp.c_fc.weight.dtype == torch.float32
+    assert bool(new.mlp.c_proj.weight.any())
+
+
+def test_weights_under_other_names_are_told_of_as_they_are_written(tmp_path, monkeypatch):
+    def renamed(self: Any, folder: Any, **options: Any) -> None:
+        state = {f"old.{name}": tensor.clone() for name, tensor in self.state_dict().items()}
+        Path(folder).mkdir(exist_ok=True)
+        safetensors.torch.save_file(state, Path(folder) / "model.safetensors")
+
+    def run(folder: Path, names: Any, resume: bool = False) -> None:
+        monkeypatch.setattr(transformers.BertForSequenceClassification, "save_pretrained", names)
+        growth = GrowthCallback({1: "2x"})
+        trainer(folder, growth, num_train_epochs=2, save_strategy="epoch").train(
+            resume_from_checkpoint=resume
+        )
+
+    with pytest.warns(fxgrow.FxgrowWarning, match=r"checkpoint-2 .*old.*save_original_format"):
+        run(tmp_path, renamed)
+    with pytest.raises(PlanError, match=r"names that .* has not .*renamed.*save_original_format"):
+        run(tmp_path, renamed, resume=True)
+
+
 def test_the_best_model_is_that_since_the_last_growth(tmp_path):
     scores = iter([0.9, 0.8, 0.7, 0.6])
     run = trainer(
@@ -144,6 +177,39 @@ def test_averages_grow_too(tmp_path):
     trainer(tmp_path, growth, model=model, num_train_epochs=2).train()
     assert ema.module.bert.pooler.dense.weight.shape == (32, 16)
     ema.update_parameters(model)
+
+
+class Beside(torch.nn.Module):
+    """A network that holds an average of a part of it, in its own state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bert()
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        return self.net(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_averages_grow_again_in_a_resumed_run(is_inside, tmp_path):
+    def fit(resume: bool | str) -> tuple[Any, Any]:
+        model = Beside() if is_inside else bert()
+        ema = model.ema if is_inside else torch.optim.swa_utils.AveragedModel(model)
+        part = "net" if is_inside else ""
+        named = (lambda one: [one.ema]) if is_inside else (lambda _: [ema])
+        inputs = {"input_ids": torch.randint(3, 40, (2, 8))}
+        growth = GrowthCallback({1: "2x", 2: "2x"}, part=part, averages=named, inputs=inputs)
+        trainer(
+            tmp_path, growth, model=model, num_train_epochs=3, save_strategy="epoch"
+        ).train(resume_from_checkpoint=resume)  # fmt: skip
+        return model, ema
+
+    expected, average = fit(False)
+    found, again = fit(str(tmp_path / "checkpoint-4"))
+    shapes = [tensor.shape for tensor in average.state_dict().values()]
+    assert shapes == [tensor.shape for tensor in again.state_dict().values()]
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
 
 
 def test_weights_of_no_checkpoint_are_refused_with_the_way_out(whole, tmp_path):

@@ -333,6 +333,10 @@ def test_apply_pairing_on_tensors(pairing: str) -> None:
     same = torch.allclose(torch.relu(x @ w.T) @ r.T, torch.relu(x @ writer.T) @ reader.T)
     assert same == (pairing != "none")
     assert w.shape == ((9, 4) if pairing in ("vv_z_negz", "copy_pair") else (7, 4))
+    none = None if pairing == "copy_pair" else random(0, 4)
+    assert fxgrow.apply_pairing(writer, reader, none, random(3, 0), pairing)[0].equal(writer)
+    with pytest.raises(PlanError, match=r"needs new rows V.* Give new_rows"):
+        fxgrow.apply_pairing(writer[:0], reader[:, :0], None, new_columns, pairing)
     rows = random(2, 4)
     with pytest.raises(PlanError, match="do not fit"):
         fxgrow.apply_pairing(writer, reader, rows, new_columns[:, :1], pairing)

@@ -96,7 +96,7 @@ def test_zero_rows_take_the_selected_columns() -> None:
     assert grown.report.verification.verdict == "preserved"
     relu = perceptron(nn.ReLU())
     asleep = fxgrow.Tiny(F.mse_loss, batches_for(relu, 6))
-    with pytest.raises(PlanError, match="new rows of zeros would never learn"):
+    with pytest.raises(PlanError, match=r"0 would stay zero: relu .* another pairing or init"):
         fxgrow.widen(relu, "+2", init=asleep, pairing="zero_z")
 
 
@@ -117,7 +117,7 @@ def test_zero_rows_that_are_asked_for_are_no_twins() -> None:
     batches = batches_for(model, 6)
     own = api.plan(model, "+2", init=fxgrow.GradMax(F.mse_loss, batches))
     assert {group.pairing for group in own.groups} == {"vv_z_negz"}
-    with pytest.raises(PlanError, match="new rows of zeros would never learn"):
+    with pytest.raises(PlanError, match=r"0 would stay zero: relu .* another pairing or init"):
         api.plan(model, "+2", init=fxgrow.GradMax(F.mse_loss, batches), pairing="zero_z")
 
 
@@ -200,6 +200,41 @@ def test_a_budget_goes_where_channels_gain_most(
         assert sum(counts.values()) < sum(map(len, everything.values()))
 
 
+TWINS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: chain(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)),
+    "batch norm": lambda: chain(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4)),
+    "layer norm": lambda: chain(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 4)),
+    "asked for": lambda: chain(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* the batches give no more")
+@pytest.mark.parametrize("name", TWINS)
+def test_both_twins_gain_what_a_direction_is_told_to(name: str) -> None:
+    """GradMax tells the squared norm of the gradient of all new rows, per learning rate.
+
+    Behind a norm over all channels that is what parts the twins: all rows move its mean besides.
+    """
+    model = TWINS[name]()
+    batches = batches_for(model, 6)
+    pairing = "vv_z_negz" if name == "asked for" else None
+    init = fxgrow.GradMax(F.mse_loss, batches)
+    grown = fxgrow.widen(model, "+4", init=init, pairing=pairing, verify=False)
+    (group,) = grown.plan.groups
+    assert group.pairing == "vv_z_negz"
+    mean_loss(grown.model.eval(), batches).backward()
+    weight = grown.model.get_parameter("0.weight")
+    assert weight.grad is not None
+    one, other = weight.grad[group.width[0] :].chunk(2)
+    parting = (one - other).square().sum().item() / 2
+    assert sum(grown.init.gains["0"]) == pytest.approx(parting, rel=1e-5)
+    if name != "layer norm":
+        assert torch.allclose(one, -other)
+    if pairing is None:
+        (row,) = fxgrow.inspect(model, growth=fxgrow.GradMax(F.mse_loss, batches)).growth.groups
+        assert row.gains[: len(grown.init.gains["0"])] == pytest.approx(grown.init.gains["0"])
+
+
 def test_a_budget_prefers_the_gain_per_parameter() -> None:
     """Of two groups alike but for what they gain, the one that gains more is paid first."""
     model, batches = network()
@@ -224,6 +259,22 @@ def test_what_is_no_budget_is_refused(budget: object) -> None:
     model, batches = network()
     with pytest.raises(UsageError, match=r"budget .* cannot be read"):
         api.plan(model, "2x", init=fxgrow.Tiny(F.mse_loss, batches), budget=budget)
+
+
+def test_a_budget_is_not_spent_on_what_cannot_grow() -> None:
+    """Zeros before a batch norm are refused before anything is paid for."""
+    norm = nn.BatchNorm1d(5)
+    model = chain(nn.Linear(6, 5), norm, nn.SiLU(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 7))
+    batches = batches_for(model, 6)
+    for budget in ("+2", "+1000"):
+        init = fxgrow.Tiny(F.mse_loss, batches)
+        with pytest.raises(PlanError, match=r"by 316\..* another pairing or init"):
+            api.plan(model, "+2", init=init, pairing="zero_z", budget=budget, include=["0"])
+    plan = api.plan(
+        model, "+2", init=fxgrow.Tiny(F.mse_loss, batches), pairing="zero_z", budget="+26"
+    )
+    assert [(group.name, group.width) for group in plan.groups] == [("3", (4, 6))]
+    assert "by 316" in plan.refused[0].reason
 
 
 def test_a_budget_needs_data_and_pays_for_a_channel() -> None:

@@ -63,7 +63,7 @@ def test_zeros_stay_zero_where_an_activation_keeps_them(activation: Callable[[],
         (nn.Softplus(), r"softplus at 1 makes 0.693147 of a channel of zeros"),
         (nn.ReLU(), "new channels of 0 would stay zero: relu at 1 has no slope at zero"),
         (nn.Hardshrink(), "hardshrink at 1 has no slope at zero"),
-        (nn.BatchNorm1d(8), r"the norm 1 divides its channels .* multiplied by 316"),
+        (nn.BatchNorm1d(8), r"the norm 1 divides its channels .* by 316\. Choose another pairing"),
     ],
 )
 def test_what_does_not_keep_zeros_is_refused_with_the_reason(activation: nn.Module, reason: str):

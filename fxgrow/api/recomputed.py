@@ -10,6 +10,7 @@ from torch import nn
 from fxgrow.api.widen import plan
 from fxgrow.errors import PlanError
 from fxgrow.grow.data import DataDriven
+from fxgrow.plan.init import init_name, told_init
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 
@@ -34,11 +35,22 @@ def computed_again(
         The plan itself.
 
     Raises:
-        PlanError: from these batches other channels are computed than the plan makes room for.
+        PlanError: the plan was made with another init, or from these batches other channels are
+            computed than the plan makes room for.
     """
     request = made.request
-    if not isinstance(init, DataDriven) or not isinstance(request, Widen) or _holds(init, made):
+    if not isinstance(init, DataDriven) or _holds(init, made):
         return made
+    planned = request.drawing.init
+    if not isinstance(request, Widen) or init_name(init) != planned:
+        names = [planned] if isinstance(planned, str) else dict.fromkeys(planned.values())
+        raise PlanError(
+            f"this plan was not made with {init.name}: its new weights are those of "
+            f"{', '.join(map(told_init, names))}.",
+            name=init.name,
+            way_out="Give the init that it was made with, or none where it needs no data; or make "
+            f"a plan with {init.name} (fxgrow.widen).",
+        )
     after = replace(made.after[-1], after=made.after[:-1]) if made.after else None
     # A plan does not tell whether the method's own pairing was asked for, which changes twins.
     asked = [None, request.pairing] if request.pairing == init.pairing else [request.pairing]

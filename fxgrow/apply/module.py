@@ -259,7 +259,8 @@ def reshaped(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
             sizes.setdefault(edit.module, []).append(edit)
     try:
         own = {name: tensor for name, tensor in tensors.items() if name not in plan.untied}
-        grown = stand_in(rearranged(model, plan.rearrangements), own)
+        view, views = rearranged(model, plan.rearrangements)
+        grown = stand_in(view, own, views=views)
         if plan.untied:
             untie(grown, plan, tensors)
         graphs = {name: sized_graph(module_at(grown, name), sizes[name]) for name in sizes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,7 +17,12 @@ from fxgrow.plan.edits import Rearrangement
 _FITTING = "Apply the plan to the network it was made for."
 
 
-def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.Module:
+Views: TypeAlias = list[tuple[nn.Module, nn.Module]]
+
+
+def rearranged(
+    model: nn.Module, rearrangements: Sequence[Rearrangement]
+) -> tuple[nn.Module, Views]:
     """Return a view of a model with other modules in some of its modules.
 
     Args:
@@ -24,26 +30,32 @@ def rearranged(model: nn.Module, rearrangements: Sequence[Rearrangement]) -> nn.
         rearrangements: in any order; none is in a module that another one renames.
 
     Returns:
-        The model itself if nothing is rearranged. New modules have tensors on the meta device.
+        The model itself if nothing is rearranged, and the modules whose place others take in it,
+        with these: what refers to them is to refer to the others in a copy of the view
+        (:func:`stand_in`). New modules have tensors on the meta device.
 
     Raises:
         PlanError: the model has no such module, or holds others there, or the new ones cannot be
             called in its graph.
     """
     held = _held(model) if rearrangements else {}
+    views: Views = []
     for edit in rearrangements:
         path = edit.container.split(".") if edit.container else []
-        old, model = model, _with_children(model, path, edit, held)
+        old, model = model, _with_children(model, path, edit, held, views)
         if edit.caller is not None:
             calling = with_calls(module_at(old, edit.caller), module_at(model, edit.caller), edit)
             model = with_submodule(model, edit.caller, calling)  # whose path is the view's own
-    return model
+    return model, views
 
 
 def _held(model: nn.Module) -> dict[int, object]:
-    """Return the objects that several modules hold, such as a configuration: copies share them."""
+    """Return the objects that several modules hold, such as a configuration: copies share them.
+
+    And all modules, for a block may refer to one that does not hold it, or to what holds it.
+    """
     seen: set[int] = set()
-    held: dict[int, object] = {}
+    held: dict[int, object] = {id(module): module for module in model.modules()}
     for module in model.modules():
         for value in {id(value): value for value in vars(module).values()}.values():
             plain = isinstance(value, (type, nn.Module, Tensor)) or not hasattr(value, "__dict__")
@@ -54,10 +66,12 @@ def _held(model: nn.Module) -> dict[int, object]:
 
 
 def _with_children(
-    module: nn.Module, path: Sequence[str], edit: Rearrangement, held: Mapping[int, object]
-) -> nn.Module:
+    module: nn.Module, path: Sequence[str], edit: Rearrangement, held: Mapping[int, object],
+    views: Views,
+) -> nn.Module:  # fmt: skip
     """Return a copy of a module that shares all but what lies on the path to the container."""
     view = copy.copy(module)
+    views[:] = [(old, view if new is module else new) for old, new in views] + [(module, view)]
     if path:
         inner = module._modules.get(path[0])
         if inner is None:
@@ -66,14 +80,15 @@ def _with_children(
                 name=edit.container,
                 way_out=_FITTING,
             )
-        modules = {**module._modules, path[0]: _with_children(inner, path[1:], edit, held)}
+        modules = {**module._modules, path[0]: _with_children(inner, path[1:], edit, held, views)}
     else:
         _check_children(module, edit)
         modules = {}
         for child in edit.children:
             inner = module._modules[child.source]
             if child.new and inner is not None:
-                inner = stand_in(inner, shared=held)
+                own = set(map(id, inner.modules()))
+                inner = stand_in(inner, shared={n: x for n, x in held.items() if n not in own})
             modules[child.name] = inner
     vars(view)["_modules"] = modules
     return view

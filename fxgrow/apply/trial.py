@@ -35,8 +35,9 @@ def tried(
     Raises:
         PlanError: the network cannot be changed so.
     """
-    view = rearranged(model, rearrangements)
+    view, views = rearranged(model, rearrangements)
     tensors = named_tensors(view)
-    copied = stand_in(view, {name: tensors[name].new_empty(shapes[name]) for name in shapes})
+    fresh = {name: tensors[name].new_empty(shapes[name]) for name in shapes}
+    copied = stand_in(view, fresh, views=views)
     set_attributes(copied, tuple(modules), of=model)
     return copied

@@ -5,7 +5,7 @@ set for all threads at once, so functions that do such things wait for one anoth
 ``torch.inference_mode`` nothing could be labelled, and under a default device of meta no input
 would have values; the caller has them back afterwards. So is torch's fast way through
 ``nn.TransformerEncoder``, which computes the same by nested tensors, and by operations that take no
-float64.
+float64. What is compiled runs as it is written: compiled code shows none of its operations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -90,4 +92,8 @@ def _plainly() -> Iterator[None]:
             modes.enter_context(torch.inference_mode(mode=False))
         if torch.get_default_device().type == "meta":
             modes.enter_context(torch.device("cpu"))
+        if "torch._dynamo" in sys.modules:  # which nothing is compiled without
+            modes.enter_context(torch.compiler.set_stance("force_eager"))
+            modes.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.* when there are global hooks")
         yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.errors import TraceError
+from fxgrow.errors import UnknownInputsError
 from fxgrow.modules.calling import Arguments, arguments_of, tensors_in
 from fxgrow.modules.on_meta import OnMeta
 from fxgrow.modules.standin import stand_in
@@ -64,7 +64,9 @@ def inputs_in_training(
     return ()
 
 
-def nothing_fits(standin: nn.Module, graph: GetGraph, problems: Sequence[str]) -> TraceError:
+def nothing_fits(
+    standin: nn.Module, graph: GetGraph, problems: Sequence[str]
+) -> UnknownInputsError:
     """Return the error for a network that none of the possible inputs fits.
 
     Args:
@@ -75,7 +77,7 @@ def nothing_fits(standin: nn.Module, graph: GetGraph, problems: Sequence[str]) -
     name, layer = _first_layer(standin, graph)
     likeliest = problems[0].rstrip(".") if problems else "the first layer is of no known kind"
     others = f", nor on {len(problems) - 1} others that were tried" if len(problems) > 1 else ""
-    return TraceError(
+    return UnknownInputsError(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
         f" {likeliest}{others}.",
         name=name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType, NoneType
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import CellType, FunctionType, MappingProxyType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def stand_in(
     model: nn.Module,
     replacements: Mapping[str, Tensor] | None = None,
     shared: Mapping[int, object] = MappingProxyType({}),
+    views: Sequence[tuple[nn.Module, nn.Module]] = (),
 ) -> nn.Module:
     """Return a copy of a module tree with other tensors in place of its own.
 
@@ -42,6 +44,8 @@ def stand_in(
         replacements: new tensor by fully qualified name; None puts every parameter and buffer on
             the meta device. Tensors that are not named are copied.
         shared: objects by their ids that are not copied.
+        views: modules, each with the one of the tree that takes its place: what refers to it (a
+            ``forward`` that was bound to it) is to refer to the copy of that one.
 
     Raises:
         TraceError: some attribute cannot be copied, or a module is compiled code.
@@ -53,13 +57,55 @@ def stand_in(
                 name=name,
                 way_out="Give the module that it was compiled from, and compile the grown one.",
             )
+        own = vars(part).get("forward")
+        closed = own is not None and _closes_over(own, {id(module) for module in model.modules()})
+        if closed and _recipe(part) is not None:  # what torch.compile wraps is made anew
+            raise TraceError(
+                f"{name or 'the model'} has a forward of its own that holds on to the module, so "
+                "that a copy would run the original.",
+                name=name,
+                way_out="Bind it: module.forward = types.MethodType(forward, module); or define it "
+                "in the class.",
+            )
     try:
-        return _deep_copy(model, _found_by_copy(model, replacements, shared))
+        return _deep_copy(model, _found_by_copy(model, replacements, shared), views)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise TraceError(
             f"the model cannot be copied: {first_line(error)}.",
             way_out="Remove what does not survive copy.deepcopy.",
         ) from error
+
+
+def _closes_over(function: object, modules: Collection[int]) -> bool:
+    """Return whether a function's closure refers to some modules, which no copy of it changes.
+
+    Args:
+        function: any; what it is bound to, and the arguments of a partial, are copied with it.
+        modules: their ids.
+    """
+    while isinstance(function, (MethodType, partial)):
+        function = function.__func__ if isinstance(function, MethodType) else function.func
+    if not isinstance(function, FunctionType):
+        return False
+    held = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    return any(value is not function and _refers(value, modules) for value in held)
+
+
+def _refers(value: object, modules: Collection[int]) -> bool:
+    """Return whether a value is one of some modules, is bound to one, or closes over one."""
+    if isinstance(value, partial):
+        given = (value.func, *value.args, *value.keywords.values())
+        return any(_refers(one, modules) for one in given)
+    bound = id(getattr(value, "__self__", None)) in modules
+    return bound or id(value) in modules or _closes_over(value, modules)
+
+
+def _is_empty(cell: CellType) -> bool:
+    """Return whether a name of a closure has no value yet."""
+    try:
+        return cell.cell_contents is _NONE
+    except ValueError:
+        return True
 
 
 def _found_by_copy(
@@ -105,7 +151,9 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
 
 
-def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _deep_copy(
+    model: nn.Module, memo: dict[int, Any], views: Sequence[tuple[nn.Module, nn.Module]] = ()
+) -> nn.Module:
     """Return what ``copy.deepcopy(model, memo)`` does, three times as fast.
 
     Most of a module tree is numbers, strings and empty dicts of hooks, for each of which
@@ -113,15 +161,20 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     leaves up, so that no module is ever seen unfinished by the ``__deepcopy__`` of one around it.
     """
     states = []  # ids are only unique among the living
+    begun: dict[int, nn.Module] = {}
+    tree = {id(module) for module in modules_of(model)} if views else set()
+    for old, view in views:  # a graph may have taken the place of one
+        if id(view) in tree and _recipe(view) is not None:
+            begun[id(view)] = memo[id(old)] = memo[id(view)] = type(view).__new__(type(view))
     for module in reversed([*modules_of(model)]):
-        if id(module) in memo or hasattr(module, "__deepcopy__"):
+        if id(module) in memo and id(module) not in begun:
             continue
-        recipe: Any = module.__reduce_ex__(4)
-        if recipe[0] is not _NEW or recipe[1] != (type(module),) or any(recipe[3:]):
-            continue  # its class has it copied in a way of its own
+        recipe = _recipe(module)
+        if recipe is None:
+            continue
         states.append(recipe[2])
         kind: Any = type(module)
-        fresh: Any = kind.__new__(kind)
+        fresh: Any = begun[id(module)] if id(module) in begun else kind.__new__(kind)
         memo[id(module)] = fresh
         copies = _copied_entries(recipe[2], memo)
         if kind.__setstate__ is _SET_STATE:  # it adds what modules from former versions lack
@@ -129,6 +182,15 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             fresh.__setstate__(copies)
     return copy.deepcopy(model, memo)
+
+
+def _recipe(module: nn.Module) -> Any:
+    """Return how a module is copied, or None where its class has a way of its own for that."""
+    if hasattr(module, "__deepcopy__"):
+        return None
+    recipe: Any = module.__reduce_ex__(4)
+    plain = recipe[0] is _NEW and recipe[1] == (type(module),) and not any(recipe[3:])
+    return recipe if plain else None
 
 
 def _copied_entries(entries: Mapping[str, Any], memo: dict[int, Any]) -> dict[str, Any]:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fxgrow.plan.deviations import Place
-from fxgrow.plan.init import Init, InitOfSeveral, find_init, init_of_plan
+from fxgrow.plan.init import (
+    Init,
+    InitOfSeveral,
+    PlacedInit,
+    find_init,
+    init_of_plan,
+    is_from_data,
+)
 from fxgrow.plan.inits_by_layer import (
     InitByLayer,
     Inits,
@@ -51,10 +58,15 @@ def init_for(
         input_init: likewise.
 
     Raises:
-        PlanError: an init is none, or the plan names code that is not given.
+        PlanError: an init is none, or the plan names code that is not given, or an init from data
+            for which what is given does not stand.
     """
     base = None if init is None else find_inits(init)
     own = None if base is None else inits_names(base)
+    computes = isinstance(base, PlacedInit) and not isinstance(base, InitOfSeveral)
+    is_whole = computes and output_init is None and input_init is None
+    if isinstance(drawing.init, str) and is_from_data(drawing.init) and not is_whole:
+        return init_of_plan(drawing.init)  # refused: what draws does not fit what was computed
     sides = (drawing.output_init, drawing.input_init)
 
     def on_side(given: str | Init | None, name: str | None) -> Init:

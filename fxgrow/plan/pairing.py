@@ -243,7 +243,7 @@ def apply_pairing(
         writer: old weights (h, fan_in, …) of the layer that writes the hidden channels.
         reader: old weights (out, h, …) of the layer that reads them.
         new_rows: V of shape (m, fan_in, …), one row per drawn channel; None under ``copy_pair``,
-            whose rows are copies of old ones.
+            whose rows are copies of old ones (where there are any).
         new_columns: Z of shape (out, m, …), one column per drawn channel.
         pairing: a registered name.
         bias: the writer's old one, shape (h,).
@@ -286,7 +286,8 @@ def apply_pairing(
         norm.check(writer.shape[0])
     layout = _layout_of(pairing, new_columns.shape[1], writer.shape[0])
     sources = list(layout.row_copies)
-    if sources and not (new_rows is None and new_bias is None):
+    copies_rows = bool(PAIRINGS[pairing](2, writer.shape[0], "").row_copies)
+    if copies_rows and not (new_rows is None and new_bias is None):
         raise PlanError(
             f"the pairing {pairing!r} copies old rows and biases, and takes no new ones.",
             way_out="Leave out new_rows (None) and new_bias.",
@@ -294,14 +295,17 @@ def apply_pairing(
 
     def joined(old: Tensor, new: Tensor | None) -> Tensor:
         """Return the writer's weight or bias with new entries."""
-        if sources:
+        if copies_rows:
             return torch.cat([old, old[sources]])
         if new is None or layout.writes_zeros:
             return torch.cat([old, old.new_zeros(len(layout.draws), *old.shape[1:])])
         return torch.cat([old, new[list(layout.draws)]])
 
-    if new_rows is None and not sources:
-        raise PlanError(f"the pairing {pairing!r} needs new rows V.", way_out="Give new_rows.")
+    if new_rows is None and not copies_rows:
+        none = "" if writer.shape[0] else ", where there is no old one to copy"
+        raise PlanError(
+            f"the pairing {pairing!r} needs new rows V{none}.", way_out="Give new_rows."
+        )
     signs = torch.tensor(layout.column_signs, dtype=reader.dtype, device=reader.device)
     columns = new_columns[:, list(layout.draws)] * signs.view(1, -1, *(1,) * (reader.ndim - 2))
     if noise and columns.numel() > 1:

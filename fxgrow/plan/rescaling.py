@@ -23,12 +23,13 @@ This module needs no torch, so the command line can list the names without loadi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
 from fxgrow.errors import PlanError, UsageError
-from fxgrow.plan.by_layer import checked, values_in
+from fxgrow.plan.by_layer import checked, setting_for, values_in
 from fxgrow.plan.norm_tensors import NormTensors
 from fxgrow.registry import Registry
 
@@ -142,10 +143,43 @@ def check_gain(gain: object, rescaling: str | Mapping[str, str]) -> None:
     gains = gain.values() if isinstance(gain, Mapping) else (gain,)
     names = values_in(rescaling)
     if any(str(one) not in ("1", "1.0") for one in gains) and _GAINLESS.issuperset(names):
-        raise UsageError(
-            f"a gain says nothing under the rescaling {' or '.join(sorted({*names}))}.",
-            way_out=f"Leave it out, or use --rescaling {' or '.join(sorted(USES_VARIANCE))}.",
-        )
+        raise _says_nothing("a gain", names)
+
+
+def check_gain_of_layers(
+    gain: float | Mapping[str, float], rescaling: str | Mapping[str, str], layers: Iterable[str]
+) -> None:
+    """Return if each gain by glob is that of some layer whose rescaling takes it.
+
+    Args:
+        gain: one for all, or by glob over layers.
+        rescaling: likewise.
+        layers: the names of all that have weights which a rescaling may multiply.
+
+    Raises:
+        UsageError: a gain other than 1 is that of layers whose rescaling does not look at it.
+
+    Example:
+        >>> check_gain_of_layers({"fc": 2.0}, {"fc": "vt_constraint_old_shape"}, ["fc", "conv"])
+    """
+    if not isinstance(gain, Mapping):
+        return
+    taken = {glob: set[str]() for glob in gain}
+    for layer in layers:
+        glob = next((glob for glob in taken if fnmatchcase(layer, glob)), None)
+        if glob is not None:
+            taken[glob].add(setting_for(rescaling, [layer], "none"))
+    for glob, names in taken.items():
+        if names and gain[glob] != 1.0 and _GAINLESS.issuperset(names):
+            raise _says_nothing(f"the gain of {glob!r}", names)
+
+
+def _says_nothing(gain: str, rescalings: Iterable[str]) -> UsageError:
+    """Return the error that a gain has no effect under these rescalings."""
+    return UsageError(
+        f"{gain} says nothing under the rescaling {' or '.join(sorted({*rescalings}))}.",
+        way_out=f"Leave it out, or use --rescaling {' or '.join(sorted(USES_VARIANCE))} there.",
+    )
 
 
 def gain_by_layer(

@@ -1,12 +1,14 @@
 """Widths, depths and lengths of stages that grow by one rate (Yuan et al. 2023).
 
-C_t = C_{t−1} + round-to-even(p·C_{t−1}); the lengths T_t likewise, rounded to whole epochs.
+C_t = C_{t−1} + round-to-even(p·C_{t−1}); the lengths are T_t = T_0·(1 + p)^t, each rounded to whole
+epochs by itself: compounded, T_0 = 1 would never grow by a half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import lcm
 
 from fxgrow.errors import UsageError, shown
@@ -157,14 +159,14 @@ def depths_by_stage(blocks: Mapping[str, tuple[int, int]], count: int) -> list[d
 
 
 def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> list[int]:
-    """Return how many epochs each stage has, the rest in the last one.
+    """Return how many epochs each stage has, T_0·(1 + p)^t, which are rounded and not compounded.
 
     Args:
         epochs: in all.
         count: how many stages.
-        rate: by which they become longer.
-        first: of the first stage; None is the longest for which the last one gets no less than its
-            share, or one.
+        rate: p, by which they become longer.
+        first: T_0; the last stage has the rest. None is the one, no whole number, for which the
+            last one's length follows the rule too; as rounded, lengths still add up and never fall.
 
     Raises:
         UsageError: nothing is left for the last stage.
@@ -172,27 +174,24 @@ def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> l
     Example:
         >>> lengths(160, 9, 0.2, 8)
         [8, 10, 12, 14, 17, 20, 24, 29, 26]
+        >>> lengths(16, 5, 0.5), lengths(16, 5, 0.5, 1)
+        ([1, 2, 3, 4, 6], [1, 2, 2, 3, 8])
     """
-
-    def all_from(start: int) -> list[int]:
-        found = [start]
-        while len(found) < count:
-            found.append(found[-1] + round(rate * found[-1]))
-        return found
-
     if type(epochs) is not int or not count <= epochs:
         raise UsageError(
             f"{epochs} epochs are not enough for {count} stages.",
             way_out="Give more epochs, a greater rate, or fewer stages=.",
         )
+    shares = [(1 + rate) ** stage for stage in range(count)]
     if first is None:
-        share = epochs / sum((1 + rate) ** stage for stage in range(count))
-        first = max(1, round(share))
-        while first > 1 and sum(all_from(first)[:-1]) >= epochs:
-            first -= 1
+        ends = [0]
+        for stage, part in enumerate(accumulate(shares)):
+            end = max(ends[-1] + 1, round(epochs * part / sum(shares)))
+            ends.append(min(end, epochs - (count - 1 - stage)))  # one epoch for each that follows
+        return sorted(after - before for before, after in pairwise(ends))
     if type(first) is not int or first < 1:
         raise UsageError(f"a first stage of {first} epochs cannot be.", way_out="Give a number.")
-    found = all_from(first)[:-1]
+    found = [round(first * share) for share in shares[:-1]]
     rest = epochs - sum(found)
     if rest < 1:
         raise UsageError(

@@ -96,7 +96,8 @@ def add_stage(model: nn.Module, plan: Plan, lr: str, *, within: nn.Module | None
         lr: the rule of learning rates.
         within: the network that it is in, if that is known.
     """
-    number = max((stage.number for _, stage in stages_within(within or model)), default=0) + 1
+    whole = model if within is None else within  # a module may have a length, or claim one
+    number = max((stage.number for _, stage in stages_within(whole)), default=0) + 1
     vars(model)[_HISTORY] = (*stages_of(model), PastGrowth(plan, lr, number))
 
 

@@ -99,6 +99,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         self._growing = Growing(
             schedule, unit=unit, part=part, inputs=inputs, averages=averages, options=options,
             monitor=monitor,
+            takes_inputs="; or the LightningModule an example_input_array",
         )  # fmt: skip
         self._fitted: Callable[[], object] = lambda: None
 

@@ -55,8 +55,8 @@ def _check(optimizer: Optimizer, args: object, kwargs: object) -> None:
                     f"the {local} of a {kind} has rates of its own since it has grown (lr=), and "
                     "others have taken its place (as weight_norm puts two there), which have none.",
                     name=local,
-                    way_out="Register the parametrization before the growth, or grow with "
-                    'lr="none".',
+                    way_out='Grow with lr="none"; or register the parametrization before the '
+                    'growth, which lr="width" refuses for layers that read copies.',
                 )
 
 

@@ -143,8 +143,7 @@ class GrowthSchedule:
         """Return the schedule of the variance-transfer paper (Yuan et al. 2023).
 
         Widths grow by C_t = C_{t−1} + p·C_{t−1}, the increment rounded to an even number and at
-        least two; stages become longer by the same rate, T_t = T_{t−1} + round(p·T_{t−1}), and the
-        rest of the epochs is for the last one.
+        least two; stages become longer by the same rate, T_t = T_0·(1 + p)^t, in whole epochs.
 
         Args:
             final: the network of full size, or what makes it (it is only followed); or the final
@@ -152,7 +151,8 @@ class GrowthSchedule:
             initial: the first width, of the final one.
             rate: p, above 0.
             epochs: in all.
-            first: T_0; None is the longest that leaves the last stage its share.
+            first: T_0 (8 of 160 in the paper), the last stage then has the rest of the epochs; None
+                is the one for which it follows the rule too.
             stages: how many; None for as many as it takes. With fewer, the last one goes from
                 where the widths are to the final ones.
             blocks: lists of blocks that grow in depth, with their first and last number of blocks,

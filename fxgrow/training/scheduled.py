@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxgrow.errors import PlanError, UsageError, shown, warn
+from fxgrow.errors import PlanError, UnknownInputsError, UsageError, shown, warn
 from fxgrow.modules.tensors import module_names
 from fxgrow.training.ahead import check_names
 from fxgrow.training.due import Schedule, growths_of
@@ -41,6 +41,7 @@ class Growing:
         averages: returns averages of the module's weights, of the network.
         options: for all growths.
         monitor: the name of the metric that the schedule waits on, where it does.
+        takes_inputs: where else the whole network's inputs may be told, as the end of a sentence.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Growing:
         averages: Averages | None,
         options: Mapping[str, Any],
         monitor: str | None = None,
+        takes_inputs: str = "",
     ) -> None:
         if unit not in UNITS:
             raise UsageError(f"a schedule counts {' or '.join(UNITS)}, not {unit!r}.")
@@ -67,6 +69,7 @@ class Growing:
             self.monitored = Monitored(schedule, monitor)
         self.growths = growths_of(schedule, options)
         self.unit, self.part, self.inputs, self._averages = unit, part, inputs, averages
+        self.takes_inputs = takes_inputs
         self.done = 0
         self.grown: list[Grown] = []
 
@@ -112,13 +115,25 @@ class Growing:
             grow: Callable[..., Grown] = deepen_ if due.deepens else grow_
             try:
                 self.grown.append(grow(part, example_inputs=inputs, **followers, **options))
-            except PlanError as error:
+            except (PlanError, UnknownInputsError) as error:
                 raise self._located(error, part) from error
             self.done += 1
 
-    def _located(self, error: PlanError, part: nn.Module) -> PlanError:
-        """Return an error with the part that was meant, if a glob matches modules of one only."""
+    def _located(
+        self, error: PlanError | UnknownInputsError, part: nn.Module
+    ) -> PlanError | UnknownInputsError:
+        """Return an error as a callback's.
+
+        It tells which part was meant, if a glob matches modules of one only, and how a callback
+        takes inputs.
+        """
         glob = error.name
+        if isinstance(error, UnknownInputsError):
+            way_out = (
+                "Give the callback inputs=… of the sizes that the network takes, as example_inputs "
+                f"of fxgrow.widen{self.takes_inputs if not self.part else ''}."
+            )
+            return UnknownInputsError(error.message, name=glob, way_out=way_out)
         if not error.message.startswith(f"the glob {glob!r} matches no"):
             return error
         for child, inner in part.named_children():
@@ -141,7 +156,7 @@ class Growing:
         part = self._part_of(root)
         try:
             check_names(self.growths[self.done :], part, self.inputs)
-        except PlanError as error:
+        except (PlanError, UnknownInputsError) as error:
             raise self._located(error, part) from error
 
     def begin_anew(self) -> None:
@@ -209,6 +224,8 @@ class Growing:
         record: Mapping[str, Any] | None,
         optimizers: Sequence[Optimizer] = (),
         others: Iterable[nn.Module] = (),
+        *,
+        trial: bool = False,
     ) -> None:
         """Give the module the shape that a checkpoint's has.
 
@@ -217,6 +234,7 @@ class Growing:
             record: what :meth:`record` returned; None if the module had never grown.
             optimizers: what trains the network, if there are any yet.
             others: copies of the whole network that average its weights.
+            trial: whether the root is a copy, so that only averages in it may change.
 
         Raises:
             PlanError: the network has grown already, past what the checkpoint holds.
@@ -224,12 +242,16 @@ class Growing:
         part = self._part_of(root)
         if record is None and not stages_within(part):
             return
+        averages = self.averages(root, others)
+        if trial:
+            inside = set(root.modules())
+            averages = [one for one in averages if one in inside]
         try:
             regrow_(
                 part,
                 record if record is not None else {"schema": 1, "stages": []},
                 optimizer=_training(optimizers, part),
-                averages=self.averages(root, others),
+                averages=averages,
             )
         except PlanError as error:
             raise PlanError(
@@ -239,13 +261,16 @@ class Growing:
             ) from error
 
     def averages(self, root: nn.Module, others: Iterable[nn.Module] = ()) -> list[nn.Module]:
-        """Return all averages of the module's weights: those named, and in copies of the root."""
+        """Return all averages of the module's weights: those named, and in copies of the root.
+
+        Each comes once: what is named may not depend on the copy, or may be in a callback too.
+        """
         copies = averaged(others)
         found = [named_module(copy, self.part) for copy in copies]
         if self._averages is not None:
             for one in (root, *copies):
-                found += self._averages(one)
-        return found
+                found += averaged(self._averages(one))
+        return list({id(one): one for one in found}.values())
 
     def _part_of(self, root: nn.Module) -> nn.Module:
         """Return the module that grows."""

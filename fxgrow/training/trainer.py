@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown
+from fxgrow.errors import FxgrowError, PlanError, SourceError, UsageError, shown, warn
 from fxgrow.files.pretrained import example_inputs
 from fxgrow.training.due import Schedule
 from fxgrow.training.history import named_module
@@ -26,18 +26,21 @@ from fxgrow.training.resume import regrow_
 from fxgrow.training.schedule import GrowthSchedule
 from fxgrow.training.scheduled import Averages, Growing
 from fxgrow.training.trainer_files import (
+    OWN_NAMES,
     STATE,
     differs,
+    foreign,
     has_other_shape,
     is_json,
     number,
     progress_in,
     progress_of,
     progresses,
+    renamed,
     step_of,
 )
 
-_CHECKPOINTS = "checkpoint-*"  # where the Trainer puts them, in its output directory
+CHECKPOINT = "checkpoint"  # where the Trainer puts them, in its output directory
 _NO_RECORD = (
     "Name a checkpoint that the Trainer wrote with a GrowthCallback. save_pretrained keeps no "
     "record of growth: keep fxgrow.training.state_dict(model) beside it, for regrow_."
@@ -124,6 +127,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         )  # fmt: skip
         self._resume_from = resume_from
         self._root: Callable[[], nn.Module | None] = lambda: None
+        self._foreign = ""  # a name among the weights loaded last that the network has not
+        self._warned = False
 
     @property
     def grown(self) -> list[Grown]:
@@ -206,6 +211,14 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Go on after what a checkpoint has seen."""
         record, now = saved["growth"] or {}, self._growing.record(model)
         if record.get("stages", []) != now["stages"]:
+            if self._foreign:
+                raise PlanError(
+                    f"the checkpoint's weights have names that {type(model).__name__} has not "
+                    f"({shown(self._foreign)}): transformers renamed them as it wrote them, and a "
+                    "Trainer does not undo that.",
+                    name=shown(self._foreign),
+                    way_out=OWN_NAMES,
+                )
             raise PlanError(
                 "the network has not grown as the checkpoint's had.",
                 way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
@@ -237,6 +250,15 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         monitored = self._growing.monitored
         if monitored is not None and state.global_step:
             monitored.count(state.global_step, kwargs["metrics"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn where transformers writes weights under names under which no Trainer loads them."""
+        del control
+        folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"
+        told = "" if self._warned else renamed(folder, kwargs["model"])
+        if told:
+            self._warned = True
+            warn(told)
 
     def _tell_inputs(self, model: nn.Module) -> None:
         """Take what a configuration tells for inputs, where none were given."""
@@ -276,10 +298,11 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
             PlanError: no checkpoint says how.
         """
         model = self._root()
+        self._foreign = "" if model is None else foreign(model, weights)
         if model is None or not differs(model, weights):
             return
         named = [Path(one) for one in (self._resume_from, resume) if isinstance(one, (str, Path))]
-        found = [] if output is None else list(Path(output).glob(_CHECKPOINTS))
+        found = [] if output is None else list(Path(output).glob(f"{CHECKPOINT}-*"))
         newest = sorted(found, key=step_of, reverse=True)
         tried: list[object] = []
         reason: FxgrowError | None = None
@@ -291,11 +314,12 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 tried.append(record.get("stages"))
                 trial = copy.deepcopy(model)
                 try:
-                    self._growing.regrow(trial, record)
+                    self._growing.regrow(trial, record, trial=True)
                 except FxgrowError as error:
                     reason = error
                     continue
                 if not differs(trial, weights):
+                    self._foreign = ""
                     self._growing.regrow(model, record)
                     return
         if any(has_other_shape(model, name, tensor) for name, tensor in weights.items()):

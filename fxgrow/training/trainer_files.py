@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fxgrow.errors import shown
+
 STATE = "trainer_state.json"
+WEIGHTS = "model.safetensors"
+OWN_NAMES = (
+    "Before training, have them written under the network's own: model.save_pretrained = "
+    "functools.partial(model.save_pretrained, save_original_format=False)."
+)
 
 
 def differs(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
@@ -22,6 +30,23 @@ def has_other_shape(model: nn.Module, name: str, weight: Tensor) -> bool:
     """Return whether a network has a tensor of a name, of another shape."""
     own = model.state_dict(keep_vars=True).get(name)
     return own is not None and own.shape != weight.shape
+
+
+def foreign(model: nn.Module, names: Iterable[str]) -> str:
+    """Return the first of some names of weights that a network has none of, or ""."""
+    own = model.state_dict(keep_vars=True)
+    return next((name for name in names if name not in own), "")
+
+
+def renamed(folder: Path, model: nn.Module) -> str:
+    """Return what to tell of a checkpoint of one file whose weights have other names, or ""."""
+    try:
+        with importlib.import_module("safetensors").safe_open(folder / WEIGHTS, "pt") as file:
+            name = foreign(model, sorted(file.keys()))
+    except (ImportError, OSError, ValueError):
+        return ""
+    told = f"the weights in {folder.name} have names that the network has not ({shown(name)}), so "
+    return f"{told}that no run resumes from them. {OWN_NAMES}" if name else ""
 
 
 def step_of(folder: Path) -> int:

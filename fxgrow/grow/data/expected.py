@@ -30,7 +30,7 @@ class GroupGrowth:
         strengths: a singular value for each direction that lowers the loss, the largest first. A
             direction is one new channel, or two twins.
         gains: what each lowers the loss by, to first order: per learning rate (GradMax) or per
-            amplitude of the step (Tiny).
+            amplitude of the step (Tiny). Two twins count with both.
         parameters: that a direction brings, with all of its channels, at present widths.
         reason: why there is none; "" if there are any.
     """

@@ -30,7 +30,7 @@ class FromData(PlacedInit):
         entries: of the carriers between writers and readers (norms) likewise.
         strengths: of each group's new channels, by its name: a singular value each.
         gains: likewise, by what each lowers the loss to first order, before any rescaling: per
-            learning rate (the squared norm of the gradient of its row) or per amplitude.
+            learning rate (the squared norm of the gradient of its rows) or per amplitude.
         amplitude: what rows, biases and columns hold a power of: the root, unless ``powers`` tells.
         powers: by tensor and what is new in it: ``"0.weight rows"``, ``"2.weight columns"``.
         on_mean: tensors whose new rows are what is added to the mean of the old ones.

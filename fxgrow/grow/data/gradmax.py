@@ -15,6 +15,7 @@ from fxgrow.grow.data.held import over_entries
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair, shapes_of
 from fxgrow.grow.data.passages import RAISED, Passage, norm_entries
+from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
     Read,
     Seen,
@@ -80,6 +81,21 @@ class GradMax(DataDriven):
 
     def _needs_twins(self, pair: LayerPair) -> bool:
         return _is_raised(pair)
+
+    def selected(
+        self,
+        network: nn.Module,
+        pairs: Mapping[str, LayerPair],
+        rooms: Mapping[str, Room],
+        limits: Limits,
+        progress: Callable[[str], object] = lambda step: None,
+    ) -> dict[str, Directions]:
+        """Return the directions of each group; see :meth:`DataDriven.selected`.
+
+        Each twin has the gradient of a row of zeros, so that two of them gain twice as much.
+        """
+        found = super().selected(network, pairs, rooms, limits, progress)
+        return {n: replace(d, gains=d.gains * rooms[n].each) for n, d in found.items()}
 
     def _directions(
         self,

@@ -305,8 +305,8 @@ class DataDriven(PlacedInit):
         are_raised = twins and (bool(pair.over) or not self._is_asked)
         if are_raised or not are_zeros or not cancels(room.pairing):
             return ""
-        if not twins and any(reader.slope for reader in pair.readers):
-            return ""
+        if pair.flat or (not twins and any(reader.slope for reader in pair.readers)):
+            return pair.flat
         return (
             f"what lies between {pair.writer} and {pair.reader} has slope 0 at 0 as torch "
             "differentiates it, so new rows of zeros would never learn"
@@ -318,7 +318,8 @@ class DataDriven(PlacedInit):
             why = told_refusals(refused)
             raise PlanError(
                 f"{self.name} can grow none of the groups that the request selects. {why}".rstrip(),
-                way_out="See `fxgrow inspect` for the groups, or choose another init.",
+                way_out="See `fxgrow inspect` for the groups, or choose another "
+                f"{'pairing or ' * self._is_asked}init.",
             )
 
     def selected(

@@ -237,7 +237,10 @@ def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) 
     (writer,) = group.writers
     for layer in (writer, *group.readers):
         yield from _problems_of(model, layer)
+    yield from _empty_around(model, writer, group.readers)
     rows = model.get_parameter(f"{writer}.weight").shape[0]
+    if group.followed_at not in (None, len(group.channels)):
+        yield f"several rows of {writer} make one of its channels"
     for layer in group.readers:
         columns = _columns(analysis, group, layer)
         if not rows == group.width == len(group.channels) - len(group.absent) == len(columns):
@@ -250,6 +253,15 @@ def _problems_around(analysis: Analysis, group: ChannelGroup, model: nn.Module) 
             yield f"{tensor} has not one entry for each of its channels, in order"
     for layer in group.carriers:
         yield from _problems_of_carrier(model, layer)
+
+
+def _empty_around(model: nn.Module, writer: str, readers: Collection[str]) -> Iterator[str]:
+    """Yield which layer is empty on its other side, so that data tell nothing."""
+    if not model.get_parameter(f"{writer}.weight").shape[1]:
+        yield f"{writer} reads no channels yet (grow these first, by another init if need be)"
+    for layer in readers:
+        if not len(model.get_parameter(f"{layer}.weight")):
+            yield f"{layer} writes no channels yet (grow these first, by another init if need be)"
 
 
 def _in_order(columns: Tensor) -> bool:

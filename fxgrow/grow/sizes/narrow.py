@@ -24,7 +24,7 @@ from fxgrow.channels.analysis import Analysis, analyse_resized
 from fxgrow.channels.groups import ChannelGroup, group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.sizes.attributes import attribute_edits
-from fxgrow.grow.sizes.single import Single, Uses, single_layers
+from fxgrow.grow.sizes.single import Single, Uses, free_width, kind_of, single_layers
 from fxgrow.grow.sizes.swapped import resized
 from fxgrow.labels.operators import place_of, traits_of
 from fxgrow.labels.pins import Pin, PinKind
@@ -103,7 +103,7 @@ def _own_groups(
         axis = places.get((single.weight, single.dim))
         owners = [-1] if axis is None else np.unique(group_of[channels.of_axis(axis)]).tolist()
         group = groups[owners[0]] if owners[0] >= 0 else None
-        if len(owners) > 1 or group is None or len(group.channels) != search.width:
+        if len(owners) > 1 or group is None or not _is_whole(group, single, search.width):
             fixed[single.layer] = _cannot("its channels are written by what has more of them")
         elif group.pin is not None:
             fixed[single.layer] = group.pin
@@ -115,6 +115,14 @@ def _own_groups(
     if not fixed and _others(analysis, groups, search.shapes):
         fixed |= {x.layer: _cannot("layers that write other channels would follow") for x in some}
     return tuple(groups), fixed
+
+
+def _is_whole(group: ChannelGroup, single: Single, width: int) -> bool:
+    """Return whether the channels of a layer at a trial width are all of a group.
+
+    Where it has none, each may be several of its rows, as of a GLU; one cannot be cut.
+    """
+    return width in (len(group.channels), 0 if single.width else group.width)
 
 
 def _others(analysis: Analysis, groups: Sequence[ChannelGroup], shapes: Shapes) -> bool:
@@ -215,7 +223,7 @@ class _Search:
         tape = self.plain.tape
         self._sizes = {size for value in tape.values for size in value.shape}
         self._sizes |= {n for t in self._tensors.values() for n in t.shape}
-        self.width = next(n for n in range(3, 3 + len(self._sizes) + 1) if n not in self._sizes)
+        self.width = free_width(self._sizes, parted=any(not x.width for x in self.some.values()))
         self._tape: Tape | None = None
 
     @property
@@ -327,7 +335,7 @@ class _Search:
         """Return what has not grown beside channels of the last run that have, and where."""
         before = self.plain.tape.operations
         after = [] if self._tape is None else self._tape.operations
-        if [op.target for op in before] != [op.target for op in after]:
+        if [*map(kind_of, before)] != [*map(kind_of, after)]:
             return _cannot("the network runs other operations with more")
         for was, becomes in zip(before, after, strict=True):
             place = place_of(was.target, was.node, was.module)

@@ -181,8 +181,9 @@ class _Count:
             if member >= 0 and count * wanted % group.followed:
                 step = group.followed // gcd(group.followed, count)
                 self.next[group.name] = -(-wanted // step) * step
+                places = f"{count} positions" if group.followed_at is None else "channels"
                 self.problems[group.name] = (
-                    f"width {wanted} does not divide among its {count} positions in {axis.tensor}; "
+                    f"width {wanted} does not divide among its {places} in {axis.tensor}; "
                     f"a multiple of {step} would: {nearest_widths(step, wanted, group.width)}"
                 )
 

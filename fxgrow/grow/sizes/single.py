@@ -7,15 +7,21 @@ broadcasts it, that is seen at once; what is seen of nothing has to be tried at 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 from fxgrow.labels.operators import place_of, traits_of
 from fxgrow.labels.pins import Pin, PinKind
 from fxgrow.labels.tape import Operation, Tape, Value
 from fxgrow.modules.tensors import layer_of
 
+_PARTS = (1, 2, 3, 4, 6)  # into which the channels of an empty layer may be cut (a GLU)
 _OUT = 1  # the dim of what a convolution or a product of matrices gives that has its channels
 
 
@@ -191,3 +197,25 @@ def _keeps_dims(op: Operation, value: Value, dim: int) -> bool:
     traits = traits_of(op.target)
     same = op.name == "expand" or (traits.is_pointwise and not traits.is_layout)
     return same and dim < len(value.shape)
+
+
+def kind_of(op: Operation) -> object:
+    """Return what an operation does, alike for how torch cuts no channel and how it cuts some."""
+    cuts = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
+    return cuts[0] if op.target in cuts else op.target
+
+
+def free_width(taken: AbstractSet[int], *, parted: bool) -> int:
+    """Return the least width from 3 on that no size equals, nor any that it is cut into.
+
+    Args:
+        taken: all sizes of the network.
+        parted: whether the channels may be cut: one that all of 2, 3, 4 and 6 divide.
+    """
+    parts = _PARTS if parted else (1,)
+    step = math.lcm(*parts)
+    return next(
+        n
+        for n in itertools.count(max(step, 3), step)
+        if taken.isdisjoint(n // part for part in parts)
+    )

@@ -20,7 +20,7 @@ from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.grow.sizes.resize import Sizes
 
-_TWO = 2  # the fewest that are told from what is broadcast
+_TWO = 2  # channels, the fewest that are told from what is broadcast
 
 
 def run_at(
@@ -36,10 +36,14 @@ def run_at(
     Returns:
         What a run at the new sizes tells, with the channels as they are told with two for one.
     """
-    ones = [name for name, width in sizes.widths.items() if width == 1]
+    # A channel may be several rows, as of a GLU.
+    empty = [g for g in analysis.groups if not g.width and len(g.channels)]
+    rows = {group.name: group.followed // len(group.channels) for group in empty}
+    ones = [name for name, width in sizes.widths.items() if width == rows.get(name)]
     if not ones:
         return run_resized(analysis, sizes)
-    found = run_resized(analysis, sizes_at(sizes.widths | dict.fromkeys(ones, _TWO)))
+    wider = {name: _TWO * sizes.widths[name] for name in ones}
+    found = run_resized(analysis, sizes_at(sizes.widths | wider))
     if isinstance(found, Obstacle):
         return found
     plain = run_resized(analysis, sizes)
@@ -50,7 +54,7 @@ def run_at(
     set_there = [{(x.module, x.attribute) for x in run.modules} for run in (found, plain)]
     fixed = found.sizes or plain.sizes
     if fixed or ran[0] != ran[1] or set_there[0] != set_there[1] or not _fits(channels, sizes):
-        told = "the code does something else at a width of one; ask for more"
+        told = "the code does something else with one channel; ask for more"
         return Obstacle(told, groups=dict.fromkeys(ones, told), certain=True)
     return replace(plain, channels=channels)
 
@@ -69,7 +73,8 @@ def _first_alone(analysis: Analysis, channels: Channels, ones: Sequence[str]) ->
     for group in analysis.groups:
         if group.name in ones:
             first = before[next(index for index in group.axes if roles[index] == "writer")]
-            absent[channels.of_axis(places[first.tensor, first.dim])[1:]] = True
+            there = channels.of_axis(places[first.tensor, first.dim])
+            absent[there[there != there[0]]] = True
     return without(channels, absent).channels
 
 

@@ -14,6 +14,7 @@ from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.amounts import amount
 from fxgrow.plan.by_layer import globs_in
 from fxgrow.plan.requests import Widen
+from fxgrow.plan.rescaling import check_gain_of_layers
 from fxgrow.plan.step import Refusal
 
 _FROM_NONE = 'ask for a number ("8", "+8")'
@@ -197,14 +198,18 @@ def check_globs(request: Widen, analyses: Sequence[Analysis]) -> None:
 
     Raises:
         PlanError: one matches nothing; the nearest names are told.
+        UsageError: a gain has no effect, since no rescaling of its layers takes it.
     """
     groups = [group for part in analyses for group in part.groups]
     for glob in globs_in(request.pairing):
         must_match_group(glob, groups)
-    layers = [layer_of(name) for name in named_tensors(analyses[0].traced.standin)]
+    tensors = named_tensors(analyses[0].traced.standin)
+    layers = [layer_of(name) for name in tensors]
     for setting in (request.rescaling, request.gain, request.init):
         for glob in globs_in(setting):
             must_match(glob, layers, "layer")
+    weighted = [layer_of(name) for name, tensor in tensors.items() if tensor.ndim > 1]
+    check_gain_of_layers(request.gain, request.rescaling, weighted)
 
 
 def nearest_widths(granule: int, wanted: int, present: int) -> str:

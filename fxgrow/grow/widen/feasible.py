@@ -111,6 +111,10 @@ class Attempts:
                 found[group.name] = found_zeros
         return found, problems
 
+    def keeps_from_zero(self, reason: str) -> bool:
+        """Return whether a reason is why new channels of some group cannot be zero."""
+        return reason in self._zero_channels.values()
+
     def _pairing_of(self, group: ChannelGroup) -> Pairing:
         """Return what lays out a group's new channels."""
         return self.pairings.get(group.name, self.pairing)
@@ -285,7 +289,8 @@ def feasible(attempts: Attempts, widths: Mapping[str, int]) -> Feasible:
     if made is None:
         _tell_first(attempts, widths, left, refused)
         name, reason = next(iter(refused.items()))
-        raise PlanError(f"{name} cannot be widened: {reason}.", name=name)
+        out = "Choose another pairing for it." if attempts.keeps_from_zero(reason) else ""
+        raise PlanError(f"{name} cannot be widened: {reason}.", name=name, way_out=out)
     refused |= {refusal.name: refusal.reason for refusal in made.refused}
     _tell_first(attempts, widths, left, refused)
     told = tuple(Refusal(name, refused[name]) for name in widths if name in refused)
