@@ -97,6 +97,10 @@ class PlanError(FxgrowError):
     """A request that cannot be planned, or a plan that does not fit its source."""
 
 
+class UnpredictedError(PlanError):
+    """A change of the output that cannot be predicted, so that nothing could judge the result."""
+
+
 class UsageError(PlanError):
     """A request that none could mean: of a form, or by a name, that there is not."""
 

@@ -159,6 +159,7 @@ def test_timm_models_are_found_and_built():
     [
         ("resnet5", "no model 'resnet5'.*Did you mean.*resnet50"),
         ("torchvision:resnet50d", "resnet50"),
+        ("resnet35", r"Did you mean (resnet\d+(, )?)+\?"),
         ("timm:hf-hub:user/model", "timm has no model"),
         ("no_such_package:net", "cannot be imported.*package.module:callable"),
         ("networks.plain_mlp", "no model 'networks.plain_mlp'.*your own as networks:plain_mlp"),

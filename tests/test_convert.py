@@ -344,6 +344,7 @@ def test_a_training_checkpoint_becomes_one_of_the_larger_architecture(checkpoint
         ([], 2, "a conversion needs a target"),
         (["--to", "resnet34", "--list"], 2, "a conversion needs a target"),
         (["--to", "resnet50"], 1, "layer1.0 is a BasicBlock in the source, a Bottleneck there"),
+        (["--to", "resnet50"], 1, "`fxgrow convert SOURCE --list`"),
         (["--to", "resnet43"], 1, "resnet34"),
         (["--to", "missing/config.json"], 1, "missing/config.json cannot be read"),
     ],

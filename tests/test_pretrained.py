@@ -461,6 +461,30 @@ def test_a_directory_of_timm_grows_and_its_record_tells_what_it_is(tmp_path):
     assert max_rel(model(images), grown(images)) < 1e-5
 
 
+def test_a_directory_of_timm_that_becomes_another_of_its_networks_says_so(tmp_path):
+    timm = pytest.importorskip("timm")
+    small = timm.create_model("resnet18", num_classes=3).eval()
+    path, out = tmp_path / "net", tmp_path / "larger"
+    path.mkdir()
+    safetensors.torch.save_file(small.state_dict(), path / "model.safetensors")
+    trained = {"tag": "a1_in1k", "mean": [0.5, 0.5, 0.5], "first_conv": "conv1"}
+    config = {"architecture": "resnet18", "num_classes": 3, "num_features": 512,
+              "pretrained_cfg": trained}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    command = ["convert", str(path), "--to", "timm:resnet34", "-o", str(out), "--verify", "quick"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "config.json" not in done.stderr
+    written = json.loads((out / "config.json").read_text())
+    assert (written["architecture"], written["num_classes"]) == ("resnet34", 3)
+    assert written["pretrained_cfg"]["mean"] == trained["mean"]
+    assert "tag" not in written["pretrained_cfg"]
+    images = torch.randn(2, 3, 64, 64)
+    for large in (fxgrow.load(out), timm.create_model(f"local-dir:{out}", pretrained=True).eval()):
+        assert len(large.layer3) == 6
+        assert max_rel(small(images), large(images)) < 1e-4
+
+
 def _beside(path: Path, kind: str, old: dict[str, Tensor]) -> Path:
     """Put a file with something of a network's weights, or nothing, into its directory."""
     name, layer = "model.layers.1.mlp.down_proj", old["model.layers.1.mlp.down_proj.weight"]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import fxgrow
 from fxgrow.apply.module import apply_to_module
 from fxgrow.cli.app import app
-from fxgrow.errors import PlanError, UsageError
+from fxgrow.errors import NotPreservedError, PlanError, UsageError
+from fxgrow.files.checkpoint.reading import about
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +162,76 @@ def test_growth_tells_the_one_reason_and_every_name() -> None:
     text = str(found)
     assert all(name in text for name in reasons)
     assert "more" not in text.partition("none, because:")[2]
+
+
+class Gated(nn.Module):
+    """A softmax behind a choice of Python's: what is scaled before it cannot be predicted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.score, self.out = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            x = -x
+        x = torch.relu(self.into(x))
+        return self.out(x) * self.score(x).softmax(-1)
+
+
+def test_strict_refuses_what_cannot_be_predicted_as_it_refuses_what_can() -> None:
+    wide = {"width": "2x", "example_inputs": torch.randn(2, 6), "rescaling": "default_vt"}
+    with pytest.raises(NotPreservedError) as caught:
+        fxgrow.widen(Gated(), **wide, include=["into"], strict=True)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 4
+    assert "LAYER" not in str(caught.value)
+    assert "--rescaling 'score=none'" in str(caught.value)
+    with pytest.raises(PlanError, match="cannot be predicted"):
+        fxgrow.widen(Gated(), **wide, include=["into"])  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_called_like_a_layer_is_named_all_the_same() -> None:
+    for message, named in (
+        ("a gain reaches softmax at bert.encoder.", False),
+        ("bert: what is in it.", True),
+        ("the file bert/config.json is empty.", True),
+        ("to grow bert-large.", False),
+    ):
+        with pytest.raises(PlanError) as caught, about(Path("bert")):
+            raise PlanError(message)
+        assert caught.value.message == (message if named else f"bert: {message}")
+
+
+def ways_in() -> dict[str, Callable[[Any], object]]:
+    """Return public functions that take a network."""
+    x, made = torch.randn(2, 6), fxgrow.widen(net(), "2x", verify=False).plan
+    return {
+        "widen": lambda given: fxgrow.widen(given, "2x"),
+        "inspect": fxgrow.inspect,
+        "deepen": lambda given: fxgrow.deepen(given, {"0": "+1"}),
+        "morph_kernel": lambda given: fxgrow.morph_kernel(given, "5"),
+        "convert": lambda given: fxgrow.convert(given, "resnet34"),
+        "verify": lambda given: fxgrow.verify(given, net(), x),
+        "the other of verify": lambda given: fxgrow.verify(net(), given, x),
+        "apply": made.apply,
+    }
+
+
+@pytest.mark.parametrize("way", ways_in())
+def test_what_is_no_network_is_called_what_it_is_with_the_way_out(way: str) -> None:
+    for given, told in (
+        ("net.pt", "is a str, no torch.nn.Module. Read the file first: fxgrow.load('net.pt')."),
+        (Path("net.pt"), "fxgrow.load('net.pt')"),
+        (net().state_dict(), "load_state_dict"),
+        (nn.ReLU, "is the class ReLU"),
+        (None, "is a NoneType"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ways_in()[way](given)
+        assert told in str(caught.value)
+
+
+def test_where_nothing_larger_is_known_a_way_on_is_told(tmp_path: Path) -> None:
+    torch.save(torchvision.models.alexnet(num_classes=2).state_dict(), tmp_path / "alexnet.pt")
+    done = run(tmp_path, "convert", "alexnet.pt", "--list")
+    assert done.exit_code == 0
+    assert "--to timm:NAME" in done.output

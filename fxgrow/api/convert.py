@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ def plan_for_target(
         name or type(target).__name__, pairing, init_name(init), whole("seed", seed),
         number("split_noise", split_noise),
     )  # fmt: skip
-    alignment = align(model, target)  # takes no run, so that what is no sibling is told at once
+    with _with_way_out():
+        alignment = align(model, target)  # takes no run: what is no sibling is told at once
     progress("following the channels of the source")
     source, parts = follow(model, example_inputs)
     progress("following the channels of the target")
@@ -133,9 +135,24 @@ def plan_for_target(
             way_out="Give inputs that both take (--input-shape), or choose another target.",
         )
     progress("planning")
-    made = plan_conversion(source[0], larger[0], alignment, request)
+    with _with_way_out():
+        made = plan_conversion(source[0], larger[0], alignment, request)
     idle = (*left_out(made, source), *left_new(made, [*source, *larger]))
     return replace(made, warnings=(*parts, *made.warnings, *idle, *notes))
+
+
+@contextlib.contextmanager
+def _with_way_out() -> Iterator[None]:
+    """Have refusals of a target that name no way out name one."""
+    try:
+        yield
+    except PlanError as error:
+        if not error.way_out:
+            error.way_out = (
+                "Choose another target (`fxgrow convert SOURCE --list` tells which of those of "
+                "torchvision will do), or grow without one: fxgrow.widen, fxgrow.deepen."
+            )
+        raise
 
 
 def convert_by(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
 from torch import nn
 
-from fxgrow.errors import NotPreservedError, PlanError
+from fxgrow.errors import NotPreservedError, PlanError, UnpredictedError
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.measure import predictable
@@ -30,6 +34,34 @@ def require_exact(made: Plan) -> None:
         raise NotPreservedError("the output would change.", way_out=way_out)
     if not predictable(made):
         raise NotPreservedError("new channels would not cancel.", way_out=way_out)
+
+
+@contextlib.contextmanager
+def strictly(strict: bool) -> Iterator[None]:
+    """Have a plan that would change the output be refused as ``strict`` refuses one.
+
+    Raises:
+        NotPreservedError: ``strict``, and how the output would change cannot even be predicted.
+    """
+    try:
+        yield
+    except UnpredictedError as error:
+        if not strict:
+            raise
+        raise NotPreservedError(error.message, name=error.name, way_out=error.way_out) from error
+
+
+def counted(made: Plan, model: nn.Module, grown: nn.Module) -> Plan:
+    """Return a plan that tells how many parameters there were, and how many there are now.
+
+    A plan that was read may have told otherwise: of that number nothing is made.
+    """
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (model, grown))
+    if made.after:
+        first, *others = made.after
+        first = replace(first, parameters=(before, first.parameters[1]))
+        return replace(made, after=(first, *others), parameters=(made.parameters[0], after))
+    return replace(made, parameters=(before, after))
 
 
 def require_values(model: nn.Module) -> None:

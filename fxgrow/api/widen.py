@@ -24,7 +24,7 @@ from fxgrow.api.arguments import (
 from fxgrow.api.following import example_of, follow_on
 from fxgrow.api.left_out import left_out, tied_twins
 from fxgrow.api.report.data import Report
-from fxgrow.api.requirements import require_exact, require_values
+from fxgrow.api.requirements import counted, require_exact, require_values, strictly
 from fxgrow.apply.composition import following, grown_by
 from fxgrow.apply.module import apply_to_module, check_source
 from fxgrow.apply.normed import weight_at
@@ -286,13 +286,14 @@ def widen(
         >>> grown.model[0].out_features, grown.report.verification.verdict
         (16, 'preserved')
     """
-    made = plan(
-        model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
-        init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
-        multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
-        split_noise=split_noise, module=module, untie=untie, output_init=output_init,
-        input_init=input_init, budget=budget, after=after, progress=progress,
-    )  # fmt: skip
+    with strictly(strict):
+        made = plan(
+            model, width, example_inputs, preset=preset, rescaling=rescaling, pairing=pairing,
+            init=init, where=where, include=include, exclude=exclude, gain=gain, noise=noise,
+            multiple_of=multiple_of, grouped=grouped, seed=seed, compensate=compensate,
+            split_noise=split_noise, module=module, untie=untie, output_init=output_init,
+            input_init=input_init, budget=budget, after=after, progress=progress,
+        )  # fmt: skip
     finish = None
     if calibration is not None:
         finish = functools.partial(
@@ -362,4 +363,5 @@ def carry_out(
         verification = replace(verification, notes=verification.notes + fill.notes)
     for text in made.warnings:
         warn(text)
+    made = counted(made, model, grown)
     return Grown(grown, made, Report(made, verification, made.warnings), fill)

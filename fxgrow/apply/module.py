@@ -29,6 +29,7 @@ from fxgrow.apply.tensors import Lookup, grow_tensor
 from fxgrow.apply.untie import untie
 from fxgrow.errors import FxgrowError, PlanError, shown
 from fxgrow.labels.in_code import Sized, change_sizes
+from fxgrow.modules.exclusive import check_network
 from fxgrow.modules.standin import first_line, stand_in, with_computed_weights
 from fxgrow.modules.states import is_carried
 from fxgrow.modules.tensors import named_tensors, scalar_buffers, zero_buffers
@@ -150,8 +151,9 @@ def apply_to_module(
         of ``model``.
 
     Raises:
-        PlanError: the plan is for another network.
+        PlanError: the plan is for another network, or what is given is none.
     """
+    check_network(model)
     if isinstance(init, PlacedInit):
         init = init.computed_for(plan)
     followed = None if like is None else named_tensors(like)

@@ -151,6 +151,10 @@ def _list(run: CommandRun, opened: OpenedModel) -> None:
         )
     found = list_targets(opened.model, opened.architecture, progress=run.steps)
     if not found:
-        typer.echo(f"there is no larger relative of {opened.architecture} in torchvision")
+        typer.echo(
+            f"there is no larger relative of {opened.architecture} in torchvision. Name a target "
+            "of another library (--to timm:NAME) or of your own (--to package.module:callable), or "
+            "grow without one: fxgrow widen, fxgrow deepen."
+        )
         return
     print_table(targets_table(opened.architecture, found))

@@ -93,6 +93,7 @@ def grow(
         )
     source, after = settings.source, settings.after
     with CommandRun() as run:
+        from fxgrow.api.requirements import strictly
         from fxgrow.api.widen import carry_out
         from fxgrow.files.checkpoint import default_output
         from fxgrow.files.checkpoint.foreign import refuse_foreign_output
@@ -113,7 +114,7 @@ def grow(
         inputs = inputs_of(shapes, opened)
         move(opened.model, settings.device)
         fill = init(opened.model) if isinstance(init, DataInit) else init
-        with about(source):
+        with about(source), strictly(settings.strict):
             plan = functools.partial(make, opened.model, inputs, first, run.steps)
             made = _fitted(opened, plan, files.out, inputs, init) if adapts else plan()
         if settings.dry_run:

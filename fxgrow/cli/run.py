@@ -13,7 +13,7 @@ import typer
 
 from fxgrow.cli.outputs import report_text, write_text
 from fxgrow.cli.terminal import Notices, Steps, discard_output, print_table, print_warning
-from fxgrow.errors import SourceError, UsageError, one_line
+from fxgrow.errors import SourceError, UsageError, listed, one_line, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from fxgrow.api.widen import Grown
     from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
+
+_OF_PLANS = frozenset({"request", "source", "tensors"})  # fields that every plan has
+_OTHERS = {  # what else people have as JSON, by fields that it has
+    "a report": frozenset({"request", "verification"}),
+    "what `fxgrow inspect` found": frozenset({"groups", "untraceable"}),
+    "a schedule of growth": frozenset({"schema", "stages"}),
+    "an index of weights": frozenset({"weight_map"}),
+    "the configuration of a model": frozenset({"model_type"}),
+    "a configuration of timm's": frozenset({"architecture"}),
+}
 
 
 @dataclass
@@ -182,7 +192,30 @@ def read_plan(path: Path) -> Plan:
     if _is_weights(path):
         refuse_source(path, "holds weights, not a plan", "The plan comes first: PLAN SOURCE.")
     with naming(path):
-        return Plan.from_dict(read_json(path))
+        data = read_json(path)
+        _check_is_plan(path, data)
+        plan = Plan.from_dict(data)
+        plan.check_told()
+        return plan
+
+
+def _check_is_plan(path: Path, data: object) -> None:
+    """Return unless JSON is something else that people have beside plans.
+
+    Raises:
+        SourceError: it is; the message says what.
+    """
+    from fxgrow.files.checkpoint.reading import refuse_source
+
+    if not isinstance(data, dict) or _OF_PLANS.issubset(data):
+        return
+    written = "fxgrow widen SOURCE --width 2x --dry-run --plan PLAN.json writes a plan."
+    for kind, fields in _OTHERS.items():
+        if fields.issubset(data):
+            refuse_source(path, f"is {kind}, not a plan", written)
+    if _OF_PLANS.isdisjoint(data):
+        held = listed([shown(str(key), 40) for key in data], 3) or "nothing"
+        refuse_source(path, f"is no plan: it is a JSON object of {held}", written)
 
 
 def _is_weights(path: Path) -> bool:

@@ -41,11 +41,12 @@ from fxgrow.files.pretrained import (
     open_pretrained,
     reaching,
     stored,
+    timm_config,
     untied,
 )
 from fxgrow.files.records import put_weights, rebuilt_difference, record_of
 from fxgrow.files.reread import Judged, check_written, containers_copied
-from fxgrow.files.written import check_directory, check_program
+from fxgrow.files.written import check_directory, check_program, check_timm
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import Arguments
 from fxgrow.modules.exclusive import exclusive
@@ -60,7 +61,7 @@ _PICKLED_GRAPH = (
     "--trust-pickle. Widen a state_dict to avoid that."
 )
 _NO_NAME = (
-    "config.json is left out: timm has no architecture of these widths. fxgrow.load reads the "
+    "config.json is left out: timm has no architecture of {}. fxgrow.load reads the "
     "directory, by the record in its weights."
 )
 
@@ -206,10 +207,12 @@ def write_grown(
     config, example = None, None
     check: Check = functools.partial(check_written, judged=judged)
     of_timm = is_of_timm(source.config) and not known
-    if of_timm and target == "directory":
-        notes.append(_NO_NAME)
+    stock = of_timm and target == "directory" and _is_built_by_timm(opened)
+    if of_timm and target == "directory" and not stock:
+        what = f"the name {opened.architecture}" if opened.converted else "these widths"
+        notes.append(_NO_NAME.format(what))
     described = target == "directory" and (known or source.config is not None) and not of_timm
-    if target == "pt2" or described:
+    if target == "pt2" or described or stock:
         example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
         check = functools.partial(check_program, grown=grown.model, inputs=example)
     if described:
@@ -221,6 +224,12 @@ def write_grown(
         )  # fmt: skip
     else:
         weights = _grown_weights(source, grown, judged.copies)
+    if stock:
+        config = timm_config(source.config or {}, opened.architecture, grown.model)  # type: ignore[arg-type]
+        check = functools.partial(
+            check_timm, grown=grown.model, inputs=example, config=config,
+            folder=source._contents.folder,
+        )  # fmt: skip
     plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
     written = save_source(
         source, weights, out, record=record_of(opened.architecture, plans),
@@ -235,6 +244,12 @@ def write_grown(
     if target == "directory" and (folder := source._contents.folder) is not None:
         notes += left_beside(folder, opened.model, grown.model, grown.plan)
     return notes + written
+
+
+def _is_built_by_timm(opened: OpenedModel) -> bool:
+    """Return whether what is written is a network of timm's as it is built."""
+    named = opened.architecture is not None and opened.architecture.name.startswith("timm:")
+    return named and opened.converted
 
 
 def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:

@@ -8,6 +8,7 @@ code that comes with a model.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from fxgrow.modules.tensors import named_tensors
 from fxgrow.modules.uninitialised import Limit
 
 LIBRARY = "transformers"
+_OF_TRAINING = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "origin_url", "paper_ids")
+_OF_NETWORK = ("first_conv", "classifier", "pool_size")  # likewise, of the network alone
 _NAME_IT = "Name the architecture with --arch."
 _TRAINER_STATE = "trainer_state.json"
 _TOKENS = 8  # in an example input
@@ -86,6 +89,37 @@ def _of_timm(path: Path, config: Mapping[str, Any]) -> Architecture:
 def is_of_timm(config: Mapping[str, Any] | None) -> bool:
     """Return whether a ``config.json`` is one of timm's."""
     return bool(config) and "architectures" not in config and "architecture" in config  # type: ignore[operator]
+
+
+def timm_config(
+    config: Mapping[str, Any], architecture: Architecture, model: nn.Module
+) -> dict[str, Any]:
+    """Return the ``config.json`` of a network as timm builds it.
+
+    Args:
+        config: that of the model which it was made of, whose inputs it takes.
+        architecture: ``timm:NAME`` and its arguments.
+        model: the network.
+    """
+    old, own = (dict(found or {}) for found in (config.get("pretrained_cfg"), _described(model)))
+    found = {
+        **config,
+        "architecture": architecture.name.partition(":")[2],
+        "model_args": dict(architecture.arguments),
+        "pretrained_cfg": {key: value for key, value in old.items() if key not in _OF_TRAINING}
+        | {key: own[key] for key in _OF_NETWORK if key in own},
+    }
+    for name in ("num_features", "num_classes"):
+        if isinstance(number := getattr(model, name, None), int):
+            found[name] = number
+    written: dict[str, Any] = json.loads(json.dumps(found))
+    return written
+
+
+def _described(model: nn.Module) -> Mapping[str, Any]:
+    """Return what timm tells of weights for a network of this kind."""
+    found = getattr(model, "pretrained_cfg", None)
+    return found if isinstance(found, Mapping) else {}
 
 
 def target_architecture(

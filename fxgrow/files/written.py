@@ -25,10 +25,11 @@ from fxgrow.files.comparison import (
     structure_difference,
     tensor_difference,
 )
-from fxgrow.files.pretrained import keep_tensors_
+from fxgrow.files.pretrained import architecture_of, keep_tensors_
 from fxgrow.modules.calling import Arguments, call, results_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, stand_in
+from fxgrow.modules.uninitialised import Limit
 from fxgrow.verification.judge import NATIVE_FACTOR
 
 _CLASSES = "architectures"
@@ -86,6 +87,37 @@ def check_directory(
     # Sizes that nothing reads are out of date in the grown model.
     if told := structure_difference(found, grown, sizes=False):
         raise _unlike(told)
+
+
+def check_timm(
+    path: Path,
+    grown: nn.Module,
+    inputs: Arguments | None,
+    config: Mapping[str, Any],
+    folder: Path | None = None,
+) -> None:
+    """Return if a directory gives back a network that timm builds from its ``config.json``.
+
+    Args:
+        path: the directory.
+        grown: the network that it should hold.
+        inputs: what both are run on.
+        config: what its ``config.json`` should say.
+        folder: the directory whose other files were copied; None if there is none.
+
+    Raises:
+        VerificationError: a tensor, the configuration, the output or another file differs.
+    """
+    told = read_config(path / CONFIG)
+    if differs := difference(told, json.loads(json.dumps(config)), CONFIG):
+        raise _unlike(differs)
+    if folder is not None:
+        _check_copies(path, folder)
+    found = architecture_of(path, told).build("cpu", Limit.of(grown.state_dict())).eval()
+    held: Any = read_file(path, opener=Mappings().open)[1].data
+    found.load_state_dict(held, assign=True)
+    _check_tensors(grown, found)
+    check_outputs(grown, found, inputs)
 
 
 def _check_tensors(grown: nn.Module, found: nn.Module) -> None:

@@ -334,8 +334,7 @@ def _find_torchvision(name: str) -> Callable[..., object]:
     from torchvision.models import get_model_builder
 
     if name not in _torchvision_names():
-        known = [*torchvision_names(), *_timm_names(required=False)]
-        raise _unknown(name, "torchvision", known)
+        raise _unknown(name, "torchvision", torchvision_names(), _timm_names(required=False))
     builder: Callable[..., object] = get_model_builder(name)
     return builder
 
@@ -348,12 +347,15 @@ def _find_timm(name: str) -> Callable[..., object]:
     return functools.partial(timm.create_model, name)
 
 
-def _unknown(name: str, library: str, known: Sequence[str]) -> SourceError:
+def _unknown(
+    name: str, library: str, known: Sequence[str], of_timm: Sequence[str] = ()
+) -> SourceError:
     module, _, own = name.rpartition(".")
     near = 0.8 if module else 0.5  # a path to code is like any name by chance
+    tagged = module in known or module in of_timm  # timm's names of trained weights
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=near)
-    tagged = module in known  # timm's names of trained weights
-    close = [module] if tagged else close
+    others = difflib.get_close_matches(name, of_timm, n=3, cutoff=1.0 if close else near)
+    close = [module] if tagged else [*(f"timm:{other}" for other in others), *close]
     ways_out = []
     if not (tagged or (close and not module)):
         ways_out.append(

@@ -20,6 +20,7 @@ from fxgrow.labels.gains import Verdict
 from fxgrow.plan.bounds import check_extent, refuse
 from fxgrow.plan.checks import check_step
 from fxgrow.plan.step import PlanStep
+from fxgrow.plan.told import check_told
 from fxgrow.plan.upgrade import is_old, upgraded, with_inits
 
 if TYPE_CHECKING:
@@ -117,12 +118,22 @@ class Plan(PlanStep):
             check_step(step, f"after.{index}.")
         check_step(self)
 
+    def check_told(self) -> None:
+        """Return if what the plan tells of groups, blocks and kernels is what its edits do.
+
+        Raises:
+            PlanError: it is not, as after an edit by hand; the message names the field.
+        """
+        for index, step in enumerate(self.after):
+            check_told(step, f"after.{index}.")
+        check_told(self)
+
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Return the plan that :meth:`to_json` wrote.
 
         Raises:
-            PlanError: the text is not a plan.
+            PlanError: the text is not a plan, or one that tells another thing than it does.
         """
         try:
             data = json.loads(text)
@@ -132,7 +143,9 @@ class Plan(PlanStep):
             raise PlanError(f"the plan is not JSON: {shown(str(error))}.") from error
         if not isinstance(data, dict):
             raise PlanError("the plan is not a JSON object.")
-        return cls.from_dict(data)
+        plan = cls.from_dict(data)
+        plan.check_told()
+        return plan
 
     def apply(
         self,

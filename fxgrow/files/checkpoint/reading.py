@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,7 +253,8 @@ def about(path: Path) -> Iterator[None]:
     try:
         yield
     except FxgrowError as error:
-        if str(path) in error.message:
+        # A directory may be called as a module or a word of the message is.
+        if re.search(rf"(?<![\w./-]){re.escape(str(path))}(?![\w-]|\.\w)", error.message):
             raise
         told = f"{path}: {error.message}"
         raise type(error)(told, name=error.name, way_out=error.way_out) from error

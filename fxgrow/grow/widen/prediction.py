@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, UnpredictedError
 from fxgrow.labels.gains import GainFlow, Mismatch
 from fxgrow.labels.graphs import operands_from
 from fxgrow.labels.operators import traits_of
 from fxgrow.labels.tape import Tape
+from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.edits import Multiplier
+
+_MOST_NAMED = 4  # layers in a way out
 
 
 def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
@@ -31,12 +35,11 @@ def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         producer = names[place] if place >= 0 else ""
         consumer = names[mismatch.consumer] if names and mismatch.consumer >= 0 else "output"
         if not producer or producer == consumer:
-            raise PlanError(
+            raise UnpredictedError(
                 f"this rescaling would change what the network computes: {mismatch.reason}. By how "
                 "much cannot be predicted, since torch.fx cannot write that part of its code as a "
                 "graph.",
-                way_out="Keep the old weights there: --rescaling none, or by layer, such as "
-                "--rescaling 'LAYER=none' --rescaling '*=default_vt'.",
+                way_out=_kept(mismatch),
             )
         ends = operands_from(nodes[producer], nodes[consumer], set(names))
         if not ends:
@@ -45,6 +48,16 @@ def multipliers(analysis: Analysis, flow: GainFlow) -> tuple[Multiplier, ...]:
         for end in ends:
             found[end.name, consumer] = Multiplier(end.name, consumer, mismatch.gain, module)
     return tuple(found.values())
+
+
+def _kept(mismatch: Mismatch) -> str:
+    """Return how to ask for the old weights where a gain comes from; numbered layers as one."""
+    layers = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", layer_of(name)) for name in mismatch.sources})
+    keep = " ".join(f"--rescaling '{layer}=none'" for layer in layers[:_MOST_NAMED])
+    more = f" (and {len(layers) - _MOST_NAMED} more)" if len(layers) > _MOST_NAMED else ""
+    told = f"{keep}{more} --rescaling '*=default_vt'" if keep else ""
+    by_layer = f", or by layer, such as {told}" if told else ""
+    return f"Keep the old weights there: --rescaling none{by_layer}."
 
 
 def _before_node(tape: Tape, names: Sequence[str], mismatch: Mismatch) -> int:

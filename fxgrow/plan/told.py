@@ -1,0 +1,205 @@
+"""Whether what a plan tells is what it does.
+
+Groups, blocks and kernels are for the reader: nothing is made of them. So a plan that was edited,
+or damaged, could do one thing and tell another. What a plan tells is held against its edits here,
+when a plan is read to be carried out and reported on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from fxgrow.errors import UsageError
+from fxgrow.modules.tensors import layer_of
+from fxgrow.plan.bounds import refuse
+from fxgrow.plan.by_layer import values_in
+from fxgrow.plan.edits import AxisEdit, TensorEdit
+from fxgrow.plan.pairing import PAIRINGS, cancels
+from fxgrow.plan.requests import Convert, Widen
+from fxgrow.plan.rescaling import RESCALINGS, check_gain, gain_by_layer
+from fxgrow.plan.step import BlockPlan, GroupPlan, KernelPlan, PlanStep
+
+
+def check_told(step: PlanStep, place: str = "") -> None:
+    """Return if what a step tells is what its edits do.
+
+    Args:
+        step: of a plan that :func:`fxgrow.plan.checks.check_step` has let pass.
+        place: what its fields are called before their names.
+
+    Raises:
+        PlanError: it is not; the message names the field.
+    """
+    _Told(step, place).check()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A step whose words are held against its edits."""
+
+    step: PlanStep
+    place: str
+
+    def check(self) -> None:
+        """Check all that is told, then that all that grows is told of.
+
+        Raises:
+            PlanError: one of the two is not so.
+        """
+        self._check_asked(f"{self.place}request.")
+        for index, group in enumerate(self.step.groups):
+            self._check_group(group, f"{self.place}groups.{index}.")
+        for index, block in enumerate(self.step.blocks):
+            self._check_block(block, f"{self.place}blocks.{index}.")
+        for index, kernel in enumerate(self.step.kernels):
+            self._check_kernel(kernel, f"{self.place}kernels.{index}.")
+        self._check_all_told()
+
+    def _check_asked(self, place: str) -> None:
+        """Check that what was asked for is what could have been."""
+        request = self.step.request
+        try:
+            if isinstance(request, (Widen, Convert)):
+                for pairing in values_in(request.pairing):
+                    PAIRINGS[pairing]
+            if isinstance(request, Widen):
+                for rescaling in values_in(request.rescaling):
+                    RESCALINGS[rescaling]
+                check_gain(gain_by_layer(request.gain), request.rescaling)
+            for group in self.step.groups:
+                PAIRINGS[group.pairing]
+        except UsageError as error:
+            refuse(f"{place}{request.verb}", error.reason)
+
+    @cached_property
+    def _edits(self) -> dict[str, list[TensorEdit]]:
+        """The edits of each layer, and of each tensor by its own name."""
+        found: dict[str, list[TensorEdit]] = {}
+        for name, edit in self.step.tensors.items():
+            for owner in self._owners(name):
+                found.setdefault(owner, []).append(edit)
+        return found
+
+    @cached_property
+    def _other_names(self) -> dict[str, list[str]]:
+        """The other names of tied tensors, by the name that their edit has."""
+        found: dict[str, list[str]] = {}
+        for name, first in self.step.aliases.items():
+            found.setdefault(first, []).append(name)
+        return found
+
+    def _owners(self, name: str) -> set[str]:
+        """Return what a tensor is told of under: its names, and those of its layers."""
+        names = (name, *self._other_names.get(name, ()))
+        return {*names, *map(layer_of, names)}
+
+    @cached_property
+    def _growth(self) -> Counter[str]:
+        """By how many channels each writer grows in all of its groups together."""
+        found: Counter[str] = Counter()
+        for group in self.step.groups:
+            old, new = group.width
+            found.update(dict.fromkeys(group.writers, new - old))
+        return found
+
+    def _check_group(self, group: GroupPlan, place: str) -> None:
+        """Check what is told of a channel group."""
+        old, new = group.width
+        if not 0 <= old < new:
+            refuse(f"{place}width", f"{old} to {new} is no growth")
+        # One of several groups of a table is called after the tensor, with a number.
+        tensor = group.name.rpartition("[")[0] or group.name
+        if {group.name, tensor, layer_of(tensor)}.isdisjoint(group.writers):
+            refuse(f"{place}name", f"{group.name!r} is none of its writers")
+        for layer in (*group.writers, *group.readers):
+            if layer not in self._edits:
+                refuse(f"{place}width", f"it tells of {layer!r}, to which nothing is done")
+        if not any(self._grows(writer, old, new) for writer in group.writers):
+            refuse(f"{place}width", f"{old} to {new} is not what becomes of its writers")
+        self._check_factors(group, place)
+        self._check_verdict(group, place)
+
+    def _grows(self, writer: str, old: int, new: int) -> bool:
+        """Return whether a layer's outputs grow as a group of one width to another does."""
+        told = self._growth[writer]
+        sizes = [_sizes(edit, axis) for edit in self._edits[writer] for axis in edit.axes]
+        return any(
+            after > before and (after - before == told or after * old == before * new)
+            for before, after in sizes
+        )
+
+    def _check_factors(self, group: GroupPlan, place: str) -> None:
+        """Check the factors of old weights, and what takes them up."""
+        # A weight may take more than its layer's factor: what makes up for others, or for a norm.
+        for layer, factor in group.factors.items():
+            if not factor > 0 or (layer not in self._edits and factor != 1.0):
+                refuse(f"{place}factors.{layer}", f"it is not multiplied by {factor}")
+        for name, told, layers in (
+            ("alpha", group.alpha, group.writers),
+            ("beta", group.beta, group.readers),
+        ):
+            known = {group.factors.get(layer) for layer in layers}
+            if told is not None and told not in known:
+                refuse(f"{place}{name}", f"{told} is no factor of its layers")
+        set_ = {edit.module for edit in self.step.modules}
+        for norm in group.absorbed_by:
+            taken = any(edit.absorption is not None for edit in self._edits.get(norm, ()))
+            if not taken and norm not in set_:
+                refuse(f"{place}absorbed_by", f"{norm!r} takes nothing up")
+
+    def _check_verdict(self, group: GroupPlan, place: str) -> None:
+        """Check what is told to become of the function."""
+        noise = isinstance(self.step.request, Widen) and self.step.request.noise
+        kept = not noise and cancels(group.pairing)
+        if group.preserves != "no" and not kept:
+            refuse(f"{place}preserves", "its new channels do not cancel")
+        if group.preserves == "exact" and group.gain != 1.0 and not self.step.multipliers:
+            refuse(f"{place}gain", f"nothing makes up for {group.gain}")
+        if group.preserves == "no" and not group.reason:
+            refuse(f"{place}preserves", "no reason is given, and its new channels cancel")
+
+    def _check_block(self, block: BlockPlan, place: str) -> None:
+        """Check what is told of a block that is inserted."""
+        within = f"{block.name}."
+        made = [edit for name, edit in self.step.tensors.items() if name.startswith(within)]
+        if not made:
+            refuse(f"{place}name", f"nothing makes {block.name!r}")
+        if not 0 <= block.parameters <= sum(math.prod(edit.new_shape) for edit in made):
+            refuse(f"{place}parameters", f"{block.parameters} is more than it is made of")
+
+    def _check_kernel(self, kernel: KernelPlan, place: str) -> None:
+        """Check what is told of a layer whose kernel grows."""
+        dims = len(kernel.before)
+        sizes = [
+            (edit.shape[-dims:], edit.new_shape[-dims:])
+            for edit in self._edits.get(kernel.name, ())
+            if any(axis.role == "kernel" for axis in edit.axes)
+        ]
+        if not dims or (kernel.before, kernel.after) not in sizes:
+            refuse(f"{place}after", f"it is not what becomes of {kernel.name!r}")
+
+    def _check_all_told(self) -> None:
+        """Check that every layer whose outputs grow is told of in a group."""
+        if not isinstance(self.step.request, Widen):
+            return
+        told = {writer for group in self.step.groups for writer in group.writers}
+        for name, edit in self.step.tensors.items():
+            if told.isdisjoint(self._owners(name)) and any(_written(edit)):
+                refuse(f"{self.place}groups", f"none of them tells of {name}, which grows")
+
+
+def _written(edit: TensorEdit) -> Iterator[bool]:
+    """Yield, for each axis of outputs, whether it grows."""
+    for axis in edit.axes:
+        if axis.role == "writer":
+            old, new = _sizes(edit, axis)
+            yield new > old
+
+
+def _sizes(edit: TensorEdit, axis: AxisEdit) -> tuple[int, int]:
+    """Return how many positions an axis has before and after, over all groups."""
+    return edit.shape[axis.dim] * axis.groups, sum(run.length for run in axis.runs)

@@ -1,0 +1,129 @@
+"""What a plan tells of groups, blocks and kernels is what it does, or it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from guards import refusal
+from honest import HONEST, honest, text_of
+from torch import nn
+from typer.testing import CliRunner
+
+import fxgrow
+from fxgrow.cli.app import app
+
+Data = dict[str, Any]
+Change = Callable[[Data], object]
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_plans_that_planners_make_tell_what_they_do(kind: str) -> None:
+    honest(kind)[1].check_told()
+
+
+def put(*where: str | int, to: object) -> Change:
+    """Return what puts a value somewhere."""
+
+    def change(data: Data) -> None:
+        *path, last = where
+        holder: Any = data
+        for key in path:
+            holder = holder[key]
+        holder[last] = to
+
+    return change
+
+
+LIES: dict[str, tuple[str, Change, str]] = {
+    "nothing is done": ("replicate", put("tensors", to={}), "groups.0"),
+    "less is done": (
+        "replicate",
+        lambda d: [d["tensors"].pop(name) for name in ("0.weight", "0.bias")],
+        "groups.0.width",
+    ),
+    "nothing is told": ("replicate", lambda d: d["groups"].pop(0), "none of them tells of 0"),
+    "another width": ("replicate", put("groups", 0, "width", to=[4, 7]), "groups.0.width"),
+    "a width without end": ("replicate", put("groups", 0, "width", to=[4, 10**9]), "groups.0"),
+    "no growth": ("replicate", put("groups", 0, "width", to=[5, 5]), "no growth"),
+    "another name": ("replicate", put("groups", 0, "name", to="lm_head"), "groups.0.name"),
+    "other writers": ("replicate", put("groups", 0, "writers", to=["lm_head"]), "groups.0"),
+    "other readers": ("replicate", put("groups", 0, "readers", to=["lm_head"]), "'lm_head'"),
+    "a factor below zero": ("widen", put("groups", 0, "factors", "0", to=-3.0), "factors.0"),
+    "a factor of nothing": ("replicate", put("groups", 0, "factors", "x", to=3.0), "factors.x"),
+    "alpha": ("widen", put("groups", 0, "alpha", to=-1.0), "groups.0.alpha"),
+    "beta": ("widen", put("groups", 0, "beta", to=9.0), "groups.0.beta"),
+    "a gain that nothing undoes": ("replicate", put("groups", 0, "gain", to=4.0), "groups.0.gain"),
+    "what takes nothing up": ("replicate", put("groups", 0, "absorbed_by", to=["x"]), "takes noth"),
+    "no reason": ("replicate", put("groups", 0, "preserves", to="no"), "groups.0.preserves"),
+    "what does not cancel": ("replicate", put("groups", 0, "pairing", to="none"), "not cancel"),
+    "no pairing": ("replicate", put("groups", 0, "pairing", to="nope"), "nope"),
+    "no pairing asked for": ("replicate", put("request", "pairing", to={"*": "nope"}), "nope"),
+    "no rescaling": ("replicate", put("request", "rescaling", to="nope"), "nope"),
+    "a gain below zero": ("replicate", put("request", "gain", to={"0": -1.0}), "positive"),
+    "a gain of nothing": ("replicate", put("request", "gain", to=2.0), "gain says nothing"),
+    "a block that is not made": ("deeper", put("blocks", 0, "name", to="head"), "blocks.0.name"),
+    "a larger block": ("deeper", put("blocks", 0, "parameters", to=10**6), "blocks.0.parameters"),
+    "another kernel": ("kernels", put("kernels", 0, "after", to=[9, 9]), "kernels.0.after"),
+    "a step before": ("twice", put("after", 0, "blocks", 0, "name", to="x"), "after.0.blocks.0"),
+}
+
+
+@pytest.mark.parametrize(("kind", "change", "why"), LIES.values(), ids=LIES)
+def test_a_plan_that_tells_other_than_it_does_is_refused(
+    kind: str, change: Change, why: str
+) -> None:
+    data = json.loads(text_of(kind))
+    change(data)
+    assert why in refusal(lambda: fxgrow.Plan.from_json(json.dumps(data)))
+
+
+def files(folder: Path, change: Change) -> list[str]:
+    """Write a network and a changed plan for it; return the arguments that carry it out."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = fxgrow.widen(net, "2x", verify=False).plan.to_dict()
+    change(data)
+    torch.save(net, folder / "net.pt")
+    (folder / "plan.json").write_text(json.dumps(data))
+    paths = [str(folder / name) for name in ("plan.json", "net.pt", "out.pt")]
+    return ["apply", *paths[:2], "-o", paths[2], "--verify", "quick"]
+
+
+def test_the_command_line_refuses_what_is_told_and_not_done(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, files(tmp_path, put("tensors", to={})))
+    assert done.exit_code == 1
+    assert "plan.json" in done.stderr
+    assert "groups.0" in done.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_parameters_are_counted_and_not_believed(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [*files(tmp_path, put("parameters", to=[1, 10**9])), "--report", str(report)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert json.loads(report.read_text())["parameters"] == [4 * 8 + 8 + 16 + 2, 64 + 16 + 32 + 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ({"schema": 1, "request": {}, "groups": [], "verification": {}}, "is a report, not a plan"),
+        ({"schema": 1, "stages": []}, "is a schedule of growth, not a plan"),
+        ({"model_type": "bert"}, "is the configuration of a model, not a plan"),
+        ({"metadata": {}, "weight_map": {}}, "is an index of weights, not a plan"),
+        ({"colour": "red"}, "it is a JSON object of colour"),
+        ({}, "it is a JSON object of nothing"),
+    ],
+)
+def test_what_is_no_plan_is_called_what_it_is(data: Data, what: str, tmp_path: Path) -> None:
+    command = files(tmp_path, lambda _: None)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert what in " ".join(done.stderr.split())
+    assert "--plan PLAN.json" in " ".join(done.stderr.split())
