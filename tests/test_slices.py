@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the usual name
 
 import fxgrow
 from fxgrow.channels.analysis import analyse
+from fxgrow.labels import ask
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.trace import trace
 
@@ -32,10 +33,6 @@ def built(function: Callable[[Tensor], Tensor]) -> tuple[nn.Module, Tensor]:
     return Between(function).double(), torch.randn(2, 5, 3, dtype=torch.float64)
 
 
-def solved(x: Tensor) -> Tensor:
-    return torch.linalg.solve(2 * torch.eye(5, dtype=x.dtype) + 0.1, x)
-
-
 def sampled(x: Tensor) -> Tensor:
     image = x.transpose(1, 2).unflatten(2, (5, 1))
     grid = torch.linspace(-1, 1, 6, dtype=x.dtype).view(1, 3, 1, 2).expand(len(x), -1, -1, -1)
@@ -53,7 +50,6 @@ PASS = {
     "aminmax": lambda x: x.aminmax(dim=1, keepdim=True).max,
     "Fourier": lambda x: torch.fft.rfft(x, dim=1).abs(),
     "Fourier and back": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1)[:, :2], n=5, dim=1),
-    "solve": solved,
     "sampled": sampled,
 }
 
@@ -89,3 +85,21 @@ def test_an_operation_that_may_read_channels_asks_for_a_rule() -> None:
     net, x = built(lambda x: torch.linalg.solve(x[:, :5, :5], x))
     reasons = {group.name: group.reason for group in analyse(trace(net, x)).groups}
     assert "no rule for aten._linalg_solve_ex" in reasons["up"]
+
+
+def pivoted(x: Tensor) -> Tensor:
+    pivots = torch.arange(1, 6, dtype=torch.int32).expand(len(x), 5)
+    return torch.linalg.ldl_solve(torch.eye(5, dtype=x.dtype).expand(len(x), 5, 5), pivots, x)
+
+
+def test_kernels_that_believe_what_they_are_given_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, x = built(pivoted)
+    tried: list[str] = []
+    run = ask.run_on
+    monkeypatch.setattr(
+        ask, "run_on", lambda call, number: tried.append(str(call.target)) or run(call, number)
+    )
+    analyse(trace(net, x))
+    assert not [name for name in tried if "ldl" in name]

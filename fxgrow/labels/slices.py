@@ -16,6 +16,8 @@ from fxgrow.labels import ask
 from fxgrow.labels.layers import Layer, Layers, support
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.step import Step
+from fxgrow.labels.tape import Value
+from fxgrow.modules.calling import map_kind
 
 _NOWHERE = -1
 # For each output, dims of an operand with those of the output that have the same slices, NOWHERE
@@ -30,6 +32,8 @@ def slice_by_slice(step: Step) -> tuple[Layers, ...]:
     Positions of other dims that belong to one channel are mixed inside it.
     """
     if step.target.is_view:  # of memory as another dtype, which is none of numbers in float64
+        return step.give_up(*_no_rule(step))
+    if not _is_safe(step):
         return step.give_up(*_no_rule(step))
     found: list[list[Layer]] = [[] for _ in step.outputs]
     lone = sum(bool(step.layers(tensor)) for tensor in step.operands) == 1
@@ -51,6 +55,24 @@ def slice_by_slice(step: Step) -> tuple[Layers, ...]:
                 if any(dims[dim] != _NOWHERE for dim in kept[place]):
                     found[place].append(_moved(step.flat(layer, kept[place]), dims, out.shape))
     return tuple(map(tuple, found))
+
+
+def _is_safe(step: Step) -> bool:
+    """Return whether a kernel may be run on what is drawn, and on slices of one operand alone.
+
+    Functions that people call check what they are given. Those that others call in their place
+    (``_scaled_dot_product_flash_attention_for_cpu``, ``…_backward``) believe that sizes go
+    together, and some that positions are inside (the pivots of ``linalg_ldl_solve``): they would
+    leave the memory that is theirs, or divide by zero.
+    """
+    given: list[Value] = []
+    map_kind(Value, given.append, (step.call.args, step.call.kwargs))
+    name = step.target._opname
+    is_checked = not (name.startswith("_") or "backward" in name or step.target._schema.is_mutable)
+    if len({value.index for value in given}) > 1 and not is_checked:
+        return False
+    kinds = {value.dtype for value in given} - {torch.bool}
+    return all(dtype.is_floating_point or dtype.is_complex for dtype in kinds)
 
 
 def _no_rule(step: Step) -> tuple[PinKind, str]:
