@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a file for the picture (needs matplotlib)")
     chosen = parser.parse_args()
     arms = ("large", "full method", "pairing alone")
-    rows = results_of(chosen, run, arms, {"epochs": 6, "first": 1, "width": 8})
+    rows = results_of(chosen, run, arms, {"epochs": 9, "first": 1, "width": 8})
     print(table(rows))
     if chosen.plot:
         plot(rows, chosen.plot)

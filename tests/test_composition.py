@@ -187,7 +187,7 @@ def _run(*arguments: str) -> None:
 
 def test_new_modules_among_the_old(resnet):
     edit = Rearrangement("layer1", (Child("0", "0"), Child("1", "0", new=True), Child("2", "1")))
-    view = rearranged(resnet, [edit])
+    view, _ = rearranged(resnet, [edit])
     assert view.layer1[2] is resnet.layer1[1]
     assert len(resnet.layer1) == 2
     assert view.layer1[1].conv1.weight.is_meta

@@ -68,7 +68,7 @@ def test_names_go_where_modules_and_tensors_go(plan: Plan, seed: int) -> None:
     for _ in range(3):
         edit = at_random(rng, after)
         steps.append(replace(plan.steps[0], rearrangements=(edit,)))
-        after = rearranged(after, [edit])
+        after, _ = rearranged(after, [edit])
     layers = {n: m for n, m in before.named_modules() if isinstance(m, nn.Linear)}
     origins = module_origins(dict(before.named_modules()), steps)
     assert list(origins) == [name for name, _ in after.named_modules()]

@@ -98,9 +98,13 @@ def _slices(numbers: ask.Numbers, is_complex: bool) -> Slices:
         for dim in (d for d, size in enumerate(x.shape) if size > 1):
             with contextlib.suppress(RuntimeError, IndexError, ValueError):  # it takes no slice
                 alone = [numbers.run([x.narrow(dim, i, 1)]) for i in range(x.shape[dim])]
+                wider = numbers.run([torch.cat([x, x], dim)])
                 for place, out in enumerate(before):
                     same = _same_slices(out, [parts[place] for parts in alone], dim)
-                    if same is not None:
+                    # One slice by itself may have been broadcast, which more of them are not.
+                    if same == _NOWHERE or (
+                        same is not None and _is_twice(out, wider[place], same)
+                    ):
                         told[place][dim] = same
         if found is None:
             found = told
@@ -118,6 +122,11 @@ def _same_slices(out: Tensor, alone: Sequence[Tensor], dim: int) -> int | None:
         if len(parts) == len(alone) and all(map(_is_close, parts, alone)):
             return candidate
     return None
+
+
+def _is_twice(out: Tensor, wider: Tensor, dim: int) -> bool:
+    """Return whether twice the slices of an operand make those of an output twice."""
+    return _is_close(wider, torch.cat([out, out], dim))
 
 
 def _is_close(first: Tensor, second: Tensor) -> bool:

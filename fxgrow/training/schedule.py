@@ -1,7 +1,7 @@
 """When a network grows in training, and to what: frozen data, JSON both ways.
 
 >>> from fxgrow.training import GrowthSchedule
->>> schedule = GrowthSchedule.geometric({"conv": 64}, epochs=160)
+>>> schedule = GrowthSchedule.geometric({"conv": 64}, epochs=160, first=8)
 >>> [(stage.epochs, *stage.width.values()) for stage in schedule.stages][:4]
 [(8, '16'), (10, '20'), (12, '24'), (14, '28')]
 >>> schedule.stage_at(9), schedule.stages[-1].width
