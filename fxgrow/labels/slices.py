@@ -31,8 +31,6 @@ def slice_by_slice(step: Step) -> tuple[Layers, ...]:
 
     Positions of other dims that belong to one channel are mixed inside it.
     """
-    if step.target.is_view:  # of memory as another dtype, which is none of numbers in float64
-        return step.give_up(*_no_rule(step))
     if not _is_safe(step):
         return step.give_up(*_no_rule(step))
     found: list[list[Layer]] = [[] for _ in step.outputs]
@@ -65,6 +63,8 @@ def _is_safe(step: Step) -> bool:
     together, and some that positions are inside (the pivots of ``linalg_ldl_solve``): they would
     leave the memory that is theirs, or divide by zero.
     """
+    if step.target.is_view:  # of memory as another dtype, which is none of numbers in float64
+        return False
     given: list[Value] = []
     map_kind(Value, given.append, (step.call.args, step.call.kwargs))
     name = step.target._opname
