@@ -2,7 +2,8 @@
 
 Every error is a :class:`FxgrowError`. Its text is one sentence or two: what is wrong, where (the
 file, the layer, the node), why, and the way out. The same facts are fields, so that a caller can
-act on them without parsing the text. ``exit_code`` is what the command line ends with.
+act on them without parsing the text. ``exit_code`` is what the command line ends with. A text that
+is given with options of the command line names arguments in Python: see :mod:`fxgrow.wording`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
+
+from fxgrow.wording import worded
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -59,10 +62,10 @@ class FxgrowError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, name: str = "", way_out: str = "") -> None:
-        self.message = message
+        self.message = worded(message)
         self.name = name
-        self.way_out = way_out
-        super().__init__(message)
+        self.way_out = worded(way_out)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.way_out}".rstrip()
@@ -121,6 +124,9 @@ class VerificationError(FxgrowError):
 
 class FxgrowWarning(UserWarning):
     """Something was done that the user may not expect; the text says what."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(worded(text))
 
 
 def warn(text: str) -> None:

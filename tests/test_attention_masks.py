@@ -115,4 +115,4 @@ def test_a_reason_names_what_stays_and_asks_for_nothing_that_is_given() -> None:
     with pytest.raises(fxgrow.PlanError) as told:
         fxgrow.widen(net, "2x", x, where="all")
     assert "att cannot: cumsum over the channels mixes all of them" in str(told.value)
-    assert "--where all" not in str(told.value)
+    assert 'where="all"' not in str(told.value)

@@ -193,7 +193,7 @@ class Heads(nn.ModuleList):
 @pytest.mark.parametrize(
     ("net", "told"),
     [
-        (Recurrent(nn.LSTM(6, 12)), "layer is a stream: --where all; head: an output of the net"),
+        (Recurrent(nn.LSTM(6, 12)), 'layer is a stream: where="all"; head: an output of the net'),
         (
             nn.Sequential(nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 2)),
             "0: _softmax over the channels mixes all of them (aten._softmax at 1); 2: an output",
@@ -339,7 +339,7 @@ def test_models_without_inputs_to_infer_ask_for_them() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x.view(5, 7) @ y.view(7, 11)
 
-    with pytest.raises(fxgrow.TraceError, match="--input-shape"):
+    with pytest.raises(fxgrow.TraceError, match="example_inputs"):
         fxgrow.inspect(Raw())
 
 

@@ -429,7 +429,7 @@ def outputs(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     (tmp_path / "link.pt").symlink_to(tmp_path / "model.pt")
     (tmp_path / "folder").mkdir()
     return {
-        "exists": (tmp_path / "there.pt", "exists.*--force"),
+        "exists": (tmp_path / "there.pt", "exists.*force=True"),
         "source": (tmp_path / "model.pt", "is the source"),
         "roundabout": (tmp_path / "folder" / ".." / "model.pt", "is the source"),
         "link": (tmp_path / "link.pt", "is the source"),
@@ -450,7 +450,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, source):
 
 def test_an_unwritable_directory_is_refused(tmp_path, source, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
-    with pytest.raises(SourceError, match=r"is not writable.*-o"):
+    with pytest.raises(SourceError, match=r"is not writable.*out"):
         check_output(tmp_path / "o.pt")
 
 

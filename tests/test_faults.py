@@ -500,7 +500,7 @@ def test_two_runs_write_one_output_one_after_the_other(tmp_path):
 
     write_whole(tmp_path / "o", inner)
     assert tree(tmp_path) == {"o": b"outer"}
-    with pytest.raises(SourceError, match=r"o exists\. Pass --force"):
+    with pytest.raises(SourceError, match=r"o exists\. Pass force=True"):
         write_whole(
             tmp_path / "p", lambda out: (inner(out), out.with_name("o").touch()), force=False
         )
@@ -555,7 +555,7 @@ def test_a_name_that_is_taken_at_the_last_moment_is_left_to_its_owner(
         put(tmp_path, {INDEX: b"precious"})
 
     monkeypatch.setattr(moving, "_write_journal", late)
-    with pytest.raises(SourceError, match=r"index\.json exists, and did not when .*--force"):
+    with pytest.raises(SourceError, match=r"index\.json exists, and did not when .*force=True"):
         write(tmp_path, shards(b"new"), force=force)
     assert tree(tmp_path) == {INDEX: b"precious"}
 

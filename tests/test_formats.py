@@ -185,7 +185,7 @@ def test_a_shard_that_is_there_needs_force(tmp_path):
     save_source(source, doubled(source), out, record=RECORD)
     out.unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(SourceError, match=r"o-00001-of.*exists.*--force"):
+    with pytest.raises(SourceError, match=r"o-00001-of.*exists.*force=True"):
         save_source(source, source.state_dicts, out, record=RECORD)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     save_source(source, source.state_dicts, out, record=RECORD, force=True)
@@ -227,7 +227,7 @@ def test_only_the_directory_of_a_model_is_replaced_and_with_force(tmp_path):
     def save(out: Path, *, force: bool = True) -> None:
         save_source(source, doubled(source), out, record=RECORD, force=force)
 
-    with pytest.raises(SourceError, match=r"exists.*--force"):
+    with pytest.raises(SourceError, match=r"exists.*force=True"):
         save(tmp_path / "other", force=False)
     for out, reason in {
         tmp_path / "precious": "is a directory",
@@ -396,7 +396,7 @@ def test_a_program_that_might_run_code_needs_trust(tmp_path, case):
     rewritten(path, member, change)
     with pytest.raises(SourceError, match=pattern) as caught:
         load_source(path)
-    assert "--trust-pickle" in caught.value.way_out
+    assert "trust_pickle=True" in caught.value.way_out
 
 
 @pytest.mark.filterwarnings("ignore:the result is a torch.fx.GraphModule")  # as the source is

@@ -17,7 +17,7 @@ ROOMS = (
     "files", "training", "cli", "guide",
 )  # fmt: skip
 COMING = {"guide"}
-ROOT = {"errors", "lazy", "registry", "version"}  # what no room is below of; __main__ is above all
+ROOT = {"errors", "lazy", "registry", "version", "wording"}  # below all; __main__ is above
 # The planners, from the bottom up.
 PLANNERS = (
     "norms", "match", "sizes", "widen", "identity", "deepen", "kernels", "convert", "data",
@@ -36,7 +36,8 @@ LIBRARIES = {
 }
 # Loaded by ``fxgrow --help``.
 WITHOUT_TORCH = {
-    "version", "errors", "lazy", "registry", "plan.rescaling", "plan.pairing", "plan.presets"
+    "version", "errors", "lazy", "registry", "wording",
+    "plan.rescaling", "plan.pairing", "plan.presets",
 }  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_what_no_field_governs_is_refused_and_weights_alone_can_be_written(tmp_p
     reason = r"encoder.layer.0.attention.self.query.weight 32x16, it stays 16x16"
     with pytest.raises(SourceError, match=reason) as caught:
         write_grown(opened, grown, tmp_path / "out")
-    assert "--exclude 'encoder.layer.*.attention.self.query'" in caught.value.way_out
+    assert 'exclude="encoder.layer.*.attention.self.query"' in caught.value.way_out
     assert sorted(tmp_path.iterdir()) == there
     write_grown(opened, grown, out := tmp_path / "weights.safetensors")
     loaded = fxgrow.load(out)
@@ -338,6 +338,9 @@ def test_the_command_line_grows_what_the_configuration_can_say(tmp_path, case):
     done = CliRunner().invoke(app, ["widen", str(path), "--width", width, "-o", str(out)])
     assert done.exit_code == 0, done.output
     assert (f"left as they are: {left}, because" in done.stderr) == bool(left), done.stderr
+    assert "exclude" not in done.stdout  # which was not asked for
+    assert ("not widened:" in done.stdout) == bool(left)
+    assert len(done.stderr) < 300  # a line or two of a terminal; the reasons are in the report
     before, after = (json.loads((each / "config.json").read_text()) for each in (path, out))
     assert {k: v for k, v in after.items() if before.get(k) != v} == fields
     opened = open_model(path)
@@ -388,7 +391,7 @@ def test_what_the_class_refuses_is_told_with_what_it_would_take(tmp_path):
     told = r"refuses num_attention_heads 6: The hidden size \(16\) is not a multiple"
     with pytest.raises(SourceError, match=told) as caught:
         write_grown(opened, grown, tmp_path / "out")
-    assert "--where all" in caught.value.way_out
+    assert 'where="all"' in caught.value.way_out
 
 
 def test_where_no_kind_is_in_the_way_alone_kinds_are_tried_one_by_one(tmp_path, monkeypatch):

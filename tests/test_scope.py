@@ -201,7 +201,7 @@ def test_a_module_that_cannot_be_chosen_is_refused_with_a_way_out(detector, modu
 
 def test_inputs_for_a_whole_that_cannot_be_followed_lead_to_its_submodules(detector):
     images = ([torch.randn(4, 12, 10, dtype=torch.float64)],)
-    with pytest.raises(TraceError, match=r"name a submodule .*--module\): backbone, heads\.first"):
+    with pytest.raises(TraceError, match=r"name a submodule .*\(module\): backbone, heads\.first"):
         fxgrow.widen(detector, "2x", images)
 
 

@@ -184,7 +184,7 @@ def test_strict_refuses_what_cannot_be_predicted_as_it_refuses_what_can() -> Non
         fxgrow.widen(Gated(), **wide, include=["into"], strict=True)  # type: ignore[arg-type]
     assert caught.value.exit_code == 4
     assert "LAYER" not in str(caught.value)
-    assert "--rescaling 'score=none'" in str(caught.value)
+    assert 'rescaling={"score": "none"' in str(caught.value)
     with pytest.raises(PlanError, match="cannot be predicted"):
         fxgrow.widen(Gated(), **wide, include=["into"])  # type: ignore[arg-type]
 

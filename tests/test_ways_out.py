@@ -85,7 +85,7 @@ def test_an_input_that_is_not_found_tells_what_was_tried() -> None:
     told = str(raised.value)
     assert "from 0 (Conv2d): the model does not run on inputs of 2x5x32x32 at 4: " in told
     assert "others that were tried" in told
-    assert "--input-shape 1x5x224x224" in told
+    assert "example_inputs=torch.randn(1, 5, 224, 224)" in told
     assert "list" not in told
     assert "one of:" not in told
 

@@ -125,7 +125,7 @@ def plan_for_target(
     if len(source) > 1 or source[0].traced.module or larger[0].traced.module:
         raise PlanError(
             f"{type(model).__name__} cannot be followed as a whole, so it cannot be converted.",
-            way_out="Widen its parts instead: fxgrow widen --module.",
+            way_out="Widen its parts instead: --module of `fxgrow widen`.",
         )
     taken, offered = (part.traced.input_shapes for part in (source[0], larger[0]))
     if [shape[1:] for shape in taken] != [shape[1:] for shape in offered]:

@@ -32,7 +32,7 @@ from fxgrow.errors import UsageError, warn
 from fxgrow.grow.data import DataDriven
 from fxgrow.grow.data.calibration import calibrate_new_, new_entries
 from fxgrow.grow.sizes.narrow import at_other_widths
-from fxgrow.grow.sizes.widths import check_globs, checked_widths
+from fxgrow.grow.sizes.widths import Width, check_globs, checked_widths
 from fxgrow.grow.widen.submodules import plan_parts
 from fxgrow.grow.widen.untie import plan_untied
 from fxgrow.modules.exclusive import exclusive
@@ -76,7 +76,7 @@ def silent(step: str) -> None:
 @exclusive
 def plan(
     model: nn.Module,
-    width: str | Mapping[str, str] = "2x",
+    width: Width | Mapping[str, Width] = "2x",
     example_inputs: object = None,
     rescaling: str | Mapping[str, str] | None = None,
     pairing: str | Mapping[str, str] | None = None,
@@ -116,7 +116,7 @@ def plan(
     elif budget:
         raise UsageError(
             "a budget is spent where new channels gain most, which only an init from data tells.",
-            way_out="Give one: init=fxgrow.Tiny(loss_fn, batches); --init tiny --data batches.pt.",
+            way_out="Give one: --init tiny --data batches.pt.",
         )
     refuse_data_driven_by_layer(init)
     limited = init if isinstance(init, DataDriven) else None
@@ -170,7 +170,7 @@ def plan(
 @exclusive
 def widen(
     model: nn.Module,
-    width: str | Mapping[str, str] = "2x",
+    width: Width | Mapping[str, Width] = "2x",
     example_inputs: object = None,
     rescaling: str | Mapping[str, str] | None = None,
     pairing: str | Mapping[str, str] | None = None,
@@ -202,8 +202,8 @@ def widen(
 
     Args:
         model: any module; it is not touched.
-        width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"``, or a mapping of globs over group names
-            to such strings, of which the first match counts.
+        width: ``"2x"``, ``"1.5x"``, ``"+32"``, ``"256"`` (or 256), or a mapping of globs over
+            group names to such, of which the first match counts.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for
             ``forward``; None takes those of the first batch where ``init`` has batches, and else
             infers an input from the first layer.

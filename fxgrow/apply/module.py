@@ -56,7 +56,7 @@ def check_source(plan: Plan, model: nn.Module, *, dtypes: bool = True) -> None:
         PlanError: a name, a shape or a dtype differs; the first difference is named.
     """
     found = fingerprint(model, plan.source)
-    way_out = "Make a plan for this network: fxgrow widen SOURCE --dry-run --plan PLAN.json."
+    way_out = "Make a plan for this network: `fxgrow widen SOURCE --dry-run --plan PLAN.json`."
     for name in sorted(plan.source.keys() | found.keys()):
         expected, present = plan.source.get(name), found.get(name)
         if present is None and is_carried(model, name):

@@ -170,6 +170,6 @@ def _with_choices(error: TraceError, model: nn.Module) -> TraceError:
     if not names:
         return error
     shown = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
-    offer = f"Or name a submodule with inputs of its own (module=…, --module): {shown}."
+    offer = f"Or name a submodule with inputs of its own (--module): {shown}."
     way_out = f"{error.way_out} {offer}".strip()
     return type(error)(error.message, name=error.name, way_out=way_out)

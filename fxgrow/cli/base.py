@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from fxgrow.cli.terminal import errors_in_one_line
 from fxgrow.version import __version__
+from fxgrow.wording import in_options
 
 
 class Commands(TyperGroup):
@@ -28,7 +29,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        with errors_in_one_line(debug=bool(ctx.params.get("debug"))):
+        with in_options(), errors_in_one_line(debug=bool(ctx.params.get("debug"))):
             return super().invoke(ctx)
 
 

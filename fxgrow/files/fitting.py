@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +29,7 @@ from fxgrow.modules.calling import Arguments
 from fxgrow.modules.uninitialised import Limit
 from fxgrow.plan.in_memory import is_of_memory
 from fxgrow.plan.schema import Plan
+from fxgrow.plan.step import Refusal
 
 MakeWithout: TypeAlias = Callable[[Sequence[str]], Plan]
 _MOST_KINDS = 12  # of groups that are left out
@@ -99,12 +101,12 @@ def fitted_plan(
     """
     tries = _Tries(architecture, model, make, inputs)
     problem = first = tries.problem(())
-    left: dict[str, str] = {}
+    left: dict[str, UngovernedError] = {}
     while problem is not None and len(left) < _MOST_KINDS:
         found = problem.groups or tries.otherwise(tuple(left))
         if not found or found in left:
             return tries.one_by_one(first or problem)
-        left[found] = _told(problem)
+        left[found] = problem
         try:
             tries.plan(tuple(left))
         except PlanError:
@@ -112,22 +114,7 @@ def fitted_plan(
         problem = tries.problem(tuple(left))
     if problem is not None:
         raise problem
-    return _noted(tries.plan(tuple(left)), left)
-
-
-def _told(problem: UngovernedError) -> str:
-    return f"{problem.because}. {problem.wider}"
-
-
-def _noted(plan: Plan, left: Mapping[str, str]) -> Plan:
-    """Return a plan that tells what it leaves, and why, of a network in a directory."""
-    notes = [
-        f"left as they are: {groups}, because {reason.rstrip()} Write the weights alone to grow "
-        "them too: -o model.safetensors."
-        for groups, reason in left.items()
-    ]
-    kept = [text for text in plan.warnings if not is_of_memory(text)]
-    return replace(plan, warnings=(*kept, *notes))
+    return tries.told(tries.plan(tuple(left)), left)
 
 
 @dataclass
@@ -193,4 +180,35 @@ class _Tries:
                 best, kept = self.plan(left), [*kept, kind]
         if best is None:
             raise first
-        return _noted(best, {", ".join(kind for kind in kinds if kind not in kept): _told(first)})
+        return self.told(best, dict.fromkeys((kind for kind in kinds if kind not in kept), first))
+
+    def told(self, plan: Plan, left: Mapping[str, UngovernedError]) -> Plan:
+        """Return a plan with what was asked for, and what it leaves of that, and why.
+
+        Args:
+            plan: made without some groups.
+            left: globs of their names, with the reason for each.
+        """
+        asked, grown = self.plan(()), {group.name for group in plan.groups}
+        refused = [
+            Refusal(group.name, problem.because)
+            for group in asked.groups
+            for problem in [_reason(group.name, left)]
+            if problem is not None and group.name not in grown
+        ]
+        notes = [text for text in plan.warnings if not is_of_memory(text)]
+        if left:
+            wider = next((problem.wider for problem in left.values() if problem.wider), "")
+            notes.append(
+                f"left as they are: {', '.join(left)}, because no config.json describes them grown "
+                f"(see the reasons in the report). {wider}Write the weights alone to grow them "
+                "too: -o model.safetensors."
+            )
+        return replace(
+            plan, request=asked.request, refused=(*plan.refused, *refused), warnings=tuple(notes)
+        )
+
+
+def _reason(name: str, left: Mapping[str, UngovernedError]) -> UngovernedError | None:
+    """Return why a group is left; None if no glob is of its name."""
+    return next((problem for glob, problem in left.items() if fnmatchcase(name, glob)), None)

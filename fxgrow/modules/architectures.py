@@ -137,7 +137,7 @@ class Architecture:
         except Exception as error:  # a builder is other people's code and may raise anything
             raise self._refusal(
                 f"{self} cannot be built: {type(error).__name__}: {error}",
-                "Check what it says of that." if self.origin else "Check what --arch-arg gives.",
+                "Check what it says of that." if self.origin else "Check --arch-arg.",
             ) from error
         if not isinstance(built, nn.Module):
             raise self._refusal(

@@ -81,8 +81,7 @@ def nothing_fits(
         f"no input could be inferred from {name or 'the model'} ({type(layer).__name__}):"
         f" {likeliest}{others}.",
         name=name,
-        way_out=f"Pass example_inputs (--input-shape {_shape_for(layer)} on the command line, with "
-        "the sizes that the network takes).",
+        way_out=f"Give --input-shape {_shape_for(layer)}, with the sizes that the network takes.",
     )
 
 

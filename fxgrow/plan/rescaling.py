@@ -267,7 +267,7 @@ def apply_rescaling(
     Args:
         weight: old weights of shape (out, in / groups, *kernel) or (out, in).
         rescaling: a registered name.
-        new_fan_in: fan_in of the layer after growth.
+        new_fan_in: fan_in of the layer after growth, at least what it was.
         fan_in: fan_in before; in / groups × kernel area of ``weight`` by default.
         gain: a number, or a nonlinearity's name.
         bias: of the layer, shape (out,): it takes the weight's factor c. That of a layer whose
@@ -283,8 +283,8 @@ def apply_rescaling(
         is given is not changed.
 
     Raises:
-        PlanError: no rescaling of that name, no such gain, shapes that do not fit together, or a
-            norm without a weight whose running_var would be negative.
+        PlanError: no rescaling of that name, no such gain, a fan_in that shrinks, shapes that do
+            not fit together, or a norm without a weight whose running_var would be negative.
 
     Example:
         >>> import torch
@@ -300,6 +300,11 @@ def apply_rescaling(
     for name, count, least in (("fan_in", old_fan_in, 0), ("new_fan_in", new_fan_in, 1)):
         if not isinstance(count, int) or isinstance(count, bool) or count < least:
             raise UsageError(f"{name} must be a number of inputs, {least} or more, not {count!r}.")
+    if new_fan_in < old_fan_in:
+        raise UsageError(
+            f"a layer of fan_in {old_fan_in} would have {new_fan_in}, and fxgrow only grows.",
+            way_out="Give new_fan_in as it is after growth: in / groups × kernel area.",
+        )
     variance = weight.double().var().item() if weight.numel() > 1 else 0.0
     layer = LayerStatistics(old_fan_in, new_fan_in, variance, gain_value(gain))
     factor = rescaling_factor(rescaling, layer)[0]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 import fxgrow.api.widen as api
 from fxgrow.api.deepen import deepen
 from fxgrow.files.optimizer.growth import grow_optimizer_
+from fxgrow.grow.sizes.widths import Width
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.training import stale
 from fxgrow.training.adoption import adopt, keep_unchanged, undone_on_error
@@ -67,7 +68,7 @@ class Grown(api.Grown):
 @exclusive
 def grow_(
     model: nn.Module,
-    width: str | Mapping[str, str] = "2x",
+    width: Width | Mapping[str, Width] = "2x",
     example_inputs: object = None,
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,

@@ -59,7 +59,7 @@ def outputs_of(
         raise DoesNotRunError(
             f"{type(model).__name__} does not run in {mode} mode: {first_line(error)}.",
             way_out="Give larger example inputs or a larger batch, or skip the check "
-            "(verify=False, --no-verify).",
+            "(--no-verify).",
         ) from error
     without_chance.common = common.drew
     return found

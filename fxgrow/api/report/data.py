@@ -13,7 +13,7 @@ from fxgrow.channels.groups import ChannelGroup
 from fxgrow.grow.data.expected import GroupGrowth
 from fxgrow.plan.init import told_init
 from fxgrow.plan.schema import Plan
-from fxgrow.plan.step import GroupPlan
+from fxgrow.plan.step import GroupPlan, Refusal
 from fxgrow.verification.findings import Verification
 from fxgrow.version import __version__
 
@@ -44,6 +44,11 @@ class Report:
     plan: Plan
     verification: Verification
     warnings: tuple[str, ...] = ()
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """What was asked for and did not grow, and why, of all steps; groups are in the plan."""
+        return tuple(refusal for step in self.plan.steps for refusal in step.refused)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able data; README.md describes the fields."""

@@ -10,6 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fxgrow.wording import worded
+
 _STYLES = {
     "exact": "green", "preserved": "green",
     "scaled": "yellow", "as predicted": "yellow", "changed": "yellow", "skipped": "yellow",
@@ -40,7 +42,7 @@ def reasons(told: Iterable[tuple[str, str]], most: int = 2) -> Padding:
         names.setdefault(reason, []).append(name)
     grid = Table.grid(padding=(0, 2))
     for reason, found in names.items():
-        grid.add_row(Text(some(found, most), overflow="fold"), Text(reason))
+        grid.add_row(Text(some(found, most), overflow="fold"), Text(worded(reason)))
     return indented(grid)
 
 

@@ -31,6 +31,7 @@ from fxgrow.plan.requests import Convert, Deepen, MorphKernel, Untie
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import GroupPlan
 from fxgrow.verification.findings import ExactResult, ModeResult, Verification
+from fxgrow.wording import worded
 
 if TYPE_CHECKING:
     from fxgrow.grow.convert.planner import Possible
@@ -91,7 +92,7 @@ def plan_table(plan: Plan, warnings: Sequence[str] = ()) -> RenderableType:
             told = [(refusal.name, refusal.reason) for refusal in step.refused]
             parts += [Text(f"not {what}:"), reasons(told)]
     if warnings:
-        parts += [Text("warnings:", style="yellow"), indented(Text("\n".join(warnings)))]
+        parts += [Text("warnings:", style="yellow"), indented(Text(worded("\n".join(warnings))))]
     return Group(*parts, Text(), _costs(plan))
 
 
@@ -275,12 +276,12 @@ def _costs(plan: Plan) -> Table:
     inferred = all(scope.inputs_inferred for scope in plan.scopes)
     shapes = [s[1:] if inferred else s for scope in plan.scopes for s in scope.inputs]
     sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    told = "one input of" if inferred else "inputs of"
     first = plan.steps[0]
-    one = "one " if inferred else ""
     grid = Table.grid(padding=(0, 2))
     for name, (before, after), note in (
         ("parameters", (first.parameters[0], plan.parameters[1]), ""),
-        ("FLOPs", (first.flops[0], plan.flops[1]), f"for {one}{sizes}"),
+        ("FLOPs", (first.flops[0], plan.flops[1]), f"for {told} {sizes}"),
     ):
         ratio = f"×{after / before:.2f}" if before else ""
         grid.add_row(name, f"{size(before)} → {size(after)}", ratio, note)

@@ -127,7 +127,7 @@ def _place(move: _Move, folder: Path, *, alone: bool) -> None:
             raise SourceError(
                 f"{out} exists, and did not when that was checked.",
                 name=str(out),
-                way_out="Pass --force (force=True) to overwrite it, or name another (-o).",
+                way_out="Pass --force to overwrite it, or name another (-o).",
             ) from error
         return
     files = stat.S_ISREG(move.new[1]) and stat.S_ISREG(move.old[1])

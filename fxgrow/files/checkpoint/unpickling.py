@@ -39,10 +39,7 @@ from fxgrow.files.checkpoint.reading import Readable, reading, refuse_damaged, r
 from fxgrow.files.checkpoint.storages import Storage, read_storage
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_TRUST = (
-    "If you trust the file, pass --trust-pickle, which executes whatever code it holds "
-    "(trust_pickle=True in Python)."
-)
+_TRUST = "If you trust the file, pass --trust-pickle, which executes whatever code it holds."
 _MOST_PICKLED = 256 << 20  # bytes of a pickle without its tensors
 _ALIASED = 4  # times the bytes that a file holds may be shown by its tensors, plus the next
 _SMALL = 1 << 25  # bytes

@@ -54,7 +54,7 @@ def check_output(
         _refuse_output(
             out,
             "exists",
-            f"Pass --force (force=True) to overwrite it, or name another ({option}).",
+            f"Pass --force to overwrite it, or name another ({option}).",
         )
 
 

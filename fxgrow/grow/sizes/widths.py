@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeAlias, TypeGuard
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
@@ -17,6 +18,7 @@ from fxgrow.plan.requests import Widen
 from fxgrow.plan.rescaling import check_gain_of_layers
 from fxgrow.plan.step import Refusal
 
+Width: TypeAlias = str | int
 _FROM_NONE = 'ask for a number ("8", "+8")'
 _FREED = (PinKind.NO_RULE, PinKind.FIXED)  # of which a refusal tells how to
 _SHOWN = 3  # groups that a message names
@@ -225,14 +227,18 @@ def nearest_widths(granule: int, wanted: int, present: int) -> str:
     return " or ".join(str(width) for width in sorted({below, above}) if width > present)
 
 
-def checked_widths(width: str | Mapping[str, str]) -> str | dict[str, str]:
-    """Return a width argument as a plan records it.
+def checked_widths(width: Width | Mapping[str, Width]) -> str | dict[str, str]:
+    """Return a width argument as a plan records it: a whole number as that many channels.
 
     Raises:
-        PlanError: neither a string nor a mapping of strings.
+        UsageError: neither a string or a whole number, nor a mapping of such.
     """
-    if isinstance(width, str):
-        return width
-    if isinstance(width, Mapping) and width and all(isinstance(v, str) for v in width.values()):
+    if _is_width(width):
+        return str(width)
+    if isinstance(width, Mapping) and width and all(map(_is_width, width.values())):
         return {str(glob): str(value) for glob, value in width.items()}
     raise UsageError(f"the width {width!r} cannot be read.", way_out=_FORMS)
+
+
+def _is_width(value: object) -> TypeGuard[Width]:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
