@@ -93,6 +93,45 @@ def test_averages_of_the_parameters_compute_what_they_did(tmp_path, layout):
     assert type(saved) is type(pack(average))
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("more", [(1, 0), (0, 2), (1, 2)])
+def test_an_average_that_holds_other_weights_too_grows_where_its_own_are_certain(
+    tmp_path, kind, more
+):
+    model = trained_looking(plain_mlp())
+    average = [p.detach() * 0.7 for p in model.parameters()]
+    others = [torch.full((3, 5 + index), 0.5) for index in range(sum(more))]
+    held = kind([*others[: more[0]], *average, *others[more[0] :]])
+    state = {f"net.{name}": value for name, value in model.state_dict().items()}
+    saved = {"state_dict": state, "optimizer_states": [{"opt": {}, "ema": held}]}
+    torch.save(saved, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert "left as" not in done.output
+    new = torch.load(tmp_path / "o.pt", weights_only=False)["optimizer_states"][0]["ema"]
+    assert type(new) is kind
+    assert len(new) == len(held)
+    before, own, after = new[: more[0]], new[more[0] :][: len(average)], new[len(new) - more[1] :]
+    assert all(map(torch.equal, [*before, *after], others))
+    grown = fxgrow.load(tmp_path / "o.pt", arch="networks:plain_mlp")
+    model.load_state_dict(named(model, average), strict=False)
+    grown.load_state_dict(named(grown, own), strict=False)
+    x = torch.randn(5, 4)
+    assert max_rel(model.eval()(x), grown.eval()(x)) < 1e-5
+
+
+def test_an_average_that_holds_a_network_twice_is_left_and_told_of(tmp_path):
+    model = trained_looking(plain_mlp())
+    average = [p.detach() * 0.7 for p in model.parameters()]
+    torch.save({"model": model.state_dict(), "ema": (*average, *average)}, tmp_path / "c.pt")
+    done = widen(tmp_path / "c.pt")
+    assert done.exit_code == 0, done.output
+    assert "'ema' in" in done.output
+    assert "is left as it is" in done.output
+    kept = torch.load(tmp_path / "o.pt", weights_only=False)["ema"]
+    assert all(map(torch.equal, kept, (*average, *average)))
+
+
 def test_an_average_beside_the_network_in_one_state_dict_grows_with_it(tmp_path):
     model = trained_looking(plain_mlp())
     state = {f"model.net.{k}": v for k, v in model.state_dict().items()}

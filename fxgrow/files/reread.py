@@ -212,6 +212,7 @@ class _Reread:
             if found.kind == "checkpoint" and type(old.stored) is not type(new.stored):
                 self._refuse(f"{new} is a {type(new.stored).__name__}")
             if not old.is_by_name:
+                self._refuse_if(difference(new.beside, old.beside, f"beside the weights {new}"))
                 continue
             mine = _beside(new, found._locations, tensors=bare)
             theirs = _beside(old, source._locations, tensors=bare)

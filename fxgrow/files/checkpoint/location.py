@@ -34,6 +34,8 @@ class Location:
         stored_names: bare name -> the name it is stored under, where these lie by name.
         prefix: what new names get in front when they are stored.
         undotted: whether the names are stored without their dots.
+        start: where the network's tensors begin in a list that holds others before or after them;
+            None where a list holds none.
     """
 
     keys: Keys
@@ -42,6 +44,7 @@ class Location:
     stored_names: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     undotted: bool = False
+    start: int | None = None
 
     def __str__(self) -> str:
         place = ".".join(map(str, self.keys))
@@ -93,9 +96,20 @@ class Location:
         if isinstance(self.stored, Tensor):
             return end_to_end(self.keys, stored, {n: tuple(t.shape) for n, t in wanted.items()})
         tensors = [as_tensor(item) for item in flattened(stored)]
-        if len(tensors) != len(wanted):
-            raise LookupError(f"{len(tensors)} tensors for {len(wanted)} names")
-        return Location(self.keys, stored, OrderedDict(zip(wanted, tensors, strict=True)))
+        count = len(tensors) - len(self.beside)
+        if count != len(wanted):
+            raise LookupError(f"{count} tensors for {len(wanted)} names")
+        own = tensors[self.start or 0 :][:count]
+        held = OrderedDict(zip(wanted, own, strict=True))
+        return Location(self.keys, stored, held, start=self.start)
+
+    @property
+    def beside(self) -> list[object]:
+        """What a list holds before and after the network's tensors."""
+        if self.start is None:
+            return []
+        items = flattened(self.stored)
+        return items[: self.start] + items[self.start + len(self.state_dict) :]
 
 
 def by_name(
@@ -229,6 +243,11 @@ def like(old: Mapping[Any, object], new: dict[Any, object]) -> dict[Any, object]
 def _in_order(location: Location, tensors: list[Tensor]) -> Any:
     """Return new weights in a list, in lists or in a dict by numbers, as the old ones were."""
     stored: Any = location.stored
+    if location.start is not None:  # a flat list
+        count = location.start + len(location.state_dict)
+        own = [_as(old, t) for old, t in zip(stored[location.start :], tensors, strict=False)]
+        own += tensors[len(own) :]
+        return type(stored)([*stored[: location.start], *own, *stored[count:]])
     if isinstance(stored, Tensor):
         return _as(stored, torch.cat([tensor.reshape(-1) for tensor in tensors]))
     new = [_as(old, t) for old, t in zip(flattened(stored), tensors, strict=False)]

@@ -290,10 +290,43 @@ def _by_order(keys: Keys, item: Any, wanted: Wanted) -> Location | None:
     names = next((o for o in orders if [wanted.shapes.get(n) for n in o] == shapes), ())
     if not names and 2 * len(values) >= len(wanted.parameters):
         names = wanted.in_order(groups)
+    start = None
+    is_flat = type(item) in (list, tuple) and len(values) == len(item)
+    if not names and is_flat and is_average(".".join(map(str, keys))):
+        start, names = _run_of(shapes, [[wanted.shapes[n] for n in o] for o in orders], orders)
     if not names:
         return None
-    tensors = OrderedDict(zip(names, map(as_tensor, values), strict=True))
-    return Location(keys, item, tensors)
+    own = values if start is None else values[start : start + len(names)]
+    tensors = OrderedDict(zip(names, map(as_tensor, own), strict=True))
+    return Location(keys, item, tensors, start=start)
+
+
+def _run_of(
+    shapes: Sequence[Shape], runs: Sequence[Sequence[Shape]], orders: Sequence[Sequence[str]]
+) -> tuple[int | None, Sequence[str]]:
+    """Return where the weights of a network stand among those of more, and their names.
+
+    A list by a trainer may hold those of a loss or of another network too. Only a run that stands
+    there once, in one of the orders, is certain.
+
+    Args:
+        shapes: of all that a list holds.
+        runs: those of the network's tensors, for each order.
+        orders: the names of these.
+
+    Returns:
+        The place of the first and the names; None and () where there is none, or more than one.
+    """
+    found = {
+        (start, len(run)): names
+        for run, names in zip(runs, orders, strict=True)
+        if 1 < len(run) < len(shapes)
+        for start in range(len(shapes) - len(run) + 1)
+        if shapes[start] == run[0] and list(shapes[start : start + len(run)]) == list(run)
+    }
+    longest = max((length for _, length in found), default=0)
+    (*places,) = (start for start, length in found if length == longest)
+    return (places[0], found[places[0], longest]) if len(places) == 1 else (None, ())
 
 
 def _vector(keys: Keys, item: Any, wanted: Wanted) -> Location | None:
