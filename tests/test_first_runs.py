@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +111,46 @@ def test_no_graph_stands_for_the_first_run_and_later_ones() -> None:
     model(_INPUTS)
     grown = fxgrow.widen(model, "2x", _INPUTS, rescaling="default_vt")
     assert grown.report.verification.verdict in ("preserved", "as predicted")
+
+
+@pytest.mark.parametrize("how", _HOW)
+def test_a_program_is_written_after_the_first_run_alone(tmp_path: Path, how: str) -> None:
+    """A program has no flag that tells the first run from later ones: it would begin anew."""
+    model, out = _model("flag", how), tmp_path / "net.pt2"
+    with pytest.raises(fxgrow.SourceError, match="its first run sets shift by the data"):
+        fxgrow.save(fxgrow.widen(model, "2x", _INPUTS), out)
+    assert not out.exists()
+    model(_INPUTS)
+    fxgrow.save(fxgrow.widen(model, "2x", _INPUTS), out)
+    torch.testing.assert_close(fxgrow.load(out)(_INPUTS + 1), model(_INPUTS + 1))
+
+
+def test_a_program_of_a_network_that_goes_on_from_its_last_run_is_written(tmp_path: Path) -> None:
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sum", torch.zeros(1, 2, dtype=torch.float64))
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.last(torch.relu(self.first(x)))
+            self.sum.add_(found.detach().mean(0, keepdim=True))
+            return found + self.sum
+
+    model = Adding().double().eval()
+    fxgrow.save(fxgrow.widen(model, "2x", _INPUTS), tmp_path / "net.pt2")
+    program = fxgrow.load(tmp_path / "net.pt2")
+    for inputs in (_INPUTS, _INPUTS + 1):
+        torch.testing.assert_close(program(inputs), model(inputs))
+
+
+def test_a_part_of_a_program_without_gradients_is_read(tmp_path: Path) -> None:
+    class Cut(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                found = torch.relu(self[0](x))
+            return self[1](found)
+
+    model = Cut(nn.Linear(4, 8), nn.Linear(8, 2)).double().eval()
+    fxgrow.save(fxgrow.widen(model, "2x", _INPUTS), tmp_path / "net.pt2")
+    torch.testing.assert_close(fxgrow.load(tmp_path / "net.pt2")(_INPUTS), model(_INPUTS))

@@ -6,17 +6,19 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxgrow.errors import VerificationError
 from fxgrow.files.checkpoint.directory import CONFIG, is_weights, read_config
+from fxgrow.files.checkpoint.exported import refuse_first_run, set_by_data
 from fxgrow.files.checkpoint.formats import read_file
 from fxgrow.files.checkpoint.mapping import Mappings
 from fxgrow.files.comparison import (
@@ -26,7 +28,7 @@ from fxgrow.files.comparison import (
     tensor_difference,
 )
 from fxgrow.files.pretrained import architecture_of, keep_tensors_
-from fxgrow.modules.calling import Arguments, call, results_in
+from fxgrow.modules.calling import Arguments, call, map_tensors, results_in
 from fxgrow.modules.huggingface import closed, screened
 from fxgrow.modules.standin import first_line, stand_in
 from fxgrow.modules.uninitialised import Limit
@@ -162,15 +164,43 @@ def check_program(path: Path, grown: nn.Module, inputs: Arguments) -> None:
         inputs: what both are run on.
 
     Raises:
+        SourceError: a first run does something else than later ones, which no program does.
         VerificationError: a tensor or the output differs.
     """
     found: Any = read_file(path, trust_pickle=True)[1].data  # fxgrow's own work
+    _refuse_first_run(grown, found, inputs)
     loaded = found.state_dict()
     for name, tensor in grown.state_dict().items():
         # What the computation does not need is in no program.
         if name in loaded and (told := tensor_difference(loaded[name].detach(), tensor, name)):
             raise _unlike(told, name)
     check_outputs(grown, found, inputs)
+
+
+def _refuse_first_run(grown: nn.Module, found: nn.Module, inputs: Arguments) -> None:
+    """Return unless a network begins by its first data, and then goes on otherwise.
+
+    Such a network notes in an attribute that it has run. A program has none: it begins anew each
+    time. So both run twice, on other data.
+
+    Raises:
+        SourceError: a first run sets something, and the second ones are not the same.
+    """
+    begun = set_by_data(grown, inputs)
+    if not begun:
+        return
+    held = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
+    network, program = stand_in(grown, held).eval(), deepcopy(found)
+    with torch.no_grad():
+        for given in (inputs, map_tensors(_other, inputs)):
+            old, new = (results_in(call(model, given)) for model in (network, program))
+    if not _same(old, new):
+        refuse_first_run(grown, begun)
+
+
+def _other(tensor: Tensor) -> Tensor:
+    """Return other values of the same range, as those of example inputs may be indices."""
+    return tensor.flip(*range(tensor.ndim)) + (1 if tensor.is_floating_point() else 0)
 
 
 def check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) -> None:
@@ -180,13 +210,20 @@ def check_outputs(grown: nn.Module, found: nn.Module, inputs: Arguments | None) 
     copied = stand_in(grown, {}).eval()  # a forward may set what it finds unset
     with torch.no_grad():
         before, after = (results_in(call(model, inputs)) for model in (copied, found))
+    if not _same(before, after):
+        raise _unlike("it computes something else")
+
+
+def _same(before: Iterable[Tensor], after: Iterable[Tensor]) -> bool:
+    """Return whether outputs are the same up to rounding."""
     for old, new in zip(before, after, strict=True):
         unit = torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
         if not torch.allclose(
             old.double(), new.double(), rtol=0.0, equal_nan=True,
             atol=NATIVE_FACTOR * unit * float(old.double().abs().nan_to_num().max()),
         ):  # fmt: skip
-            raise _unlike("it computes something else")
+            return False
+    return True
 
 
 def _words(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

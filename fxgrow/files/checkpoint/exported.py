@@ -23,7 +23,8 @@ from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint.formats import FORMATS, Candidate, Contents, FileFormat
 from fxgrow.files.checkpoint.programs import NAME, OLDER_MODEL, checked_program
 from fxgrow.files.checkpoint.reading import reading
-from fxgrow.modules.calling import Arguments
+from fxgrow.modules.calling import Arguments, call
+from fxgrow.modules.standin import stand_in
 
 # Before torch 2.9 programs do not guard their inputs, and cannot be told not to.
 _UNGUARDED: dict[str, Any] = (
@@ -100,11 +101,38 @@ def _exported(
             )
         except Exception as error:  # export raises what it likes
             problem = error
+    refuse_first_run(module, set_by_data(module, inputs))
     reason = str(problem).strip().splitlines()
     raise SourceError(
         f"torch.export cannot export this network: {reason[0] if reason else problem!r}.",
         way_out="Write its weights: -o model.pt or -o model.safetensors.",
     ) from problem
+
+
+def set_by_data(module: nn.Module, inputs: Arguments) -> str:
+    """Return a tensor of a module that a run in eval mode sets; "" if there is none."""
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    network = stand_in(module, {name: tensor.clone() for name, tensor in before.items()}).eval()
+    with torch.no_grad():
+        call(network, inputs)
+    after = network.state_dict()
+    return next((name for name, was in before.items() if not torch.equal(after[name], was)), "")
+
+
+def refuse_first_run(module: nn.Module, name: str) -> None:
+    """Return if there is no tensor that the first run of a module sets.
+
+    Raises:
+        SourceError: there is: a program would set it at each run, or never.
+    """
+    if name:
+        raise SourceError(
+            f"a program cannot hold this {type(module).__name__}: its first run sets {name} by the "
+            "data that it sees, and later ones do not, which no program tells apart.",
+            name=name,
+            way_out="Run the network once on data before it grows, or write its weights: "
+            "-o model.pt.",
+        )
 
 
 def _inputs(program: ExportedProgram) -> Arguments | None:

@@ -45,6 +45,7 @@ NAME = re.compile(r"[\w.+:-]*")  # of parameters, among others
 _WORD = re.compile(r"\w*")  # of what becomes a variable in code
 _TARGET = re.compile(
     r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|torch\.sym_\w+|math\.\w+"
+    r"|torch\.ops\.higher_order\.wrap_with_set_grad_enabled"  # around a graph, which is checked
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge)"
 )
 _SIZE = r"Symbol\('[a-z]+\d*'(, [a-z]+=(True|False))*\)|\b[suz]\d+\b"
