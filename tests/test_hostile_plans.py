@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -667,3 +668,18 @@ def test_attributes_are_set_together_or_not_at_all() -> None:
     assert "no plain attribute" in refusal(
         lambda: set_attributes(net, (ModuleEdit("", "config.total", 4, 5),))
     )
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_more_groups_than_any_network_has_are_refused_before_they_are_read(spread: bool) -> None:
+    data: Any = changed("widen", ("warnings",), [])
+    many, data["groups"] = 70_000, data["groups"][:1]
+    if spread:  # over several steps
+        step = {**data, "groups": data["groups"] * (many // 10)}
+        data["after"] = [step] * 10
+    else:
+        data["groups"] = data["groups"] * many
+    start = time.process_time()
+    with pytest.raises(fxgrow.PlanError, match=r"groups is wrong: it has 70\d+ entries in all steps"):
+        fxgrow.Plan.from_dict(data)
+    assert time.process_time() - start < 0.5  # seconds; each group took 45 microseconds

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import torch
@@ -17,6 +17,11 @@ from fxgrow.plan.edits import AxisEdit, ModuleEdit, Multiplier, Run, SizeEdit, T
 
 _MOST_ENTRIES = 1 << 20  # of a list or a mapping
 MOST_GLOBS = 1 << 12  # of a setting; each tensor is tried against them
+_MOST_TOLD = 1 << 16  # groups of all steps of a plan, and the like: each is looked at
+_OF_STEPS = (
+    "groups", "blocks", "kernels", "refused", "scopes", "modules", "sizes", "multipliers",
+    "prediction", "rearrangements",
+)  # fmt: skip
 _MOST_SIZE = 1 << 31  # of a dim, or an attribute
 _MOST_COUNT = 1 << 64  # of parameters and operations; a seed
 _MOST_PARTS = 100  # of a name: modules in modules
@@ -73,6 +78,24 @@ def check_extent(data: object, place: str = "", depth: int = 0) -> None:
     for key, part in parts:
         if not isinstance(part, (str, float)):
             check_extent(part, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def check_number(data: Mapping[str, object]) -> None:
+    """Check that a plan has no more groups and the like, in all its steps, than any network has.
+
+    Args:
+        data: a plan as JSON, of any schema.
+
+    Raises:
+        PlanError: it has; reading it would take minutes.
+    """
+    before = data.get("after")
+    steps = (*(before if isinstance(before, list) else ()), data)
+    for name in _OF_STEPS:
+        found = (step.get(name) for step in steps if isinstance(step, Mapping))
+        count = sum(len(entries) for entries in found if isinstance(entries, (list, dict)))
+        if count > _MOST_TOLD:
+            refuse(name, f"it has {count} entries in all steps, and there can be {_MOST_TOLD}")
 
 
 def check_init(name: str, place: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxgrow.errors import PlanError, shown
 from fxgrow.labels.gains import Verdict
-from fxgrow.plan.bounds import check_extent, refuse
+from fxgrow.plan.bounds import check_extent, check_number, refuse
 from fxgrow.plan.checks import check_step
 from fxgrow.plan.step import PlanStep
 from fxgrow.plan.told import check_told
@@ -87,6 +87,7 @@ class Plan(PlanStep):
                 f"this is not a plan of schema 1 or 2 (its schema is {shown(repr(schema))}).",
                 way_out="Make the plan anew with this version of fxgrow.",
             )
+        check_number(data)
         check_extent(dict(data))
         try:
             text = json.dumps(dict(data))  # as JSON it is data alone, whatever it was read from
