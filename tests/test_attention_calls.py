@@ -85,7 +85,9 @@ def test_ratios_are_rounded_to_whole_heads_and_what_comes_in_grows_as_much() -> 
 
 
 def test_numbers_of_channels_are_not_rounded_to_whole_heads() -> None:
-    with pytest.raises(fxgrow.PlanError, match="possible: 48 or 60"):
+    with pytest.raises(
+        fxgrow.PlanError, match=r"possible: 48 \(4 × 12 rows\) or 60 \(5 × 12 rows\)"
+    ):
         fxgrow.widen(Cross({}).double(), {"att": "54"}, sequences())
 
 

@@ -680,6 +680,8 @@ def test_more_groups_than_any_network_has_are_refused_before_they_are_read(sprea
     else:
         data["groups"] = data["groups"] * many
     start = time.process_time()
-    with pytest.raises(fxgrow.PlanError, match=r"groups is wrong: it has 70\d+ entries in all steps"):
+    with pytest.raises(
+        fxgrow.PlanError, match=r"groups is wrong: it has 70\d+ entries in all steps"
+    ):
         fxgrow.Plan.from_dict(data)
     assert time.process_time() - start < 0.5  # seconds; each group took 45 microseconds

@@ -147,11 +147,12 @@ class _Count:
             for rows, count in sorted(several.items()):
                 if count * wanted % group.followed:
                     step = group.followed // gcd(group.followed, count)
-                    near = nearest_widths(step, wanted, group.width)
+                    each = rows if len(several) == 1 else 1
+                    near = nearest_widths(step, wanted, group.width, each)
                     self.next[group.name] = -(-wanted // step) * step
                     self.problems[group.name] = (
-                        f"width {wanted} is not a whole number of its channels, which have {rows} "
-                        f"rows each; possible: {near}"
+                        f"width {wanted} is no whole number of channels, of which each has {rows} "
+                        f"rows; possible: {near}"
                     )
 
     def _count_positions(self) -> dict[tuple[str, str], int]:

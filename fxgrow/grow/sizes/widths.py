@@ -214,17 +214,24 @@ def check_globs(request: Widen, analyses: Sequence[Analysis]) -> None:
     check_gain_of_layers(request.gain, request.rescaling, weighted)
 
 
-def nearest_widths(granule: int, wanted: int, present: int) -> str:
+def nearest_widths(granule: int, wanted: int, present: int, rows: int = 1) -> str:
     """Return the multiples of ``granule`` around ``wanted`` that are above ``present``, as text.
+
+    Where each channel (a head of attention, a unit of an LSTM) has several rows, how many channels
+    these are is told too, as an inspection tells it.
 
     Example:
         >>> nearest_widths(32, 134, 128)
         '160'
         >>> nearest_widths(32, 200, 128)
         '192 or 224'
+        >>> nearest_widths(12, 54, 36, rows=12)
+        '48 (4 × 12 rows) or 60 (5 × 12 rows)'
     """
     below, above = wanted // granule * granule, -(-wanted // granule) * granule
-    return " or ".join(str(width) for width in sorted({below, above}) if width > present)
+    widths = [width for width in sorted({below, above}) if width > present]
+    told = (f" ({width // rows} × {rows} rows)" if rows > 1 else "" for width in widths)
+    return " or ".join(f"{width}{counted}" for width, counted in zip(widths, told, strict=True))
 
 
 def checked_widths(width: Width | Mapping[str, Width]) -> str | dict[str, str]:
