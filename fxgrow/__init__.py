@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from fxgrow.plan.init import inits as inits
     from fxgrow.plan.init import register_init as register_init
     from fxgrow.plan.norm_tensors import NormTensors as NormTensors
-    from fxgrow.plan.pairing import apply_pairing as apply_pairing
+    from fxgrow.plan.paired import apply_pairing as apply_pairing
     from fxgrow.plan.rescaling import apply_rescaling as apply_rescaling
     from fxgrow.plan.schema import Plan as Plan
     from fxgrow.verification.findings import Verification as Verification
@@ -115,7 +115,7 @@ _HOMES: dict[str, str] = {
     "morph_kernel": "fxgrow.api.kernels",
     **dict.fromkeys(("inits", "register_init"), "fxgrow.plan.init"),
     "NormTensors": "fxgrow.plan.norm_tensors",
-    "apply_pairing": "fxgrow.plan.pairing",
+    "apply_pairing": "fxgrow.plan.paired",
     "apply_rescaling": "fxgrow.plan.rescaling",
     "deepen": "fxgrow.api.deepen",
     "grow_optimizer_": "fxgrow.files.optimizer.growth",

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 import fxgrow
 from fxgrow.cli.app import app
-from fxgrow.files import copies, models
+from fxgrow.files import copies, models, targets
 from fxgrow.files.checkpoint import directory, safetensors_files, saving
 from fxgrow.files.checkpoint.formats import FORMATS, Contents
 from fxgrow.files.optimizer import growth, state, steps
@@ -411,7 +411,7 @@ def _zero(name: str, row: int) -> Callable[[dict[str, Tensor]], None]:
 
 AVERAGE: list[Fault] = [
     Fault("the average is overwritten by the weights", "checkpoint", wrap(
-        models, "_grown_weights", lambda found: [found[0]] * len(found)), silent=True),
+        targets, "_grown_weights", lambda found: [found[0]] * len(found)), silent=True),
     Fault("the average is under other names", "checkpoint", stored(_bare), silent=True),
     Fault("the average's counter is lost", "checkpoint",
           stored(lambda entries: _nothing(entries.pop("n_averaged", None))), silent=True),
@@ -491,7 +491,7 @@ OPTIMIZER: list[Fault] = [
 
 
 def _config(**fields: object) -> Patch:
-    return wrap(models, "config_of", lambda config: {**config, **fields})
+    return wrap(targets, "config_of", lambda config: {**config, **fields})
 
 
 CONFIGURATION: list[Fault] = [

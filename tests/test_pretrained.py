@@ -215,7 +215,7 @@ def test_heads_of_twice_the_size_are_not_twice_the_heads(tmp_path, monkeypatch):
     opened, grown = widened(path, verify=False)
     config = json.loads((path / "config.json").read_text())
     wrong = config | {"head_dim": 8, "intermediate_size": 48}  # the same shapes
-    monkeypatch.setattr("fxgrow.files.models.config_of", lambda *_: wrong)
+    monkeypatch.setattr("fxgrow.files.targets.config_of", lambda *_: wrong)
     with pytest.raises(fxgrow.VerificationError, match="it computes something else"):
         write_grown(opened, grown, tmp_path / "out")
     assert not (tmp_path / "out").exists()

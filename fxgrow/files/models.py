@@ -9,88 +9,44 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import nn
 
 from fxgrow.api.widen import Grown
-from fxgrow.errors import FxgrowError, SourceError
+from fxgrow.errors import FxgrowError
 from fxgrow.files.beside import left_beside
-from fxgrow.files.checkpoint import Source, load_source, save_source
+from fxgrow.files.checkpoint import load_source, save_source
 from fxgrow.files.checkpoint.foreign import refuse_foreign_output
 from fxgrow.files.checkpoint.formats import Contents
 from fxgrow.files.checkpoint.location import RECORD_KEY
 from fxgrow.files.checkpoint.reading import naming
 from fxgrow.files.checkpoint.saving import TENSORS_ONLY, output_format
-from fxgrow.files.checkpoint.writing import Check, write_file
-from fxgrow.files.copies import grown_copies, left_behind, stale_settings
-from fxgrow.files.fitting import config_of
+from fxgrow.files.checkpoint.writing import write_file
+from fxgrow.files.copies import left_behind, stale_settings
 from fxgrow.files.identity import arranged, identified
+from fxgrow.files.opened import OpenedModel as OpenedModel
 from fxgrow.files.optimizer import grow_state_dict
 from fxgrow.files.optimizer.checking import check_optimizer
 from fxgrow.files.pickled import check_pickled
 from fxgrow.files.pretrained import (
     architecture_of,
     example_inputs,
-    is_of_timm,
     is_pretrained,
     open_pretrained,
     reaching,
-    stored,
-    timm_config,
-    untied,
 )
 from fxgrow.files.records import put_weights, rebuilt_difference, record_of
 from fxgrow.files.reread import Judged, check_written, containers_copied
-from fxgrow.files.written import check_directory, check_program, check_timm
+from fxgrow.files.targets import inputs_of, judged_of, target_of
+from fxgrow.files.written import check_program
 from fxgrow.modules.architectures import Architecture
-from fxgrow.modules.calling import Arguments
 from fxgrow.modules.exclusive import exclusive
-from fxgrow.modules.inputs import batches_for
 from fxgrow.modules.recognition import recognise
-from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
-
-_PICKLED_GRAPH = (
-    "the grown module is a GraphModule: torch.load(weights_only=False) reads it, fxgrow only with "
-    "--trust-pickle. Widen a state_dict to avoid that."
-)
-_NO_NAME = (
-    "config.json is left out: timm has no architecture of {}. fxgrow.load reads the "
-    "directory, by the record in its weights."
-)
-
-
-@dataclass
-class OpenedModel:
-    """A model read from a file, with what is needed to write the same kind of file again.
-
-    Attributes:
-        source: the file's contents.
-        model: the module with the file's weights, in eval mode if it was built here.
-        architecture: what it was built from; None for a pickled module.
-        plans: the surgeries it has been through, oldest first.
-        warnings: what the user should know.
-        converted: what is written is a network of ``architecture`` as it is built.
-        inputs: example inputs, where the source tells which it takes.
-    """
-
-    source: Source
-    model: nn.Module
-    architecture: Architecture | None
-    plans: tuple[Plan, ...] = ()
-    warnings: list[str] = field(default_factory=list)
-    inputs: Arguments | None = None
-    converted: bool = False
-
-    def become(self, architecture: Architecture) -> None:
-        """Have what is written recorded as another architecture, without surgeries before it."""
-        self.architecture, self.converted = architecture, True
 
 
 @exclusive
@@ -189,11 +145,10 @@ def write_grown(
         VerificationError: what was written is not the grown model when it is read again.
     """
     out, source = Path(out), opened.source
-    known = is_pretrained(opened.architecture)
-    target = output_format(source, out, configured=known)
-    notes = [_PICKLED_GRAPH] if _pickles_graph(source, grown.model, target) else []
-
-    judged = _judged(opened, grown)
+    file_format = output_format(source, out, configured=is_pretrained(opened.architecture))
+    judged = judged_of(opened, grown)
+    target = target_of(opened, grown, judged, file_format, inputs)
+    notes = list(target.notes)
 
     def optimizer(saved: dict[str, Any], place: str) -> dict[str, Any]:
         changed, found = grow_state_dict(grown.plan, saved, opened.model, grown.model)
@@ -204,120 +159,20 @@ def write_grown(
         notes.extend(f"the optimizer in {place!r}: {note}" for note in found)
         return changed
 
-    config, example = None, None
-    check: Check = functools.partial(check_written, judged=judged)
-    of_timm = is_of_timm(source.config) and not known
-    stock = of_timm and target == "directory" and _is_built_by_timm(opened)
-    if of_timm and target == "directory" and not stock:
-        what = f"the name {opened.architecture}" if opened.converted else "these widths"
-        notes.append(_NO_NAME.format(what))
-    described = target == "directory" and (known or source.config is not None) and not of_timm
-    if target == "pt2" or described or stock:
-        example = _inputs_of(grown, opened.model, opened.inputs if inputs is None else inputs)
-        check = functools.partial(check_program, grown=grown.model, inputs=example)
-    if described:
-        config, weights = _for_directory(opened, grown, example)
-        named: Any = opened.architecture.arguments["config"] if opened.architecture else {}
-        check = functools.partial(
-            check_directory, grown=grown.model, inputs=example, config=config, kept=named,
-            folder=source._contents.folder,
-        )  # fmt: skip
-    else:
-        weights = _grown_weights(source, grown, judged.copies)
-    if stock:
-        config = timm_config(source.config or {}, opened.architecture, grown.model)  # type: ignore[arg-type]
-        check = functools.partial(
-            check_timm, grown=grown.model, inputs=example, config=config,
-            folder=source._contents.folder,
-        )  # fmt: skip
-    plans = () if opened.converted else (*opened.plans, *grown.plan.steps)
     written = save_source(
-        source, weights, out, record=record_of(opened.architecture, plans),
-        model=grown.model if source.model is not None or target == "pt2" else None,
-        optimizer=optimizer, config=config, inputs=example, check=check, force=force,
+        source, target.weights, out, record=record_of(opened.architecture, judged.plans),
+        model=grown.model if source.model is not None or file_format == "pt2" else None,
+        optimizer=optimizer, config=target.config, inputs=target.inputs, check=target.check,
+        force=force,
     )  # fmt: skip
-    if source.kind == "checkpoint" and target not in TENSORS_ONLY:
+    if source.kind == "checkpoint" and file_format not in TENSORS_ONLY:
         for place in source.copies:
             tell(f"the weights in {place!r}")
         notes += left_behind(source, opened.model, grown.model, grown.plan)
         notes += stale_settings(source, grown.plan)
-    if target == "directory" and (folder := source._contents.folder) is not None:
+    if file_format == "directory" and (folder := source._contents.folder) is not None:
         notes += left_beside(folder, opened.model, grown.model, grown.plan)
     return notes + written
-
-
-def _is_built_by_timm(opened: OpenedModel) -> bool:
-    """Return whether what is written is a network of timm's as it is built."""
-    named = opened.architecture is not None and opened.architecture.name.startswith("timm:")
-    return named and opened.converted
-
-
-def _pickles_graph(source: Source, model: nn.Module, target: str) -> bool:
-    """Return whether a whole module is written as a pickle, and a part of it is a GraphModule."""
-    whole = source.model is not None and target.startswith("torch") and source.format != "pt2"
-    return whole and any(isinstance(module, fx.GraphModule) for module in model.modules())
-
-
-def _judged(opened: OpenedModel, grown: Grown) -> Judged:
-    """Return what the file must give back.
-
-    Raises:
-        VerificationError: a moving average is not as the plan lays it out.
-    """
-    source, plan = opened.source, grown.plan
-    first, copies = source.state_dict, grown_copies(source, plan, grown.init)
-    origins = tensor_origins(named_tensors(opened.model), plan.steps)
-    held = {name for name, origin in origins.items() if origin.name in first}
-    absent = {name for name in grown.model.state_dict() if name not in held}
-    plans = () if opened.converted else (*opened.plans, *plan.steps)
-    return Judged(grown.model, opened.architecture, plans, source, copies, absent)
-
-
-def _grown_weights(
-    source: Source, grown: Grown, copies: Sequence[Mapping[str, Tensor]]
-) -> list[Mapping[str, Tensor]]:
-    """Return what becomes of each of a source's state_dicts, the network's own first."""
-    first, new = source.state_dict, grown.model.state_dict()
-    origins = tensor_origins(first, grown.plan.steps).items()
-    own = OrderedDict((n, new[n] if n in new else first[old]) for n, (old, _) in origins)
-    return [own, *copies]
-
-
-def _for_directory(
-    opened: OpenedModel, grown: Grown, inputs: Arguments | None
-) -> tuple[dict[str, Any], list[Mapping[str, Tensor]]]:
-    """Return the configuration and the weights of a grown model as a directory holds them.
-
-    Raises:
-        SourceError: no configuration describes the model.
-    """
-    architecture = opened.architecture
-    if architecture is None or not is_pretrained(architecture) or opened.plans:
-        raise SourceError(
-            f"no config.json describes what {opened.source.path} has become.",
-            name=str(opened.source.path),
-            way_out="Write the weights alone: -o model.safetensors.",
-        )
-    if opened.converted:
-        config: dict[str, Any] = dict(architecture.arguments["config"])  # type: ignore[call-overload]
-    else:
-        config = config_of(architecture, grown.plan, grown.model, inputs)
-    return config, [stored(grown.model, untied(grown.model))]
-
-
-def _inputs_of(grown: Grown, model: nn.Module, example_inputs: object) -> Arguments:
-    """Return inputs to run a grown network on once more.
-
-    Raises:
-        SourceError: it was not the whole network that was followed, so its inputs are not known.
-    """
-    scope = grown.plan.scopes[0]
-    if scope.module and example_inputs is None:
-        raise SourceError(
-            "only parts of this network could be followed, so its inputs are not known.",
-            way_out="Write its weights: -o model.pt or -o model.safetensors.",
-        )
-    return batches_for(model, scope.inputs, scope.inputs_inferred, example_inputs)[0]
 
 
 def _recognised(
@@ -355,7 +210,7 @@ def save(grown: Grown, path: str | Path, *, force: bool = False) -> None:
     out = Path(path)
     refuse_foreign_output(out)
     if out.suffix == ".pt2":
-        inputs = _inputs_of(grown, grown.model, None)
+        inputs = inputs_of(grown, grown.model, None)
         check = functools.partial(check_program, grown=grown.model, inputs=inputs)
         program = Contents(grown.model, inputs=inputs)
         write_file(program, out, "pt2", source=None, force=force, check=check)

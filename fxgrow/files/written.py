@@ -59,15 +59,12 @@ def check_directory(
     Raises:
         VerificationError: a tensor, a plain attribute, the output or another file differs.
     """
-    if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
-        raise _unlike(told)
+    _check_config(path, config, folder)
     kept = screened(kept).used  # what asks for code is never written
     if _TIED in kept:  # it says what has become of the model
         kept = {**kept, _TIED: getattr(getattr(grown, "config", None), _TIED, kept[_TIED])}
     if told := difference(_words(config, kept), _words(kept, kept), CONFIG):
         raise _unlike(told)
-    if folder is not None:
-        _check_copies(path, folder)
     kind: Any = type(grown)
     try:
         with _alone(path) as folder, closed("transformers"):
@@ -110,16 +107,28 @@ def check_timm(
     Raises:
         VerificationError: a tensor, the configuration, the output or another file differs.
     """
-    told = read_config(path / CONFIG)
-    if differs := difference(told, json.loads(json.dumps(config)), CONFIG):
-        raise _unlike(differs)
-    if folder is not None:
-        _check_copies(path, folder)
-    found = architecture_of(path, told).build("cpu", Limit.of(grown.state_dict())).eval()
+    _check_config(path, config, folder)
+    found = (
+        architecture_of(path, read_config(path / CONFIG))
+        .build("cpu", Limit.of(grown.state_dict()))
+        .eval()
+    )
     held: Any = read_file(path, opener=Mappings().open)[1].data
     found.load_state_dict(held, assign=True)
     _check_tensors(grown, found)
     check_outputs(grown, found, inputs)
+
+
+def _check_config(path: Path, config: Mapping[str, Any], folder: Path | None) -> None:
+    """Return if a directory says what it should, and its other files are copies of a folder's.
+
+    Raises:
+        VerificationError: one of the two is not so.
+    """
+    if told := difference(read_config(path / CONFIG), json.loads(json.dumps(config)), CONFIG):
+        raise _unlike(told)
+    if folder is not None:
+        _check_copies(path, folder)
 
 
 def _check_tensors(grown: nn.Module, found: nn.Module) -> None:

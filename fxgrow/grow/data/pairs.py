@@ -24,12 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
+from fxgrow.grow.data.between import is_depthwise, norm_over, problems_between
 from fxgrow.grow.data.directions import Shapes
 from fxgrow.grow.norms.padding import follow_padding
 from fxgrow.grow.norms.zero_channels import follow_zeros
-from fxgrow.labels.operators import operator_name, traits_of
 from fxgrow.labels.padding import Holds
-from fxgrow.labels.tape import Operation, Value
 from fxgrow.modules.tensors import layer_of
 from fxgrow.plan.step import Refusal
 
@@ -133,7 +132,7 @@ def find_pair(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> Laye
     if problem is not None:
         return Refusal(group.name, problem)
     over = norm_over(analysis, group, model)
-    problem = next(_problems_between(analysis, group, model, over), None)
+    problem = next(problems_between(analysis, group, model, over), None)
     if problem is not None:
         return Refusal(group.name, problem)
     (writer,) = group.writers
@@ -184,16 +183,6 @@ def _entry(model: nn.Module, name: str) -> Tensor:
     norms = tensor.flatten(1).norm(dim=1)
     found[centre] = norms.mean() if bool(norms.any()) else 1.0
     return found
-
-
-def is_depthwise(model: nn.Module, name: str) -> bool:
-    """Return whether a layer is a convolution of each channel by itself, into one."""
-    layer = dict(model.named_modules()).get(name)
-    return (
-        isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        and layer.groups == layer.in_channels == layer.out_channels
-        and "weight" in layer._parameters  # a parametrized one is computed
-    )
 
 
 def _reader(analysis: Analysis, group: ChannelGroup, model: nn.Module, layer: str) -> Reader:
@@ -297,90 +286,6 @@ def _problems_of_carrier(model: nn.Module, name: str) -> Iterator[str]:
         yield f"the norm {name} keeps no statistics, so that it is no function of one sample"
     if layer._parameters.get("weight") is None:
         yield f"the norm {name} has no weight, so that no new channel passes it unchanged"
-
-
-def _problems_between(
-    analysis: Analysis, group: ChannelGroup, model: nn.Module, over: str
-) -> Iterator[str]:
-    """Yield why what lies between the layers does not treat each channel by itself.
-
-    Args:
-        analysis: of the network.
-        group: between them.
-        model: the network itself.
-        over: the one norm over all channels that may lie there, or "".
-    """
-    (writer,) = group.writers
-    for layer in (writer, *group.readers):
-        used = [op for op in analysis.tape.operations if f"{layer}.weight" in op.parameters]
-        if sum(any(not value.is_weight for value in op.outputs) for op in used) != 1:
-            yield f"{layer} is used more than once"
-    passed: set[int] = set()
-    early: set[int] = set()  # of these, what no norm over all channels is before
-    mixers = analysis.mixers_of(group)
-    for op in analysis.tape.operations:
-        if op.module == writer:
-            passed |= {value.index for value in op.outputs if not value.is_weight}
-            early |= passed if over else set()
-        elif op.module not in group.readers and any(v.index in passed for v in op.inputs):
-            # One over positions divides by their deviation, which small numbers do not show.
-            is_norm = "norm" in op.name and op.module not in group.carriers
-            mixes = _mixes(op, mixers) and op.module != over
-            by_itself = op.module in group.carriers and is_depthwise(model, op.module)
-            if mixes or is_norm or not _is_alone(op, passed, is_product=by_itself):
-                where = f" at {op.module}" if op.module else ""
-                yield f"{op.name}{where} lies between the layers{_why(op, mixers)}"
-            passed |= {value.index for value in op.outputs}
-            if op.module != over and any(v.index in early for v in op.inputs):
-                early |= {value.index for value in op.outputs}
-        elif any(v.index in early for v in op.inputs):
-            yield f"{op.module} reads them before {over}, a norm over all of them"
-
-
-def _mixes(op: Operation, mixers: Collection[str]) -> bool:
-    """Return whether an operation is one of those that depend on several channels together."""
-    return f"{operator_name(op.target)}{op.place.removeprefix(op.name)}" in mixers
-
-
-def _why(op: Operation, mixers: Collection[str]) -> str:
-    """Return what to say besides of a group norm; "" of anything else."""
-    if not (_mixes(op, mixers) and op.name == "native_group_norm"):
-        return ""
-    return (
-        ": its mean and deviation are also over positions, so that no new channel leaves them as "
-        "they are (choose another init)"
-    )
-
-
-def norm_over(analysis: Analysis, group: ChannelGroup, model: nn.Module) -> str:
-    """Return the name of the one module that normalises over all channels of a group; "" if none.
-
-    It has a weight for each channel, and a bias at most besides.
-    """
-    mixers = analysis.mixers_of(group)
-    found = {op.module for op in analysis.operations_of(group) if _mixes(op, mixers)}
-    if len(found) != 1 or not {*found} <= {*group.carriers}:
-        return ""
-    (name,) = found
-    module = model.get_submodule(name)
-    tensors = {n: t for n, t in {**module._parameters, **module._buffers}.items() if t is not None}
-    is_known = "weight" in tensors and {*tensors} <= {"weight", "bias"}
-    is_known = is_known and all(tensor.ndim == 1 for tensor in tensors.values())
-    return name if is_known and not isinstance(module, (nn.GroupNorm, _BatchNorm)) else ""
-
-
-def _is_alone(op: Operation, passed: set[int], *, is_product: bool = False) -> bool:
-    """Return whether an operation depends on what the writer puts out, and on weights, alone.
-
-    Args:
-        op: the operation.
-        passed: values that come from the writer.
-        is_product: whether it may be a product.
-    """
-    random = torch.Tag.nondeterministic_seeded in op.target.tags
-    others: list[Value] = [value for value in op.inputs if value.index not in passed]
-    mixes = not is_product and (op.is_product or traits_of(op.target).is_product)
-    return not (random or mixes) and all(value.is_weight for value in others)
 
 
 def shapes_of(network: nn.Module, pair: LayerPair) -> Shapes:

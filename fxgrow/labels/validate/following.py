@@ -82,22 +82,45 @@ def check_padding(case: SampleCase) -> str:
 
 def _check_held(case: SampleCase, table: ChannelTable, members: IntArray, holds: Holds) -> str:
     """Follow what some channels of a group hold, and see whether they do."""
+    flow = _followed(case, table, members, holds)
+    if flow is None:
+        return ""
+    padding = case.random.permutation(members)[: len(members) // 2]
+    again = run(case.call, _holding(case, members, padding, flow, holds))
+    if not all(bool(x.isfinite().all()) for x in again if x.is_floating_point()):
+        return ""  # a root of what is negative, say
+    wanted = []
+    for x, value, layers in zip(again, case.labelled.leaving, case.claims.results, strict=True):
+        held = flow.of(value).what if flow.carries(value) else None
+        for layer in layers:
+            x = x if held is None else _padded(x, layer, members, padding, held)
+        wanted.append(x)
+    return difference(case, wanted, again, f"channels that hold {holds}")
+
+
+def _followed(
+    case: SampleCase, table: ChannelTable, members: IntArray, holds: Holds
+) -> PaddingFlow | None:
+    """Return what becomes of what some channels hold; None where it cannot be followed."""
     axes = [i for i, _ in enumerate(table.axes) if np.isin(table.of_axis(i), members).any()]
     flow = PaddingFlow(table, members, tuple(axes), holds, gradient_later=True)
     for value in filter(flow.carries, case.labelled.entering):
         if not value.dtype.is_floating_point:
-            return ""
+            return None
         if value.is_input:
             flow.hold(value, Held(holds))
     interpret(case.labelled.operations, flow)
-    if flow.refusal:
-        return ""
-    space = case.labelled.space
-    padding = case.random.permutation(members)[: len(members) // 2]
-    fills: dict[tuple[str, int], Holds | float] = {
-        (axis.tensor, axis.dim): holds if index in flow.filled else _NEW[space.fills[index]]
-        for index, axis in enumerate(table.axes)
-        if index in flow.filled or space.fills.get(index) in _NEW
+    return None if flow.refusal else flow
+
+
+def _holding(
+    case: SampleCase, members: IntArray, padding: IntArray, flow: PaddingFlow, holds: Holds
+) -> list[Tensor]:
+    """Return operands in which some of a group's channels hold what they should."""
+    fills = {
+        (axis.tensor, axis.dim): holds if index in flow.filled else _NEW.get(fill or "")
+        for index, axis in enumerate(flow.table.axes)
+        for fill in [case.labelled.space.fills.get(index)]
     }
     operands = []
     entering = case.labelled.entering
@@ -106,17 +129,7 @@ def _check_held(case: SampleCase, table: ChannelTable, members: IntArray, holds:
             own = holds if value.is_input else fills.get((value.parameter, layer.dims[0]))
             x = x if own is None else _padded(x, layer, members, padding, own)
         operands.append(x)
-    again = run(case.call, operands)
-    if not all(bool(x.isfinite().all()) for x in again if x.is_floating_point()):
-        return ""  # a root of what is negative, say
-    what = f"channels that hold {holds}"
-    wanted = []
-    for x, value, layers in zip(again, case.labelled.leaving, case.claims.results, strict=True):
-        held = flow.of(value).what if flow.carries(value) else None
-        for layer in layers:
-            x = x if held is None else _padded(x, layer, members, padding, held)
-        wanted.append(x)
-    return difference(case, wanted, again, what)
+    return operands
 
 
 def _padded(
