@@ -138,6 +138,34 @@ def test_a_network_in_mixed_precision_grows_deeper(tmp_path):
     assert bool(new.mlp.c_proj.weight.any())
 
 
+def llama(config: Any = None) -> Any:
+    torch.manual_seed(0)
+    config = config or transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        intermediate_size=16, max_position_embeddings=16, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def test_a_deeper_network_resumes_from_its_saved_configuration(tmp_path):
+    growths = {1: {"deepen": {"model.layers": "+1"}}, 2: "2x"}
+    run = trainer(tmp_path, GrowthCallback(growths), model=llama(), save_strategy="epoch")
+    run.train()
+    for epoch in (2, 3):
+        folder = tmp_path / f"checkpoint-{2 * epoch}"
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert config.num_hidden_layers == 2
+        model = regrow_from(llama(config), folder)
+        assert safetensors.torch.load_model(model, folder / "model.safetensors") == (set(), [])
+    resumed = trainer(tmp_path, GrowthCallback(growths), model=llama(config))
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert all(map(torch.equal, run.model.parameters(), resumed.model.parameters()))
+    # The weights of a network that is deeper and nothing else are loaded into one of that depth.
+    early = trainer(tmp_path, GrowthCallback(growths), model=llama(config))
+    with pytest.raises(PlanError, match="configuration that the training began with"):
+        early.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_weights_under_other_names_are_told_of_as_they_are_written(tmp_path, monkeypatch):
     def renamed(self: Any, folder: Any, **options: Any) -> None:
         state = {f"old.{name}": tensor.clone() for name, tensor in self.state_dict().items()}

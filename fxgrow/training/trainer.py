@@ -221,8 +221,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 )
             raise PlanError(
                 "the network has not grown as the checkpoint's had.",
-                way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
-                "callback resume_from= with the checkpoint's directory.",
+                way_out="Give the Trainer a new network by model=…, of the configuration that the "
+                "training began with, and the callback resume_from= with the checkpoint's path.",
             )
         if record:  # another checkpoint of the same stage may have told the shapes
             self._growing.regrow(model, record, [optimizer])
