@@ -27,6 +27,7 @@ safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from fxgrow.training import GrowthSchedule, Plateau  # noqa: E402
+from fxgrow.training.replicas import wrap_anew  # noqa: E402
 from fxgrow.training.trainer import GrowthCallback, regrow_from  # noqa: E402
 
 GROWTHS = {1: "2x", 3: {"width": "1.5x", "pairing": "replicate"}}
@@ -257,37 +258,68 @@ def test_a_checkpoint_of_an_earlier_stage_does_not_undo_growth(whole):
         run.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
 
 
-def test_several_processes_are_refused_as_the_trainer_is_made(tmp_path):
-    script = """
-        import sys, pathlib
-        sys.path.insert(0, sys.argv[2])
-        from fxgrow.errors import PlanError
-        from test_trainer import GrowthCallback, bert, trainer
-        try:
-            trainer(pathlib.Path(sys.argv[1]), GrowthCallback({1: "2x"}), ddp_backend="gloo")
-        except PlanError as error:
-            assert "2 processes" in str(error) and "between two calls" in str(error), error
-            print("refused")
-    """
+def on_two_processes(script: str, *given: str) -> list[tuple[str, str]]:
+    """Return what two processes that meet by gloo write."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tests = str(Path(__file__).parent)
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), tests],
+            [sys.executable, "-c", textwrap.dedent(script), tests, *given],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    for run in runs:
-        out, err = run.communicate(timeout=300)
-        assert "refused" in out, err[-2000:]
+    return [run.communicate(timeout=300) for run in runs]
+
+
+def test_several_processes_grow_alike_and_resume(tmp_path):
+    script = """
+        import pathlib, sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        import torch.distributed as dist
+        from test_trainer import GrowthCallback, TrainerCallback, bert, trainer
+
+        class Equal(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                own = torch.cat([p.detach().flatten() for p in model.parameters()])
+                every = [torch.empty_like(own) for _ in range(2)]
+                dist.all_gather(every, own)
+                assert torch.equal(*every), state.global_step
+
+        growths = {0: "2x", 1: "1.5x", 3: {"width": "2x", "pairing": "replicate"}}
+        folder = pathlib.Path(sys.argv[2])
+        given = dict(ddp_backend="gloo", save_strategy="epoch", num_train_epochs=4)
+        given["per_device_train_batch_size"] = 4
+        whole = trainer(folder, GrowthCallback(growths), Equal(), **given)
+        whole.train()
+        assert whole.model_wrapped.module is whole.model
+        for epoch in (2, 3):
+            again = trainer(folder, GrowthCallback(growths), Equal(), **given)
+            again.train(resume_from_checkpoint=str(folder / f"checkpoint-{2 * epoch}"))
+            assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+        print("equal", whole.model.bert.encoder.layer[0].intermediate.dense.out_features)
+    """
+    for out, err in on_two_processes(script, str(tmp_path)):
+        assert "equal 96" in out, err[-2000:]
+
+
+def test_a_network_in_parts_is_refused_as_the_trainer_is_made(monkeypatch, tmp_path):
+    growth, args = GrowthCallback({1: "2x"}), TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    growth.on_init_end(args, None, None, model=bert())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PlanError, match=r"2 processes \(fsdp\).*between two calls"):
+        growth.on_init_end(args, None, None, model=bert())
+    with pytest.raises(PlanError, match="in no DistributedDataParallel"):
+        wrap_anew(bert(), 2)
 
 
 WAITING = GrowthSchedule.of(

@@ -22,6 +22,7 @@ from fxgrow.files.pretrained import example_inputs
 from fxgrow.training.due import Schedule
 from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
+from fxgrow.training.replicas import check_replicas, wrap_anew
 from fxgrow.training.resume import regrow_
 from fxgrow.training.schedule import GrowthSchedule
 from fxgrow.training.scheduled import Averages, Growing
@@ -159,18 +160,11 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Prepare to grow the network again when weights of a later stage are loaded.
 
         Raises:
-            PlanError: the training is spread over processes.
+            PlanError: the network is spread over processes.
             UsageError: callbacks are to be made anew from JSON that does not hold all of this one.
         """
         del state, control
-        if getattr(args, "world_size", 1) > 1:
-            raise PlanError(
-                f"the Trainer wraps the network for {args.world_size} processes, out of a "
-                "callback's reach: what grows would not be kept equal in them.",
-                name="world_size",
-                way_out="Grow between two calls of train() with fxgrow.training.grow_, each with "
-                "a new Trainer; or train on one device.",
-            )
+        check_replicas(args)
         again = getattr(args, "restore_callback_states_from_checkpoint", False)
         if again and not (self._is_data and is_json(self._given)):
             raise UsageError(
@@ -273,6 +267,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         self._tell_inputs(model)
         optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
         self._growing.grow_due(count, model, [optimizer], [scheduler])
+        wrap_anew(model, getattr(args, "world_size", 1))
         if getattr(args, "load_best_model_at_end", False):
             # Weights of an earlier stage would not fit at the end.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
