@@ -29,6 +29,7 @@ from fxgrow.training.scheduled import Averages, Growing
 from fxgrow.training.trainer_files import (
     OWN_NAMES,
     STATE,
+    Renaming,
     differs,
     foreign,
     has_other_shape,
@@ -37,6 +38,7 @@ from fxgrow.training.trainer_files import (
     progress_in,
     progress_of,
     progresses,
+    rename_,
     renamed,
     step_of,
 )
@@ -366,6 +368,7 @@ def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         )
     for progress in sorted(found, key=lambda one: len(one["part"])):  # the whole tells of parts
         regrow_(named_module(model, progress["part"]), progress["growth"])
+    model._register_load_state_dict_pre_hook(Renaming(model))  # type: ignore[no-untyped-call]
     return model
 
 
@@ -387,9 +390,11 @@ class _Regrow:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Regrow, (None, None, None)
 
-    def __call__(self, weights: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
+    def __call__(self, weights: dict[str, Tensor], prefix: str, *rest: object) -> None:
         del rest
         callback = self._callback()
-        if callback is not None:
+        model = callback._root() if callback is not None else None
+        if callback is not None and model is not None:
+            rename_(model, weights, prefix)
             own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
             callback.regrow(own, self._output, self._resume)
