@@ -221,8 +221,12 @@ def build(name: str, attention: str = "eager") -> Built:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return the floating-point tensors among what a network gives for keyword inputs."""
+    """Return the floating-point tensors among what a network gives for keyword inputs.
+
+    Without what is handed on to its next call, which grows with the stream.
+    """
     with torch.no_grad():
-        found = model(**inputs)
-    tensors = torch.utils._pytree.tree_leaves(dict(found))
+        found = dict(model(**inputs))
+    found.pop("encoder_last_hidden_state", None)
+    tensors = torch.utils._pytree.tree_leaves(found)
     return [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +111,65 @@ def test_no_graph_stands_for_the_first_run_and_later_ones() -> None:
     model(_INPUTS)
     grown = fxgrow.widen(model, "2x", _INPUTS, rescaling="default_vt")
     assert grown.report.verification.verdict in ("preserved", "as predicted")
+
+
+@functools.lru_cache
+def _mask(count: int) -> Tensor:
+    mask = torch.zeros(count, count)
+    mask[torch.ones(count, count).triu(1).bool()] = -1e9
+    return mask
+
+
+@functools.lru_cache
+def _index(count: int) -> Tensor:
+    positions = torch.arange(count)
+    index = torch.zeros(size=(count + 1,) * 2, dtype=torch.int64)
+    index[1:, 1:] = (positions[:, None] - positions[None]).reshape(count, count).abs()
+    return index.flatten()[: count * count].view(count, count)
+
+
+_TABLES: dict[tuple[int, int], Tensor] = {}
+
+
+def _table(count: int, size: int) -> Tensor:
+    if (count, size) not in _TABLES:
+        table = torch.zeros(count, size)
+        table[:, 0] = torch.arange(count).float()
+        _TABLES[count, size] = table
+    return _TABLES[count, size]
+
+
+class Memoised(nn.Module):
+    """Attention whose tables are made once, for all networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.randn(9))
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, width = x.shape
+        x = x + _table(count, width).to(x)
+        query, key, value = (
+            layer(x).view(batch, count, -1, 4).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        scores = query @ key.transpose(-1, -2) / 2 + _mask(count).to(x) + self.bias[_index(count)]
+        mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, count, -1)
+        return self.head(x + self.out(mixed))
+
+
+def test_what_code_keeps_between_calls_is_what_it_would_be() -> None:
+    """The first run is one of ours, and other runs find what that has left."""
+    for memo in (_mask.cache_clear, _index.cache_clear, _TABLES.clear):
+        memo()
+    torch.manual_seed(0)
+    model, x = Memoised().double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    grown = fxgrow.widen(model, "2x", x)
+    assert grown.report.verification.verdict == "preserved"
+    assert grown.model.query.weight.shape[0] == 16
+    kept = (_mask(5), _index(5), _table(5, 8))
+    assert all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in kept)
+    torch.testing.assert_close(kept[0], torch.full((5, 5), -1e9).triu(1))
+    torch.testing.assert_close(grown.model(x), model(x), rtol=1e-10, atol=1e-10)

@@ -285,7 +285,6 @@ def test_chance_is_left_out_of_the_comparison() -> None:
 # Where nothing of a network grows, and why.
 NOTHING = {
     "mamba": (("hidden",), "nothing to widen"),  # its scan adds D·x: its channels are a stream
-    "mixtral": (("hidden", "all"), "nonzero"),  # tokens are sent to experts by their data
 }
 
 

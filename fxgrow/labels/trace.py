@@ -12,8 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from fxgrow.errors import TooLargeError, TraceError
 from fxgrow.labels.decided import Decided, Mode
@@ -23,8 +22,8 @@ from fxgrow.labels.propagate import MOST_ENTRIES, Place, Watch, no_watch, propag
 from fxgrow.labels.running import Interpreter, Listing, running_modules
 from fxgrow.labels.space import LabelSpace
 from fxgrow.labels.tape import Tape
-from fxgrow.labels.training import differs_in_training
-from fxgrow.modules.calling import Arguments, arguments_of, call, tensors_in
+from fxgrow.labels.training import TrainRun, run_in_training
+from fxgrow.modules.calling import Arguments, call, on_meta, tensors_in
 from fxgrow.modules.decisions import Decider
 from fxgrow.modules.draws import Chance, same_chance
 from fxgrow.modules.inputs import inputs_in_training, nothing_fits, possible_inputs
@@ -69,6 +68,7 @@ class Traced:
     unused: tuple[str, ...] = ()
     _by_chance: set[Mode] = field(default_factory=set)
     _differs: bool | None = None
+    _trained: TrainRun | Exception | None = None
 
     @cached_property
     def _symbolic(self) -> tuple[fx.Graph | None, str]:
@@ -237,6 +237,9 @@ class Traced:
     def _run(self, run: Callable[..., Any], watch: Watch) -> tuple[LabelSpace, Tape]:
         """Label a run in eval mode, and one in train mode if that uses further parameters."""
         try:
+            if self._differs is None:  # before labels, for code that keeps what it makes
+                self._trained = self._run_in_training()
+                in_eval_mode(self.standin)
             space, tape = self._in_eval_mode(run, watch)
             more = self._unused(space) or self._adds_in_training(tape)
             complete = not more or self._label_training(space, watch)
@@ -339,19 +342,17 @@ class Traced:
             return False
         return True
 
+    def _run_in_training(self) -> TrainRun | Exception:
+        decider = self.decided.replay("train")
+        return run_in_training(self.standin, self.target, self.inputs, decider)
+
     def _adds_in_training(self, tape: Tape) -> bool:
         """Return whether train mode draws noise or returns something besides."""
         if self._differs is None:
-            set_training(self.target, mode=True)
-            decider = self.decided.replay("train")
-            try:
-                self._differs = differs_in_training(
-                    self.standin, self.target, self.inputs, tape, decider
-                )
-            except Exception as error:  # a user's forward may raise anything, as on a batch of one
-                if self._decides_in_training(error):
-                    return self._adds_in_training(tape)
-                self._differs = False
+            ran = self._trained
+            if isinstance(ran, Exception) and self._decides_in_training(ran):
+                ran = self._run_in_training()
+            self._differs = isinstance(ran, TrainRun) and ran.adds_to(tape)
         return self._differs
 
     def _unused(self, space: LabelSpace) -> dict[str, int]:
@@ -376,7 +377,7 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
     """
     standin = in_eval_mode(stand_in(model))
     inferred = example_inputs is None
-    inputs = () if inferred else _on_meta(example_inputs)
+    inputs = () if inferred else on_meta(example_inputs)
     decided, scalars = Decided(model, module, example_inputs), scalar_buffers(model)
     zeros = zero_buffers(model) - scalars.keys()
     return Traced(standin, inputs, inferred, decided, module, zeros=zeros, scalars=scalars)
@@ -384,17 +385,3 @@ def trace(model: nn.Module, example_inputs: object = None, module: str = "") -> 
 
 def _shapes(inputs: Arguments) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))
-
-
-def _on_meta(example_inputs: object) -> Arguments:
-    """Return example inputs as arguments, tensors on the meta device."""
-    arguments = arguments_of(example_inputs)
-    on_meta: Arguments = pytree.tree_map_only(Tensor, _on_meta_or_integer, arguments)
-    return on_meta
-
-
-def _on_meta_or_integer(tensor: Tensor) -> Tensor:
-    """Return a tensor on the meta device; token ids and masks keep their values, on the CPU."""
-    if tensor.is_floating_point() or tensor.is_meta:
-        return tensor.to("meta")
-    return tensor.detach().to("cpu")

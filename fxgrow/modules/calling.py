@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _DEPTH = 5  # of objects in objects
 # What transformers returns besides logits for further calls of the decoder, as it does a cache.
@@ -26,6 +27,19 @@ def arguments_of(example_inputs: object) -> Arguments:
     if isinstance(example_inputs, Mapping):
         return dict(example_inputs)
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def on_meta(example_inputs: object) -> Arguments:
+    """Return example inputs as arguments on the meta device; token ids and masks keep values."""
+    arguments = arguments_of(example_inputs)
+    moved: Arguments = pytree.tree_map_only(Tensor, _on_meta, arguments)
+    return moved
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() or tensor.is_meta:
+        return tensor.to("meta")
+    return tensor.detach().to("cpu")
 
 
 def call(function: Callable[..., Any], arguments: Arguments) -> Any:

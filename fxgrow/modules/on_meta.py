@@ -205,19 +205,15 @@ def _placed(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not _is_made_up(func, args, kwargs):
         asks = kwargs.get("device") is not None
         return {**kwargs, "device": torch.device("cpu")} if asks else kwargs
-    if func is _ZEROS and args[0]:
-        return {**kwargs, "device": torch.device("meta")}  # what is written there is, too
     return kwargs
 
 
 def _is_made_up(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether no forward looks at the values of what an operation makes.
 
-    A recurrent layer's first state, of floating-point zeros; and what an operator makes for itself
-    and insists on having where the data is: a number (quantiles, tolerances), a place for counts.
+    What an operator makes for itself and insists on having where the data is: a number (quantiles,
+    tolerances), a place for counts.
     """
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    if func._opname == "zeros":
-        return bool(dtype.is_floating_point)
     is_number = func._opname == "scalar_tensor" or args[:1] == ([],)
     return is_number or (func._opname == "empty" and dtype == torch.int64)
