@@ -118,6 +118,23 @@ def test_every_checkpoint_resumes_to_the_same_weights(average, growth_first, tmp
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), epoch
 
 
+def test_a_module_that_was_compiled_in_place_grows(tmp_path):
+    """Its copies keep what was compiled, which runs the original."""
+    growths = {1: {"width": {"net.*": "2x"}}, 3: "1.5x"}
+
+    def fit(compiled: bool) -> Net:
+        module = Net()
+        if compiled:
+            module.compile(backend="eager")
+        trainer(tmp_path, [GrowthCallback(growths)]).fit(module, data())
+        return module
+
+    plain, compiled = fit(False), fit(True)
+    assert compiled.net[0].out_features == 24
+    assert vars(compiled)["_compiled_call_impl"] is not None
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+
+
 WAITING = GrowthSchedule.of(
     [{"epochs": None}, {"epochs": None, "width": "2x"}, {"epochs": 9, "width": "1.5x"}],
     plateau=Plateau(patience=1, threshold=0.0),

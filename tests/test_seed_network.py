@@ -104,6 +104,18 @@ def test_fewer_blocks_come_first():
             {"stem": 16}, epochs=30, blocks={"blocks": (4, 5)}, stages=3), x)  # fmt: skip
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_heads_as_wide_as_an_input_stay(norm_first, rate):
+    """Those of nn.MultiheadAttention have the width of what they read, here the network's input."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first)
+    full = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 32)
+    schedule = GrowthSchedule.geometric(full, epochs=30, rate=rate, example_inputs=x)
+    assert schedule.widths_at(0) == {"layers.0.linear1": 16, "layers.1.linear1": 16}
+    assert seed_network(full, schedule, x).layers[0].self_attn.embed_dim == 32
+
+
 def test_every_layer_initialises_itself():
     torch.manual_seed(0)
     full, x = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512)), torch.randn(2, 64)

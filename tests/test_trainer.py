@@ -27,6 +27,7 @@ safetensors = pytest.importorskip("safetensors.torch") and pytest.importorskip("
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from fxgrow.training import GrowthSchedule, Plateau  # noqa: E402
+from fxgrow.training.replicas import wrap_anew  # noqa: E402
 from fxgrow.training.trainer import GrowthCallback, regrow_from  # noqa: E402
 
 GROWTHS = {1: "2x", 3: {"width": "1.5x", "pairing": "replicate"}}
@@ -138,6 +139,34 @@ def test_a_network_in_mixed_precision_grows_deeper(tmp_path):
     assert bool(new.mlp.c_proj.weight.any())
 
 
+def llama(config: Any = None) -> Any:
+    torch.manual_seed(0)
+    config = config or transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        intermediate_size=16, max_position_embeddings=16, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def test_a_deeper_network_resumes_from_its_saved_configuration(tmp_path):
+    growths = {1: {"deepen": {"model.layers": "+1"}}, 2: "2x"}
+    run = trainer(tmp_path, GrowthCallback(growths), model=llama(), save_strategy="epoch")
+    run.train()
+    for epoch in (2, 3):
+        folder = tmp_path / f"checkpoint-{2 * epoch}"
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert config.num_hidden_layers == 2
+        model = regrow_from(llama(config), folder)
+        assert safetensors.torch.load_model(model, folder / "model.safetensors") == (set(), [])
+    resumed = trainer(tmp_path, GrowthCallback(growths), model=llama(config))
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert all(map(torch.equal, run.model.parameters(), resumed.model.parameters()))
+    # The weights of a network that is deeper and nothing else are loaded into one of that depth.
+    early = trainer(tmp_path, GrowthCallback(growths), model=llama(config))
+    with pytest.raises(PlanError, match="configuration that the training began with"):
+        early.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_weights_under_other_names_are_told_of_as_they_are_written(tmp_path, monkeypatch):
     def renamed(self: Any, folder: Any, **options: Any) -> None:
         state = {f"old.{name}": tensor.clone() for name, tensor in self.state_dict().items()}
@@ -155,6 +184,44 @@ def test_weights_under_other_names_are_told_of_as_they_are_written(tmp_path, mon
         run(tmp_path, renamed)
     with pytest.raises(PlanError, match=r"names that .* has not .*renamed.*save_original_format"):
         run(tmp_path, renamed, resume=True)
+
+
+def vit() -> Any:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8, num_labels=3,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+def test_weights_under_older_names_are_loaded_as_the_networks_own(tmp_path, recwarn):
+    given = [{"pixel_values": torch.randn(3, 16, 16), "labels": index % 3} for index in range(16)]
+
+    lists = torch.nn.ModuleList
+    blocks = next(name for name, module in vit().named_modules() if isinstance(module, lists))
+
+    def run() -> Any:
+        growths = {1: {"deepen": {blocks: "+1"}}, 2: "2x"}
+        made = trainer(tmp_path, GrowthCallback(growths), model=vit(), save_strategy="epoch")
+        made.train_dataset = given
+        return made
+
+    whole = run()
+    whole.train()
+    for epoch in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{2 * epoch}"
+        again = run()
+        again.train(resume_from_checkpoint=str(folder))
+        assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    model = regrow_from(vit(), folder)
+    if weights.keys() == model.state_dict().keys():
+        pytest.skip("this transformers writes the network's own names")
+    assert safetensors.torch.load_model(model, folder / "model.safetensors") == (set(), [])
+    copied = copy.deepcopy(model).state_dict()
+    assert all(torch.equal(copied[name], value) for name, value in model.state_dict().items())
+    assert not [one for one in recwarn if "names that" in str(one.message)]
 
 
 def test_the_best_model_is_that_since_the_last_growth(tmp_path):
@@ -229,37 +296,68 @@ def test_a_checkpoint_of_an_earlier_stage_does_not_undo_growth(whole):
         run.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
 
 
-def test_several_processes_are_refused_as_the_trainer_is_made(tmp_path):
-    script = """
-        import sys, pathlib
-        sys.path.insert(0, sys.argv[2])
-        from fxgrow.errors import PlanError
-        from test_trainer import GrowthCallback, bert, trainer
-        try:
-            trainer(pathlib.Path(sys.argv[1]), GrowthCallback({1: "2x"}), ddp_backend="gloo")
-        except PlanError as error:
-            assert "2 processes" in str(error) and "between two calls" in str(error), error
-            print("refused")
-    """
+def on_two_processes(script: str, *given: str) -> list[tuple[str, str]]:
+    """Return what two processes that meet by gloo write."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tests = str(Path(__file__).parent)
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), tests],
+            [sys.executable, "-c", textwrap.dedent(script), tests, *given],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    for run in runs:
-        out, err = run.communicate(timeout=300)
-        assert "refused" in out, err[-2000:]
+    return [run.communicate(timeout=300) for run in runs]
+
+
+def test_several_processes_grow_alike_and_resume(tmp_path):
+    script = """
+        import pathlib, sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        import torch.distributed as dist
+        from test_trainer import GrowthCallback, TrainerCallback, bert, trainer
+
+        class Equal(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                own = torch.cat([p.detach().flatten() for p in model.parameters()])
+                every = [torch.empty_like(own) for _ in range(2)]
+                dist.all_gather(every, own)
+                assert torch.equal(*every), state.global_step
+
+        growths = {0: "2x", 1: "1.5x", 3: {"width": "2x", "pairing": "replicate"}}
+        folder = pathlib.Path(sys.argv[2])
+        given = dict(ddp_backend="gloo", save_strategy="epoch", num_train_epochs=4)
+        given["per_device_train_batch_size"] = 4
+        whole = trainer(folder, GrowthCallback(growths), Equal(), **given)
+        whole.train()
+        assert whole.model_wrapped.module is whole.model
+        for epoch in (2, 3):
+            again = trainer(folder, GrowthCallback(growths), Equal(), **given)
+            again.train(resume_from_checkpoint=str(folder / f"checkpoint-{2 * epoch}"))
+            assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+        print("equal", whole.model.bert.encoder.layer[0].intermediate.dense.out_features)
+    """
+    for out, err in on_two_processes(script, str(tmp_path)):
+        assert "equal 96" in out, err[-2000:]
+
+
+def test_a_network_in_parts_is_refused_as_the_trainer_is_made(monkeypatch, tmp_path):
+    growth, args = GrowthCallback({1: "2x"}), TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    growth.on_init_end(args, None, None, model=bert())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PlanError, match=r"2 processes \(fsdp\).*between two calls"):
+        growth.on_init_end(args, None, None, model=bert())
+    with pytest.raises(PlanError, match="in no DistributedDataParallel"):
+        wrap_anew(bert(), 2)
 
 
 WAITING = GrowthSchedule.of(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -46,6 +47,27 @@ def keep_unchanged(model: nn.Module, grown: nn.Module, plan: Plan) -> None:
         _exchange(module, same)
 
 
+def _refer(
+    module: nn.Module, like: nn.Module | None, held: Collection[int], others: Mapping[int, Any]
+) -> None:
+    """Have a module that is new refer to the network, where it refers to the copy that it is of.
+
+    Args:
+        module: the module.
+        like: the module of the network that it is a copy of.
+        held: the ids of all modules in the grown copy.
+        others: what continues modules of that, by their ids.
+    """
+    for name, value in vars(module).items():
+        if name in _HELD:
+            continue
+        theirs = None if like is None else vars(like).get(name)
+        if isinstance(value, nn.Module) and isinstance(theirs, nn.Module) and id(value) not in held:
+            vars(module)[name] = theirs  # of what the network is itself a part of
+        else:
+            vars(module)[name] = _with_others(value, others)
+
+
 def _exchange(module: nn.Module, others: Mapping[int, Tensor]) -> None:
     """Put other tensors in place of some, wherever a module holds them."""
     for held in (module._parameters, module._buffers):
@@ -59,13 +81,16 @@ def _exchange(module: nn.Module, others: Mapping[int, Tensor]) -> None:
                 vars(module)[name] = changed
 
 
-def _with_others(value: Any, others: Mapping[int, Tensor]) -> Any:
-    """Return a value with other tensors in it, also where it only refers to them weakly."""
-    if isinstance(value, Tensor):
-        return others.get(id(value), value)
+def _with_others(value: Any, others: Mapping[int, Any]) -> Any:
+    """Return a value with other objects in place of some, also where it only refers to them."""
+    if id(value) in others:
+        return others[id(value)]
     if isinstance(value, weakref.ref):
         other = others.get(id(value()))
         return value if other is None else weakref.ref(other)
+    if isinstance(value, MethodType):
+        other = others.get(id(value.__self__))
+        return value if other is None else MethodType(value.__func__, other)
     if type(value) in (list, tuple):
         items = [_with_others(item, others) for item in value]
         same = all(new is old for new, old in zip(items, value, strict=True))
@@ -97,12 +122,17 @@ def adopt(model: nn.Module, grown: nn.Module, plan: Plan) -> None:
         for name, (old, is_new) in tensor_origins(before, plan.steps).items()
         if not is_new and name in after and before[old] is not after[name]
     }
+    every = [*modules_of(grown)]
+    held, likes = {id(new) for new in every}, _likes(model, grown, plan)
     for old, new in pairs:
         _take_over(old, new, old_of)
-    for new in modules_of(grown):
+    for new in every:
+        if id(new) in old_of:
+            continue
         for local, child in new._modules.items():
-            if child is not None and id(child) in old_of and id(new) not in old_of:
+            if child is not None and id(child) in old_of:
                 new._modules[local] = old_of[id(child)]
+        _refer(new, likes.get(id(new)), held, old_of)
     for old, _ in pairs:
         _exchange(old, others)
     _set_attributes(model, plan)
@@ -122,6 +152,16 @@ def _counterparts(model: nn.Module, grown: nn.Module, plan: Plan) -> dict[int, n
         if _continues(theirs, mine) and taken.setdefault(id(theirs), id(mine)) == id(mine):
             found.setdefault(id(mine), theirs)
     return found
+
+
+def _likes(model: nn.Module, grown: nn.Module, plan: Plan) -> dict[int, nn.Module]:
+    """Return the module that each new one in a grown copy is like, by the id of the latter."""
+    old = dict(model.named_modules(remove_duplicate=False))
+    new = dict(grown.named_modules(remove_duplicate=False))
+    origins = module_origins(old, plan.steps).items()
+    return {
+        id(new[name]): old[before] for name, (before, is_new) in origins if is_new and name in new
+    }
 
 
 def _continues(old: nn.Module, new: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from fxgrow.channels.analysis import Analysis
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.channels.scope import follow
 from fxgrow.errors import PlanError, UsageError
+from fxgrow.grow.obstacle import Obstacle
+from fxgrow.grow.sizes.rerun import run_resized
 from fxgrow.grow.sizes.resize import Sizes, new_sizes
 from fxgrow.grow.sizes.widths import matches, must_match_group
 from fxgrow.modules.exclusive import exclusive
@@ -75,7 +77,7 @@ class Definition:
             and group.followed_at is None
             and group.width > 1
         ]
-        found = list(filter(None, map(self._unit, _together(chosen))))
+        found = [unit for unit in map(self._unit, _together(chosen)) if unit is not None]
         if not found:
             raise PlanError(
                 f"none of the {len(groups)} channel groups can be narrower.",
@@ -107,7 +109,15 @@ class Definition:
         if step >= lead:
             return None
         least = max(2 * self._kinds(group) * lead // group.width for group in groups)
-        return Unit(lead, step, {group.name: group.width for group in groups}, least)
+        unit = Unit(lead, step, {group.name: group.width for group in groups}, least)
+        return unit if plain or self._runs_at(unit.at(lead - step)) else None
+
+    def _runs_at(self, widths: Mapping[str, int]) -> bool:
+        """Return whether the network runs at some widths of groups.
+
+        Heads alone may not: those of nn.MultiheadAttention are as wide as what they read.
+        """
+        return not isinstance(run_resized(self.analysis, self.sizes(widths)), Obstacle)
 
     def _kinds(self, group: ChannelGroup) -> int:
         """Return how many rows of a group make one of each kind, as in the groups of a convolution.

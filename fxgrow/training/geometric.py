@@ -1,11 +1,12 @@
 """Widths, depths and lengths of stages that grow by one rate (Yuan et al. 2023).
 
-C_t = C_{t−1} + round-to-even(p·C_{t−1}); the lengths are T_t = T_0·(1 + p)^t, each rounded to whole
-epochs by itself: compounded, T_0 = 1 would never grow by a half.
+C_t = C_{t−1} + round-to-even(p·C_{t−1}); the lengths are T_t = T_0·(1 + p)^t, summed up before they
+are rounded to whole epochs: compounded, T_0 = 1 would never grow by a half.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -159,21 +160,23 @@ def depths_by_stage(blocks: Mapping[str, tuple[int, int]], count: int) -> list[d
 
 
 def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> list[int]:
-    """Return how many epochs each stage has, T_0·(1 + p)^t, which are rounded and not compounded.
+    """Return how many epochs each stage has, T_0·(1 + p)^t, and the last one what is left.
+
+    A stage ends at the whole epoch that is nearest to the sum of the lengths up to it.
 
     Args:
         epochs: in all.
         count: how many stages.
         rate: p, by which they become longer.
-        first: T_0; the last stage has the rest. None is the one, no whole number, for which the
-            last one's length follows the rule too; as rounded, lengths still add up and never fall.
+        first: T_0. None is the one for which the last stage's length follows the rule too, as a
+            whole number if that leaves the last stage within a quarter of that length.
 
     Raises:
         UsageError: nothing is left for the last stage.
 
     Example:
-        >>> lengths(160, 9, 0.2, 8)
-        [8, 10, 12, 14, 17, 20, 24, 29, 26]
+        >>> lengths(160, 9, 0.2)  # T_0 = 8, as in the paper
+        [8, 10, 11, 14, 17, 19, 24, 29, 28]
         >>> lengths(16, 5, 0.5), lengths(16, 5, 0.5, 1)
         ([1, 2, 3, 4, 6], [1, 2, 2, 3, 8])
     """
@@ -182,20 +185,36 @@ def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> l
             f"{epochs} epochs are not enough for {count} stages.",
             way_out="Give more epochs, a greater rate, or fewer stages=.",
         )
-    shares = [(1 + rate) ** stage for stage in range(count)]
-    if first is None:
-        ends = [0]
-        for stage, part in enumerate(accumulate(shares)):
-            end = max(ends[-1] + 1, round(epochs * part / sum(shares)))
-            ends.append(min(end, epochs - (count - 1 - stage)))  # one epoch for each that follows
-        return sorted(after - before for before, after in pairwise(ends))
-    if type(first) is not int or first < 1:
+    sums = [*accumulate((1 + rate) ** stage for stage in range(count))]
+    if first is not None and (type(first) is not int or first < 1):
         raise UsageError(f"a first stage of {first} epochs cannot be.", way_out="Give a number.")
-    found = [round(first * share) for share in shares[:-1]]
-    rest = epochs - sum(found)
-    if rest < 1:
+    share = _share(epochs, sums) if first is None else float(first)
+    before = _rounded(share * sums[-2]) if count > 1 else 0
+    if first is not None and before >= epochs:
         raise UsageError(
-            f"the stages before the last take {sum(found)} of {epochs} epochs.",
+            f"the stages before the last take {before} of {epochs} epochs.",
             way_out="Give more epochs, a shorter first stage, or fewer stages=.",
         )
-    return [*found, rest]
+    ends = [0]
+    for stage, part in enumerate(sums[:-1]):
+        end = max(ends[-1] + 1, _rounded(share * part))
+        ends.append(min(end, epochs - (count - 1 - stage)))  # one epoch for each that follows
+    found, rest = sorted(after - before for before, after in pairwise(ends)), epochs - ends[-1]
+    return [*found, rest] if share.is_integer() else sorted([*found, rest])
+
+
+def _share(epochs: int, sums: Sequence[float]) -> float:
+    """Return T_0 for some epochs in all.
+
+    Args:
+        epochs: in all.
+        sums: of the lengths up to each stage, of T_0.
+    """
+    exact = epochs / sums[-1]
+    whole, before = _rounded(exact), sums[-2] if len(sums) > 1 else 0.0
+    by_rule, left = exact * (sums[-1] - before), epochs - whole * before
+    return float(whole) if abs(left - by_rule) <= by_rule / 4 else exact
+
+
+def _rounded(number: float) -> int:
+    return math.floor(number + 0.5)

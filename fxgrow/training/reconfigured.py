@@ -13,10 +13,17 @@ from torch import nn
 from fxgrow.errors import PlanError
 from fxgrow.files.fitting import config_of
 from fxgrow.files.pretrained import example_inputs as inputs_for
+from fxgrow.files.ungoverned import UngovernedError
 from fxgrow.modules.architectures import Architecture
 from fxgrow.modules.calling import arguments_of
 from fxgrow.training.generated import extended
 from fxgrow.training.history import stages_of
+
+_BY_RECORD = (
+    "Keep the weights, the configuration that the training began with and "
+    "fxgrow.training.state_dict(model), from which regrow_ makes the network again. A later "
+    "training can leave out what no configuration tells (exclude=, where=)."
+)
 
 
 def reconfigured(model: nn.Module, example_inputs: object = None) -> nn.Module:
@@ -59,7 +66,10 @@ def reconfigured(model: nn.Module, example_inputs: object = None) -> nn.Module:
     architecture = Architecture(f"transformers:{kind.__name__}", {"config": fields})
     given = inputs_for(model) if example_inputs is None else example_inputs
     arguments = None if given is None else arguments_of(given)
-    found = config_of(architecture, plan, copy.deepcopy(model).cpu().eval(), arguments)
+    try:
+        found = config_of(architecture, plan, copy.deepcopy(model).cpu().eval(), arguments)
+    except UngovernedError as error:
+        raise UngovernedError(error.message, name=error.name, way_out=_BY_RECORD) from error
     first = next(model.parameters(), torch.empty(0))
     result: nn.Module = kind(type(config).from_dict({**fields, **found}))
     result.to(first.device, first.dtype).load_state_dict(model.state_dict())

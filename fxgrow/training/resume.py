@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from fxgrow.training.followers import averaged, check_schedulers, optimizers_of,
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import all_or_nothing, put_in_place
 from fxgrow.training.rates import RATES, WARM_UP, follow, steps_left
+from fxgrow.training.shorter import as_before, module_at
 from fxgrow.verification.findings import Verification
 
 SCHEMA = 1
@@ -60,8 +62,9 @@ def regrow_(
     """Give a network the shape that another one has grown to, in place, to load its weights.
 
     Args:
-        model: the network as its code builds it, before any growth. What is new in it holds nothing
-            yet: load the weights next, then the optimizer's state.
+        model: the network as its code builds it, before any growth; or as deep already as it became
+            (from a configuration that was saved with it). What is new in it holds nothing yet: load
+            the weights next, then the optimizer's state.
         state: what :func:`state_dict` returned; anybody's, so it is checked.
         optimizer: a new one over the network, or several; they hold its new parameters afterwards.
         scheduler: as for :func:`grow_`.
@@ -96,8 +99,16 @@ def regrow_(
             "the network has grown already, in another way than the record says.",
             way_out="Build it anew, as it was before its first growth.",
         )
-    left = _steps_left(state)
-    with all_or_nothing(network, optimizers, means):
+    left, all_of_it = _steps_left(state), {*network.parameters()}
+    with contextlib.ExitStack() as undone:
+        for name in dict.fromkeys(name for name, _, _ in stages) if not present else ():
+            parts = [
+                part for one in (network, *means) if (part := module_at(one, name)) is not None
+            ]
+            plans = [plan for named, _, plan in stages if named == name]
+            undone.enter_context(as_before(parts, plans))
+        undone.enter_context(all_or_nothing(network, optimizers, means))
+        _leave_out(optimizers, all_of_it - {*network.parameters()})
         for name, lr, plan in stages[len(present) :]:
             part = grown = named_module(network, name)
             _check_part(plan, part)
@@ -108,6 +119,12 @@ def regrow_(
             put_in_place(part, result, lr, optimizers, inner, within=network)
         follow(network, "none", left=left)
     return model
+
+
+def _leave_out(optimizers: Sequence[Optimizer], gone: Set[nn.Parameter]) -> None:
+    """Have optimizers hold some parameters no more, of blocks that growth is yet to bring."""
+    for group in (group for one in optimizers for group in one.param_groups):
+        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
 
 
 def _check_part(plan: Plan, part: nn.Module) -> None:

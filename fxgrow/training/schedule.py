@@ -151,8 +151,8 @@ class GrowthSchedule:
             initial: the first width, of the final one.
             rate: p, above 0.
             epochs: in all.
-            first: T_0 (8 of 160 in the paper), the last stage then has the rest of the epochs; None
-                is the one for which it follows the rule too.
+            first: T_0; the last stage has the rest of the epochs. None is the one for which it
+                follows the rule too, a whole number where that comes near (8 of 160, in the paper).
             stages: how many; None for as many as it takes. With fewer, the last one goes from
                 where the widths are to the final ones.
             blocks: lists of blocks that grow in depth, with their first and last number of blocks,

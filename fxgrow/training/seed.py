@@ -14,17 +14,15 @@ from fxgrow.api.deepen import plan_deepening
 from fxgrow.api.widen import plan as plan_widening
 from fxgrow.apply.module import meta_module, reshaped
 from fxgrow.errors import PlanError, UsageError
-from fxgrow.grow.deepen.depth import attribute_edits
-from fxgrow.grow.identity.stages import Stage
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.rerun import Resized, run_resized
 from fxgrow.modules.exclusive import exclusive
 from fxgrow.modules.tensors import modules_of, named_tensors
-from fxgrow.plan.edits import ModuleEdit
 from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.training.definition import built, definition_of
 from fxgrow.training.schedule import GrowthSchedule
+from fxgrow.training.shorter import shorten_
 from fxgrow.version import __version__
 
 _LEAVE_OUT = (
@@ -248,35 +246,5 @@ def _shallower(full: nn.Module, blocks: Mapping[str, int]) -> nn.Module:
         return full
     network = copy.deepcopy(full)
     for name, count in fewer.items():
-        _shorten_(network, name, count)
+        shorten_(network, name, count)
     return network
-
-
-def _shorten_(network: nn.Module, name: str, count: int) -> None:
-    """Leave the first blocks of a list, and let attributes tell their number."""
-    held = network.get_submodule(name)
-    names = tuple(held._modules)
-    # What would follow a further block follows the ones that are left, too.
-    longer = Stage(name, name, names, len(names) - 1, 1)
-    edits = [*attribute_edits(network, longer, (len(names) - 1,))]
-    for local in names[count:]:
-        del held._modules[local]
-    for edit in edits:
-        if edit.module != name and not edit.module.startswith(f"{name}."):
-            _set_depth(network, edit, len(names), count)
-
-
-def _set_depth(network: nn.Module, edit: ModuleEdit, have: int, count: int) -> None:
-    """Set an attribute that tells a number of blocks, or has an entry for each."""
-    owner: Any = network.get_submodule(edit.module)
-    *path, attribute = edit.attribute.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    present = getattr(owner, attribute)
-    if isinstance(present, int):
-        setattr(owner, attribute, count)
-    elif isinstance(present, (list, tuple)) and len(present) == have:
-        setattr(owner, attribute, present[:count])
-    elif isinstance(present, (list, tuple)) and isinstance(edit.after, tuple):
-        pairs = zip(present, edit.after, strict=True)
-        setattr(owner, attribute, type(present)(count if a != b else a for a, b in pairs))

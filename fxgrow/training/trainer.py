@@ -22,12 +22,14 @@ from fxgrow.files.pretrained import example_inputs
 from fxgrow.training.due import Schedule
 from fxgrow.training.history import named_module
 from fxgrow.training.in_place import Grown
+from fxgrow.training.replicas import check_replicas, wrap_anew
 from fxgrow.training.resume import regrow_
 from fxgrow.training.schedule import GrowthSchedule
 from fxgrow.training.scheduled import Averages, Growing
 from fxgrow.training.trainer_files import (
     OWN_NAMES,
     STATE,
+    Renaming,
     differs,
     foreign,
     has_other_shape,
@@ -36,6 +38,7 @@ from fxgrow.training.trainer_files import (
     progress_in,
     progress_of,
     progresses,
+    rename_,
     renamed,
     step_of,
 )
@@ -159,18 +162,11 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         """Prepare to grow the network again when weights of a later stage are loaded.
 
         Raises:
-            PlanError: the training is spread over processes.
+            PlanError: the network is spread over processes.
             UsageError: callbacks are to be made anew from JSON that does not hold all of this one.
         """
         del state, control
-        if getattr(args, "world_size", 1) > 1:
-            raise PlanError(
-                f"the Trainer wraps the network for {args.world_size} processes, out of a "
-                "callback's reach: what grows would not be kept equal in them.",
-                name="world_size",
-                way_out="Grow between two calls of train() with fxgrow.training.grow_, each with "
-                "a new Trainer; or train on one device.",
-            )
+        check_replicas(args)
         again = getattr(args, "restore_callback_states_from_checkpoint", False)
         if again and not (self._is_data and is_json(self._given)):
             raise UsageError(
@@ -221,8 +217,8 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
                 )
             raise PlanError(
                 "the network has not grown as the checkpoint's had.",
-                way_out="Give the Trainer a new network as its code builds it, by model=…, and the "
-                "callback resume_from= with the checkpoint's directory.",
+                way_out="Give the Trainer a new network by model=…, of the configuration that the "
+                "training began with, and the callback resume_from= with the checkpoint's path.",
             )
         if record:  # another checkpoint of the same stage may have told the shapes
             self._growing.regrow(model, record, [optimizer])
@@ -273,6 +269,7 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         self._tell_inputs(model)
         optimizer, scheduler = given["optimizer"], given["lr_scheduler"]
         self._growing.grow_due(count, model, [optimizer], [scheduler])
+        wrap_anew(model, getattr(args, "world_size", 1))
         if getattr(args, "load_best_model_at_end", False):
             # Weights of an earlier stage would not fit at the end.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -371,6 +368,7 @@ def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         )
     for progress in sorted(found, key=lambda one: len(one["part"])):  # the whole tells of parts
         regrow_(named_module(model, progress["part"]), progress["growth"])
+    model._register_load_state_dict_pre_hook(Renaming(model))  # type: ignore[no-untyped-call]
     return model
 
 
@@ -392,9 +390,11 @@ class _Regrow:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Regrow, (None, None, None)
 
-    def __call__(self, weights: Mapping[str, Tensor], prefix: str, *rest: object) -> None:
+    def __call__(self, weights: dict[str, Tensor], prefix: str, *rest: object) -> None:
         del rest
         callback = self._callback()
-        if callback is not None:
+        model = callback._root() if callback is not None else None
+        if callback is not None and model is not None:
+            rename_(model, weights, prefix)
             own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
             callback.regrow(own, self._output, self._resume)

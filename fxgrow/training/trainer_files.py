@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,77 @@ def foreign(model: nn.Module, names: Iterable[str]) -> str:
     return next((name for name in names if name not in own), "")
 
 
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return what a model of transformers calls tensors that it has written under older names.
+
+    Args:
+        model: the model; any other has no such.
+        names: of tensors as they were written.
+
+    Returns:
+        The model's own names by those, where they differ and no two become one. What transformers
+        makes of several tensors, or several of, keeps its name.
+    """
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        loading = importlib.import_module("transformers.core_model_loading")
+        every = getattr(model, "_weight_conversions", None)
+        every = every or mapping.get_model_conversion_mapping(model)
+        renamings = [one for one in every if isinstance(one, loading.WeightRenaming)]
+        found = {name: loading.rename_source_key(name, renamings, [])[0] for name in names}
+    except (ImportError, AttributeError, TypeError):  # of another version, or no such model
+        return {}
+    if len(set(found.values())) < len(found):
+        return {}
+    return {name: own for name, own in found.items() if name != own}
+
+
+def rename_(model: nn.Module, weights: MutableMapping[str, Tensor], prefix: str = "") -> None:
+    """Give weights that are about to be loaded the names that a model has for them, in place.
+
+    Args:
+        model: the model.
+        weights: a state_dict of it, or of what it is a part of.
+        prefix: of its names in there.
+    """
+    given = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
+    if not foreign(model, given):
+        return
+    held = {prefix + name: prefix + own for name, own in own_names(model, given).items()}
+    moved = {own: weights.pop(name) for name, own in held.items()}
+    weights.update(moved)
+
+
+class Renaming:
+    """Called by a model before it loads weights: under older names, they are taken for its own.
+
+    Args:
+        model: the model. Copies of this belong to none, and do nothing.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        if model is not None:
+            self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Renaming, ()
+
+    def __call__(self, weights: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Rename them, in place."""
+        del rest
+        model = self._model()
+        if model is not None:
+            rename_(model, weights, prefix)
+
+
 def renamed(folder: Path, model: nn.Module) -> str:
     """Return what to tell of a checkpoint of one file whose weights have other names, or ""."""
     try:
         with importlib.import_module("safetensors").safe_open(folder / WEIGHTS, "pt") as file:
-            name = foreign(model, sorted(file.keys()))
+            names = sorted(file.keys())
+            known = own_names(model, names)
+            name = foreign(model, [known.get(name, name) for name in names])
     except (ImportError, OSError, ValueError):
         return ""
     told = f"the weights in {folder.name} have names that the network has not ({shown(name)}), so "
