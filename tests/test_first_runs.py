@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
@@ -110,3 +112,36 @@ def test_no_graph_stands_for_the_first_run_and_later_ones() -> None:
     model(_INPUTS)
     grown = fxgrow.widen(model, "2x", _INPUTS, rescaling="default_vt")
     assert grown.report.verification.verdict in ("preserved", "as predicted")
+
+
+class Collecting(nn.Module):
+    """Reads what hooks collect, which its first run registers, and notes in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 8)])
+        self.heads = nn.ModuleList([nn.Linear(6, 10), nn.Linear(8, 10)])
+        self.last = nn.Linear(10, 2)
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "collects", False):
+            for layer in self.layers:
+                layer.register_forward_hook(lambda _, given, out: self.found.append(out))
+            self.collects = True
+        self.found = []
+        for layer in self.layers:
+            x = layer(x)
+        told = zip(self.heads, self.found, strict=True)
+        return self.last(sum(head(torch.relu(hidden)) for head, hidden in told))
+
+
+def test_hooks_of_a_first_run_collect_once_in_each_run() -> None:
+    torch.manual_seed(0)
+    model = Collecting().double().eval()
+    expected = copy.deepcopy(model)(_INPUTS)
+    grown = fxgrow.widen(model, "1.5x", _INPUTS, where="all")
+    assert not any("not judged" in note for note in grown.report.verification.notes)
+    assert [head.in_features for head in grown.model.heads] == [9, 12]
+    assert max_rel(grown.model(_INPUTS), expected) < 1e-14
+    assert max_rel(grown.model(_INPUTS), expected) < 1e-14  # the second run has them too

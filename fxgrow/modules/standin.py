@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import TraceError
+from fxgrow.modules.added_hooks import HookNote
 from fxgrow.modules.states import itself, mapped, plain_tensors
 from fxgrow.modules.tensors import modules_of, named_tensors
 
@@ -247,9 +248,11 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 def keeping_state(model: nn.Module) -> Iterator[None]:
     """Restore, at the end, the buffers and attributes that a forward replaced or added.
 
-    A table made for another size; a state that begins anew in each run.
+    A table made for another size; a state that begins anew in each run. Hooks that it registered go
+    with the attribute in which it noted that they are there: the next run registers them again.
     """
     modules = [*modules_of(model)]
+    hooks = HookNote(modules)
     held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
     told = [
         (own, {key: mapped(x, itself) for key, x in own.items() if key not in _OWN})
@@ -265,6 +268,7 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
             for name in attributes.keys() - before.keys() - _OWN:
                 del attributes[name]
             attributes.update(before)
+        hooks.remove_added()
 
 
 @contextlib.contextmanager
