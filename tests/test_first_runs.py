@@ -145,3 +145,50 @@ def test_hooks_of_a_first_run_collect_once_in_each_run() -> None:
     assert [head.in_features for head in grown.model.heads] == [9, 12]
     assert max_rel(grown.model(_INPUTS), expected) < 1e-14
     assert max_rel(grown.model(_INPUTS), expected) < 1e-14  # the second run has them too
+
+
+class MadeAnew(FirstData):
+    """Puts a parameter in place in its first run, of data or of a number that it looks at."""
+
+    def set_shift(self, value: Tensor) -> None:
+        if self.how == "number":
+            value = torch.full_like(self.shift, value.mean().item())
+        self.shift = nn.Parameter(value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "how"), [("buffer", "number"), ("buffer", "data"), ("flag", "data")]
+)
+def test_a_parameter_that_the_first_run_puts_in_place_is_as_it_was(asked: str, how: str) -> None:
+    torch.manual_seed(0)
+    model = MadeAnew(asked, how).double().eval()
+    before, first = _state(model), model.shift
+    grown = fxgrow.widen(model, "1.5x", _INPUTS).model
+    assert model.shift is first
+    assert all(torch.equal(x, _state(model)[name]) for name, x in before.items())
+    for x in (_INPUTS, _INPUTS + 1):
+        assert max_rel(model(x), grown(x)) < 1e-13
+
+
+class ReadsWhatItMakes(nn.Module):
+    """Makes a parameter in its first run, and looks at a value of what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.shift = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shift is None:
+            self.shift = nn.Parameter(-x.mean(0).detach())
+        x = x + self.shift
+        return self.last(torch.relu(self.first(x if x.mean().item() < 9 else -x)))
+
+
+def test_a_parameter_whose_values_are_not_known_is_named() -> None:
+    model = ReadsWhatItMakes().double().eval()
+    with pytest.raises(fxgrow.TraceError, match="makes a parameter of a tensor") as told:
+        fxgrow.widen(model, "1.5x", _INPUTS)
+    assert str(told.value).count("Run the network once") == 1
+    model(_INPUTS)
+    assert fxgrow.widen(model, "1.5x", _INPUTS).report.verification.verdict == "preserved"
