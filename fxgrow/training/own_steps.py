@@ -8,7 +8,6 @@ torch's own functions make it, of views of each part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -52,13 +51,7 @@ def is_by_parts(
         return False
     if any(state.get(name) is None for name in _averages(optimizer, group)):
         return False  # the optimizer makes them in its first step
-    return sum(_count(part) for several in parts for part in several) == parameter.numel()
-
-
-def _count(part: Part) -> int:
-    """Return the number of entries of a part."""
-    sizes = ([sum(end - first for first, end in dim) for dim in block] for block in part.blocks)
-    return sum(map(prod, sizes))
+    return sum(part.count for several in parts for part in several) == parameter.numel()
 
 
 @torch.no_grad()

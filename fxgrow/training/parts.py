@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd, prod
 from typing import TypeAlias
 
 import numpy as np
@@ -44,15 +45,29 @@ class Part:
     columns: int
     blocks: tuple[tuple[Ranges, ...], ...]
 
-    def views(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield the entries of a tensor of the parameter's shape, as views of it."""
+    def views(self, tensor: Tensor, runs: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """Yield the entries of a tensor of the parameter's shape, as views of it.
+
+        Args:
+            tensor: the tensor.
+            runs: (dim, length) where it has one entry for each run of so many positions of a dim,
+                all later dims whole; see :func:`runs_of`.
+        """
         shape = tensor.shape
         for box in self._boxes:
             view = tensor
             for dim, first, length in box:
-                if length != shape[dim]:
-                    view = view.narrow(dim, first, length)
+                if runs is not None and dim > runs[0]:
+                    break
+                each = runs[1] if runs is not None and dim == runs[0] else 1
+                if length // each != shape[dim]:
+                    view = view.narrow(dim, first // each, length // each)
             yield view
+
+    @cached_property
+    def count(self) -> int:
+        """The number of entries."""
+        return sum(prod(length for _, _, length in box) for box in self._boxes)
 
     @cached_property
     def _boxes(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
@@ -69,6 +84,28 @@ class Part:
         for view in self.views(mask):
             view.fill_(True)
         return mask
+
+
+def runs_of(parts: Iterable[Part], shape: Sequence[int]) -> tuple[int, int]:
+    """Return the longest runs of entries, one after the other in memory, that no part cuts.
+
+    Args:
+        parts: of a parameter; all of them.
+        shape: of the parameter.
+
+    Returns:
+        The last dim that is cut, and into how long runs of its positions.
+    """
+    ends: dict[int, set[int]] = {}
+    for part in parts:
+        for box in part._boxes:
+            for dim, first, length in box:
+                if length != shape[dim]:
+                    ends.setdefault(dim, set()).update((first, length))
+    if not ends:
+        return 0, max(shape[0], 1)
+    last = max(ends)
+    return last, gcd(shape[last], *ends[last])
 
 
 @dataclass(frozen=True)

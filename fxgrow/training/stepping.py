@@ -14,6 +14,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -28,8 +29,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxgrow.errors import PlanError
 from fxgrow.training.own_steps import is_by_parts, step_by_parts
 from fxgrow.training.parts import Part
+from fxgrow.training.ratios import PartsByGrowth, ratios_of
 
-_Ratios: TypeAlias = dict[int, Sequence[Tensor]]  # by the id of a rate, for each later growth
+_Ratios: TypeAlias = Mapping[int, Sequence[Tensor]]  # by the id of a rate, for each later growth
 
 # Their steps are a function of each entry's own gradients: scaled ones make the steps of others.
 _BY_ENTRY = (
@@ -85,6 +87,11 @@ class Rate:
     first: tuple[Part, ...] = ()
     later: tuple[tuple[Part, ...], ...] = ()
     warming: WarmUp = field(default_factory=WarmUp)
+
+    @cached_property
+    def grown(self) -> PartsByGrowth:
+        """Its entries by growth, of which ratios of norms are taken."""
+        return PartsByGrowth((self.first, *self.later), self.shape)
 
     def to(self, parameter: Tensor) -> None:
         """Bring factors to the device and the dtype of the parameter."""
@@ -214,7 +221,9 @@ def _prepare(optimizer: Optimizer) -> None:
         parted=any(not rate.is_whole for _, rate, _ in members),
     )
     step = _RUNNING[optimizer] = _Step()
-    ratios = _ratios([(parameter, rate) for parameter, rate, _ in members if rate.later])
+    later = [(parameter, rate) for parameter, rate, _ in members if rate.later]
+    found = ratios_of([(parameter, rate.grown) for parameter, rate in later])
+    ratios = {id(rate): own for (_, rate), own in zip(later, found, strict=True)}
     for parameter, rate, group in members:
         if rate.warming.left:
             step.warming[id(rate.warming)] = rate.warming
@@ -225,7 +234,7 @@ def _prepare(optimizer: Optimizer) -> None:
         if (
             _is_one(rate.gradient)
             and _is_one(rate.update)
-            and is_by_parts(optimizer, group, parameter, (rate.first, *rate.later))
+            and is_by_parts(optimizer, group, parameter, rate.grown.growths)
         ):
             step.parted.append((parameter, rate, group))
             step.gradients.append((parameter, parameter.grad))
@@ -292,36 +301,6 @@ def _parted(rate: Rate, ratios: _Ratios, tensor: Tensor) -> Iterator[tuple[Tenso
         for part in parts:
             for view in part.views(tensor):
                 yield view, ratio
-
-
-def _ratios(members: Sequence[tuple[Tensor, Rate]]) -> _Ratios:
-    """Return ‖W_part‖/‖W_0‖ for the later growths of each rate, by its id; 1 of what is 0."""
-    found: _Ratios = {}
-    for device in {parameter.device for parameter, _ in members}:
-        here = [(parameter, rate) for parameter, rate in members if parameter.device == device]
-        views: list[Tensor] = []
-        sums: list[int] = []  # which of the sums of squares each view belongs to
-        count = 0
-        for parameter, rate in here:
-            for parts in (rate.first, *rate.later):
-                for part in parts:
-                    views.extend(part.views(parameter))
-                sums.extend([count] * (len(views) - len(sums)))
-                count += 1
-        wide = torch.promote_types(here[0][0].dtype, torch.float32)
-        # Norms of rows first are several times as fast over strides.
-        rows = [torch.linalg.vector_norm(view.flatten(1), dim=1, dtype=wide) for view in views]
-        norms = torch.stack(torch._foreach_norm(rows))
-        index = torch.tensor(sums, device=device)
-        squares = norms.new_zeros(count).index_add_(0, index, norms.square())
-        count = 0
-        for parameter, rate in here:
-            own = squares[count : count + 1 + len(rate.later)]
-            count += len(own)
-            ratio = (own[1:] / own[0]).sqrt()
-            ratio = ratio.where((own[1:] > 0) & (own[0] > 0), 1.0)
-            found[id(rate)] = ratio.to(parameter.dtype).unbind()
-    return found
 
 
 def _shrunk(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
