@@ -57,6 +57,24 @@ def test_noise_in_buffers_grows_in_both_modes(pairing: str) -> None:
         torch.testing.assert_close(grown.model(x), net(x), rtol=0, atol=1e-10)
 
 
+def test_channels_of_zeros_are_zero_with_noise_too() -> None:
+    """What the noise is multiplied by is used in train mode alone."""
+    torch.manual_seed(0)
+    net, x = in_line(Noisy(6, 8), Noisy(8, 3))
+    with pytest.raises(fxgrow.PlanError, match="has no slope at zero"):
+        fxgrow.widen(net, "2x", x, pairing="zero_z")
+    net[1], net[3] = nn.Tanh(), nn.Tanh()
+    grown = fxgrow.widen(net, "2x", x, pairing="zero_z")
+    assert [group.width for group in grown.plan.groups] == [(6, 12), (8, 16)]
+    for training in (False, True):
+        torch.testing.assert_close(
+            grown.model.train(training)(x), net.train(training)(x), rtol=0, atol=1e-12
+        )
+    hidden = grown.model.train()[:3](x)
+    assert not hidden[:, 8:].any()
+    assert grown.model[4].weight_sigma[:, 8:].all()
+
+
 def test_a_grown_layer_draws_its_noise_anew() -> None:
     net, x = in_line(Noisy(6, 8), Noisy(8, 3))
     layer = fxgrow.widen(net, "2x", x).model[2]

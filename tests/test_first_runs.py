@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import max_rel
 from torch import Tensor, nn
 
 import fxgrow
@@ -217,3 +219,83 @@ def test_what_code_keeps_between_calls_is_what_it_would_be() -> None:
     assert all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in kept)
     torch.testing.assert_close(kept[0], torch.full((5, 5), -1e9).triu(1))
     torch.testing.assert_close(grown.model(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class Collecting(nn.Module):
+    """Reads what hooks collect, which its first run registers, and notes in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 8)])
+        self.heads = nn.ModuleList([nn.Linear(6, 10), nn.Linear(8, 10)])
+        self.last = nn.Linear(10, 2)
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "collects", False):
+            for layer in self.layers:
+                layer.register_forward_hook(lambda _, given, out: self.found.append(out))
+            self.collects = True
+        self.found = []
+        for layer in self.layers:
+            x = layer(x)
+        told = zip(self.heads, self.found, strict=True)
+        return self.last(sum(head(torch.relu(hidden)) for head, hidden in told))
+
+
+def test_hooks_of_a_first_run_collect_once_in_each_run() -> None:
+    torch.manual_seed(0)
+    model = Collecting().double().eval()
+    expected = copy.deepcopy(model)(_INPUTS)
+    grown = fxgrow.widen(model, "1.5x", _INPUTS, where="all")
+    assert not any("not judged" in note for note in grown.report.verification.notes)
+    assert [head.in_features for head in grown.model.heads] == [9, 12]
+    assert max_rel(grown.model(_INPUTS), expected) < 1e-14
+    assert max_rel(grown.model(_INPUTS), expected) < 1e-14  # the second run has them too
+
+
+class MadeAnew(FirstData):
+    """Puts a parameter in place in its first run, of data or of a number that it looks at."""
+
+    def set_shift(self, value: Tensor) -> None:
+        if self.how == "number":
+            value = torch.full_like(self.shift, value.mean().item())
+        self.shift = nn.Parameter(value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "how"), [("buffer", "number"), ("buffer", "data"), ("flag", "data")]
+)
+def test_a_parameter_that_the_first_run_puts_in_place_is_as_it_was(asked: str, how: str) -> None:
+    torch.manual_seed(0)
+    model = MadeAnew(asked, how).double().eval()
+    before, first = _state(model), model.shift
+    grown = fxgrow.widen(model, "1.5x", _INPUTS).model
+    assert model.shift is first
+    assert all(torch.equal(x, _state(model)[name]) for name, x in before.items())
+    for x in (_INPUTS, _INPUTS + 1):
+        assert max_rel(model(x), grown(x)) < 1e-13
+
+
+class ReadsWhatItMakes(nn.Module):
+    """Makes a parameter in its first run, and looks at a value of what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.shift = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shift is None:
+            self.shift = nn.Parameter(-x.mean(0).detach())
+        x = x + self.shift
+        return self.last(torch.relu(self.first(x if x.mean().item() < 9 else -x)))
+
+
+def test_a_parameter_whose_values_are_not_known_is_named() -> None:
+    model = ReadsWhatItMakes().double().eval()
+    with pytest.raises(fxgrow.TraceError, match="makes a parameter of a tensor") as told:
+        fxgrow.widen(model, "1.5x", _INPUTS)
+    assert str(told.value).count("Run the network once") == 1
+    model(_INPUTS)
+    assert fxgrow.widen(model, "1.5x", _INPUTS).report.verification.verdict == "preserved"

@@ -95,3 +95,24 @@ def test_heads_grow_alone_and_nothing_is_refused(
     for training in (False, True):
         before, after = (outputs(n.train(training)(other)) for n in (net, grown.model))
         assert max_rel(before, after) < bound
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("where", "stays"), [("hidden", 0), ("all", 4)])
+def test_a_segmenter_grows_as_a_whole(where: str, stays: int) -> None:
+    """Its reduced sequences take their width from the shape of what comes in, in four stages."""
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        hidden_sizes=[4, 8, 20, 32], depths=[1] * 4, num_attention_heads=[1, 2, 5, 8],
+        decoder_hidden_size=6, num_labels=3,
+    )  # fmt: skip
+    net = transformers.SegformerForSemanticSegmentation(config).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    grown = fxgrow.widen(net, "2x", x, where=where)
+    assert len(grown.plan.refused) <= stays  # the one head of the first stage, and the outputs
+    parts = ("sequence_reduction", "linear_projections", "linear_fuse", "q_proj", "mlp.fc1")
+    for part, count in zip(parts, (3, 4, 1, 3, 4), strict=True):
+        assert sum(part in group.name for group in grown.plan.groups) == count
+    notes = grown.report.verification.notes
+    assert not any("not judged" in note for note in notes)
+    assert max_rel(net(x).logits, grown.model(x).logits) < 1e-13

@@ -327,14 +327,20 @@ MOST: dict[str, tuple[str, str, dict[str, object], str]] = {
     "heads of the same size": (
         "llama", "1.5x",
         {"intermediate_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, ""),
+    "masks in training": (
+        "wav2vec2", "2x", {"intermediate_size": 48, "conv_dim": [16, 8]},
+        "encoder.layers.*.attention.q_proj"),
 }  # fmt: skip
+_KEPT: dict[str, dict[str, object]] = {
+    "heads of the same size": {"hidden_size": 24, "head_dim": 4},
+    "masks in training": {"apply_spec_augment": True},
+}
 
 
 @pytest.mark.parametrize("case", MOST)
 def test_the_command_line_grows_what_the_configuration_can_say(tmp_path, case):
     name, width, fields, left = MOST[case]
-    sizes = {"hidden_size": 24, "head_dim": 4} if case == "heads of the same size" else {}
-    path, out = directory(tmp_path, name, **sizes), tmp_path / "out"
+    path, out = directory(tmp_path, name, **_KEPT.get(case, {})), tmp_path / "out"
     done = CliRunner().invoke(app, ["widen", str(path), "--width", width, "-o", str(out)])
     assert done.exit_code == 0, done.output
     assert (f"left as they are: {left}, because" in done.stderr) == bool(left), done.stderr
@@ -344,7 +350,7 @@ def test_the_command_line_grows_what_the_configuration_can_say(tmp_path, case):
     before, after = (json.loads((each / "config.json").read_text()) for each in (path, out))
     assert {k: v for k, v in after.items() if before.get(k) != v} == fields
     opened = open_model(path)
-    found = getattr(transformers, CORE[name][0]).from_pretrained(out)
+    found = getattr(transformers, (CORE | EXTRAS)[name][0]).from_pretrained(out)
     outputs = (first_output(model, opened.inputs) for model in (opened.model, found))
     assert max_rel(*outputs) < 1e-5
 

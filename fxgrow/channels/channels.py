@@ -7,7 +7,7 @@ at its new ones, are compared on these tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -20,7 +20,7 @@ from fxgrow.labels.layers import Layer, core, support
 from fxgrow.labels.padding import ChannelTable
 from fxgrow.labels.pins import Pin
 from fxgrow.labels.rows import Rows, rows_of
-from fxgrow.labels.space import Fill, LabelSpace, Normed
+from fxgrow.labels.space import Axis, Fill, LabelSpace, Normed
 
 HashArray: TypeAlias = npt.NDArray[np.uint64]
 
@@ -66,6 +66,8 @@ class Channels(ChannelTable):
         first_labels: the first label of each axis, of those without a channel too.
         labels: the label of each row where it does not tell its position: rows before it are of
             channels that the network does not have (:mod:`fxgrow.channels.present`).
+        alike: axes of parameters that a weight is linear in together, each with the others; some
+            may be used in one mode alone.
     """
 
     fills: tuple[Fill, ...]
@@ -86,6 +88,7 @@ class Channels(ChannelTable):
     met: tuple[tuple[IntArray, IntArray], ...] = ()
     numbered: int = 0
     labels: IntArray | None = None
+    alike: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     def of_axis(self, axis: int) -> IntArray:
         """Return the channel of each position of an axis."""
@@ -223,7 +226,20 @@ def resolve(space: LabelSpace) -> Channels:
         first_labels=first_labels,
         met=tuple((numbers, channel_of_label[labels]) for numbers, labels in space.met),
         numbered=space.numbered,
+        alike=_alike(space, [axis for axis, _, _ in kept]),
     )
+
+
+def _alike(space: LabelSpace, kept: Sequence[Axis]) -> dict[int, frozenset[int]]:
+    """Return which axes a weight is linear in together, by their places among those kept."""
+    places = {(axis.tensor, axis.dim): place for place, axis in enumerate(kept)}
+    found: dict[int, frozenset[int]] = {}
+    for first, others in space.composed.others.items():
+        own = [space.axes[index] for index in (first, *(x for x, alike in others.items() if alike))]
+        members = [places[a.tensor, a.dim] for a in own if (a.tensor, a.dim) in places]
+        for member in members:
+            found[member] = found.get(member, frozenset()) | {*members} - {member}
+    return found
 
 
 def _mixers(space: LabelSpace, channel_of_label: IntArray) -> Iterator[Mixer]:

@@ -315,7 +315,9 @@ def _shape_of(main: str, model: nn.Module, config: object) -> tuple[Any, ...] | 
         return (_BATCH, getattr(config, "num_mel_bins", None), positions * math.prod(strides))
     steps = getattr(config, "conv_stride", None)
     if main == "input_values" and isinstance(steps, (list, tuple)) and _are_sizes(steps):
-        return (_BATCH, (_TOKENS + 1) * math.prod(steps))
+        masked = getattr(config, "mask_time_length", 0)  # in train mode, of a longer sequence
+        longer = 2 * masked if isinstance(masked, int) and masked > 0 else 0
+        return (_BATCH, (max(_TOKENS, longer) + 1) * math.prod(steps))
     return None
 
 

@@ -115,7 +115,8 @@ class Decided:
             known = f"the model runs on {told}, and " if self._has_values else ""
             raise TraceError(
                 f"{known}what it decides by values there cannot be told beforehand: "
-                f"{_reason(error)}."
+                f"{_reason(error)}.",
+                way_out=error.way_out if isinstance(error, TraceError) else "",
             ) from error
         self.runs[mode] = found.decisions
 
@@ -194,4 +195,4 @@ def _reason(error: Exception) -> str:
     """Return why decisions cannot be told, in words that are no numbers of Python's own."""
     if isinstance(error, KeyError) or "truth value of an array" in str(error):
         return "the values leave torch (tolist, numpy), and what becomes of them cannot be replayed"
-    return first_line(error)
+    return error.message.rstrip(".") if isinstance(error, TraceError) else first_line(error)

@@ -47,8 +47,9 @@ class PinKind(Enum):
     )
     FIXED = (
         "{} of fixed width",
-        "make that tensor a parameter or a buffer, so that it grows along, or compute its size "
-        "from the activation's shape; set a state that a forward left to zeros",
+        "nothing where that tensor is made of inputs; else make it a parameter or a buffer, so "
+        "that it grows along, or compute its size from the activation's shape; set a state that a "
+        "forward left to zeros",
     )
     CONSTANTS = (
         "combined with constants in part of its channels",

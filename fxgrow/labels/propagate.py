@@ -14,6 +14,7 @@ from fxgrow.errors import TooLargeError
 from fxgrow.labels import generic, made, noise, slices
 from fxgrow.labels.layers import Layers, support, without_repeats
 from fxgrow.labels.operators import constant_of, operator_name, place_of, traits_of
+from fxgrow.labels.pieces import note_pieces
 from fxgrow.labels.pins import PinKind
 from fxgrow.labels.rules import RULES
 from fxgrow.labels.space import Fill, LabelSpace
@@ -149,6 +150,8 @@ class Labeller(OnMeta):  # type: ignore[no-untyped-call]
         done = generic.alters(step) if layers and layers[0] else ""
         if done:
             self._note(done, inputs, ordered=not traits.is_commutative)
+        if traits.name == "aten.cat" and layers[0]:
+            note_pieces(self.space, self.tape, inputs, step.argument("dim", 0))
         seen_args, seen_kwargs = map_tensors(value_of, (args, kwargs))
         facts = _facts(step, inputs)
         own = facts | step.own_facts

@@ -112,6 +112,11 @@ class Shadows(OnMeta):  # type: ignore[no-untyped-call]
             return tensor
         found: Tensor | None = self._real.get(tensor)  # type: ignore[no-untyped-call]
         found = self._lasting.get(id(tensor)) if found is None else found
+        if found is None and isinstance(tensor, nn.Parameter):
+            raise TraceError(
+                "it makes a parameter of a tensor (nn.Parameter) on its way",
+                way_out="Run the network once before, if only its first run does that.",
+            )
         if found is None:
             raise TraceError("it uses a tensor that no operation of this run has made")
         return found

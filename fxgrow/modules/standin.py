@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import TraceError
+from fxgrow.modules.added_hooks import HookNote
 from fxgrow.modules.states import itself, mapped, plain_tensors
 from fxgrow.modules.tensors import modules_of, named_tensors
 
@@ -245,12 +246,17 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_state(model: nn.Module) -> Iterator[None]:
-    """Restore, at the end, the buffers and attributes that a forward replaced or added.
+    """Restore, at the end, the tensors and attributes that a forward replaced or added.
 
-    A table made for another size; a state that begins anew in each run.
+    A table made for another size; a state that begins anew in each run. Hooks that it registered go
+    with the attribute in which it noted that they are there: the next run registers them again.
     """
     modules = [*modules_of(model)]
-    held = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    hooks = HookNote(modules)
+    tensors: list[dict[str, Any]] = [
+        x for module in modules for x in (module._buffers, module._parameters) if type(x) is dict
+    ]
+    held = [(own, dict(own)) for own in tensors]
     told = [
         (own, {key: mapped(x, itself) for key, x in own.items() if key not in _OWN})
         for own in map(vars, modules)
@@ -258,13 +264,15 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffers, before in held:
-            if any(tensor is not buffers.get(name) for name, tensor in before.items()):
-                buffers.update(before)
+        for own, before in held:
+            if len(own) > len(before) or any(x is not own.get(name) for name, x in before.items()):
+                own.clear()
+                own.update(before)
         for attributes, before in told:
             for name in attributes.keys() - before.keys() - _OWN:
                 del attributes[name]
             attributes.update(before)
+        hooks.remove_added()
 
 
 @contextlib.contextmanager

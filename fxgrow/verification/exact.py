@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxgrow.modules.added_hooks import HookNote
 from fxgrow.modules.calling import tensors_in
 from fxgrow.modules.standin import stand_in
 from fxgrow.modules.states import itself, mapped
@@ -73,6 +74,7 @@ class Exact:
             for inner in self.module.modules()
             if isinstance(inner._buffers, dict)  # scripted modules have others, of their own
         ]
+        self._hooks = HookNote(self.module.modules())
         self._settled: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -89,6 +91,7 @@ class Exact:
                 del inner.__dict__[key]  # the forward has set it
             for key, value in attributes.items():
                 inner.__dict__[key] = mapped(value, anew)
+        self._hooks.remove_added()
         for inner, buffers in self._held:
             inner._buffers.clear()
             inner._buffers.update(buffers)  # a forward may have replaced some by others

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxgrow.channels.analysis import Analysis
+from fxgrow.channels.channels import Channels
 from fxgrow.channels.groups import ChannelGroup
 from fxgrow.labels.interpreter import interpret
 from fxgrow.labels.padding import PaddingFlow
@@ -32,6 +33,7 @@ def follow_zeros(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | st
     interpret(operations, flow)
     if flow.refusal:
         return flow.refusal
+    _follow_alike(channels, flow)
     readers = [axis for axis in group.axes if channels.roles[axis] == "reader"]
     for axis in readers:
         if not flow.free.get(axis, False):
@@ -44,6 +46,18 @@ def follow_zeros(analysis: Analysis, group: ChannelGroup) -> frozenset[int] | st
         why = next(iter(flow.flat.values()), "no gradient comes back to them")
         return f"new channels of {stuck} would stay zero: {why}"
     return frozenset(flow.filled | writers)
+
+
+def _follow_alike(channels: Channels, flow: PaddingFlow) -> None:
+    """Let axes that are used in train mode alone be what those are that make a weight with them.
+
+    What a noisy layer multiplies its noise by reads and writes what its mean does.
+    """
+    for axis in (axis for axis in channels.alike if axis not in flow.free):
+        met = [flow.free[other] for other in channels.alike[axis] if other in flow.free]
+        if met:
+            flow.free[axis] = all(met)
+    flow.filled |= {other for axis in flow.filled for other in channels.alike.get(axis, ())}
 
 
 def _without_gradient(flow: PaddingFlow, operations: Sequence[Operation]) -> str | None:

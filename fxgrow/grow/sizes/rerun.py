@@ -26,7 +26,7 @@ from fxgrow.grow.sizes.literals import NewShapes, Repair
 from fxgrow.grow.sizes.parts import at_larger_images, edits_in_code
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.swapped import resized
-from fxgrow.grow.sizes.unlike import unlike
+from fxgrow.grow.sizes.unlike import chooses, unlike
 from fxgrow.grow.sizes.watching import Watching
 from fxgrow.labels.in_code import Sized, change_sizes, sizes_in_code
 from fxgrow.labels.layers import support
@@ -74,6 +74,8 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
     if isinstance(found, Obstacle):
         layer = misfit(analysis.traced.standin, sizes.shapes)
         return found if layer is None else Obstacle(layer[1], layer[0])
+    if why := chooses(analysis.tape, found.tape):
+        return Obstacle(why)
     if found.sizes:  # these were found with attributes as they are
         return found
     standin = analysis.traced.standin

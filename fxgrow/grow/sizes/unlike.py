@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fxgrow.channels.channels import Channels
-from fxgrow.labels.operators import traits_of
-from fxgrow.labels.tape import Tape
+from fxgrow.labels.operators import operator_name, traits_of
+from fxgrow.labels.tape import Operation, Tape
 
 
 def unlike(old: tuple[Channels, Tape], new: tuple[Channels, Tape]) -> str:
@@ -27,6 +27,45 @@ def unlike(old: tuple[Channels, Tape], new: tuple[Channels, Tape]) -> str:
         "the code computes more at the new sizes, and not the same as of the present channels "
         f"({more[0]})"
     )
+
+
+def chooses(old: Tape, new: Tape) -> str:
+    """Return which parameter the code takes in place of another at new sizes; "" if none.
+
+    A function is kept where the same tensors make it: ``table[x.shape[1]]`` is another number.
+
+    Args:
+        old: the operations of a run at the present sizes.
+        new: those at the new ones.
+    """
+    if [op.target for op in old.operations] != [op.target for op in new.operations]:
+        return ""
+    for before, after in zip(old.operations, new.operations, strict=True):
+        was, becomes = before.parameters, after.parameters
+        if was != becomes and was and becomes:
+            return (
+                f"the code chooses a parameter by a width: {after.place} takes "
+                f"{' and '.join(becomes)} at the new sizes, where it takes {' and '.join(was)} "
+                "at the present ones"
+            )
+        if (
+            was
+            and operator_name(before.target) == "aten.select"
+            and _entry(before) != _entry(after)
+        ):
+            same = before.inputs[0].shape == after.inputs[0].shape
+            if same and before.inputs[0].is_weight:
+                return (
+                    f"the code chooses an entry of {' and '.join(was)} by a width: "
+                    f"{_entry(after)[-1]} at the new sizes, where it takes {_entry(before)[-1]} at "
+                    "the present ones"
+                )
+    return ""
+
+
+def _entry(op: Operation) -> tuple[object, ...]:
+    """Return along which dim an operation selects, and what."""
+    return op.args[1:]
 
 
 def _reduced(tape: Tape) -> list[str]:

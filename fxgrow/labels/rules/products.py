@@ -179,11 +179,29 @@ def _product_by_heads(step: Step, left: Tensor, right: Tensor, batched: list[Lay
                 whole = core(layer, support(layer) | {0})
                 step.space.unify(heads.expand_as(whole), whole)
             elif dim in support(layer):
-                step.pin((layer,), PinKind.EVERY_HEAD)
+                _pin_shared(step, layer, tensor, right if tensor is left else left)
             else:
                 out.append(layer.narrow(dim, 0, 1).expand(step.outputs[0].shape))
+                other = right if tensor is left else left
+                if step.value(tensor).is_weight and not step.value(other).is_weight:
+                    step.space.mark(core(layer, support(layer)).reshape(-1), "writer")
     step.space.several(heads)
     return (heads.expand(step.outputs[0].shape), *out)
+
+
+def _pin_shared(step: Step, layer: Layer, tensor: Tensor, other: Tensor) -> None:
+    """Pin what each matrix of a batch sums over, for what all of them have in common.
+
+    Args:
+        step: the product.
+        layer: labels of ``tensor``, which vary along what is summed over.
+        tensor: a factor.
+        other: the other one.
+    """
+    if step.value(tensor).is_weight and not step.layers(other):
+        step.pin((layer,), PinKind.FIXED, step.met_by("multiplied by"))
+    else:
+        step.pin((layer,), PinKind.EVERY_HEAD)
 
 
 def _is_alike_for_heads(value: Value, heads: Tensor) -> bool:
