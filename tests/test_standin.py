@@ -99,6 +99,27 @@ def test_compiled_code_is_refused_by_name(name: str) -> None:
             grow(model, torch.randn(3, 4))
 
 
+class KeepsAll(nn.Sequential):
+    """Keeps in its copies whatever it holds, as Lightning's modules do."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, KeepsAll])
+def test_copies_of_what_was_compiled_in_place_run_their_own_code(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    model.compile(backend="eager")
+    before = model(x)
+    grown = fxgrow.widen(model, "2x", x)
+    assert grown.model[0].out_features == 16
+    with torch.no_grad():
+        grown.model[2].bias += 1
+    torch.testing.assert_close(grown.model(x), before + 1)
+    torch.testing.assert_close(model(x), before)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

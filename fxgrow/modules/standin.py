@@ -26,6 +26,7 @@ _STRINGS = frozenset((str,))
 _FILLED = frozenset((dict, OrderedDict, set, list))
 _OWN = frozenset(vars(nn.Module()))  # attributes of every module
 _SET_STATE = nn.Module.__setstate__
+_COMPILED = "_compiled_call_impl"  # what module.compile() calls
 _NEW = object().__reduce_ex__(4)[0]  # how objects are copied whose class says nothing of it
 
 
@@ -177,7 +178,9 @@ def _deep_copy(
         kind: Any = type(module)
         fresh: Any = begun[id(module)] if id(module) in begun else kind.__new__(kind)
         memo[id(module)] = fresh
-        copies = _copied_entries(recipe[2], memo)
+        # What is compiled is bound to the original; some classes keep it in copies (Lightning's).
+        kept = {key: value for key, value in recipe[2].items() if key != _COMPILED}
+        copies = _copied_entries(kept, memo)
         if kind.__setstate__ is _SET_STATE:  # it adds what modules from former versions lack
             fresh.__dict__.update(copies)
         else:
