@@ -490,3 +490,25 @@ def test_zeros_are_followed_through_what_takes_them_in_one_layout_alone():
     net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Rotated(), Rotated())).double()
     grown = fxgrow.deepen(net, {"1": "+1"}, torch.randn(2, 8, dtype=torch.float64))
     assert grown.report.verification.verdict == "preserved"
+
+
+class Listed(nn.Module):
+    """Runs a list of blocks on inputs that nothing tells the shape of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2)]
+        self.blocks = nn.ModuleList(layers)
+
+    def forward(self, x, mask):
+        if mask.shape[1] != 5:
+            raise ValueError("five masks")
+        for block in self.blocks:
+            x = x + block(x)
+        return x * mask[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::fxgrow.FxgrowWarning")
+def test_a_list_outside_of_what_can_be_followed_asks_for_inputs():
+    with pytest.raises(fxgrow.PlanError, match=r"no inputs could be inferred.*example_inputs"):
+        fxgrow.deepen(Listed(), {"blocks": "+1"})

@@ -70,7 +70,12 @@ def _check(wanted: Sequence[Stage], traced: Traced) -> None:
         raise PlanError("no stage is named.", way_out='Name one: {"layer3": "+2"}.')
     for place, stage in enumerate(wanted):
         if not is_inside(stage.container, traced.module):
-            raise PlanError(f"{stage.key} lies outside of {traced.module}, which is followed.")
+            raise PlanError(
+                f"{stage.key} lies outside of {traced.module}, which alone is followed"
+                + (": no inputs could be inferred for the whole." if traced.inferred else "."),
+                name=stage.key,
+                way_out="Give --input-shape." if traced.inferred else "Follow the whole network.",
+            )
         for other in wanted[:place]:
             if other.container == stage.container or _holds(other, stage) or _holds(stage, other):
                 raise PlanError(
