@@ -710,6 +710,15 @@ def graphs(members: dict[str, bytes], model: str) -> Iterator[tuple[str, bytes]]
         "torch.ops.aten.add.Tensor\nimport os", "torch.sym_x.__class__",
     ):  # fmt: skip
         yield f"the operation {target!r}", node(lambda n, t=target: n.update(target=t))
+    for target in ("torch.ops.aten.from_file.default", "torch.ops.aten.relu.default"):
+
+        def called_by_another(found: dict, operator: str = target) -> None:
+            given = ({"as_bool": False}, {"as_operator": operator}, {"as_string": "flag"})
+            inputs = [{"name": "", "arg": one, "kind": 1} for one in given]
+            name = "torch.ops.higher_order.wrap_with_set_grad_enabled"
+            found.update(target=name, inputs=inputs)
+
+        yield f"the operation {target!r} called by another", node(called_by_another)
     for name in ('x"; import os', "x\\", "a b", "a.b", "x'"):
         yield f"the node {name!r}", node(lambda n, t=name: n.update(name=t))
     for text_ in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import hostile
 import pytest
 import torch
 from hostile import load_pickled
+from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import FxgrowError, SourceError
@@ -300,3 +303,45 @@ if __name__ == "__main__":  # the whole corpus, for a look at what is said
             sys.stdout.write(textwrap.shorten(f"{corpus}: {what_}: {said_}", 300) + "\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.stdout.write(f"peak {peak / 1024:.0f} MB\n")
+
+
+class Quiet(nn.Module):
+    """A part of it is a graph of its own in a program: no gradients flow there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = x.mean(1, keepdim=True).abs()
+        return self.layer(x - mean)
+
+
+@pytest.mark.parametrize("where", ["at", "within"])
+def test_an_operator_that_another_one_would_call_is_refused(tmp_path: Path, where: str) -> None:
+    """Of a graph within a graph, as of the graph itself, no operation is called but known ones."""
+    program = torch.export.export(Quiet().eval(), (torch.randn(2, 4),))
+    torch.export.save(program, tmp_path / "good.pt2")
+    fxgrow.load(tmp_path / "good.pt2")
+    operator, flag = "torch.ops.aten.from_file.default", tmp_path / "flag"
+    with zipfile.ZipFile(tmp_path / "good.pt2") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    model = next(name for name in members if name.endswith("model.json") or "program" in name)
+    data = json.loads(members[model])
+    node = data["graph_module"]["graph"]["nodes"][0]
+    assert node["target"].endswith("wrap_with_set_grad_enabled")
+    if where == "at":
+        given = ({"as_operator": operator}, {"as_string": str(flag)}, {"as_bool": True})
+        node["inputs"][1:] = [
+            {"name": "", "arg": one, "kind": 1} for one in (*given, {"as_int": 8})
+        ]
+    else:
+        graphs = [one["arg"].get("as_graph") for one in node["inputs"]]
+        next(one for one in graphs if one)["graph"]["nodes"][0]["target"] = operator
+    with zipfile.ZipFile(tmp_path / "evil.pt2", "w") as archive:
+        for name, content in {**members, model: json.dumps(data).encode()}.items():
+            archive.writestr(name, content)
+    with pytest.raises(SourceError, match="trust"):
+        fxgrow.load(tmp_path / "evil.pt2")
+    assert not flag.exists()

@@ -66,6 +66,7 @@ _PATTERNS = {
 # What a graph says of itself that no computation needs.
 _LEFT_OUT = {"guards_code": [], "treespec_namedtuple_fields": {}, "torch_version": ""}
 _SPECS = ("in_spec", "out_spec")
+_OPERATOR = "as_operator"  # an argument that is called: only graphs, which are checked, may be
 
 
 class _NotPlainError(Exception):
@@ -210,6 +211,8 @@ def _plain(item: Any, key: str = "") -> Any:
 
 def _entry(name: str, value: Any) -> Any:
     """Return what stands under a name; see :func:`_plain`."""
+    if name == _OPERATOR:
+        raise _NotPlainError(f"an operator among the arguments of another one, {value!r}")
     if name in _LEFT_OUT:
         return _LEFT_OUT[name]
     return _plain_spec(value) if name in _SPECS else _plain(value, name)
