@@ -185,6 +185,43 @@ def _table(count: int, size: int) -> Tensor:
     return _TABLES[count, size]
 
 
+_SEEN: list[Tensor] = []
+_BY_SIZE: dict[object, Tensor] = {}
+
+
+@functools.lru_cache
+def _ramp(count: int) -> Tensor:
+    return torch.linspace(0, 1, count)
+
+
+class Proxied(nn.Module):
+    """Its tables are by a size, which is a proxy in a trace by torch.fx."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = (x.shape[1], "ramp")
+        if key not in _BY_SIZE:
+            _BY_SIZE[key] = torch.linspace(0, 1, x.shape[1]).to(x)[None, :, None]
+        _SEEN.append(x)
+        hidden = self.up(x) + _BY_SIZE[key] + _ramp(x.shape[1]).to(x)[:, None]
+        return self.down(hidden.relu())
+
+
+def test_no_proxy_of_a_trace_is_left_in_tables() -> None:
+    for memo in (_BY_SIZE, _SEEN):
+        memo.clear()
+    model, x = Proxied(), torch.randn(2, 3, 4)
+    grown = fxgrow.widen(model, "2x", x)
+    assert fxgrow.inspect(model, x).tracer == "torch.fx"
+    assert {type(key[0]) for key in _BY_SIZE} == {int}
+    assert {*map(type, (*_BY_SIZE.values(), *_SEEN))} == {Tensor}
+    torch.testing.assert_close(_ramp(3), torch.linspace(0, 1, 3))
+    torch.testing.assert_close(grown.model(x), model(x))
+
+
 class Memoised(nn.Module):
     """Attention whose tables are made once, for all networks."""
 

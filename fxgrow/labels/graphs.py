@@ -8,7 +8,7 @@ import itertools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from types import NoneType
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import TraceError
+from fxgrow.labels.kept_proxies import leaving_tables, note_made, without_frames
 from fxgrow.labels.open_attention import open_attention
 from fxgrow.modules.standin import first_line, keeping_attributes, keeping_modes
 
@@ -46,6 +47,10 @@ class ThreadTracer(fx.Tracer):
             if node.target in _MAKERS:  # torch's own, which code of the graph need not wrap again
                 node.meta.pop("is_wrapped", None)
         return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for the value of a node; see :meth:`torch.fx.Tracer.proxy`."""
+        return note_made(super().proxy(node))
 
     def call_module(
         self,
@@ -91,15 +96,19 @@ def symbolic_trace(standin: nn.Module) -> fx.Graph:
     """Return the graph; code that asks buffers for their values makes them constants."""
     with _without_proxies(standin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return _traced(standin, OpenTracer)
-        except Exception:
-            return _traced(standin, ThreadTracer)
+        for tracer in (OpenTracer, ThreadTracer):
+            try:
+                return _traced(standin, tracer)
+            except Exception as error:  # a user's forward may raise anything
+                failed = without_frames(error)
+    raise failed
 
 
-def _without_proxies(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Keep what stands for data while tracing out of attributes in which forwards keep some."""
-    return keeping_attributes(model.modules(), fx.Proxy)
+@contextlib.contextmanager
+def _without_proxies(model: nn.Module) -> Iterator[None]:
+    """Keep what stands for data while tracing out of where forwards keep some."""
+    with leaving_tables(), keeping_attributes(model.modules(), fx.Proxy):
+        yield
 
 
 def open_graph(model: nn.Module) -> fx.Graph:
@@ -120,14 +129,17 @@ def open_graph(model: nn.Module) -> fx.Graph:
         if type(module) is nn.MultiheadAttention:
             open_attention(module)
     for tracer in (_MakingTracer, _ClosedTracer):
-        try:
-            with keeping_modes(model), _without_proxies(model), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        failed: Exception | None = None
+        with keeping_modes(model), _without_proxies(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
                 graphs = [_traced(model.train(mode), tracer) for mode in (True, False)]
-        except TraceError:
-            raise
-        except Exception as error:  # a user's forward may raise anything
-            raise TraceError(f"torch.fx cannot trace it: {first_line(error)}") from error
+            except TraceError:
+                raise
+            except Exception as error:  # a user's forward may raise anything
+                failed = without_frames(error)
+        if failed is not None:
+            raise TraceError(f"torch.fx cannot trace it: {first_line(failed)}") from failed
         if same_graphs(model, *graphs):
             return graphs[1]
     raise TraceError(
