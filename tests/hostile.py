@@ -708,6 +708,15 @@ def graphs(members: dict[str, bytes], model: str) -> Iterator[tuple[str, bytes]]
         "os.system", "torch.ops.aten.from_file.default", "torch.ops.prims.x.default", "torch.load",
         "torch.ops.higher_order.cond", "math.__import__('os')", "_operator.attrgetter", "eval",
         "torch.ops.aten.add.Tensor\nimport os", "torch.sym_x.__class__",
+        "torch.ops.aten.save.default", "torch.ops.aten._convert_indices_from_csr_to_coo.default",
+        "torch.ops.aten._embedding_bag_dense_backward.default", "torch.ops.aten.relu.out",
+        "torch.ops.aten.sparse_compressed_tensor.comp_plain_value_size",
+        "torch.ops.aten.segment_reduce.default", "torch.ops.aten.mkldnn_rnn_layer.default",
+        "torch.ops.aten.ctc_loss.Tensor", "torch.ops.aten.set_.source_Tensor_storage_offset",
+        "torch.ops.aten.set_data.default", "torch.ops.aten.resize_.default",
+        "torch.ops.aten.record_stream.default", "torch.ops.aten.manual_seed.default",
+        "torch.ops.aten._fft_r2c.default",
+        "torch.ops.aten.max_pool2d_with_indices_backward.default",
     ):  # fmt: skip
         yield f"the operation {target!r}", node(lambda n, t=target: n.update(target=t))
     for target in ("torch.ops.aten.from_file.default", "torch.ops.aten.relu.default"):

@@ -73,6 +73,8 @@ def test_every_hostile_file_is_refused_in_one_line_and_changes_nothing(tmp_path,
             continue
         if not said or "\n" in said or str(path) not in said or "unexpected E" in said:
             wrong.append((what, said))
+        if what.startswith("the operation") and "trust" not in said:  # it got to torch
+            wrong.append((what, said))
     assert wrong == []
     assert count > 25
     assert hostile.changed(before) == []

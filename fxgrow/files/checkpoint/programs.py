@@ -5,8 +5,9 @@ in its own way. So it never sees a file that is not trusted: the file's members 
 one by one, and what they say is written anew into an archive in memory, which is loaded.
 
 - Tensors (weights, constants, example inputs) are plain memory with a shape inside it.
-- Names are names; operations are those of ATen that compute, and arithmetic on sizes; expressions
-  are arithmetic in sizes and small numbers; how arguments are nested is told by lists and dicts.
+- Names are names; operations are those of ATen that compute and check what they get
+  (:mod:`fxgrow.files.checkpoint.operations`), and arithmetic on sizes; expressions are arithmetic
+  in sizes and small numbers; how arguments are nested is told by lists and dicts.
 - Whatever torch keeps for people to read (stack traces, where a node came from, guards) is left
   out; so is everything else that no computation needs.
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fxgrow.errors import SourceError, one_line
 from fxgrow.files.checkpoint.archive import Archive, read_archive
+from fxgrow.files.checkpoint.operations import is_safe
 from fxgrow.files.checkpoint.reading import Readable, parse_json, reading
 from fxgrow.files.checkpoint.unpickling import load_untrusted
 
@@ -44,7 +46,7 @@ _MOST_GRAPH = 256 << 20  # bytes of a graph
 NAME = re.compile(r"[\w.+:-]*")  # of parameters, among others
 _WORD = re.compile(r"\w*")  # of what becomes a variable in code
 _TARGET = re.compile(
-    r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|torch\.sym_\w+|math\.\w+"
+    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|math\.\w+"  # see is_safe
     r"|torch\.ops\.higher_order\.wrap_with_set_grad_enabled"  # around a graph, which is checked
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge)"
 )
@@ -225,7 +227,10 @@ def _text(text: str, key: str = "") -> str:
         _NotPlainError: it is not.
     """
     long = key == "expr_str" and len(text) > _MOST_EXPRESSION
-    if long or not _PATTERNS.get(key, NAME).fullmatch(text):
+    known = _PATTERNS.get(key, NAME).fullmatch(text) is not None
+    if known and key == "target" and text.startswith("torch.ops.aten."):
+        known = is_safe(text)
+    if long or not known:
         kind = {"target": "operation", "expr_str": "expression"}.get(key, "name")
         raise _NotPlainError(f"the {kind} {text!r}")
     return text
