@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,15 @@ def put(*where: str | int, to: object) -> Change:
     return change
 
 
+@functools.cache
+def mlp() -> tuple[nn.Module, fxgrow.Plan]:
+    """Return a network of two hidden groups, with a norm, and a plan for it."""
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    ).eval()
+    return net, fxgrow.widen(net, "1.5x", torch.randn(3, 4), verify=False).plan
+
+
 LIES: dict[str, tuple[str, Change, str]] = {
     "nothing is done": ("replicate", put("tensors", to={}), "groups.0"),
     "less is done": (
@@ -61,6 +71,32 @@ LIES: dict[str, tuple[str, Change, str]] = {
     "what takes nothing up": ("replicate", put("groups", 0, "absorbed_by", to=["x"]), "takes noth"),
     "no reason": ("replicate", put("groups", 0, "preserves", to="no"), "groups.0.preserves"),
     "what does not cancel": ("replicate", put("groups", 0, "pairing", to="none"), "not cancel"),
+    "readers that are writers": (
+        "plain",
+        put("groups", 0, "readers", to=["0"]),
+        "a reader that gr",
+    ),
+    "fewer readers": ("plain", put("groups", 0, "readers", to=[]), "groups.0.beta"),
+    "readers that only write": ("plain", put("groups", 1, "readers", to=["0"]), "readers"),
+    "the name of its tensor": ("plain", put("groups", 1, "name", to="3.weight"), "groups.1.name"),
+    "readers left out": (
+        "plain",
+        lambda d: (
+            d["groups"][0].update(readers=["5"], beta=None),
+            d["groups"][1].update(readers=["5"]),
+        ),
+        "none of them tells of 3.weight",
+    ),
+    "one name twice": ("plain", lambda d: d["groups"].append(d["groups"][1]), "two groups"),
+    "a block elsewhere": ("plain", put("groups", 0, "block", to="layer.0"), "groups.0.block"),
+    "a block of no module": ("plain", put("groups", 0, "block", to="x"), "groups.0.block"),
+    "what is pinned": ("plain", put("groups", 0, "kind", to="pinned"), "groups.0.kind"),
+    "no alpha": ("widen", put("groups", 0, "alpha", to=None), "groups.0.alpha"),
+    "no width": ("plain", put("request", "width", to="0"), "request.width"),
+    "a width that is none": ("plain", put("request", "width", to="none"), "width 'none'"),
+    "no number of operations": ("plain", put("flops", to=[-5, 3]), "flops"),
+    "fewer operations": ("plain", put("flops", 1, to=1), "flops"),
+    "no parameters": ("plain", put("parameters", 0, to=-1), "parameters"),
     "no pairing": ("replicate", put("groups", 0, "pairing", to="nope"), "nope"),
     "no pairing asked for": ("replicate", put("request", "pairing", to={"*": "nope"}), "nope"),
     "no rescaling": ("replicate", put("request", "rescaling", to="nope"), "nope"),
@@ -77,9 +113,36 @@ LIES: dict[str, tuple[str, Change, str]] = {
 def test_a_plan_that_tells_other_than_it_does_is_refused(
     kind: str, change: Change, why: str
 ) -> None:
-    data = json.loads(text_of(kind))
+    data = mlp()[1].to_dict() if kind == "plain" else json.loads(text_of(kind))
     change(data)
     assert why in refusal(lambda: fxgrow.Plan.from_json(json.dumps(data)))
+
+
+UNFIT: dict[str, Change] = {
+    "below zero": put("modules", 0, "after", to=-1),
+    "another size": put("modules", 0, "after", to=13),
+    "another module": put("modules", 2, "module", to="0"),
+    "of an input": put("modules", 3, "after", to=11),
+    "left as it was": lambda d: d["modules"].pop(1),
+    "of what does not grow": lambda d: d["modules"].append(
+        {"module": "5", "attribute": "out_features", "before": 2, "after": 4}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+def test_attributes_that_do_not_fit_the_tensors_are_refused(change: Change) -> None:
+    net, plan = mlp()
+    plan.apply(net)
+    data = plan.to_dict()
+    change(data)
+    assert "the plan" in refusal(lambda: fxgrow.Plan.from_json(json.dumps(data)).apply(net))
+
+
+def test_attributes_that_did_not_fit_before_say_nothing_of_the_plan() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net[2].in_features = 80
+    assert fxgrow.widen(net, "2x").model[0].out_features == 16
 
 
 def files(folder: Path, change: Change) -> list[str]:
@@ -98,6 +161,27 @@ def test_the_command_line_refuses_what_is_told_and_not_done(tmp_path: Path) -> N
     assert done.exit_code == 1
     assert "plan.json" in done.stderr
     assert "groups.0" in done.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("tensors", "0.weight", "scale", to=2.0),
+        put("tensors", "2.weight", "axes", 0, "runs", 2, "start", to=1),
+        put("modules", 0, "after", to=17),
+    ],
+)
+def test_a_plan_that_fails_on_the_command_line_is_named_and_no_option_that_is_not_there(
+    change: Change, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, files(tmp_path, change))
+    assert done.exit_code in (1, 3)
+    said = "".join(done.stderr.split())
+    assert str(tmp_path / "plan.json") in said
+    assert str(tmp_path / "net.pt") in said
+    assert "wasedited" in said
+    assert "--exclude" not in said
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -44,6 +44,7 @@ from fxgrow.plan.presets import settings
 from fxgrow.plan.requests import Grouped, Where, Widen
 from fxgrow.plan.rescaling import check_gain, gain_by_layer
 from fxgrow.plan.schema import Plan
+from fxgrow.verification.attributes import check_fit
 from fxgrow.verification.fault import failure
 from fxgrow.verification.findings import Effort, Verification
 from fxgrow.verification.measure import Task, measure
@@ -350,6 +351,7 @@ def carry_out(
         fill = fill.computed_for(made)
     progress("growing the weights")
     grown = apply_to_module(made, model, fill)
+    check_fit(made, model, grown)
     if finish is not None:
         finish(grown)
     verification = Verification("skipped")

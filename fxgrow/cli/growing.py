@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,7 +13,7 @@ from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
 from fxgrow.cli.data import DataInit
 from fxgrow.cli.outputs import check_outputs, check_report_names
 from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
-from fxgrow.errors import UsageError
+from fxgrow.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from fxgrow.files.models import OpenedModel
@@ -100,6 +101,7 @@ def grow(
         from fxgrow.files.checkpoint.reading import about
 
         first = None if after is None else read_plan(after)
+        applied = after if first is not None and not label else None  # it is all that is done
         if first is not None:
             label = label or plan_label(first)
         if settings.output is not None:
@@ -120,7 +122,7 @@ def grow(
         if settings.dry_run:
             tell_plan(run, made, files, strict=settings.strict, force=settings.force)
             return
-        with about(source):
+        with about(source), _carrying_out(applied):
             grown = carry_out(
                 made, opened.model, inputs, init=fill, output_init=sides[0], input_init=sides[1],
                 strict=settings.strict, verify=settings.verify, progress=run.steps,  # type: ignore[arg-type]
@@ -129,6 +131,32 @@ def grow(
             move(network, "cpu")
         files.write(run, opened, grown, inputs, force=settings.force)
     show(files, opened, grown)
+
+
+@contextmanager
+def _carrying_out(plan: Path | None) -> Iterator[None]:
+    """Let every error of a plan that was read name its file: nothing can be left out of it.
+
+    Args:
+        plan: the file; None where the plan was made just now.
+
+    Raises:
+        FxgrowError: what the code inside raised.
+    """
+    if plan is None:
+        yield
+        return
+    from fxgrow.files.checkpoint.reading import about
+
+    try:
+        with about(plan):
+            yield
+    except VerificationError as error:
+        way_out = (
+            "The plan does not fit this network, or was edited: make it anew. If it is as fxgrow "
+            "wrote it, please report this."
+        )
+        raise VerificationError(error.message, name=error.name, way_out=way_out) from error
 
 
 def _fitted(

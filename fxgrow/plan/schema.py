@@ -182,7 +182,10 @@ class Plan(PlanStep):
             if isinstance(fill, placed):  # which may compute them
                 importlib.import_module("fxgrow.api.recomputed").computed_again(self, model, fill)
         executor = importlib.import_module("fxgrow.apply.module")  # the one way up, and a late one
-        return executor.apply_to_module(self, model, fill, like=like)
+        grown = executor.apply_to_module(self, model, fill, like=like)
+        judge = importlib.import_module("fxgrow.verification.attributes")
+        judge.check_fit(self, model, grown)
+        return grown
 
 
 @functools.cache

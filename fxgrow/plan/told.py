@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fxgrow.errors import UsageError
+from fxgrow.labels.space import Role
 from fxgrow.modules.tensors import layer_of
+from fxgrow.plan.amounts import amount
 from fxgrow.plan.bounds import refuse
 from fxgrow.plan.by_layer import values_in
 from fxgrow.plan.edits import AxisEdit, TensorEdit
@@ -22,6 +24,8 @@ from fxgrow.plan.pairing import PAIRINGS, cancels
 from fxgrow.plan.requests import Convert, Widen
 from fxgrow.plan.rescaling import RESCALINGS, check_gain, gain_by_layer
 from fxgrow.plan.step import BlockPlan, GroupPlan, KernelPlan, PlanStep
+
+_LARGE = 1 << 40  # a width that only ratios below one make smaller
 
 
 def check_told(step: PlanStep, place: str = "") -> None:
@@ -51,6 +55,7 @@ class _Told:
             PlanError: one of the two is not so.
         """
         self._check_asked(f"{self.place}request.")
+        self._check_counts()
         for index, group in enumerate(self.step.groups):
             self._check_group(group, f"{self.place}groups.{index}.")
         for index, block in enumerate(self.step.blocks):
@@ -70,10 +75,25 @@ class _Told:
                 for rescaling in values_in(request.rescaling):
                     RESCALINGS[rescaling]
                 check_gain(gain_by_layer(request.gain), request.rescaling)
+                known = {_is_width(width) for width in values_in(request.width)}
+                if not any(known):
+                    refuse(f"{place}width", f"nothing grows to {request.width!r}")
             for group in self.step.groups:
                 PAIRINGS[group.pairing]
         except UsageError as error:
             refuse(f"{place}{request.verb}", error.reason)
+
+    def _check_counts(self) -> None:
+        """Check the numbers of operations and of parameters, as far as a plan alone tells them.
+
+        Those of parameters are counted anew where the plan is carried out.
+        """
+        for name in ("parameters", "flops"):
+            before, after = getattr(self.step, name)
+            if before < 0 or after < 0:
+                refuse(f"{self.place}{name}", "a number is negative")
+        if isinstance(self.step.request, Widen) and self.step.flops[0] > self.step.flops[1]:
+            refuse(f"{self.place}flops", "a wider network computes no less")
 
     @cached_property
     def _edits(self) -> dict[str, list[TensorEdit]]:
@@ -111,17 +131,76 @@ class _Told:
         old, new = group.width
         if not 0 <= old < new:
             refuse(f"{place}width", f"{old} to {new} is no growth")
-        # One of several groups of a table is called after the tensor, with a number.
-        tensor = group.name.rpartition("[")[0] or group.name
-        if {group.name, tensor, layer_of(tensor)}.isdisjoint(group.writers):
-            refuse(f"{place}name", f"{group.name!r} is none of its writers")
+        self._check_name(group, f"{place}name")
+        self._check_kind(group, place)
         for layer in (*group.writers, *group.readers):
             if layer not in self._edits:
                 refuse(f"{place}width", f"it tells of {layer!r}, to which nothing is done")
+        told: tuple[tuple[Role, tuple[str, ...]], ...]
+        told = ("writer", group.writers), ("reader", group.readers)
+        for role, layers in told:
+            for layer in layers:
+                tied = role == "reader" and layer in group.writers  # of one axis that is both
+                if not (tied or self._takes_part(layer, role)):
+                    refuse(f"{place}{role}s", f"{layer!r} is no {role} that grows")
         if not any(self._grows(writer, old, new) for writer in group.writers):
             refuse(f"{place}width", f"{old} to {new} is not what becomes of its writers")
         self._check_factors(group, place)
         self._check_verdict(group, place)
+
+    def _takes_part(self, layer: str, role: Role) -> bool:
+        """Return whether a layer has an axis of a role that grows.
+
+        More groups of a convolution are read by more filters, of as many columns each; what reads
+        copies that a norm before it silences is laid out as what they pass.
+        """
+        edits = self._edits[layer]
+        if any(any(_grown(edit, role)) for edit in edits):
+            return True
+        filters = any(
+            edit.module == layer and edit.attribute == "groups" for edit in self.step.modules
+        )
+        passed = any(len(edit.shape) > 1 and any(_grown(edit, "carrier")) for edit in edits)
+        return role == "reader" and (filters or passed)
+
+    def _check_name(self, group: GroupPlan, place: str) -> None:
+        """Check that a group is called after its first writer, as no other group is.
+
+        After the layer, or where that writes other groups as well, after its tensor, and where one
+        tensor writes several, after that and the dim.
+        """
+        first = group.writers[0] if group.writers else ""
+        tensor = group.name.rpartition("[")[0] or group.name
+        if first not in (group.name, tensor, layer_of(tensor)):
+            refuse(place, f"{group.name!r} is not its first writer")
+        if self._names[group.name] > 1:
+            refuse(place, f"two groups are called {group.name!r}")
+        others = (name for name in self.step.source if name != tensor and layer_of(name) == first)
+        edits = (self.step.tensors.get(name) for name in others)
+        # An edit that writes nothing is of a bias; of what has no edit nothing is known.
+        alone = all(edit is not None and not any(_grown(edit, "writer")) for edit in edits)
+        if group.name != first and group.name == tensor and alone:
+            refuse(place, f"{first!r} writes no other group")
+
+    @cached_property
+    def _names(self) -> Counter[str]:
+        """How many groups have each name."""
+        return Counter(group.name for group in self.step.groups)
+
+    def _check_kind(self, group: GroupPlan, place: str) -> None:
+        """Check where in the network a group is told to be.
+
+        A block is called after the module that holds it, or where none does, after the addition.
+        """
+        if group.kind == "pinned":
+            refuse(f"{place}kind", "what is pinned does not grow")
+        if not group.block:
+            return
+        if group.kind == "stream":
+            refuse(f"{place}block", "a stream is in no block")
+        within = any(writer.startswith(f"{group.block}.") for writer in group.writers[:1])
+        if not within and ("." in group.block or "add" not in group.block):
+            refuse(f"{place}block", f"{group.writers[:1]} is not in {group.block!r}")
 
     def _grows(self, writer: str, old: int, new: int) -> bool:
         """Return whether a layer's outputs grow as a group of one width to another does."""
@@ -142,14 +221,24 @@ class _Told:
             ("alpha", group.alpha, group.writers),
             ("beta", group.beta, group.readers),
         ):
-            known = {group.factors.get(layer) for layer in layers}
+            known = {group.factors[layer] for layer in layers if layer in group.factors}
             if told is not None and told not in known:
                 refuse(f"{place}{name}", f"{told} is no factor of its layers")
+            single = all(self._parts(layer) == 1 for layer in layers)
+            if told is None and len(known) == 1 and single:
+                refuse(f"{place}{name}", f"it is {known.pop()}, the factor of its layers")
         set_ = {edit.module for edit in self.step.modules}
         for norm in group.absorbed_by:
             taken = any(edit.absorption is not None for edit in self._edits.get(norm, ()))
             if not taken and norm not in set_:
                 refuse(f"{place}absorbed_by", f"{norm!r} takes nothing up")
+
+    def _parts(self, layer: str) -> int:
+        """Return how many tensors of a layer have axes of outputs or inputs that change."""
+        return sum(
+            any(axis.role in ("writer", "reader") for axis in edit.axes)
+            for edit in self._edits.get(layer, ())
+        )
 
     def _check_verdict(self, group: GroupPlan, place: str) -> None:
         """Check what is told to become of the function."""
@@ -183,19 +272,40 @@ class _Told:
             refuse(f"{place}after", f"it is not what becomes of {kernel.name!r}")
 
     def _check_all_told(self) -> None:
-        """Check that every layer whose outputs grow is told of in a group."""
+        """Check that every layer whose outputs or inputs grow is told of in a group."""
         if not isinstance(self.step.request, Widen):
             return
-        told = {writer for group in self.step.groups for writer in group.writers}
-        for name, edit in self.step.tensors.items():
-            if told.isdisjoint(self._owners(name)) and any(_written(edit)):
-                refuse(f"{self.place}groups", f"none of them tells of {name}, which grows")
+        groups = self.step.groups
+        roles: dict[Role, set[str]] = {
+            "writer": {layer for group in groups for layer in group.writers},
+            "reader": {layer for group in groups for layer in group.readers},
+        }
+        for role, told in roles.items():
+            for name, edit in self.step.tensors.items():
+                # What silences new channels beside tied ones, a norm's weight, is laid out as a
+                # reader, and is none.
+                linear = role == "writer" or len(edit.shape) > 1
+                if told.isdisjoint(self._owners(name)) and linear and any(_grown(edit, role)):
+                    refuse(
+                        f"{self.place}groups", f"none of them tells of {name}, a {role} that grows"
+                    )
 
 
-def _written(edit: TensorEdit) -> Iterator[bool]:
-    """Yield, for each axis of outputs, whether it grows."""
+def _is_width(width: str) -> bool:
+    """Return whether a width that was asked for is one of more channels than none.
+
+    Raises:
+        UsageError: it is none.
+    """
+    is_relative = width.strip().startswith("+") or width.strip().endswith("x")
+    asked = amount(width, _LARGE, what="width", way_out="")
+    return asked >= (_LARGE if is_relative else 1)
+
+
+def _grown(edit: TensorEdit, role: Role) -> Iterator[bool]:
+    """Yield, for each axis of a role, whether it grows."""
     for axis in edit.axes:
-        if axis.role == "writer":
+        if axis.role == role:
             old, new = _sizes(edit, axis)
             yield new > old
 

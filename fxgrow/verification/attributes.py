@@ -6,13 +6,14 @@ and a parameter that lost its flag is not trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from torch import nn
 
-from fxgrow.errors import VerificationError
-from fxgrow.modules.tensors import named_tensors
+from fxgrow.errors import PlanError, VerificationError
+from fxgrow.grow.sizes.attributes import sizes_told
+from fxgrow.modules.tensors import layer_of, named_tensors
 from fxgrow.plan.edits import ModuleEdit
 from fxgrow.plan.names import tensor_origins
 from fxgrow.plan.schema import Plan
@@ -69,6 +70,46 @@ def _is_set(present: object, edit: ModuleEdit) -> bool:
         parts = zip(present, before, after, strict=False)
         return len(present) == len(after) and all(x == new for x, old, new in parts if old != new)
     return bool(present == after)
+
+
+def check_fit(plan: Plan, before: nn.Module, grown: nn.Module) -> None:
+    """Return if what modules of a grown network say of their sizes is what their tensors have.
+
+    Classes of which one module said another thing before are left out, and so are modules that
+    only share a tensor that is another's, of which plans tell nothing, and networks of another
+    architecture, which the plan makes no modules of.
+
+    Args:
+        plan: the plan, which may have been edited.
+        before: the network that it was made for.
+        grown: the network that it made.
+
+    Raises:
+        PlanError: an attribute does not fit; the message names it and the module.
+    """
+    if any(step.names for step in plan.steps):
+        return
+    free = {type(module) for module in before.modules() if any(_unfit(module))}
+    tied = {layer_of(name) for step in plan.steps for name in step.aliases}
+    set_ = {edit.module for step in plan.steps for edit in step.modules}
+    for name, module in grown.named_modules():
+        if type(module) in free or name in tied - set_:
+            continue
+        for attribute, present, wanted in _unfit(module):
+            where = f"{name}.{attribute}" if name else attribute
+            raise PlanError(
+                f"the plan makes {where} {present!r}, and its tensors make it {wanted!r}.",
+                name=name,
+                way_out="The plan was edited, or is for another network: make it anew.",
+            )
+
+
+def _unfit(module: nn.Module) -> Iterator[tuple[str, object, object]]:
+    """Yield each attribute that repeats a size of a module's tensors otherwise than it is."""
+    for attribute, wanted in sizes_told(module).items():
+        present = getattr(module, attribute, wanted)
+        if present != wanted:
+            yield attribute, present, wanted
 
 
 def check_flags(plan: Plan, before: nn.Module, grown: nn.Module) -> None:

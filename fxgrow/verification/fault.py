@@ -21,7 +21,7 @@ from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.plan.step import Scope
 from fxgrow.verification.findings import Verification
-from fxgrow.verification.measure import Task, measure
+from fxgrow.verification.measure import Task, measure, way_out_of
 
 
 def failure(task: Task, found: Verification) -> VerificationError:
@@ -59,7 +59,7 @@ def failure(task: Task, found: Verification) -> VerificationError:
         f"float64{where}, and as saved it differs from the old one by {native:.3g} (relative to "
         f"the largest output). The first part that breaks is {guilty}.",
         name=guilty,
-        way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
+        way_out=way_out_of(made, guilty),
     )
 
 

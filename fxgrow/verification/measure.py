@@ -130,8 +130,15 @@ def _check_layout(task: Task) -> None:
         raise VerificationError(
             f"{error.message} The first part that breaks is {guilty}.",
             name=guilty,
-            way_out=f"Leave it out with --exclude '{guilty}' and please report this.",
+            way_out=way_out_of(made, guilty),
         ) from error
+
+
+def way_out_of(made: Plan, guilty: str) -> str:
+    """Return what to do about a part of a plan that breaks: not every verb leaves parts out."""
+    if not hasattr(made.request, "exclude"):
+        return "Please report this."
+    return f"Leave it out with --exclude '{guilty}' and please report this."
 
 
 def _finished(task: Task) -> set[str]:

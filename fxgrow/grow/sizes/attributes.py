@@ -124,6 +124,18 @@ def following(module: object) -> Follow | None:
     return next((_FOLLOWS[c] for c in type(module).__mro__ if c in _FOLLOWS), None)
 
 
+def sizes_told(module: nn.Module) -> Attributes:
+    """Return what a module should say of the sizes of its tensors; {} where nothing is known."""
+    follow = following(module)
+    if follow is None:
+        return {}
+    try:
+        shapes = {local: tuple(tensor.shape) for local, _, tensor in _own_tensors(module)}
+        return follow(module, shapes, None)
+    except Exception:  # of a class of the user's, that keeps its tensors elsewhere
+        return {}
+
+
 def attribute_edits(
     model: nn.Module, new_shapes: Shapes, new_groups: Mapping[str, int]
 ) -> Iterator[ModuleEdit]:
