@@ -54,7 +54,7 @@ LIES: dict[str, tuple[str, Change, str]] = {
     "less is done": (
         "replicate",
         lambda d: [d["tensors"].pop(name) for name in ("0.weight", "0.bias")],
-        "groups.0.width",
+        "groups.0.writers",
     ),
     "nothing is told": ("replicate", lambda d: d["groups"].pop(0), "none of them tells of 0"),
     "another width": ("replicate", put("groups", 0, "width", to=[4, 7]), "groups.0.width"),
@@ -116,6 +116,29 @@ def test_a_plan_that_tells_other_than_it_does_is_refused(
     data = mlp()[1].to_dict() if kind == "plain" else json.loads(text_of(kind))
     change(data)
     assert why in refusal(lambda: fxgrow.Plan.from_json(json.dumps(data)))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("request", "rescaling"), "x"), (("request", "rescaling"), 5), (("request", "init"), 5),
+        (("request", "init"), "../x"), (("request", "pairing"), "x"), (("request", "width"), {}),
+        (("request", "width", "*"), 5), (("request", "gain"), 3.0), (("groups", 0, "pairing"), "x"),
+        (("request", "noise"), -1.0), (("request", "where"), "x"), (("request", "wher"), "x"),
+        (("groups", 0, "readers"), ["x"]), (("groups", 0, "writers"), ["0", "x"]),
+        (("tensors", "0.weight", "axes", 0, "role"), "x"), (("modules", 0, "after"), None),
+    ],
+)  # fmt: skip
+def test_the_field_that_is_wrong_is_the_one_that_is_named(
+    where: tuple[str | int, ...], value: object
+) -> None:
+    data = mlp()[1].to_dict()
+    if where[-1] == "*":
+        data["request"]["width"] = {}
+    put(*where, to=value)(data)
+    named = ".".join(map(str, where[:2] if where[-1] == "*" else where))
+    said = refusal(lambda: fxgrow.Plan.from_json(json.dumps(data)))
+    assert f"the plan's {named} is wrong" in said or f"the plan's {named}.* is wrong" in said
 
 
 UNFIT: dict[str, Change] = {

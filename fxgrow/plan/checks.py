@@ -98,7 +98,7 @@ class _Checked:
             PlanError: one of them is wrong.
         """
         step, at = self.step, self.place
-        _check_request(step.request, f"{at}request.{step.request.verb}.")
+        _check_request(step.request, f"{at}request.")
         if isinstance(step.request, Convert) != bool(step.names):
             refuse(f"{at}names", "a conversion names what it makes, and nothing else does")
         self._check_source()

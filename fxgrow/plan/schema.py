@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,7 +96,9 @@ class Plan(PlanStep):
             plan = _adapter().validate_json(json.dumps(read))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            place = shown(".".join(str(part) for part in first["loc"]) or "text")
+            place = shown(
+                _place(read, first["loc"], is_missing=first["type"] == "missing") or "text"
+            )
             raise PlanError(f"the plan's {place} is wrong: {shown(first['msg'])}.") from error
         except RecursionError as error:
             raise PlanError("the plan is nested too deeply.") from error
@@ -194,6 +196,23 @@ def _adapter() -> TypeAdapter[Plan]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Plan)
+
+
+def _place(data: object, found: Sequence[int | str], *, is_missing: bool) -> str:
+    """Return which field of a plan is wrong, as the plan has it.
+
+    Args:
+        data: the plan as JSON.
+        found: what pydantic says, which also names the kinds that a field may be of.
+        is_missing: whether the last of these is what the plan lacks.
+    """
+    parts = []
+    for part in found:
+        is_index = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if is_index or (isinstance(data, dict) and part in data):
+            data = data[part]  # type: ignore[index]
+            parts.append(str(part))
+    return ".".join((*parts, str(found[-1])) if is_missing else parts)
 
 
 def plans_of(record: Mapping[str, Any]) -> tuple[Plan, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,21 +68,23 @@ class _Told:
     def _check_asked(self, place: str) -> None:
         """Check that what was asked for is what could have been."""
         request = self.step.request
-        try:
-            if isinstance(request, (Widen, Convert)):
+        if isinstance(request, (Widen, Convert)):
+            with _naming(f"{place}pairing"):
                 for pairing in values_in(request.pairing):
                     PAIRINGS[pairing]
-            if isinstance(request, Widen):
+        if isinstance(request, Widen):
+            with _naming(f"{place}rescaling"):
                 for rescaling in values_in(request.rescaling):
                     RESCALINGS[rescaling]
+            with _naming(f"{place}gain"):
                 check_gain(gain_by_layer(request.gain), request.rescaling)
+            with _naming(f"{place}width"):
                 known = {_is_width(width) for width in values_in(request.width)}
-                if not any(known):
-                    refuse(f"{place}width", f"nothing grows to {request.width!r}")
-            for group in self.step.groups:
+            if not any(known):
+                refuse(f"{place}width", f"nothing grows to {request.width!r}")
+        for index, group in enumerate(self.step.groups):
+            with _naming(f"{self.place}groups.{index}.pairing"):
                 PAIRINGS[group.pairing]
-        except UsageError as error:
-            refuse(f"{place}{request.verb}", error.reason)
 
     def _check_counts(self) -> None:
         """Check the numbers of operations and of parameters, as far as a plan alone tells them.
@@ -133,13 +136,13 @@ class _Told:
             refuse(f"{place}width", f"{old} to {new} is no growth")
         self._check_name(group, f"{place}name")
         self._check_kind(group, place)
-        for layer in (*group.writers, *group.readers):
-            if layer not in self._edits:
-                refuse(f"{place}width", f"it tells of {layer!r}, to which nothing is done")
         told: tuple[tuple[Role, tuple[str, ...]], ...]
         told = ("writer", group.writers), ("reader", group.readers)
         for role, layers in told:
             for layer in layers:
+                if layer not in self._edits:
+                    why = f"it tells of {layer!r}, to which nothing is done"
+                    refuse(f"{place}{role}s", why)
                 tied = role == "reader" and layer in group.writers  # of one axis that is both
                 if not (tied or self._takes_part(layer, role)):
                     refuse(f"{place}{role}s", f"{layer!r} is no {role} that grows")
@@ -289,6 +292,19 @@ class _Told:
                     refuse(
                         f"{self.place}groups", f"none of them tells of {name}, a {role} that grows"
                     )
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Let what a field asks for, and there is not, be refused as the field's.
+
+    Raises:
+        PlanError: the code inside raised a :class:`UsageError`.
+    """
+    try:
+        yield
+    except UsageError as error:
+        refuse(place, error.reason)
 
 
 def _is_width(width: str) -> bool:
