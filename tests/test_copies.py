@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 import fxgrow
 from fxgrow.cli.app import app
+from fxgrow.files.checkpoint import load_source
+from fxgrow.files.copies import stale_settings
 
 ARCH = ("--arch", "networks:plain_mlp")
 
@@ -223,3 +225,24 @@ def test_averages_of_buffers_too_compute_what_they_did(tmp_path, layout):
     wide.load_state_dict(unpack(wide, torch.load(grown, weights_only=False)["ema"]))
     x = torch.randn(8, 4)
     assert max_rel(average(x), wide(x)) < 1e-5
+
+
+def test_settings_at_the_top_and_of_short_names_are_told_of(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    saved = {"model": net.state_dict(), "hidden": 16, "epoch": 16, "hyper_parameters": {"h": 16}}
+    torch.save(saved, tmp_path / "net.pt")
+    grown = fxgrow.widen(net, "2x", verify=False)
+    (told,) = stale_settings(load_source(tmp_path / "net.pt"), grown.plan)
+    assert "hidden is 16, hyper_parameters.h is 16" in told
+    assert "epoch" not in told
+
+
+def test_what_no_config_can_say_is_refused_before_the_weights_are_read(tmp_path):
+    source = tmp_path / "net"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "bert"}')  # no weights: read later
+    torch.save([(torch.ones(1, 4), torch.ones(1))], tmp_path / "batch.pt")
+    given = ["widen", str(source), "--width", "2x", "--init", "tiny", "--loss", "mse_loss"]
+    done = CliRunner().invoke(app, [*given, "--data", str(tmp_path / "batch.pt")])
+    assert done.exit_code == 2
+    assert "no config.json can say" in " ".join(done.stderr.split())

@@ -13,13 +13,16 @@ from fxgrow.cli.arguments import inputs_of, parse_shapes, plan_label
 from fxgrow.cli.data import DataInit
 from fxgrow.cli.outputs import check_outputs, check_report_names
 from fxgrow.cli.run import CommandRun, Outputs, move, read_plan, show, tell_plan
-from fxgrow.errors import UsageError, VerificationError
+from fxgrow.errors import SourceError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from fxgrow.files.models import OpenedModel
     from fxgrow.plan.schema import Plan
 
 EFFORTS = ("full", "quick", "none")
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".json")
+_NO_CONFIG = "what is computed from data differs by layer, which no config.json can say."
+_WEIGHTS_ALONE = "Write the weights alone: -o model.safetensors."
 # From the network, example inputs, the plan before and what shows progress.
 MakePlan: TypeAlias = "Callable[..., Plan]"
 
@@ -110,6 +113,9 @@ def grow(
         wanted = (None if settings.dry_run else files.out, files.plan, *reports)
         read = [path for path in (source, after) if path is not None]
         check_outputs(wanted, read, force=settings.force)
+        own_config = adapts and not settings.dry_run and settings.arch is None
+        if isinstance(init, DataInit) and own_config and _writes_config(source, files.out):
+            raise UsageError(_NO_CONFIG, way_out=_WEIGHTS_ALONE)  # before minutes of loading
         opened = run.open(
             source, settings.arch, settings.arch_arg, trust_pickle=settings.trust_pickle
         )
@@ -159,6 +165,20 @@ def _carrying_out(plan: Path | None) -> Iterator[None]:
         raise VerificationError(error.message, name=error.name, way_out=way_out) from error
 
 
+def _writes_config(source: Path, out: Path) -> bool:
+    """Return whether a directory of transformers' is to become another one."""
+    from fxgrow.files.checkpoint.reading import read_json
+
+    config = source / "config.json"
+    if out.suffix in _FILES or not config.is_file():
+        return False
+    try:
+        found = read_json(config)
+    except SourceError:
+        return False  # which reading the directory will tell
+    return isinstance(found, dict) and "model_type" in found
+
+
 def _fitted(
     opened: OpenedModel,
     make: MakePlan,
@@ -172,9 +192,6 @@ def _fitted(
     if opened.architecture is None or not is_described(opened.source, opened.architecture, out):
         return make()
     if isinstance(init, DataInit):
-        raise UsageError(
-            "what is computed from data differs by layer, which no config.json can say.",
-            way_out="Write the weights alone: -o model.safetensors.",
-        )
+        raise UsageError(_NO_CONFIG, way_out=_WEIGHTS_ALONE)
     given: Any = opened.inputs if inputs is None else inputs
     return fitted_plan(opened.architecture, opened.model, make, given)

@@ -28,6 +28,7 @@ _WIDTH = re.compile(
     r"(width|dim|dims|hidden|channels|features|size|sizes|units|planes|filters|ff|mlp|embd|inner|"
     r"model)$"
 )
+_SHORT = re.compile(r"(?<![a-zA-Z])(h|d|c|w|ch|nh|nf|ngf|ndf|base)$")  # among settings alone
 
 
 def grown_copies(source: Source, plan: Plan, init: Init | None) -> list[OrderedDict[str, Tensor]]:
@@ -112,11 +113,19 @@ def stale_settings(source: Source, plan: Plan) -> list[str]:
     grown = {group.width[0]: group.width[1] for step in plan.steps for group in step.groups}
     data: Any = source._contents.data
     held = [key for key in data if str(key) in _SETTINGS] if isinstance(data, Mapping) else []
-    found = [
-        f"{'.'.join(map(str, (key, *keys)))} is {value}"
+    told_alone = [] if not isinstance(data, Mapping) else [
+        ((key,), value) for key, value in data.items() if _WIDTH.search(str(key))
+    ]  # fmt: skip
+    inside = [
+        ((key, *keys), value)
         for key in held
         for keys, value in walk(_plain(data[key]))
-        if keys and _WIDTH.search(str(keys[-1])) and _is_old_width(value, grown)
+        if keys and (_WIDTH.search(str(keys[-1])) or _SHORT.search(str(keys[-1])))
+    ]
+    found = [
+        f"{'.'.join(map(str, keys))} is {value}"
+        for keys, value in (*told_alone, *inside)
+        if _is_old_width(value, grown)
     ]
     if not found:
         return []
