@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from fxgrow.errors import SourceError
 from fxgrow.files.checkpoint import Source, check_output, default_output, load_source, save_source
 from fxgrow.files.checkpoint.formats import sniff
+from fxgrow.files.models import open_model
 
 RECORD = {"fxgrow": "0.1.0", "architecture": {"name": "torchvision:resnet18", "arguments": {}}}
 
@@ -523,3 +525,15 @@ def test_records_are_json_in_a_safetensors_header(tmp_path, source):
     save_source(source, grown(source), tmp_path / "o.safetensors", record=RECORD)
     with safetensors.safe_open(tmp_path / "o.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["_fxgrow"]) == RECORD
+
+
+def test_weights_of_another_architecture_are_not_blamed_on_the_number_of_classes(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    with pytest.raises(
+        SourceError, match=r"do not fit torchvision:resnet34.*names of tensors"
+    ) as caught:
+        open_model(path, arch="resnet34")
+    assert "num_classes" not in caught.value.way_out
+    with pytest.raises(SourceError, match=r"fc\.bias"):
+        open_model(path, arch="resnet18", arch_arguments={"num_classes": 7})

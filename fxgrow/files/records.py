@@ -81,6 +81,14 @@ def put_weights(model: nn.Module, source: Source, architecture: Architecture) ->
     try:
         result = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
+        wanted = model.state_dict().keys()
+        differ = [n for n in (*(wanted - weights.keys()), *(weights.keys() - wanted))
+                 if not n.endswith("num_batches_tracked")]  # fmt: skip
+        if differ:  # then it is another one, and not its last layer alone
+            how = (
+                f"{len(differ)} names of tensors differ ({listed(sorted(differ))}), and shapes do."
+            )
+            raise _misfit(source, architecture, how, min(differ), alike=False) from error
         last = str(error).strip().splitlines()[-1].strip()
         raise _misfit(source, architecture, last, str(source.path)) from error
     missing = [n for n in result.missing_keys if not n.endswith("num_batches_tracked")]
@@ -94,14 +102,18 @@ def put_weights(model: nn.Module, source: Source, architecture: Architecture) ->
             setattr(model.get_submodule(owner), local, one)
 
 
-def _misfit(source: Source, architecture: Architecture, how: str, name: str) -> SourceError:
+def _misfit(
+    source: Source, architecture: Architecture, how: str, name: str, *, alike: bool = True
+) -> SourceError:
     under = f", without the prefix {shown(source.prefix, 80)!r}," if source.prefix else ""
     named = architecture.origin == ""
     return SourceError(
         f"the weights in {source.path}{under} do not fit {architecture}: {how}",
         name=name,
-        way_out="Name another architecture with --arch, or its arguments with --arch-arg, such as "
-        "num_classes=10." if named else "Name the architecture with --arch (and --arch-arg).",
+        way_out="Name the architecture with --arch (and --arch-arg)." if not named
+        else "Name another architecture with --arch." if not alike
+        else "Name another architecture with --arch, or its arguments with --arch-arg, such as "
+        "num_classes=10.",
     )  # fmt: skip
 
 
