@@ -140,7 +140,8 @@ def _check_part(plan: Plan, part: nn.Module) -> None:
         raise PlanError(
             f"the record is of another network: {error.message}",
             name=error.name,
-            way_out="Build the network as it was before its first growth.",
+            way_out="Build the network as it was before its first growth: by seed_network, if that "
+            "made it.",
         ) from error
 
 
