@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import math
 import os
+import signal
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everyone uses
+
+import fxgrow
 
 DEBIAN = Path(
     "/usr/share/datasets/fashion-mnist"
@@ -179,6 +183,25 @@ def optimizer_for(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
+def _begin() -> None:
+    """Prepare a process that runs arms: one thread, and the parent alone answers Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _ended_at_once(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End what runs in other processes when the script is interrupted, instead of waiting."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        workers = [*(pool._processes or {}).values()]  # from Python 3.14 on, terminate_workers()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+
+
 def run_all(
     jobs: Sequence[tuple[str, int]],
     run: Callable[..., dict[str, Any]],
@@ -196,7 +219,7 @@ def run_all(
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["settings"] == told and (row["arm"], row["seed"]) in jobs]
     left = [job for job in jobs if job not in {(row["arm"], row["seed"]) for row in rows}]
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin) as pool, _ended_at_once(pool):
         waiting = {pool.submit(run, *job, **settings): job for job in left}
         for done in as_completed(waiting):
             arm, seed = waiting[done]
@@ -223,39 +246,59 @@ def parser_for(
         seeds: how many of them each arm has by default.
         results: the file for them by default.
     """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--data", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    sets = ("fashion-mnist", "cifar10")
+    parser.add_argument("--data", default=sets[0], choices=sets, help="what to train on")
     parser.add_argument("--root", default="", help="the folder with the data set")
     parser.add_argument("--images", type=int, default=10_000, help="to train on")
     parser.add_argument("--rate", type=float, default=0.1, help="the learning rate")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[*range(seeds)])
-    parser.add_argument("--arms", nargs="*", default=list(arms), choices=list(arms))
-    parser.add_argument("--results", type=Path, default=Path(results))
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="try the script on made-up patterns")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[*range(seeds)], help="one run of each arm for each"
+    )
+    parser.add_argument(
+        "--arms", nargs="+", default=list(arms), choices=list(arms), help="what to run"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path(results), help="the file that results are kept in"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="how many processes"
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="try the script on made-up patterns, with settings of its own where none are given",
+    )  # fmt: skip
     return parser
 
 
 def results_of(
-    chosen: argparse.Namespace,
+    parser: argparse.ArgumentParser,
     run: Callable[..., dict[str, Any]],
     arms: Sequence[str],
     quick: Mapping[str, int],
-) -> list[dict[str, Any]]:
-    """Return the results of what was asked for; see :func:`run_all`.
+) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """Return the options that were given, and the results of them; see :func:`run_all`.
 
     Args:
-        chosen: the options, of :func:`parser_for` and of the example's own.
+        parser: of the options, from :func:`parser_for`, and of the example's own.
         run: runs an arm with a seed.
-        arms: what is run with ``--quick``.
+        arms: what is run with ``--quick``, if nothing else is said.
         quick: the options of its own that ``run`` takes, as they are then.
     """
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**quick, data="made", images=512, seeds=[0], arms=list(arms))
+    chosen = parser.parse_args()
     settings = {name: vars(chosen)[name] for name in (*quick, "data", "root", "images", "rate")}
     jobs = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
-    if chosen.quick:
-        settings |= {**quick, "data": "made", "images": 512}
-        jobs = [(arm, 0) for arm in arms]
-    return run_all(jobs, run, settings, chosen.results, chosen.workers)
+    try:
+        return chosen, run_all(jobs, run, settings, chosen.results, chosen.workers)
+    except fxgrow.FxgrowError as error:  # such as too few epochs for the stages
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print(f"Stopped. What is in {chosen.results} is not run again.", file=sys.stderr)
+        sys.exit(130)
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -265,8 +308,9 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> str:
-    """Return the mean difference of the same seeds ± its standard error as text."""
-    return mean_error([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    """Return the mean difference of the same seeds ± its standard error as text, "–" of none."""
+    both = sorted(first.keys() & second.keys())
+    return mean_error([first[seed] - second[seed] for seed in both]) if both else "–"
 
 
 def mean_error(values: Sequence[float]) -> str:

@@ -114,7 +114,7 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
         target = "scratch, deep" if arm in DEEPER or arm == "scratch, deep" else "scratch, wide"
         goals = by_seed(rows, target, "accuracy")
         whole = by_seed(rows, target, "flops")
-        if not own or not goals:
+        if not own:
             continue
         shares = [row["flops"] / whole[row["seed"]] for row in own if row["seed"] in whole]
         times = [
@@ -123,14 +123,19 @@ def table(rows: Sequence[dict[str, Any]], margin: float) -> str:
             if row["seed"] in goals
             and (spent := spent_until(row, goals[row["seed"]] - margin)) is not None
         ]
-        reached = f"{100 * statistics.fmean(times):.0f} %" if times else "never"
+        reached = f"{100 * statistics.fmean(times):.0f} %" if times else "never" if goals else "–"
+        share = (
+            f"{100 * statistics.fmean(shares):.0f} %"
+            if shares
+            else f"{statistics.fmean(row['flops'] for row in own):.2e}"
+        )
         if times and len(times) < len(own):
             reached += f" ({len(times)} of {len(own)})"
         accuracy = by_seed(rows, arm, "accuracy")
         jump = statistics.fmean(row["jump"] for row in own)
         lines.append(
             f"| {arm} | {mean_std([*accuracy.values()])} | {paired(accuracy, goals)} | "
-            f"{100 * statistics.fmean(shares):.0f} % | {reached} | {jump:.1e} |"
+            f"{share} | {reached} | {jump:.1e} |"
         )
     return "\n".join(lines)
 
@@ -142,9 +147,8 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=12, help="epochs after it")
     parser.add_argument("--width", type=int, default=8, help="of the first stage before growth")
     parser.add_argument("--margin", type=float, default=0.25, help="of accuracy, in per cent")
-    chosen = parser.parse_args()
     arms = ("scratch, wide", "R2WiderR", "scratch, deep", "R2DeeperR")
-    rows = results_of(chosen, run, arms, {"before": 2, "after": 2, "width": 4})
+    chosen, rows = results_of(parser, run, arms, {"before": 2, "after": 2, "width": 4})
     print(table(rows, chosen.margin))
 
 

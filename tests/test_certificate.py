@@ -159,6 +159,7 @@ def test_copies_follow(name: str, grown_at: int) -> None:
     assert certificate.follows
     assert certificate.worst < 1e-12
     assert "follows the narrow network" in str(certificate)
+    assert "one unit off, larger of both" in str(certificate)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

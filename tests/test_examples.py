@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,51 @@ def test_results_are_kept_and_nothing_is_run_twice(tmp_path):
     assert "4 of 4" in runs[0].stderr
     assert "of 4" not in runs[1].stderr
     assert len((tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def quick(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--quick", "--workers", "1", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "options"),
+    [
+        ("grow_fashion_mnist.py", "small", ["--epochs", "1"]),  # fewer than stages
+        ("r2r_growth.py", "R2WiderR", ["--before", "1", "--after", "1"]),
+    ],
+)
+def test_an_arm_alone_is_told_and_quick_takes_other_options(tmp_path, name, arm, options):
+    done = quick(tmp_path, name, "--arms", arm, "--seeds", "3", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"1 of 1: {arm}, seed 3" in done.stderr
+    assert f"| {arm} |" in done.stdout
+
+
+def test_what_cannot_run_is_told_in_a_line(tmp_path):
+    none = quick(tmp_path, "r2r_growth.py", "--seeds")
+    few = quick(tmp_path, "grow_fashion_mnist.py", "--arms", "random", "--epochs", "2")
+    for done in (none, few):
+        assert done.returncode
+        assert "Traceback" not in done.stderr
+    assert "epochs" in few.stderr.splitlines()[-1]
+
+
+def test_an_interrupted_example_ends_at_once(tmp_path):
+    began = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "r2r_growth.py"), "--quick", "--workers", "1",
+         "--after", "1000"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(15)  # in a run, or on the way to one
+    os.killpg(began.pid, signal.SIGINT)
+    _, told = began.communicate(timeout=20)
+    assert began.returncode == 130
+    assert told.startswith("Stopped")
+    assert "Traceback" not in told
 
 
 def test_one_seed_tells_no_spread(monkeypatch):

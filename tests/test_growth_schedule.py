@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -269,3 +270,18 @@ def test_names_of_groups_are_not_taken_for_globs():
     schedule = GrowthSchedule.geometric({"wte.weight[1]": 64}, epochs=100)
     assert list(schedule.stages[1].width) == ["wte.weight[[]1]"]
     assert schedule.widths_at(1) == {"wte.weight[1]": 20}
+
+
+def test_geometric_widths_may_wait_for_a_plateau():
+    fixed = GrowthSchedule.geometric({"a": 64}, epochs=160)
+    waits = GrowthSchedule.geometric({"a": 64}, plateau=Plateau(patience=2))
+    assert [stage.width for stage in waits.stages] == [stage.width for stage in fixed.stages]
+    assert {stage.epochs for stage in waits.stages} == {None}
+    clock = GrowthClock(waits)
+    assert [clock.step(1.0) for _ in range(3)] == [None, None, 1]
+    most = GrowthSchedule.geometric({"a": 64}, epochs=160, plateau=Plateau())
+    assert most == dataclasses.replace(fixed, plateau=Plateau())
+    assert GrowthSchedule.from_json(waits.to_json()) == waits
+    for wrong in ({}, {"first": 3, "plateau": Plateau()}):
+        with pytest.raises(UsageError, match="how many epochs"):
+            GrowthSchedule.geometric({"a": 64}, **wrong)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxgrow.errors import PlanError
+from fxgrow.errors import FxgrowWarning, PlanError
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import (  # noqa: E402
@@ -184,6 +184,47 @@ def test_epochs_without_a_validation_do_not_count(tmp_path):
     growth = GrowthCallback(WAITING, monitor="score")
     trainer(tmp_path, [growth], 6, check_val_every_n_epoch=2).fit(module, data(), data())
     assert module.widths == [8] * 16 + [16] * 8  # after the second value, that of epoch 4
+
+
+@pytest.mark.parametrize("where", ["val", "train"])
+def test_a_checkpoint_written_before_the_end_of_its_epoch_resumes(where, tmp_path):
+    def fit(resume: Path | None = None) -> Scored:
+        module, saving = Scored(where), each_epoch(tmp_path, save_on_train_epoch_end=False)
+        growth = GrowthCallback(WAITING, monitor="score")
+        run = trainer(tmp_path, [growth, saving], 6, num_sanity_val_steps=0)
+        run.fit(module, data(), data(), ckpt_path=resume)
+        return module
+
+    whole = fit()
+    assert whole.widths == [8] * 8 + [16] * 8 + [24] * 8
+    resume = tmp_path / "epoch=1.ckpt"  # the plateau is over with the metric of this epoch
+    if where == "val":
+        again = fit(resume)
+        torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    else:  # which is lost with the steps of that epoch
+        with pytest.warns(FxgrowWarning, match="does not count epoch 2"):
+            again = fit(resume)
+        assert again.widths[:4] == [8] * 4
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_checkpoint_of_another_precision_resumes(precision, tmp_path):
+    """Lightning brings a module to the training's precision after it has read a checkpoint."""
+
+    def fit(resume: Path | None = None) -> Net:
+        module = Net()
+        run = trainer(tmp_path, [GrowthCallback({1: "2x"}), each_epoch(tmp_path)], 3,
+                      precision=precision)  # fmt: skip
+        run.fit(module, data(), ckpt_path=resume)
+        return module
+
+    whole = fit().state_dict()
+    assert whole["net.0.weight"].shape == (16, 6)
+    found = fit(tmp_path / "epoch=1.ckpt").state_dict()
+    # Lightning itself rounds float64 to the float32 of the module that it loads into.
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6 if precision == "64-true" else 0)
+    held = Net.load_from_checkpoint(tmp_path / "epoch=2.ckpt").state_dict()
+    assert all(torch.equal(held[name], x.to(held[name].dtype)) for name, x in whole.items())
 
 
 def test_a_metric_that_is_not_logged_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ def test_a_second_growth_is_what_is_new_then():
     first, other = positions.alike(drawn=True)
     pairs = {*zip(first.tolist(), other.tolist(), strict=True)}
     assert pairs == {(8 + i, 12 + i) for i in range(4)} | {(16 + i, 18 + i) for i in range(2)}
+
+
+def test_gradients_that_were_dropped_before_are_warned_of_once():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    grow_(net, "2x", optimizer=optimizer)
+    watched = monitor(net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            net(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watched.step()
+    assert [str(one.message).partition(":")[0] for one in told] == [
+        "there are no gradients to measure"
+    ]
 
 
 def test_steps_between_cost_no_copy():

@@ -17,11 +17,13 @@ import fxgrow
 from fxgrow.api.widen import plan as make_plan
 from fxgrow.apply.tensors import lay_out
 from fxgrow.errors import FxgrowWarning, PlanError
+from fxgrow.files.optimizer.growth import grow_state_dict
 from fxgrow.files.optimizer.state import _layout
 from fxgrow.files.optimizer.steps import grow_states
 from fxgrow.modules.tensors import named_tensors
 from fxgrow.plan.init import zeros
 from fxgrow.plan.schema import Plan
+from fxgrow.training import deepen_
 
 adafactor = pytest.importorskip("transformers.optimization").Adafactor
 
@@ -404,3 +406,56 @@ def test_the_loss_goes_on_as_if_nothing_had_happened():
     assert wide[1] == pytest.approx(narrow[1], rel=2e-2)
     assert wide[0] > wide[1] > wide[2] > wide[3]
     assert fresh[1] > 1.1 * fresh[0]
+
+
+class _Residual(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.relu(self.into(x)))
+
+
+class _Stacked(nn.Module):
+    """Blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(_Residual(), _Residual()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+def _train(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for x in torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_fused_momentum_goes_on_as_any_other(in_place):
+    """It takes no mix of parameters with a momentum and new ones without."""
+
+    def trained(fused: bool) -> nn.Module:
+        torch.manual_seed(0)
+        net = _Stacked()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, fused=fused)
+        _train(net, optimizer)
+        if in_place:
+            deepen_(net, {"blocks": "+1"}, torch.randn(5, 8), optimizer=optimizer)
+            _train(net, optimizer)
+            return net
+        grown = fxgrow.deepen(net, {"blocks": "+1"}, torch.randn(5, 8))
+        saved, _ = grow_state_dict(grown.plan, optimizer.state_dict(), net, grown.model)
+        again = torch.optim.SGD(grown.model.parameters(), 0.01, momentum=0.9, fused=fused)
+        again.load_state_dict(saved)
+        _train(grown.model, again)
+        return grown.model
+
+    plain, fused = trained(False), trained(True)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())

@@ -67,6 +67,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": functools.partial(torch.optim.RAdam, lr=0.01, weight_decay=0.01),
     "adadelta": functools.partial(torch.optim.Adadelta, lr=1.0),
     "tensor lr": functools.partial(torch.optim.AdamW, lr=torch.tensor(0.01), weight_decay=0.1),
+    "fused, tensor lr": functools.partial(
+        torch.optim.AdamW, lr=torch.tensor(0.01), weight_decay=0.1, fused=True
+    ),
 }
 
 

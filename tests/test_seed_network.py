@@ -12,7 +12,16 @@ from test_growth_schedule import Deep, mlp
 from torch import nn
 
 from fxgrow.errors import PlanError
-from fxgrow.training import FlopLedger, GrowthSchedule, enter_stage_, flops, forecast, seed_network
+from fxgrow.training import (
+    FlopLedger,
+    GrowthSchedule,
+    enter_stage_,
+    flops,
+    forecast,
+    regrow_,
+    seed_network,
+    state_dict,
+)
 from fxgrow.training.seed import check_growth
 
 
@@ -277,3 +286,30 @@ def test_a_forecast_is_what_the_ledger_counts():
     assert told.total == ledger.total
     assert told.full == flops(mlp(), x).total * 1600
     assert 0.4 < told.part < 0.8
+
+
+def test_the_configuration_of_a_seed_tells_its_sizes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        vocab_size=20, max_position_embeddings=8,
+    )  # fmt: skip
+
+    def build() -> nn.Module:
+        return transformers.BertForSequenceClassification(config)
+
+    x = torch.ones(2, 4, dtype=torch.long)
+    schedule = GrowthSchedule.geometric(build, initial=0.5, rate=1.0, epochs=4, example_inputs=x)
+    net = seed_network(build, schedule, x)
+    told = net.config
+    assert (told.hidden_size, told.num_attention_heads, told.intermediate_size) == (8, 2, 16)
+    assert net.bert.config is told
+    assert config.hidden_size == 16
+    for stage in range(1, len(schedule.stages)):
+        enter_stage_(net, schedule, stage, x)
+    net.save_pretrained(tmp_path)
+    again = transformers.BertForSequenceClassification(
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    )
+    regrow_(again, state_dict(net)).load_state_dict(net.state_dict())
+    assert torch.equal(again.eval()(x).logits, net.eval()(x).logits)

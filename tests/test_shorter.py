@@ -91,3 +91,30 @@ def test_blocks_that_no_growth_brings_stay():
     grow_(net, "2x", X)
     with pytest.raises(PlanError, match="record is of another network"):
         regrow_(Network(3), state_dict(net))
+
+
+@pytest.mark.parametrize("layers", [2, 3])  # as at first, and as at last
+def test_a_list_in_a_network_that_is_a_list_resumes(layers):
+    def build(count: int) -> nn.Sequential:
+        blocks = nn.Sequential(*(Block() for _ in range(count)))
+        return nn.Sequential(nn.Linear(4, 8), blocks, nn.ReLU(), nn.Linear(8, 2))
+
+    net, again = build(2), build(layers)
+    deepen_(net, {"1": "+1"}, X)
+    mean = copy.deepcopy(again)
+    regrow_(again, state_dict(net), averages=mean).load_state_dict(net.state_dict())
+    assert torch.equal(again(X), net(X))
+    assert {name: x.shape for name, x in mean.state_dict().items()} == {
+        name: x.shape for name, x in net.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("spec", ["", "1"])
+def test_a_network_that_is_a_list_of_blocks_resumes(layers, spec):
+    net = nn.Sequential(*(Block() for _ in range(2)))
+    again = nn.Sequential(*(Block() for _ in range(layers)))
+    x = torch.randn(5, 8)
+    deepen_(net, {spec: "+1"}, x)
+    regrow_(again, state_dict(net)).load_state_dict(net.state_dict())
+    assert torch.equal(again(x), net(x))

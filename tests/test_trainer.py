@@ -422,6 +422,26 @@ def test_a_plateau_of_evaluations_grows_and_resumes(made_anew, tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), epoch
 
 
+def test_an_evaluation_counts_in_the_checkpoint_of_its_step(tmp_path):
+    """The Trainer would save first, evaluate then, and leave that out as it resumes."""
+
+    def run(folder: Path, scores: Any) -> Any:
+        growth = GrowthCallback(WAITING, monitor="eval_score")
+        left = iter(scores)
+        made = trainer(folder, growth, eval_strategy="epoch", save_strategy="steps", save_steps=2)
+        made.compute_metrics = lambda _: {"score": next(left)}
+        return made
+
+    whole, again = run(tmp_path / "whole", SCORES), run(tmp_path / "again", SCORES[2:])
+    whole.train()
+    told = [one for one in whole.state.log_history if "eval_score" in one]
+    assert [one["step"] for one in told] == [2, 4, 6, 8, 10]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again.train(resume_from_checkpoint=True)
+    found, expected = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_metric_that_cannot_be_waited_on_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no metric is named"):
         GrowthCallback(WAITING)

@@ -84,10 +84,11 @@ class Certificate:
         """Return a table of some of the steps, and the verdict."""
         count = len(self.deviations)
         shown = sorted({1, *(count * tenth // 10 for tenth in range(1, 11)), count} - {0})
-        lines = [f"{'step':>6}  {'wide, eval':>10}  {'train':>8}  {'one unit off':>12}"]
+        both = "one unit off, larger of both"
+        lines = [f"{'step':>6}  {'wide, eval':>10}  {'train':>8}  {both}"]
         lines += [
             f"{step:>6}  {self.in_eval[step - 1].wide:>10.1e}  {self.in_train[step - 1].wide:>8.1e}"
-            f"  {self.deviations[step - 1].one_ulp:>12.1e}"
+            f"  {self.deviations[step - 1].one_ulp:>28.1e}"
             for step in shown
         ]
         told = f"{self.optimizer}, lr={self.lr!r}, grown at step {self.grown_at}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from itertools import accumulate, pairwise
 from math import lcm
 
@@ -159,7 +160,7 @@ def depths_by_stage(blocks: Mapping[str, tuple[int, int]], count: int) -> list[d
     return found
 
 
-def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> list[int]:
+def lengths(epochs: int | None, count: int, rate: float, first: int | None = None) -> list[int]:
     """Return how many epochs each stage has, T_0·(1 + p)^t, and the last one what is left.
 
     A stage ends at the whole epoch that is nearest to the sum of the lengths up to it.
@@ -180,6 +181,11 @@ def lengths(epochs: int, count: int, rate: float, first: int | None = None) -> l
         >>> lengths(16, 5, 0.5), lengths(16, 5, 0.5, 1)
         ([1, 2, 3, 4, 6], [1, 2, 2, 3, 8])
     """
+    if epochs is None:
+        raise UsageError(
+            "the schedule does not say how many epochs there are in all.",
+            way_out="Give epochs=; or plateau=Plateau(…) without first=.",
+        )
     if type(epochs) is not int or not count <= epochs:
         raise UsageError(
             f"{epochs} epochs are not enough for {count} stages.",
@@ -218,3 +224,29 @@ def _share(epochs: int, sums: Sequence[float]) -> float:
 
 def _rounded(number: float) -> int:
     return math.floor(number + 0.5)
+
+
+def changes(
+    widths: Sequence[Mapping[str, int]], depths: Sequence[Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """Return which groups have another width than in the stage before, or are new in it."""
+    known: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    found: list[dict[str, str]] = []
+    for width, depth in zip(widths, depths, strict=True):
+        counts |= {name: int(text) for name, text in depth.items()}
+        there = {name: n for name, n in width.items() if not _is_to_come(name, counts)}
+        changed = {name: str(n) for name, n in there.items() if known.get(name) != n}
+        found.append({escape(name): text for name, text in changed.items()})
+        known |= there
+    return found
+
+
+def _is_to_come(name: str, counts: Mapping[str, int]) -> bool:
+    """Return whether a layer is in a block that is not there yet."""
+    for container, count in counts.items():
+        inside = name.removeprefix(f"{container}.")
+        number = inside.partition(".")[0]
+        if inside != name and number.isdecimal() and int(number) >= count:
+            return True
+    return False

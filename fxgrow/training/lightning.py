@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from fxgrow.errors import PlanError, SourceError
+from fxgrow.errors import PlanError, SourceError, warn
 from fxgrow.training.due import Schedule
 from fxgrow.training.in_place import Grown
 from fxgrow.training.resume import regrow_
@@ -102,6 +102,8 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
             takes_inputs="; or the LightningModule an example_input_array",
         )  # fmt: skip
         self._fitted: Callable[[], object] = lambda: None
+        self._before: object = None  # the metric as a validation began
+        self._ran = False  # whether a step of the present epoch was made in this process
 
     @property
     def grown(self) -> list[Grown]:
@@ -180,11 +182,33 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
         """
         del pl_module
         number, monitored = trainer.current_epoch + 1, self._growing.monitored
-        every = trainer.check_val_every_n_epoch or 1
-        if monitored is not None and number % every == 0:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        every, ran, self._ran = trainer.check_val_every_n_epoch or 1, self._ran, False
+        if monitored is not None and number % every == 0 and not monitored.is_counted(number):
             # Each process has its own, and all grow or none.
-            monitored.count(number, trainer.strategy.broadcast(metrics))
+            metrics = trainer.strategy.broadcast({**monitored.noted(number), **_metrics(trainer)})
+            if not ran and monitored.name not in metrics:  # the epoch was over in the checkpoint
+                warn(
+                    f"the plateau does not count epoch {number}: the checkpoint was written before "
+                    f"its end, and does not hold {monitored.name}. To count it, save at the end: "
+                    "ModelCheckpoint(…, save_on_train_epoch_end=True)."
+                )
+                return
+            monitored.count(number, metrics)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at what the metric was before."""
+        del pl_module
+        monitored = self._growing.monitored
+        self._before = monitored and trainer.callback_metrics.get(monitored.name)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note the metric, for a checkpoint that is written before the epoch has ended."""
+        del pl_module
+        monitored = self._growing.monitored
+        if monitored is None or trainer.sanity_checking:
+            return
+        if trainer.callback_metrics.get(monitored.name) is not self._before:  # of an epoch before
+            monitored.note(trainer.current_epoch + 1, _metrics(trainer))
 
     def _tell_inputs(self, pl_module: Any) -> None:
         """Take the module's own example for inputs, where none were given."""
@@ -196,6 +220,7 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
     ) -> None:
         """Grow before a step."""
         del batch, batch_idx
+        self._ran = True
         if self._growing.unit == "steps":
             self._grow_due(trainer.global_step, trainer, pl_module)
 
@@ -228,6 +253,11 @@ class GrowthCallback(_Callback):  # type: ignore[misc]
     def _copies(self, trainer: Any, pl_module: Any) -> list[nn.Module]:
         """Return the averages of the network's weights that other callbacks hold."""
         return copies_held((one for one in trainer.callbacks if one is not self), pl_module)
+
+
+def _metrics(trainer: Any) -> dict[str, float]:
+    """Return what has been logged, by name."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _drop_own_forward(module: nn.Module) -> None:

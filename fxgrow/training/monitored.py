@@ -28,6 +28,7 @@ class Monitored:
                 way_out='Give the callback monitor="val_loss", as the metric is logged.',
             )
         self.name, self.clock, self._counted = monitor, GrowthClock(schedule), 0
+        self._noted: tuple[int, float] | None = None
 
     @property
     def stage(self) -> int:
@@ -37,6 +38,21 @@ class Monitored:
     def is_counted(self, number: int) -> bool:
         """Return whether an epoch (or evaluation) of a number, from 1, has been counted."""
         return number <= self._counted
+
+    def note(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Note what an epoch has come to before it is over, for a checkpoint written in between.
+
+        Args:
+            number: of the epoch, from 1.
+            metrics: what there is by then.
+        """
+        if self.name in metrics:
+            self._noted = number, float(metrics[self.name])
+
+    def noted(self, number: int) -> dict[str, float]:
+        """Return the metric by its name as it was noted for an epoch, if it was."""
+        of, value = self._noted or (0, 0.0)
+        return {self.name: value} if self._noted and of == number else {}
 
     def count(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Count an epoch that is over.
@@ -63,7 +79,7 @@ class Monitored:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the training is, in numbers."""
-        return {**self.clock.state_dict(), "counted": self._counted}
+        return {**self.clock.state_dict(), "counted": self._counted, "noted": self._noted}
 
     def load_state_dict(self, state: object) -> None:
         """Go on from where :meth:`state_dict` was taken.
@@ -78,8 +94,11 @@ class Monitored:
                 way_out="Resume with the schedule of that run.",
             )
         self.clock.load_state_dict(state)
-        self._counted = counted
+        self._counted, self._noted = counted, None
+        noted = state.get("noted")
+        if isinstance(noted, (list, tuple)) and [*map(type, noted)] == [int, float]:
+            self._noted = noted[0], noted[1]
 
     def begin_anew(self) -> None:
         """Forget what was counted."""
-        self.clock, self._counted = GrowthClock(self.clock.schedule), 0
+        self.clock, self._counted, self._noted = GrowthClock(self.clock.schedule), 0, None

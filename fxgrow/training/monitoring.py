@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fxgrow.errors import UsageError
+from fxgrow.errors import UsageError, warn
 from fxgrow.training.followers import unwrapped
 from fxgrow.training.history import stages_within
 from fxgrow.training.origins import GrownGroup, Positions, grown_groups
@@ -68,6 +68,7 @@ class Monitor:
         self._growths = -1
         self._groups: list[GrownGroup] = []
         self._before: dict[str, Tensor] = {}
+        self._told = False  # whether a lack of gradients was warned of
 
     def step(self) -> dict[str, float]:
         """Measure, after a step of the optimizer and before gradients are set to zero or None.
@@ -76,8 +77,11 @@ class Monitor:
             The numbers; none where it is not yet time, or nothing has grown. What updates are
             needed for comes with the second call.
         """
+        known = self._growths
         self._follow()
         self._count += 1
+        if known == self._growths:  # growth drops gradients, too
+            self._check_gradients()
         found = self.measure() if self._count % self._every == 0 else {}
         self._before = {}
         if (self._count + 1) % self._every == 0:
@@ -96,6 +100,18 @@ class Monitor:
             for key, value in self._measured(group, held):
                 found[f"{group.name}/{key}"] = value
         return found
+
+    def _check_gradients(self) -> None:
+        """Warn, once, if nothing that has grown and is trained has a gradient left."""
+        held = dict(self._model.named_parameters(remove_duplicate=False))
+        grown = {name for group in self._groups for name in _tensors_of(group)}
+        trained = [held[name] for name in grown if held[name].requires_grad]
+        if trained and not self._told and all(one.grad is None for one in trained):
+            self._told = True
+            warn(
+                "there are no gradients to measure: call the monitor's step() after the "
+                "optimizer's, before zero_grad()."
+            )
 
     def _follow(self) -> None:
         """Look at the network again if it has grown."""

@@ -64,7 +64,7 @@ def regrow_(
     Args:
         model: the network as its code builds it, before any growth; or as deep already as it became
             (from a configuration that was saved with it). What is new in it holds nothing yet: load
-            the weights next, then the optimizer's state.
+            the weights next, then the optimizer's state. Its dtypes stay its own.
         state: what :func:`state_dict` returned; anybody's, so it is checked.
         optimizer: a new one over the network, or several; they hold its new parameters afterwards.
         scheduler: as for :func:`grow_`.
@@ -134,12 +134,14 @@ def _check_part(plan: Plan, part: nn.Module) -> None:
         PlanError: it is not.
     """
     try:
-        check_source(plan.steps[0], part)
+        # A trainer may bring it to the training's precision only after it has read a checkpoint.
+        check_source(plan.steps[0], part, dtypes=False)
     except PlanError as error:
         raise PlanError(
             f"the record is of another network: {error.message}",
             name=error.name,
-            way_out="Build the network as it was before its first growth.",
+            way_out="Build the network as it was before its first growth: by seed_network, if that "
+            "made it.",
         ) from error
 
 

@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from glob import escape
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -27,6 +26,7 @@ from fxgrow.plan.requests import Where
 from fxgrow.plan.schema import MOST_STEPS
 from fxgrow.training.definition import definition_of, units_of
 from fxgrow.training.geometric import (
+    changes,
     check_parts,
     checked_blocks,
     depths_by_stage,
@@ -100,7 +100,7 @@ class GrowthSchedule:
     Attributes:
         stages: in order; nothing grows as the first one begins.
         where: what grows, as for :func:`fxgrow.widen`.
-        plateau: when a stage without a number of epochs ends.
+        plateau: when a stage ends, if not after its number of epochs.
     """
 
     stages: tuple[GrowthStage, ...]
@@ -130,7 +130,7 @@ class GrowthSchedule:
         *,
         initial: float = 0.25,
         rate: float = 0.2,
-        epochs: int,
+        epochs: int | None = None,
         first: int | None = None,
         stages: int | None = None,
         blocks: Mapping[str, tuple[int, int]] | None = None,
@@ -139,6 +139,7 @@ class GrowthSchedule:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         multiple_of: int = 2,
+        plateau: Plateau | None = None,
     ) -> GrowthSchedule:
         """Return the schedule of the variance-transfer paper (Yuan et al. 2023).
 
@@ -150,7 +151,7 @@ class GrowthSchedule:
                 width of each channel group.
             initial: the first width, of the final one.
             rate: p, above 0.
-            epochs: in all.
+            epochs: in all, which only a plateau can do without.
             first: T_0; the last stage has the rest of the epochs. None is the one for which it
                 follows the rule too, a whole number where that comes near (8 of 160, in the paper).
             stages: how many; None for as many as it takes. With fewer, the last one goes from
@@ -163,6 +164,8 @@ class GrowthSchedule:
             exclude: globs likewise; these are of full size from the first.
             multiple_of: of what widths are, but the final ones; a head of attention and a group of
                 a convolution stay whole besides.
+            plateau: what ends a stage, with the same widths: after its epochs at the latest, if
+                ``epochs`` says how many there are in all.
 
         Raises:
             UsageError: numbers that cannot be meant, or fewer epochs than stages.
@@ -183,13 +186,15 @@ class GrowthSchedule:
         count = count if stages is None else stages
         widths += widths[-1:] * (count - len(widths))
         depths = depths_by_stage(deep, count)
-        long = lengths(epochs, count, rate, first)
+        waits = plateau is not None and epochs is None and first is None
+        long = [None] * count if waits else lengths(epochs, count, rate, first)
         return cls(
             tuple(
                 GrowthStage(n, width, deeper)
-                for n, width, deeper in zip(long, _changes(widths, depths), depths, strict=True)
+                for n, width, deeper in zip(long, changes(widths, depths), depths, strict=True)
             ),
             where,
+            plateau,
         )
 
     @classmethod
@@ -346,32 +351,6 @@ class GrowthSchedule:
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the schedule is not JSON: {shown(str(error))}.") from error
         return cls.from_dict(data)
-
-
-def _changes(
-    widths: Sequence[Mapping[str, int]], depths: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """Return which groups have another width than in the stage before, or are new in it."""
-    known: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    found: list[dict[str, str]] = []
-    for width, depth in zip(widths, depths, strict=True):
-        counts |= {name: int(text) for name, text in depth.items()}
-        there = {name: n for name, n in width.items() if not _is_to_come(name, counts)}
-        changed = {name: str(n) for name, n in there.items() if known.get(name) != n}
-        found.append({escape(name): text for name, text in changed.items()})
-        known |= there
-    return found
-
-
-def _is_to_come(name: str, counts: Mapping[str, int]) -> bool:
-    """Return whether a layer is in a block that is not there yet."""
-    for container, count in counts.items():
-        inside = name.removeprefix(f"{container}.")
-        number = inside.partition(".")[0]
-        if inside != name and number.isdecimal() and int(number) >= count:
-            return True
-    return False
 
 
 def _stage(index: int, data: object) -> GrowthStage:

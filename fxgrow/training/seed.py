@@ -22,6 +22,7 @@ from fxgrow.plan.requests import Widen
 from fxgrow.plan.schema import Plan
 from fxgrow.training.definition import built, definition_of
 from fxgrow.training.schedule import GrowthSchedule
+from fxgrow.training.seed_config import fit_config_
 from fxgrow.training.shorter import shorten_
 from fxgrow.version import __version__
 
@@ -43,7 +44,8 @@ def seed_network(
 ) -> nn.Module:
     """Return the network that a schedule begins with: a fresh one of the same class, but smaller.
 
-    Growing it stage by stage ends exactly at the shapes of the definition.
+    Growing it stage by stage ends exactly at the shapes of the definition. The configuration of a
+    model of transformers tells the small sizes, where its fields can.
 
     Args:
         definition: the network of full size, which is not touched, or a function that makes it.
@@ -190,7 +192,10 @@ def _narrowed(
         raise _impossible(run.name or next(iter(widths)), run.reason)
     old = named_tensors(model)
     tensors = {name: _corner(old[name], shape) for name, shape in sizes.shapes.items()}
-    return copy.deepcopy(reshaped(_surgery(widths, run), model, tensors))
+    surgery = _surgery(widths, run)
+    network = copy.deepcopy(reshaped(surgery, model, tensors))
+    fit_config_(network, surgery, example_inputs)
+    return network
 
 
 def _impossible(name: str, reason: str) -> PlanError:

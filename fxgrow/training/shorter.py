@@ -49,7 +49,8 @@ def _too_long(network: nn.Module, plans: Sequence[Plan]) -> dict[str, int]:
             if not isinstance(held, (nn.Sequential, nn.ModuleList)):
                 continue
             count = len(held)
-            while count and _is_unknown(f"{within}.{count - 1}.", held[count - 1], steps[0].source):
+            prefix = f"{within}." if within else ""  # the network may be a list itself
+            while count and _is_unknown(f"{prefix}{count - 1}.", held[count - 1], steps[0].source):
                 count -= 1
             if 0 < count < len(held):
                 found[within] = count
@@ -90,8 +91,9 @@ def shorten_(network: nn.Module, name: str, count: int) -> Callable[[], None]:
     undo.callback(held._modules.update, dict(held._modules))
     for local in names[count:]:
         del held._modules[local]
+    inside = f"{name}." if name else ""
     for edit in edits:
-        if edit.module != name and not edit.module.startswith(f"{name}."):
+        if edit.module != name and not edit.module.startswith(inside):
             undo.callback(_set_depth(network, edit, len(names), count))
     return undo.close
 

@@ -310,7 +310,10 @@ def _shrunk(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
         return 0.0
     if not (isinstance(optimizer, _DECOUPLED) or group.get("decoupled_weight_decay")):
         return 0.0
-    share: float | Tensor = group["lr"] * decay
+    lr = group["lr"]
+    # Fused kernels read a rate as a number and multiply in float64, others in its own dtype.
+    lr = lr.double() if group.get("fused") and isinstance(lr, Tensor) else lr
+    share: float | Tensor = lr * decay
     overflow = getattr(optimizer, "found_inf", None)  # of a GradScaler: then there is no step
     return share if overflow is None else share * (overflow == 0).squeeze()
 

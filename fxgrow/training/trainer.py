@@ -38,10 +38,10 @@ from fxgrow.training.trainer_files import (
     progress_in,
     progress_of,
     progresses,
-    rename_,
     renamed,
     step_of,
 )
+from fxgrow.training.trainer_files import Regrow as _Regrow
 
 CHECKPOINT = "checkpoint"  # where the Trainer puts them, in its output directory
 _NO_RECORD = (
@@ -236,6 +236,24 @@ class GrowthCallback(_Callback, _Exportable):  # type: ignore[misc]
         if self._growing.unit == "steps" or self._growing.monitored is not None:
             self._grow_due(state.global_step, args, state, kwargs)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have an epoch's evaluation before the checkpoint of its last step is saved.
+
+        The Trainer has it after that, and a resumed run leaves it out.
+        """
+        del kwargs
+        each = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
+        over = abs(state.epoch - round(state.epoch)) < 1e-9 and state.epoch >= args.eval_delay
+        if self._growing.monitored is not None and control.should_save and each and over:
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out an evaluation that has been made."""
+        del args, kwargs
+        monitored = self._growing.monitored
+        if monitored is not None and monitored.is_counted(state.global_step):
+            control.should_evaluate = False
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the metric that a schedule with a plateau waits on.
 
@@ -370,31 +388,3 @@ def regrow_from(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         regrow_(named_module(model, progress["part"]), progress["growth"])
     model._register_load_state_dict_pre_hook(Renaming(model))  # type: ignore[no-untyped-call]
     return model
-
-
-class _Regrow:
-    """Called by a network before it loads weights. Copies of it do nothing.
-
-    Args:
-        callback: whose network it is.
-        output: the directory with checkpoints.
-        resume: the checkpoint to resume from, if it is known.
-    """
-
-    def __init__(self, callback: GrowthCallback | None, output: Any, resume: Any) -> None:
-        self._callback: Callable[[], GrowthCallback | None] = lambda: None
-        if callback is not None:
-            self._callback = weakref.ref(callback)
-        self._output, self._resume = output, resume
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Regrow, (None, None, None)
-
-    def __call__(self, weights: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        del rest
-        callback = self._callback()
-        model = callback._root() if callback is not None else None
-        if callback is not None and model is not None:
-            rename_(model, weights, prefix)
-            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-            callback.regrow(own, self._output, self._resume)

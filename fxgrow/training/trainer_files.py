@@ -162,3 +162,32 @@ def is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+class Regrow:
+    """Called by a network before it loads weights. Copies of it do nothing.
+
+    Args:
+        callback: whose network it is.
+        output: the directory with checkpoints.
+        resume: the checkpoint to resume from, if it is known.
+    """
+
+    def __init__(self, callback: Any, output: Any, resume: Any) -> None:
+        self._callback: Callable[[], Any] = lambda: None
+        if callback is not None:
+            self._callback = weakref.ref(callback)
+        self._output, self._resume = output, resume
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Regrow, (None, None, None)
+
+    def __call__(self, weights: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Rename what is about to be loaded, and have the network grow to its shapes."""
+        del rest
+        callback = self._callback()
+        model = callback._root() if callback is not None else None
+        if callback is not None and model is not None:
+            rename_(model, weights, prefix)
+            own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            callback.regrow(own, self._output, self._resume)

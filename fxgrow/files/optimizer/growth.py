@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -80,8 +81,30 @@ def grow_optimizer_(optimizer: Optimizer, model: nn.Module, grown: Grown) -> Non
             stored = dict(zip(old_names, group["param_names"], strict=True))
             group["param_names"] = _stored_names(members, stored)
         group["params"][:] = [new[name] for name, _ in members]
+        if _takes_all_or_none(group):
+            _fill_momenta([(optimizer.state[p], p) for p in group["params"] if p.requires_grad])
     for note in notes:
         warn(f"the optimizer: {note}")
+
+
+def _takes_all_or_none(group: Mapping[str, Any]) -> bool:
+    """Return whether a group is of fused SGD, whose parameters all have a momentum, or none has."""
+    return bool(group.get("fused") and group.get("momentum"))
+
+
+def _fill_momenta(members: Sequence[tuple[dict[str, Any], Tensor]]) -> None:
+    """Give parameters a momentum of zeros where others have one, in place.
+
+    The first step is as it would be without one; with dampening, it is dampened as later ones are.
+
+    Args:
+        members: the state and the parameter of each.
+    """
+    name = "momentum_buffer"
+    there = [state[name].device for state, _ in members if state.get(name) is not None]
+    for state, parameter in members if there else ():
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(parameter, device=there[0])
 
 
 def _check_places(optimizer: Optimizer, held: Sequence[Tensor]) -> None:
@@ -140,13 +163,19 @@ def grow_state_dict(
         keys = _stored_names(flat, key_of)
     key_after = {name: key for (name, _), key in zip(flat, keys, strict=True)}
     grown_groups = []
+    grown_states = {key_after[name]: dict(state) for name, state in new_states.items()}
+    parameters = dict(after.named_parameters())
     for group, names, members in zip(param_groups, old_groups, new_groups, strict=True):
         changed = {**group, "params": [key_after[name] for name, _ in members]}
         if "param_names" in group:
             stored = dict(zip(names, group["param_names"], strict=True))
             changed["param_names"] = _stored_names(members, stored)
         grown_groups.append(changed)
-    grown_states = {key_after[name]: dict(state) for name, state in new_states.items()}
+        if _takes_all_or_none(group):
+            trained = [name for name, _ in members if parameters[name].requires_grad]
+            _fill_momenta(
+                [(grown_states.setdefault(key_after[n], {}), parameters[n]) for n in trained]
+            )
     return {**saved, "state": grown_states, "param_groups": grown_groups}, notes
 
 
