@@ -19,7 +19,7 @@ from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits, misfit
-from fxgrow.grow.sizes.conventions import head_edits, size_edits
+from fxgrow.grow.sizes.conventions import head_edits, norm_edits, size_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair
@@ -76,10 +76,12 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
         return found if layer is None else Obstacle(layer[1], layer[0])
     if why := chooses(analysis.tape, found.tape):
         return Obstacle(why)
-    if found.sizes:  # these were found with attributes as they are
-        return found
     standin = analysis.traced.standin
+    norms = tuple(norm_edits(standin, analysis.tape, found.tape))
+    if found.sizes:  # these were found with attributes as they are
+        return replace(found, modules=(*found.modules, *norms))
     more = (
+        *norms,
         *head_edits(standin, analysis.groups, sizes.widths, found.modules),
         *size_edits(standin, sizes.shapes, found.modules),
     )
