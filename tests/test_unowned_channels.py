@@ -53,3 +53,67 @@ def test_an_input_that_would_move_to_another_convolution_group_is_in_the_way() -
     (refusal,) = found.report.refused
     assert refusal.name == "inner"
     assert "what both reads beside these channels, and no layer writes" in refusal.reason
+
+
+class Rows(nn.Module):
+    """A layer whose weight has another shape than it is used in, as its attributes say."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, self.inputs)
+        y = torch.stack([x, x.sin(), x.cos()], -1)
+        assert y.size() == (x.size(0), self.inputs, 3)
+        return nn.functional.linear(y.flatten(1), self.weight.view(self.outputs, -1))
+
+
+def test_an_attribute_that_is_the_size_comes_before_one_that_is_half_of_it() -> None:
+    model = nn.Sequential(Rows(3, 6), Rows(6, 4), Rows(4, 2)).double()
+    x = torch.randn(5, 3).double()
+    grown = fxgrow.widen(model, "2x", x, where="all").model
+    assert [(layer.inputs, layer.outputs) for layer in grown] == [(3, 12), (12, 8), (8, 2)]
+    assert max_rel(grown(x), model(x)) < 1e-12
+
+
+class Exits(nn.Module):
+    """What is returned is added to zeros that were made in the dtype of what is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 6), nn.LayerNorm(6)
+        self.inner, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x.new_zeros(x.size(0), 3) + self.last(self.inner(self.norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore:norm.eps becomes")
+def test_zeros_made_in_the_dtype_of_channels_compute_nothing_over_them() -> None:
+    found = fxgrow.widen(Exits(), "1.5x", torch.randn(4, 3), where="all")
+    assert found.model.first.out_features == 9
+
+
+class Positions(nn.Module):
+    """A table of positions as wide as what comes in, which a layer reads that does not grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        places = torch.zeros(x.size(1), x.size(-1)).to(x)
+        places[:, 0::2] = torch.sin(torch.arange(0, x.size(-1), 2).to(x))
+        return self.last(torch.relu(x) + self.table(places))
+
+
+def test_sizes_that_code_takes_from_a_width_are_not_called_fixed() -> None:
+    with pytest.raises(fxgrow.PlanError) as told:
+        fxgrow.widen(Positions(), {"first": 12}, torch.randn(2, 3, 5), where="all")
+    assert "takes sizes [3, 12] of zeros from a width that grows" in str(told.value)
+    assert "fixes" not in str(told.value)
