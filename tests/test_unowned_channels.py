@@ -1,7 +1,8 @@
-"""What owns no tensor beside what grows: norms without weights, and an input joined to it."""
+"""What owns no tensor, or no row alone: norms without weights, joined inputs, units of rows."""
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -117,3 +118,42 @@ def test_sizes_that_code_takes_from_a_width_are_not_called_fixed() -> None:
         fxgrow.widen(Positions(), {"first": 12}, torch.randn(2, 3, 5), where="all")
     assert "takes sizes [3, 12] of zeros from a width that grows" in str(told.value)
     assert "fixes" not in str(told.value)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)[0])
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 36), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).view(*x.shape[:2], 3, -1, 4).permute(2, 0, 3, 1, 4)
+        return self.last((q @ k.mT @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("make", "rows"), [(Recurrent, 4), (Heads, 12)])
+@pytest.mark.parametrize("more", [1, 2, 3, 7, 13, 15])
+def test_the_widths_that_a_refusal_offers_are_taken(
+    make: type[nn.Module], rows: int, more: int
+) -> None:
+    model, x = make(), torch.randn(2, 5, 4)
+    with pytest.raises(fxgrow.PlanError, match=f"each has {rows} rows, and a width counts") as told:
+        fxgrow.widen(model, {"inner": f"+{more}"}, x, where="all")
+    offered = re.findall(rf"(\d+) \(\d+ × {rows} rows\)", str(told.value))
+    assert offered
+    for width in offered:
+        assert fxgrow.widen(model, {"inner": width}, x, where="all").plan.groups
+
+
+@pytest.mark.parametrize("make", [Recurrent, Heads])
+def test_a_width_below_the_present_one_is_told_in_rows(make: type[nn.Module]) -> None:
+    with pytest.raises(fxgrow.PlanError, match=r"8 rows where inner has \d+ \(\d × \d+ rows\)"):
+        fxgrow.widen(make(), {"inner": 8}, torch.randn(2, 5, 4), where="all")
