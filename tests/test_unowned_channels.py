@@ -157,3 +157,42 @@ def test_the_widths_that_a_refusal_offers_are_taken(
 def test_a_width_below_the_present_one_is_told_in_rows(make: type[nn.Module]) -> None:
     with pytest.raises(fxgrow.PlanError, match=r"8 rows where inner has \d+ \(\d × \d+ rows\)"):
         fxgrow.widen(make(), {"inner": 8}, torch.randn(2, 5, 4), where="all")
+
+
+class Attended(nn.Module):
+    """Two recurrent layers, and an attention that is as wide as the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(4, 8, 2, batch_first=True)
+        self.heads, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)[0]
+        return self.last((x + self.heads(x, x, x)[0]).mean(1))
+
+
+def test_recurrent_layers_name_the_attention_that_has_to_grow_with_them() -> None:
+    model, x = Attended(), torch.randn(2, 5, 4)
+    with pytest.raises(fxgrow.PlanError, match=r"hidden_size.*embed_dim.*heads was not asked to"):
+        fxgrow.widen(model, {"inner*": "2x"}, x, where="all")
+    assert (
+        len(fxgrow.widen(model, {"inner*": "2x", "heads": "2x"}, x, where="all").plan.groups) == 3
+    )
+
+
+class ByMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.inner(x))
+        return self.last(2 * x if x.mean() > 0 else x)
+
+
+def test_a_mean_that_asks_for_copies_is_not_called_a_norm() -> None:
+    (group,) = fxgrow.widen(ByMean(), "2x", torch.randn(3, 4)).plan.groups
+    assert group.reason == (
+        "whole copies, for aten.mean at the top level, which is over all its channels"
+    )

@@ -137,7 +137,9 @@ def _likely(repair: Repair, offer: Mapping[Candidate, ModuleEdit]) -> list[Candi
     itself = [
         key
         for key, edit in offer.items()
-        if not changing.isdisjoint(_items(edit.before) or (edit.before,))
+        if not changing.isdisjoint(
+            edit.before if isinstance(edit.before, tuple) else (edit.before,)
+        )
     ]
     return itself or [*offer]
 
