@@ -196,3 +196,32 @@ def test_a_mean_that_asks_for_copies_is_not_called_a_norm() -> None:
     assert group.reason == (
         "whole copies, for aten.mean at the top level, which is over all its channels"
     )
+
+
+class Scaled(nn.Module):
+    """What computes with a field of its configuration."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.config = Fields(size)
+        self.inner, self.last = nn.Linear(4, size), nn.Linear(size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x) * self.config.size**-0.5)
+
+
+class Fields:
+    """A configuration, as networks of transformers have it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def to_dict(self) -> dict[str, int]:
+        return {"size": self.size, "outputs": 2}
+
+
+def test_a_refused_target_names_the_fields_in_which_it_differs() -> None:
+    with pytest.raises(fxgrow.PlanError, match="computes with") as told:
+        fxgrow.convert(Scaled(8), Scaled(16))
+    assert "differ in size (8 → 16): leave" in told.value.way_out
+    assert "`fxgrow.widen`, `fxgrow.deepen`" in str(told.value)
