@@ -102,7 +102,7 @@ def test_an_init_by_layer_may_be_code_and_is_refused_from_a_plan_alone() -> None
 def test_what_a_preset_means_goes_where_no_glob_does() -> None:
     groups = widened(chain(), preset="vt", rescaling={"4": "none"}).plan.groups
     assert groups[1].factors == {"2": pytest.approx(math.sqrt(0.5)), "4": 1.0}
-    with pytest.raises(UsageError, match="--preset netmorph means --pairing v_zero"):
+    with pytest.raises(UsageError, match='preset="netmorph" means pairing="v_zero"'):
         widened(chain(), preset="netmorph", pairing="vv_z_negz")
     assert widened(chain(), preset="netmorph").plan.request.pairing == "v_zero"  # type: ignore[union-attr]
 

@@ -215,7 +215,7 @@ def test_no_proxy_of_a_trace_is_left_in_tables() -> None:
         memo.clear()
     model, x = Proxied(), torch.randn(2, 3, 4)
     grown = fxgrow.widen(model, "2x", x)
-    assert fxgrow.inspect(model, x).tracer == "torch.fx"
+    assert grown.plan.scopes[0].tracer == "torch.fx"
     assert {type(key[0]) for key in _BY_SIZE} == {int}
     assert {*map(type, (*_BY_SIZE.values(), *_SEEN))} == {Tensor}
     torch.testing.assert_close(_ramp(3), torch.linspace(0, 1, 3))

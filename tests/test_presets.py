@@ -180,6 +180,7 @@ REASONS = (
     "cannot be predicted",
     "does not divide among",
     "is not a whole number of its channels",
+    "is no whole number of channels",
 )
 
 

@@ -3,7 +3,7 @@
 >>> from fxgrow.training import GrowthSchedule
 >>> schedule = GrowthSchedule.geometric({"conv": 64}, epochs=160, first=8)
 >>> [(stage.epochs, *stage.width.values()) for stage in schedule.stages][:4]
-[(8, '16'), (10, '20'), (12, '24'), (14, '28')]
+[(8, '16'), (10, '20'), (11, '24'), (14, '28')]
 >>> schedule.stage_at(9), schedule.stages[-1].width
 (1, {'conv': '64'})
 """
