@@ -79,7 +79,10 @@ def test_the_reason_for_a_lone_head_is_told() -> None:
 
 def test_a_width_that_is_no_whole_number_of_heads_is_refused() -> None:
     net = Encoder(Attention())
-    with pytest.raises(fxgrow.PlanError, match=r"each has 4 rows; possible: 12 \(3 × 4 rows\)"):
+    with pytest.raises(
+        fxgrow.PlanError,
+        match=r"each has 4 rows, and a width counts rows; possible: 12 \(3 × 4 rows\)",
+    ):
         fxgrow.widen(net, "+2", torch.randn(2, 6, 3), include=["attention.q"])
 
 

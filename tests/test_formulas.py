@@ -303,4 +303,4 @@ def test_a_number_of_the_tables_own_width_is_taken_up_beside_eta() -> None:
 def test_what_keeps_heads_from_growing_is_told_of_what_comes_in() -> None:
     grown = fxgrow.widen(ByTable().eval(), "+2", torch.randint(0, 11, (2, 5)), where="all")
     (reason,) = (r["reason"] for r in grown.report.to_dict()["refused"] if r["name"] == "e")
-    assert "does not divide among its" in reason
+    assert "is no whole number of channels" in reason

@@ -55,6 +55,9 @@ NETS: dict[PinKind, Callable[[Net, Tensor, Tensor], Tensor]] = {
     PinKind.OUTPUT: lambda net, x, y: x + y,
     PinKind.NO_RULE: lambda net, x, y: x.view(torch.int32).to(x.dtype),
     PinKind.TIED: lambda net, x, y: F.linear(x, net.table) @ net.table,
+    PinKind.BOTH_SIDES: lambda net, x, y: F.conv1d(
+        x.sum(1, keepdim=True)[..., None].expand(3, 2, 1), net.table[0].view(4, 2, 1)
+    ),
     PinKind.BACKWARD: lambda net, x, y: slope(net, x),
     PinKind.BROADCAST: lambda net, x, y: x + y[:, :1],
     PinKind.FIXED: lambda net, x, y: x + torch.arange(8),

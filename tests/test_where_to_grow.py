@@ -247,6 +247,18 @@ def test_a_budget_prefers_the_gain_per_parameter() -> None:
     assert "more per parameter" in plan.refused[-1].reason
 
 
+def test_a_budget_that_pays_for_all_there_is_is_not_the_reason() -> None:
+    """The layers around a group of a network with two outputs give two directions."""
+    model = chain(nn.Linear(6, 5), GENTLE, nn.Linear(5, 2), seed=0)
+    init = fxgrow.GradMax(F.mse_loss, batches_for(model, 6, sizes=(20,)))
+    plan = api.plan(model, "4x", init=init, budget="+1000%")
+    assert plan.groups[0].reason.endswith("new channels: the batches give no more")
+    assert "the batches give no more" in plan.warnings[-1]
+    plan = api.plan(model, "4x", init=init, budget="+10")
+    assert plan.groups[0].reason.endswith("1 of 15 new channels: the budget is +10")
+    assert not plan.warnings
+
+
 def test_budgets_keep_multiples() -> None:
     model, batches = network()
     init = fxgrow.GradMax(F.mse_loss, batches)

@@ -15,7 +15,7 @@ from fxgrow.api.report.data import Report
 from fxgrow.api.widen import Grown, Progress, silent
 from fxgrow.apply.module import apply_to_state_dict, check_source
 from fxgrow.channels.scope import follow
-from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError
+from fxgrow.errors import FxgrowError, FxgrowWarning, PlanError, VerificationError, listed
 from fxgrow.grow.convert.alignment import align
 from fxgrow.grow.convert.planner import Possible, plan_conversion
 from fxgrow.modules.architectures import Architecture, larger_relative, relatives
@@ -30,6 +30,7 @@ from fxgrow.plan.requests import Convert
 from fxgrow.plan.schema import Plan
 from fxgrow.verification.findings import Effort, Verification
 from fxgrow.verification.measure import Task, measure
+from fxgrow.wording import worded
 
 
 @exclusive
@@ -116,7 +117,7 @@ def plan_for_target(
         name or type(target).__name__, pairing, init_name(init), whole("seed", seed),
         number("split_noise", split_noise),
     )  # fmt: skip
-    with _with_way_out():
+    with _with_way_out(model, target):
         alignment = align(model, target)  # takes no run: what is no sibling is told at once
     progress("following the channels of the source")
     source, parts = follow(model, example_inputs)
@@ -135,24 +136,40 @@ def plan_for_target(
             way_out="Give inputs that both take (--input-shape), or choose another target.",
         )
     progress("planning")
-    with _with_way_out():
+    with _with_way_out(model, target):
         made = plan_conversion(source[0], larger[0], alignment, request)
     idle = (*left_out(made, source), *left_new(made, [*source, *larger]))
     return replace(made, warnings=(*parts, *made.warnings, *idle, *notes))
 
 
 @contextlib.contextmanager
-def _with_way_out() -> Iterator[None]:
+def _with_way_out(source: nn.Module, target: nn.Module) -> Iterator[None]:
     """Have refusals of a target that name no way out name one."""
     try:
         yield
     except PlanError as error:
-        if not error.way_out:
-            error.way_out = (
-                "Choose another target (`fxgrow convert SOURCE --list` tells which of those of "
-                "torchvision will do), or grow without one: fxgrow.widen, fxgrow.deepen."
-            )
+        fields = _differing(source, target)
+        instead = "`fxgrow widen`, `fxgrow deepen`"
+        error.way_out = error.way_out or worded(
+            f"The configurations differ in {listed(fields)}: leave those as they are that the code "
+            f"computes with, or grow without a target: {instead}."
+            if fields
+            else "Choose another target (`fxgrow convert SOURCE --list` tells which of those of "
+            f"torchvision will do), or grow without one: {instead}."
+        )
         raise
+
+
+def _differing(source: nn.Module, target: nn.Module) -> list[str]:
+    """Return the numbers in which the configurations of two networks differ, if they have any."""
+    read = (getattr(getattr(model, "config", None), "to_dict", None) for model in (source, target))
+    old, new = (dict(to_dict()) if callable(to_dict) else {} for to_dict in read)
+    pairs = {name: (old[name], new[name]) for name in old.keys() & new.keys()}
+    return [
+        f"{name} ({before} → {after})"
+        for name, (before, after) in sorted(pairs.items())
+        if before != after and all(isinstance(value, (int, float)) for value in (before, after))
+    ]
 
 
 def convert_by(

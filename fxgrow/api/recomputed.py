@@ -69,7 +69,7 @@ def computed_again(
     raise PlanError(
         f"from these batches and weights {init.name} computes other channels than the plan makes "
         "room for.",
-        way_out="Give the batches that it was made with; or use fxgrow.widen (`fxgrow widen`) with "
+        way_out="Give the batches that it was made with; or use `fxgrow widen` with "
         "these, which makes a plan of its own.",
     )
 

@@ -22,7 +22,7 @@ from fxgrow.labels.forest import IntArray
 from fxgrow.labels.layers import support
 from fxgrow.labels.offsets import offset_of
 from fxgrow.labels.operators import operator_name, traits_of
-from fxgrow.labels.pins import Pin
+from fxgrow.labels.pins import Pin, PinKind
 from fxgrow.labels.tape import Operation, Tape, Value
 
 # Where a norm has its weight and its bias among its arguments.
@@ -87,6 +87,15 @@ class _SilencedSearch:
         """Return whether the tensor reads the channels in an operation."""
         tied = any(self.tensor in value.origins for value in op.inputs if value.is_weight)
         return tied and bool(self.data(op)) and not self.passes(op)
+
+    def fills(self, op: Operation) -> bool:
+        """Return whether the channels lie along several dims of a weight that is multiplied by."""
+        layers = [layer for value in op.inputs if value.is_weight for layer in value.layers]
+        return traits_of(op.target).is_product and any(
+            len(support(layer)) > 1
+            and np.isin(self.channels.of_layers([layer]), self.members).any()
+            for layer in layers
+        )
 
     def passes(self, op: Operation) -> bool:
         """Return whether the channels are there in what an operation computes of data."""
@@ -238,7 +247,11 @@ def find_silenced(channels: Channels, tape: Tape) -> tuple[tuple[Silenced, ...],
                 )
             )  # fmt: skip
             continue
-        told = Pin(pin.kind, pin.place, (*pin.details[:2], why))
+        filled = None if reading else next(filter(search.fills, tape.operations), None)
+        if filled is None:
+            told = Pin(pin.kind, pin.place, (*pin.details[:2], why))
+        else:
+            told = Pin(PinKind.BOTH_SIDES, f"aten.{filled.place}", (search.tensor,))
         pinned.append((labels, told))
         for channel in members.tolist():
             pins.setdefault(channel, told)

@@ -62,9 +62,10 @@ Widths = Annotated[
     growth(
         "--width",
         metavar="[GLOB=]WIDTH",
-        help="A ratio (2x, 1.5x), an increment (+32) or a width (256). With a glob over group "
-        "names, only for those; repeat it for several, of which the first match counts. Needed "
-        "without --budget; with it, the most that a group gets.",
+        help="A ratio (2x, 1.5x), an increment (+32) or a width (256); the last two count rows, of "
+        "which a head, or a unit of an LSTM, has several. With a glob over group names, only for "
+        "those; repeat it for several, of which the first match counts. Needed without --budget; "
+        "with it, the most that a group gets.",
         show_default="2x with --budget",
     ),
 ]

@@ -203,8 +203,8 @@ class PaddingFlow:
         return None
 
     def concerns(self, op: Operation) -> bool:
-        """Return whether an operation gets any of the group's channels."""
-        return any(map(self.carries, op.inputs))
+        """Return whether an operation gets any of the group's channels, not a dtype alone."""
+        return not traits_of(op.target).is_factory and any(map(self.carries, op.inputs))
 
     def record(self, op: Operation, fact: Held) -> None:
         """Keep what the new channels of an operation's outputs hold."""

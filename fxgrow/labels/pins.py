@@ -28,6 +28,11 @@ class PinKind(Enum):
         "a parameter of its own on either side (--untie): what is written and read by one cannot "
         "cancel, unless the weight of a norm before it silences what is new",
     )
+    BOTH_SIDES = (
+        "{} is made into one weight, along what that writes and along what it reads",
+        "nothing yet: an entry of it more would be one of the weight, and no row or column; give "
+        "the weight a parameter of its own",
+    )
     BACKWARD = (
         "{} reads them, and again, backwards, for a gradient that is taken in the forward",
         "nothing yet: what autograd computes in a forward is not followed; take the gradient "

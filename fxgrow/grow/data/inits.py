@@ -203,12 +203,13 @@ class DataDriven(PlacedInit):
         if request.budget:
             present = sum(parameter.numel() for parameter in network.parameters())
             paid = limits.paid(chosen, rooms, Costs(analyses), present)
-            why = "the budget goes to groups that gain more per parameter"
-            refused += self._without(chosen, paid, why)
+            elsewhere = "the budget goes to groups that gain more per parameter"
+            refused += self._without(chosen, paid, elsewhere)
             chosen = paid
         made = laid_out(analyses, request, variance_of, chosen, rooms, stepping)
-        told = [self._told(g, chosen[g.name], rooms[g.name], limits) for g in made.groups]
-        notes = made.warnings + limits.warnings(chosen, rooms)
+        why = {n: limits.told(len(d), len(found[n]), rooms[n]) for n, d in chosen.items()}
+        told = [self._told(g, chosen[g.name], why[g.name]) for g in made.groups]
+        notes = made.warnings + limits.warnings(chosen, found, rooms)
         made = replace(made, refused=refused + made.refused, groups=tuple(told), warnings=notes)
         made = opened(made, pairs, stepping)
         entries = entries_of(made, pairs, self._norm_entries)
@@ -357,11 +358,10 @@ class DataDriven(PlacedInit):
         counts = {name: min(len(d), limits.kept(rooms[name])) for name, d in gaining.items()}
         return {name: d.first(rooms[name].fitting(counts[name])) for name, d in gaining.items()}
 
-    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
+    def _told(self, group: GroupPlan, found: Directions, told: str) -> GroupPlan:
         """Return the plan of a group with a word on how many channels it gets."""
-        if not (told := limits.told(len(found), room)):
-            return group
-        return replace(group, reason=f"{group.reason}; {told}" if group.reason else told)
+        del found
+        return replace(group, reason="; ".join(filter(None, (group.reason, told))))
 
     def _problem(self, pair: LayerPair, model: nn.Module) -> str:
         """Return why the method cannot treat a pair of layers of a network; "" if it can."""

@@ -144,13 +144,19 @@ class Limits:
     def _why_fewer(self) -> str:
         return "no more are strong enough" if self.threshold else "the batches give no more"
 
-    def told(self, count: int, room: Room) -> str:
-        """Return why a group gets fewer channels than its width asks for; "" if it does not."""
+    def told(self, count: int, found: int, room: Room) -> str:
+        """Return why a group gets fewer channels than its width asks for; "" if it does not.
+
+        Args:
+            count: the directions that it gets.
+            found: those that there are, of which a budget may pay for fewer.
+            room: how far it may grow.
+        """
         channels = count * room.each
         if channels == (asked := room.wanted or room.asked):
             return ""
         if count < self._allowed(room):
-            why = f"the budget is {self.budget}" if self.budget else self._why_fewer
+            why = f"the budget is {self.budget}" if count < found else self._why_fewer
         elif self.keep is not None and self.keep < room.most:
             why = f"keep is {self.keep}" + (", and each makes two" if room.each > 1 else "")
         else:
@@ -158,17 +164,26 @@ class Limits:
         return f"{channels} of {asked} new channels: {why}"
 
     def warnings(
-        self, chosen: Mapping[str, Directions], rooms: Mapping[str, Room]
+        self,
+        chosen: Mapping[str, Directions],
+        found: Mapping[str, Directions],
+        rooms: Mapping[str, Room],
     ) -> tuple[str, ...]:
-        """Return a warning for each group that gets fewer channels, and not by the user's will."""
-        if self.threshold or self.budget:
+        """Return a warning for each group that gets fewer channels, and not by the user's will.
+
+        Args:
+            chosen: the directions of each group.
+            found: those that there are, of which a budget may pay for fewer.
+            rooms: how far each may grow.
+        """
+        if self.threshold:
             return ()
         most = {name: self._allowed(rooms[name]) for name in chosen}
         return tuple(
-            f"{name} gets {len(found) * rooms[name].each} new channels instead of "
+            f"{name} gets {len(own) * rooms[name].each} new channels instead of "
             f"{most[name] * rooms[name].each}: {self._why_fewer}"
-            for name, found in chosen.items()
-            if len(found) < most[name]
+            for name, own in chosen.items()
+            if len(own) == len(found[name]) < most[name]
         )
 
     def paid(

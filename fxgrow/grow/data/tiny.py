@@ -17,7 +17,6 @@ from fxgrow.grow.data.directions import Directions
 from fxgrow.grow.data.from_data import FromData
 from fxgrow.grow.data.inits import DataDriven
 from fxgrow.grow.data.pairs import LayerPair, LinearLayer, shapes_of
-from fxgrow.grow.data.selection import Limits, Room
 from fxgrow.grow.data.statistics import (
     Read,
     Seen,
@@ -119,12 +118,12 @@ class Tiny(DataDriven):
             result[name] = replace(left, none="" if len(left) else why)
         return result
 
-    def _told(self, group: GroupPlan, found: Directions, room: Room, limits: Limits) -> GroupPlan:
+    def _told(self, group: GroupPlan, found: Directions, told: str) -> GroupPlan:
         if cancels(group.pairing):
-            return super()._told(group, found, room, limits)
+            return super()._told(group, found, told)
         gain = float(found.gains.sum())
         reason = f"Tiny: the new channels move the output, by a first-order gain of {gain:.6g}"
-        return super()._told(replace(group, reason=reason), found, room, limits)
+        return super()._told(replace(group, reason=reason), found, told)
 
     def _fitted(self, network: nn.Module, made: Plan, found: FromData) -> FromData:
         before = mean_loss(network, self.loss_fn, self.batches)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from fxgrow.channels.channels import Channels
+from fxgrow.errors import listed
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.labels.forest import IntArray
 from fxgrow.modules.tensors import layer_of
@@ -67,6 +68,9 @@ class BySignature:
         touched = _touches(self.old, codes, oversubscribed)
         writers = {code for code, role in enumerate(self.old.roles) if role == "writer"}
         concerned = {code for touch in touched.values() for code, _ in touch} & writers
+        for touch in touched.values():
+            if writers.isdisjoint(code for code, _ in touch):
+                return self._displaced(touch)
         wanted, offered = (
             {
                 kind: touch
@@ -140,6 +144,25 @@ class BySignature:
             name=layers[codes[0]],
             way_out="Try a somewhat larger width.",
         )
+
+    def _displaced(self, touch: Touch) -> Obstacle:
+        """Return what is in the way of channels that no layer writes: none can take the place."""
+        codes = sorted({code for code, _ in touch} - {_DONE})
+        reader = layer_of(self.old.axes[codes[0]].tensor)
+        beside = self._writers_of(self.old.of_axis(codes[0]))
+        return Obstacle(
+            f"at this width, what {reader} reads beside these channels, and no layer writes, would "
+            f"move to another group of it{told_groups((self.old, self.new), codes)}",
+            name=next(iter(beside), reader),
+            way_out=f"Leave out {listed(beside)}, or try another width." if beside else "",
+        )
+
+    def _writers_of(self, channels: IntArray) -> list[str]:
+        """Return the layers that write some channels."""
+        rows = np.flatnonzero(np.isin(self.old.channel, channels))
+        axes = np.unique(self.old.axis_of_row[rows]).tolist()
+        written = [axis for axis in axes if self.old.roles[axis] == "writer"]
+        return list(dict.fromkeys(layer_of(self.old.axes[axis].tensor) for axis in written))
 
     def _first_touches(
         self, channels: Channels, codes: Sequence[int], buckets: dict[int, IntArray]

@@ -28,6 +28,12 @@ TOGETHER = (
     "that both grow alike, or neither does"
 )
 
+ALL_LAYERS = (
+    "all layers and directions of an nn.LSTM, nn.GRU or nn.RNN are alike wide (hidden_size), so "
+    "that all grow alike, or none does"
+)
+ALIKE = (TOGETHER, ALL_LAYERS)  # why one group does not grow without another
+
 _FOLLOWS: dict[type[nn.Module], Follow] = {}
 
 
@@ -178,6 +184,12 @@ def attribute_edits(
                 yield ModuleEdit(owner, attribute, before, after)
 
 
+def alike_layers(model: nn.Module) -> set[str]:
+    """Return the layers of a network whose own code has one size for several groups."""
+    kinds = (nn.MultiheadAttention, nn.RNNBase)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def misfit(model: nn.Module, new_shapes: Shapes) -> tuple[str, str] | None:
     """Return a layer whose own code cannot run at new sizes, whatever its attributes, and why.
 
@@ -191,6 +203,15 @@ def misfit(model: nn.Module, new_shapes: Shapes) -> tuple[str, str] | None:
         uneven = rows != (3 * width if packed else width)
         if uneven and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
             return owner, TOGETHER
+    recurrent = {n: m for n, m in model.named_modules() if isinstance(m, nn.RNNBase)}
+    for owner, module in recurrent.items():
+        sizes = {
+            new_shapes.get(f"{owner}.{name}", tuple(tensor.shape))
+            for name, tensor in module.named_parameters(recurse=False)
+            if name.startswith("weight_hh")
+        }
+        if len(sizes) > 1:
+            return owner, ALL_LAYERS
     return None
 
 

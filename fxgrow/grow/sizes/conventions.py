@@ -11,14 +11,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fxgrow.channels.groups import ChannelGroup
+from fxgrow.labels.tape import Operation, Tape
 from fxgrow.plan.edits import ModuleEdit
 
 # num_heads, n_head, num_key_value_heads…; but dim_head and size_per_head are sizes.
 _HEADS = re.compile(r"(?!.*(dim|size|width)).*heads?$")
 # Which dim of a layer's own matrices these repeat, as those of torch's layers do.
 _SIDES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1}
+# Of norms that normalise each channel, or groups of them, alike without any tensor of their own.
+_OF_NORMS: dict[type[nn.Module], str] = {_NormBase: "num_features", nn.GroupNorm: "num_channels"}
 _ALL_HEADS = ("all_head_size", "inner_dim", "inner_size", "split_size")
 
 
@@ -79,3 +83,37 @@ def size_edits(
             after = {shapes.get(full[n], x.shape)[dim] for n, x in matrices.items()}
             if sizes == {before} and len(after) == 1 and after != sizes:
                 yield ModuleEdit(owner, attribute, before, *after)
+
+
+def norm_edits(model: nn.Module, old: Tape, new: Tape) -> Iterator[ModuleEdit]:
+    """Yield over how many channels norms are that have no tensors, as what comes in tells.
+
+    torch warns of an InstanceNorm that is told another number than it gets.
+
+    Args:
+        model: the network, at its old sizes.
+        old: its operations, at its old sizes.
+        new: the same, at its new ones.
+    """
+    if [op.target for op in old.operations] != [op.target for op in new.operations]:
+        return
+    sizes: dict[str, set[tuple[int, int]]] = {}
+    for before, after in zip(old.operations, new.operations, strict=True):
+        if _enters(before, old):
+            shapes = before.inputs[0].shape, after.inputs[0].shape
+            sizes.setdefault(before.module, set()).update(zip(*shapes, strict=False))
+    for owner, found in sizes.items():
+        module = model.get_submodule(owner)
+        name = next((name for cls, name in _OF_NORMS.items() if isinstance(module, cls)), "")
+        if name and not any(True for _ in (*module.parameters(), *module.buffers())):
+            grown = {pair for pair in found if pair[0] != pair[1]}
+            if len(grown) == 1 and (pair := grown.pop())[0] == getattr(module, name):
+                yield ModuleEdit(owner, name, *pair)
+
+
+def _enters(operation: Operation, tape: Tape) -> bool:
+    """Return whether what an operation takes first comes from outside of the module that runs."""
+    if not operation.inputs:
+        return False
+    made = operation.inputs[0].producer
+    return made is None or tape.operations[made].module != operation.module

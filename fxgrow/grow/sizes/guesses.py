@@ -7,7 +7,7 @@ repairs have in common is set and tried first; what does not help is left as it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -128,6 +128,22 @@ def _multiples(repair: Repair) -> Iterator[tuple[int, int]]:
                 yield given // multiple, wanted // multiple
 
 
+def _likely(repair: Repair, offer: Mapping[Candidate, ModuleEdit]) -> list[Candidate]:
+    """Return which attributes are a size of a repair; where none is, those that it may come from.
+
+    The inputs of a layer with twice as many outputs are half of these, and say nothing of them.
+    """
+    changing = {a for a, b in zip(repair.given, repair.wanted, strict=True) if a != b}
+    itself = [
+        key
+        for key, edit in offer.items()
+        if not changing.isdisjoint(
+            edit.before if isinstance(edit.before, tuple) else (edit.before,)
+        )
+    ]
+    return itself or [*offer]
+
+
 def _grows(repair: Repair) -> bool:
     """Return whether a repair makes any size larger."""
     pairs = zip(repair.given, repair.wanted, strict=True)
@@ -178,12 +194,20 @@ class Guess:
     """Attributes of one name and class, set because of some calls.
 
     Attributes:
-        edits: the attributes.
-        calls: the calls whose sizes they may explain.
+        made_for: by attribute, the calls whose sizes it may explain.
     """
 
-    edits: list[ModuleEdit] = field(default_factory=list)
-    calls: set[int] = field(default_factory=set)
+    made_for: dict[ModuleEdit, set[int]] = field(default_factory=dict)
+
+    @property
+    def edits(self) -> list[ModuleEdit]:
+        """The attributes."""
+        return [*self.made_for]
+
+    @property
+    def calls(self) -> set[int]:
+        """The calls whose sizes they may explain."""
+        return set[int]().union(*self.made_for.values())
 
 
 @dataclass
@@ -195,6 +219,7 @@ class Guesses:
         grown: sizes of tensors that change, before and after.
         chosen: what is set now.
         useless: attributes that did not help.
+        spent: what did not help of one that did elsewhere.
         wrong: the calls whose sizes were wrong last.
         newest: what was chosen last, the likeliest first.
     """
@@ -203,6 +228,7 @@ class Guesses:
     grown: Sequence[tuple[int, int]] = ()
     chosen: dict[Candidate, Guess] = field(default_factory=dict)
     useless: set[Candidate] = field(default_factory=set)
+    spent: set[ModuleEdit] = field(default_factory=set)
     wrong: set[int] = field(default_factory=set)
     newest: list[Candidate] = field(default_factory=list)
 
@@ -228,6 +254,11 @@ class Guesses:
             return self._choose(self._before)
         self.wrong, self._before = wrong, repairs
         self._unset([key for key, guess in self.chosen.items() if guess.calls <= wrong])
+        for guess in self.chosen.values():
+            spent = [edit for edit, calls in guess.made_for.items() if calls <= wrong]
+            self.spent.update(spent)
+            for edit in spent:
+                del guess.made_for[edit]
         return self._choose(repairs)
 
     def take_back(self) -> bool:
@@ -251,15 +282,15 @@ class Guesses:
         growing = [repair for repair in repairs if _grows(repair)]
         # Beside sizes that grow, others (how often to repeat) follow from the attributes of these.
         offers = [(repair, self._offer(repair)) for repair in growing or repairs]
-        votes = Counter(key for _, offer in offers for key in offer)
-        chosen = [(max(offer, key=votes.__getitem__), repair, offer) for repair, offer in offers
-                  if offer]  # fmt: skip
+        likely = [(repair, offer, _likely(repair, offer)) for repair, offer in offers if offer]
+        votes = Counter(key for *_, keys in likely for key in keys)
+        chosen = [
+            (max(keys, key=votes.__getitem__), repair, offer) for repair, offer, keys in likely
+        ]
         self.newest = sorted(dict.fromkeys(key for key, *_ in chosen), key=lambda key: -votes[key])
         for best, repair, offer in chosen:
             guess = self.chosen.setdefault(best, Guess())
-            guess.calls.add(repair.call)
-            if offer[best] not in guess.edits:
-                guess.edits.append(offer[best])
+            guess.made_for.setdefault(offer[best], set()).add(repair.call)
         return bool(votes)
 
     def is_exhausted(self, repair: Repair) -> bool:
@@ -272,6 +303,7 @@ class Guesses:
         found: dict[Candidate, ModuleEdit] = {}
         for key, edit in candidates(self._attributes, repair, self.useless, self.grown):
             known = self.chosen.get(key)
-            if known is None or not ("." in edit.attribute or edit in known.edits):
+            is_new = known is None or not ("." in edit.attribute or edit in known.made_for)
+            if is_new and edit not in self.spent:
                 found.setdefault(key, edit)
         return found

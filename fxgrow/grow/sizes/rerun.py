@@ -19,7 +19,7 @@ from fxgrow.channels.groups import group_of_channel
 from fxgrow.errors import PlanError, TraceError
 from fxgrow.grow.obstacle import Obstacle
 from fxgrow.grow.sizes.attributes import attribute_edits, misfit
-from fxgrow.grow.sizes.conventions import head_edits, size_edits
+from fxgrow.grow.sizes.conventions import head_edits, norm_edits, size_edits
 from fxgrow.grow.sizes.growth import growth_of
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import NewShapes, Repair
@@ -76,10 +76,12 @@ def run_resized(analysis: Analysis, sizes: Sizes) -> Resized | Obstacle:
         return found if layer is None else Obstacle(layer[1], layer[0])
     if why := chooses(analysis.tape, found.tape):
         return Obstacle(why)
-    if found.sizes:  # these were found with attributes as they are
-        return found
     standin = analysis.traced.standin
+    norms = tuple(norm_edits(standin, analysis.tape, found.tape))
+    if found.sizes:  # these were found with attributes as they are
+        return replace(found, modules=(*found.modules, *norms))
     more = (
+        *norms,
         *head_edits(standin, analysis.groups, sizes.widths, found.modules),
         *size_edits(standin, sizes.shapes, found.modules),
     )
@@ -235,9 +237,8 @@ class _Rerun:
             if isinstance(found, Resized) and not watch.repairs:
                 return found
             if (last := watch.stopped) is not None:
-                modules = guesses.model.get_submodule
-                kind = type(modules(last.module))
-                wrong = [repair for repair in repairs if type(modules(repair.module)) is kind]
+                kind = self._kind_of(last)
+                wrong = [repair for repair in repairs if self._kind_of(repair) == kind]
                 break
             if watch.repairs and (isinstance(found, Resized) or watch.reached > reached):
                 wrong, reached = watch.repairs, watch.reached
@@ -254,6 +255,11 @@ class _Rerun:
                 is_open = guesses.take_back()
         left = {repair.call for repair in wrong}
         return [repair for repair in repairs if repair.call in left] or repairs
+
+    def _kind_of(self, repair: Repair) -> tuple[type[object], str]:
+        """Return what class of module called which function: others of it may be explained."""
+        module = self.analysis.traced.standin.get_submodule(repair.module)
+        return type(module), repair.function
 
     def _fixed(self, repairs: Sequence[Repair]) -> Obstacle:
         """Return what is in the way where the code fixes sizes that no attribute explains.
@@ -272,8 +278,9 @@ class _Rerun:
                 layers = [layer for value in call.outputs for layer in value.layers]
                 for member in np.unique(group_of[channels.of_layers(layers)]).tolist():
                     if member >= 0 and groups[member].name in self.sizes.widths:
-                        reasons.setdefault(groups[member].name, _reason(repair))
-        return Obstacle(_reason(repairs[0]), repairs[0].module, reasons, certain=bool(reasons))
+                        reasons.setdefault(groups[member].name, _reason(repair, call.sizes))
+        first = _reason(repairs[0], calls[repairs[0].call].sizes)
+        return Obstacle(first, repairs[0].module, reasons, certain=bool(reasons))
 
     def _enclosed(self, repairs: Sequence[Repair]) -> Sequence[Repair]:
         """Return the repairs inside of what is one node of the graph, if there is a graph."""
@@ -334,12 +341,22 @@ class _Rerun:
         return watch
 
 
-def _reason(repair: Repair) -> str:
-    """Return why sizes cannot be as they should be, as far as the code is concerned."""
-    return (
-        f"the code of {repair.module or 'the model'} fixes sizes {list(repair.given)} in "
-        f"{repair.function}, where {list(repair.wanted)} are needed"
-    )
+def _reason(repair: Repair, before: Sequence[object]) -> str:
+    """Return why sizes cannot be as they should be, as far as the code is concerned.
+
+    Args:
+        repair: the sizes.
+        before: what the code gave at the old sizes.
+    """
+    code, given, wanted = (
+        f"the code of {repair.module or 'the model'}", list(repair.given), list(repair.wanted),
+    )  # fmt: skip
+    if wanted == list(before):
+        return (
+            f"{code} takes sizes {given} of {repair.function} from a width that grows, where "
+            f"{wanted} are needed as before: what meets them does not grow"
+        )
+    return f"{code} fixes sizes {given} in {repair.function}, where {wanted} are needed"
 
 
 def _computed(run: Resized) -> tuple[list[tuple[int, ...]], list[str]]:

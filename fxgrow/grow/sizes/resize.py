@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, lcm
 
 import numpy as np
 
@@ -85,6 +85,16 @@ def new_sizes(
             del wanted[name]
 
 
+def _rows_of(group: ChannelGroup) -> Counter[int]:
+    """Return how many channels of a group have so many rows each."""
+    return Counter(np.unique(group.rows, return_counts=True)[1].tolist())
+
+
+def _whole(group: ChannelGroup) -> int:
+    """Return of what a width has to be a multiple, so that all channels of a group are whole."""
+    return lcm(*(group.followed // gcd(group.followed, n) for n in _rows_of(group).values()))
+
+
 @dataclass
 class _Count:
     """The sizes that follow from some widths, and why some of these are impossible.
@@ -143,16 +153,16 @@ class _Count:
             wanted = self.widths.get(group.name, group.width)
             if wanted == group.width:
                 continue
-            several = Counter(np.unique(group.rows, return_counts=True)[1].tolist())
+            several = _rows_of(group)
             for rows, count in sorted(several.items()):
                 if count * wanted % group.followed:
-                    step = group.followed // gcd(group.followed, count)
+                    step = _whole(group)
                     each = rows if len(several) == 1 else 1
                     near = nearest_widths(step, wanted, group.width, each)
                     self.next[group.name] = -(-wanted // step) * step
                     self.problems[group.name] = (
                         f"width {wanted} is no whole number of channels, of which each has {rows} "
-                        f"rows; possible: {near}"
+                        f"rows, and a width counts rows; possible: {near}"
                     )
 
     def _count_positions(self) -> dict[tuple[str, str], int]:
@@ -179,8 +189,8 @@ class _Count:
         for member, count in sorted(positions.items()):
             group = self.groups[member]
             wanted = self.widths.get(group.name, group.width)
-            if member >= 0 and count * wanted % group.followed:
-                step = group.followed // gcd(group.followed, count)
+            if member >= 0 and count * wanted % group.followed and group.name not in self.problems:
+                step = lcm(_whole(group), group.followed // gcd(group.followed, count))
                 self.next[group.name] = -(-wanted // step) * step
                 places = f"{count} positions" if group.followed_at is None else "channels"
                 self.problems[group.name] = (

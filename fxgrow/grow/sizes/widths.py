@@ -26,7 +26,9 @@ _MOST = 1 << 22  # channels of a layer, each of which is followed
 _FORMS = 'Give a ratio ("2x", "1.5x"), an increment ("+32") or a width ("256").'
 
 
-def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> int:
+def new_width(
+    width: str, old: int, *, multiple_of: int = 1, name: str = "", described: str = ""
+) -> int:
     """Return the width that a specification asks for, given the present one.
 
     Args:
@@ -34,6 +36,7 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
         old: the present width.
         multiple_of: round up to a multiple of this.
         name: the group, for the error message.
+        described: its present width, as an inspection tells it, likewise.
 
     Raises:
         PlanError: the specification is malformed, or asks for less than there is.
@@ -46,9 +49,11 @@ def new_width(width: str, old: int, *, multiple_of: int = 1, name: str = "") -> 
     if asked > _MOST:
         raise UsageError(f"the width {width!r} is more than any layer has.", way_out=_FORMS)
     if asked < old:
+        rows = described if described.endswith("rows") else ""
         raise PlanError(
-            f"the width {width!r} asks for {asked} channels where {name or 'the group'} has {old} "
-            "already; fxgrow only widens.",
+            f"the width {width!r} asks for {asked} {'rows' if rows else 'channels'} where "
+            f"{name or 'the group'} has {old}{f' ({rows})' if rows else ''} already; fxgrow only "
+            "widens.",
             name=name,
             way_out="Ask for more, or leave the group out with --exclude.",
         )
@@ -93,8 +98,9 @@ def select(
                 )
                 continue
             chosen[group.name] = new_width(
-                width, group.width, multiple_of=request.multiple_of, name=group.name
-            )
+                width, group.width, multiple_of=request.multiple_of, name=group.name,
+                described=group.described_width,
+            )  # fmt: skip
             continue
         passed.append(group)
         if request.include or (group.pin and (request.where == "all" or _is_unknown(group))):

@@ -21,7 +21,7 @@ from fxgrow.grow.norms.padding import Padding, follow_padding, padding_of
 from fxgrow.grow.norms.scales import Scales
 from fxgrow.grow.norms.zero_channels import follow_zeros
 from fxgrow.grow.obstacle import Obstacle
-from fxgrow.grow.sizes.attributes import TOGETHER
+from fxgrow.grow.sizes.attributes import ALIKE, TOGETHER, alike_layers
 from fxgrow.grow.sizes.rerun import Resized
 from fxgrow.grow.sizes.resize import Sizes
 from fxgrow.grow.sizes.to_one import run_at
@@ -301,15 +301,17 @@ def _tell_first(
     attempts: Attempts, widths: Mapping[str, int], left: Mapping[str, int], refused: dict[str, str]
 ) -> None:
     """Say why groups that only grow together do not, where each was told of the other, in place."""
-    lone = [name for name, reason in refused.items() if reason == TOGETHER and name in widths]
+    lone = {n: why for n, why in refused.items() if why in ALIKE and n in widths}
     if not lone:
         return
     joined = attempts.make({**left, **{name: widths[name] for name in refused if name in widths}})
-    if isinstance(joined, Obstacle) and joined.reason != TOGETHER:
+    if isinstance(joined, Obstacle) and joined.reason not in ALIKE:
         refused |= {name: joined.reason_for(name) for name in lone}
         return
-    for name in lone:
-        refused[name] = TOGETHER + _cause(attempts.analysis, name, widths, refused)
+    causes = {name: _cause(attempts.analysis, name, widths, refused) for name in lone}
+    for name in sorted(lone, key=lambda name: not causes[name]):  # then others lead to these
+        cause = causes[name] or _cause(attempts.analysis, name, widths, refused)
+        refused[name] = lone[name] + cause
 
 
 def _cause(
@@ -323,17 +325,18 @@ def _cause(
         widths: wanted width by name of the groups that were asked for.
         refused: by name, why some of them do not grow.
     """
-    axes = analysis.channels.axes
-    held = {g.name: {layer_of(axes[axis].tensor) for axis in g.axes} for g in analysis.groups}
+    alike = alike_layers(analysis.traced.standin)
+    layers = [layer_of(axis.tensor) for axis in analysis.channels.axes]
+    held = {g.name: alike & {layers[axis] for axis in g.axes} for g in analysis.groups}
     beside = [g for g in analysis.groups if g.name != name and held[g.name] & held[name]]
     for group in beside:
-        if refused.get(group.name, TOGETHER) != TOGETHER:
+        if refused.get(group.name, TOGETHER) not in ALIKE:
             return f"; {group.name} cannot: {refused[group.name]}"
     for group in beside:
         if group.pin is not None:
             return f"; {group.name} cannot: {group.pin}"
     unasked = next((group for group in beside if group.name not in widths), None)
-    return f"; {unasked.name} was not asked to (--where all, --include)" if unasked else ""
+    return f"; {unasked.name} was not asked to (--where all, --include, width)" if unasked else ""
 
 
 def _set_aside(

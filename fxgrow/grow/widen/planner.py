@@ -335,7 +335,9 @@ def _layout(
 ) -> tuple[str, str]:
     """Return how a group's new channels are laid out, and why so if a norm asks for it."""
     if group.channels[0] in found.copied:
-        return "replicate", "whole copies, for a norm over all its channels"
+        places = [place for place in analysis.mixers_of(group) if "norm" not in place.split()[0]]
+        over = f"{places[0]}, which is" if places else "a norm"
+        return "replicate", f"whole copies, for {over} over all its channels"
     asked, padding = pairing_for(request, group), found.padding.get(group.name)
     if padding is None:
         touched = {analysis.channels.axes[axis].tensor for axis in group.axes}
