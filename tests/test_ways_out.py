@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import prune
 from typer.testing import CliRunner, Result
 
 import fxgrow
@@ -215,3 +216,14 @@ def test_a_comparison_tells_of_norms_that_took_factors_up(tmp_path: Path) -> Non
     assert "the eps of a norm weighs differently" in told
     same = " ".join(run("verify", files[0], files[0], *shape).stdout.split())
     assert "the eps of a norm" not in same
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_pruned_weights_are_named_for_what_they_are(layer: int) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    prune.l1_unstructured(net[layer], "weight", 0.3)
+    with pytest.raises(fxgrow.PlanError, match=rf"{layer} are pruned.*prune\.remove"):
+        fxgrow.widen(net, "2x", x)
+    prune.remove(net[layer], "weight")
+    assert fxgrow.widen(net, "2x", x).report.verification.verdict == "preserved"

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import prune
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -142,6 +143,21 @@ def sizes_told(module: nn.Module) -> Attributes:
         return {}
 
 
+def _unfit(name: str, module: nn.Module) -> PlanError:
+    """Return why attributes cannot follow the tensors of a module."""
+    if prune.is_pruned(module):
+        return PlanError(
+            f"the weights of {name} are pruned, by masks of these sizes: make that permanent first, "
+            "by torch.nn.utils.prune.remove.",
+            name=name,
+        )
+    return PlanError(
+        f"the attributes of {name} ({type(module).__name__}) do not fit its weights.",
+        name=name,
+        way_out="Build the module anew and load the weights into it.",
+    )
+
+
 def attribute_edits(
     model: nn.Module, new_shapes: Shapes, new_groups: Mapping[str, int]
 ) -> Iterator[ModuleEdit]:
@@ -173,11 +189,7 @@ def attribute_edits(
         try:
             attributes = follow(module, shapes, groups)
         except (KeyError, StopIteration, TypeError, ZeroDivisionError) as error:
-            raise PlanError(
-                f"the attributes of {owner} ({type(module).__name__}) do not fit its weights.",
-                name=owner,
-                way_out="Build the module anew and load the weights into it.",
-            ) from error
+            raise _unfit(owner, module) from error
         for attribute, after in attributes.items():
             before = getattr(module, attribute, after)
             if before != after:
