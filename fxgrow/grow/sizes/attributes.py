@@ -147,8 +147,8 @@ def _unfit(name: str, module: nn.Module) -> PlanError:
     """Return why attributes cannot follow the tensors of a module."""
     if prune.is_pruned(module):
         return PlanError(
-            f"the weights of {name} are pruned, by masks of these sizes: make that permanent first, "
-            "by torch.nn.utils.prune.remove.",
+            f"the weights of {name} are pruned, by masks of these sizes: make that permanent "
+            "first, by torch.nn.utils.prune.remove.",
             name=name,
         )
     return PlanError(
