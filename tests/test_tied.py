@@ -204,6 +204,8 @@ def check(net: nn.Module, grown: fxgrow.Grown, folder: Path) -> None:
     assert any(group.kind == "stream" for group in grown.plan.groups)
     assert all(group.preserves == "exact" for group in grown.plan.groups)
     assert grown.report.verification.verdict == "preserved"
+    linear = [one for one in grown.model.modules() if isinstance(one, nn.Linear)]
+    assert all((one.out_features, one.in_features) == one.weight.shape for one in linear)
     fxgrow.save(grown, folder / "grown.pt")
     saved = torch.load(folder / "grown.pt", weights_only=False)
     for model in (grown.model, saved if isinstance(saved, nn.Module) else grown.model):

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgrow.errors import PlanError
-from fxgrow.modules.tensors import layer_of
+from fxgrow.modules.tensors import aliases_of, layer_of, named_tensors
 from fxgrow.plan.edits import ModuleEdit
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -173,6 +173,9 @@ def attribute_edits(
         PlanError: the attributes that a module has do not fit the tensors that it has.
     """
     groups_of = {layer_of(weight): count for weight, count in new_groups.items()}
+    aliases = aliases_of(named_tensors(model)).items()  # layers that share a tensor follow alike
+    tied = {name: new_shapes[first] for name, first in aliases if first in new_shapes}
+    new_shapes = {**tied, **new_shapes}
     for owner in sorted({layer_of(tensor) for tensor in new_shapes}):
         try:
             module = model.get_submodule(owner)
