@@ -78,3 +78,10 @@ def test_a_call_is_given_up_when_nothing_is_left_that_could_explain_it(guesses: 
     assert not guesses.is_exhausted(repair)
     guesses.useless.add(("Sized", "third"))
     assert guesses.is_exhausted(repair)
+
+
+def test_layers_of_torchs_own_say_which_side_grew() -> None:
+    """The weight of a transposed convolution has its inputs first."""
+    net = nn.Sequential(nn.ConvTranspose2d(8, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 2, 3))
+    grown = fxgrow.widen(net, "2x", torch.randn(2, 8, 5, 5)).model
+    assert [(one.in_channels, one.out_channels) for one in grown[::2]] == [(8, 16), (16, 2)]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxgrow.channels.groups import ChannelGroup
+from fxgrow.grow.sizes.attributes import following
 from fxgrow.labels.tape import Operation, Tape
 from fxgrow.plan.edits import ModuleEdit
 
@@ -70,7 +71,8 @@ def size_edits(
     modules = dict(model.named_modules())
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         module = modules.get(owner)
-        if module is None:  # a first state, in a list of some
+        # A first state lies in a list of some; torch's own layers say by themselves what is which.
+        if module is None or following(module) is not None:
             continue
         own = {**module._parameters, **module._buffers}
         matrices = {name: x for name, x in own.items() if x is not None and x.ndim > 1}
