@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
+import fxgrow
 from fxgrow.grow.sizes.guesses import Guesses
 from fxgrow.grow.sizes.literals import Repair
 
