@@ -297,7 +297,7 @@ def test_a_budget_needs_data_and_pays_for_a_channel() -> None:
         fxgrow.widen(model, "2x", budget="+2", init=fxgrow.Tiny(F.mse_loss, batches))
     data = api.plan(model, "2x", init=fxgrow.Tiny(F.mse_loss, batches), budget="+50%").to_dict()
     data["request"]["budget"] = "+1e9%"
-    with pytest.raises(PlanError, match=r"request\.widen\.budget"):
+    with pytest.raises(PlanError, match=r"request\.budget"):
         fxgrow.Plan.from_dict(data)
 
 
