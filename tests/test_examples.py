@@ -93,9 +93,19 @@ def test_an_interrupted_example_ends_at_once(tmp_path):
          "--after", "1000"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    children = Path(f"/proc/{began.pid}/task/{began.pid}/children")  # where there is such a file
+    for _ in range(120):
+        if not children.exists() or children.read_text():
+            break
+        time.sleep(1)
     time.sleep(15)  # in a run, or on the way to one
     os.killpg(began.pid, signal.SIGINT)
-    _, told = began.communicate(timeout=120)
+    try:
+        _, told = began.communicate(timeout=120)
+    finally:
+        if began.poll() is None:
+            os.killpg(began.pid, signal.SIGKILL)
+            began.communicate()
     assert began.returncode == 130
     assert told.startswith("Stopped")
     assert "Traceback" not in told
