@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fxgrow.errors import PlanError
-from fxgrow.modules.tensors import modules_of
 from fxgrow.plan.schema import Plan
 
 
@@ -46,24 +45,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "unsharded network, grow that, and shard the result.",
         )
     return model
-
-
-@contextlib.contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Have modules that were compiled in place run as they are written.
-
-    What is compiled is bound to the original, and copies of some classes keep it (Lightning's), so
-    that they would run that.
-    """
-    name = "_compiled_call_impl"
-    held = [(vars(one), vars(one)[name]) for one in modules_of(network) if vars(one).get(name)]
-    for attributes, _ in held:
-        del attributes[name]
-    try:
-        yield
-    finally:
-        for attributes, compiled in held:
-            attributes[name] = compiled
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -23,7 +23,6 @@ from fxgrow.training.followers import (
     grown_averages,
     optimizers_of,
     restored_on_error,
-    uncompiled,
     unwrapped,
 )
 from fxgrow.training.history import add_stage
@@ -177,8 +176,7 @@ def _in_place(
     network, optimizers, means = unwrapped(model), optimizers_of(optimizer), averaged(averages)
     check_schedulers(scheduler, optimizers)
     check_rule(lr)
-    with uncompiled(network):
-        grown = grow(network)
+    grown = grow(network)
     check_growth(network, grown, lr, optimizers)
     with all_or_nothing(network, optimizers, means):
         put_in_place(network, grown, lr, optimizers, means, within=model)

@@ -14,7 +14,7 @@ from fxgrow.errors import PlanError, UnknownInputsError, UsageError, shown, warn
 from fxgrow.modules.tensors import module_names
 from fxgrow.training.ahead import check_names
 from fxgrow.training.due import Schedule, growths_of
-from fxgrow.training.followers import averaged, optimizers_of, uncompiled
+from fxgrow.training.followers import averaged, optimizers_of
 from fxgrow.training.history import named_module, stages_within
 from fxgrow.training.in_place import Grown, deepen_, grow_
 from fxgrow.training.monitored import Monitored
@@ -155,8 +155,7 @@ class Growing:
         """
         part = self._part_of(root)
         try:
-            with uncompiled(part):
-                check_names(self.growths[self.done :], part, self.inputs)
+            check_names(self.growths[self.done :], part, self.inputs)
         except (PlanError, UnknownInputsError) as error:
             raise self._located(error, part) from error
 
