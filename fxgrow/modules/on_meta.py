@@ -16,7 +16,6 @@ from fxgrow.modules.draws import Chance, RunDraws, law_of
 from fxgrow.modules.meta_shapes import broadcast, run_on_meta
 from fxgrow.modules.one_device import OnOneDevice
 
-_ZEROS = torch.ops.aten.zeros.default
 _TO_COPY = torch.ops.aten._to_copy.default
 _SELECT = torch.ops.aten.masked_select.default
 _AT_POSITIONS = (
@@ -202,10 +201,9 @@ def _placed(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Return keyword arguments by which what is made, or copied, lies where it should here."""
     if func is _TO_COPY:
         return {key: item for key, item in kwargs.items() if key != "device"}
-    if not _is_made_up(func, args, kwargs):
-        asks = kwargs.get("device") is not None
-        return {**kwargs, "device": torch.device("cpu")} if asks else kwargs
-    return kwargs
+    if kwargs.get("device") is None or _is_made_up(func, args, kwargs):
+        return kwargs
+    return {**kwargs, "device": torch.device("cpu")}
 
 
 def _is_made_up(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -214,6 +212,5 @@ def _is_made_up(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any])
     What an operator makes for itself and insists on having where the data is: a number (quantiles,
     tolerances), a place for counts.
     """
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
     is_number = func._opname == "scalar_tensor" or args[:1] == ([],)
-    return is_number or (func._opname == "empty" and dtype == torch.int64)
+    return is_number or (func._opname == "empty" and kwargs.get("dtype") == torch.int64)
